@@ -1,0 +1,6 @@
+#include <cstdio>
+
+int main() {
+  std::printf("lesskv %s\n", LESSKV_VERSION);
+  return 0;
+}

@@ -1,0 +1,41 @@
+# lesskv_module(NAME [DEPS targets...])
+#
+# Makes the static library lesskv_NAME from every .cpp file of the current folder (and its stage folders), and the test
+# program NAME_test from every *_test.cpp beside them. A new source file needs no line here: it is found when it is added.
+include(GoogleTest)
+
+add_library(lesskv_flags INTERFACE)
+target_compile_options(lesskv_flags INTERFACE -Wall -Wextra -Wshadow -Werror)
+target_include_directories(lesskv_flags INTERFACE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/include)
+if(LESSKV_SANITIZE)
+  target_compile_options(lesskv_flags INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=undefined
+                                                -fno-omit-frame-pointer)
+  target_link_options(lesskv_flags INTERFACE -fsanitize=address,undefined)
+endif()
+
+# Test programs learn where the checkout is, and through LESSKV_SHARED_DIR where optional shared data lies.
+function(lesskv_test NAME)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS" ${ARGN})
+  add_executable(${NAME} ${ARG_SOURCES})
+  target_link_libraries(${NAME} PRIVATE lesskv_flags ${ARG_DEPS} GTest::gtest GTest::gtest_main)
+  target_compile_definitions(${NAME} PRIVATE LESSKV_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
+  gtest_discover_tests(${NAME} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+endfunction()
+
+function(lesskv_module NAME)
+  cmake_parse_arguments(ARG "" "" "DEPS;PRIVATE_DEPS" ${ARGN})
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS *.cpp)
+  set(tests ${sources})
+  list(FILTER tests INCLUDE REGEX "_test\\.cpp$")
+  list(FILTER sources EXCLUDE REGEX "_test\\.cpp$")
+  if(sources)
+    add_library(lesskv_${NAME} STATIC ${sources})
+    target_link_libraries(lesskv_${NAME} PUBLIC lesskv_flags ${ARG_DEPS} PRIVATE ${ARG_PRIVATE_DEPS})
+  else()
+    add_library(lesskv_${NAME} INTERFACE)
+    target_link_libraries(lesskv_${NAME} INTERFACE lesskv_flags ${ARG_DEPS} ${ARG_PRIVATE_DEPS})
+  endif()
+  if(LESSKV_BUILD_TESTS AND tests)
+    lesskv_test(${NAME}_test SOURCES ${tests} DEPS lesskv_${NAME})
+  endif()
+endfunction()
