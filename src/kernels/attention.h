@@ -1,0 +1,80 @@
+// Exact softmax attention of one KV head's whole query group over rows that lie in one or more spans.
+//
+// Row indices are global: the spans of a job, one after the other, hold rows 0 .. n_rows - 1. The first n_past rows are
+// visible to every query; row n_past + i is the step's own row i and is visible to query m exactly when i <= m (so
+// n_rows == n_past + n_queries when the step's keys are among them, n_rows == n_past when there are none).
+//
+// Guarantees that the cache relies on:
+//  - The bits of every result depend on the rows, their order and the number of queries only: not on how the rows are
+//    cut into spans, where in a region they lie, how many threads run, or which other jobs run beside.
+//  - Each row of keys and values is read once for the whole query group; nothing is expanded to query heads.
+//  - No visible row gives output 0 and log-mass -infinity: the identity of merging (see Merge below).
+//  - Work memory is bounded by a few tiles a thread, whatever n_rows and n_queries are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "kernels/linear.h"
+#include "kernels/rope.h"
+#include "kernels/rows.h"
+
+namespace lesskv {
+
+struct KvSpan {
+  const std::byte* keys;    // region of the job's key_format
+  const std::byte* values;  // region of the job's value_format
+  size_t first_slot;        // rows lie in slots [first_slot, first_slot + n_rows) of both regions
+  size_t n_rows;
+};
+
+struct AttentionJob {
+  RowFormat key_format, value_format;
+  std::span<const KvSpan> spans;
+  size_t n_past = 0;
+  size_t n_queries = 0;
+
+  // Queries [n_queries, group, head_dim]: query m of the group starts at q + m * q_stride, heads are contiguous.
+  // Rotated, and not yet scaled by `scale` (1 / sqrt(head_dim)).
+  const float* q = nullptr;
+  size_t q_stride = 0;
+  size_t group = 1;
+  float scale = 1;
+
+  // For stores that keep unrotated keys: key row r is rotated to read_positions[r] when it is read. Null: keys are
+  // stored rotated.
+  const RopeTable* rope = nullptr;
+  const int32_t* read_positions = nullptr;
+
+  ComputeType compute = ComputeType::kF32;
+
+  // Results. out [n_queries, group, head_dim] with out_stride like q; lse [n_queries, group]: the log of the softmax
+  // mass, log sum_r exp(scale * q . k_r).
+  float* out = nullptr;
+  size_t out_stride = 0;
+  float* lse = nullptr;
+  // Optional, for n_queries == 1: the scaled scores [group, n_rows], row-major with stride n_rows.
+  float* scores = nullptr;
+};
+
+// Runs all jobs (the KV heads of a layer, of one or several sequences) in one parallel region.
+void Attend(std::span<const AttentionJob> jobs);
+
+// Attention received, by column: sums[g * n_rows + r] = sum over queries m in [first_query, n_queries) of
+// weights[m - first_query] * exp(scale * q_m . k_r - lse[m, g]), over visible (m, r) only.
+struct ColumnSumJob {
+  AttentionJob attention;        // as given to Attend, which must have run: lse (and scores, when kept) are read
+  const float* lse = nullptr;    // [n_queries, group] normalisers; usually attention.lse
+  size_t first_query = 0;
+  const float* weights = nullptr;  // null: all 1
+  float* sums = nullptr;           // [group, n_rows], overwritten
+};
+void ColumnSums(std::span<const ColumnSumJob> jobs);
+
+// Merges a partial result (normalised output and log-mass) into another by log-sum-exp, in place:
+// lse' = log(e^lse + e^other_lse), out' = (e^lse out + e^other_lse other_out) / e^lse'. A log-mass of -infinity is the
+// identity on either side and leaves the other side's bits unchanged.
+void Merge(float* out, float* lse, const float* other_out, float other_lse, size_t head_dim);
+
+}  // namespace lesskv

@@ -1,0 +1,70 @@
+// The cache of one sequence: all layers, all KV heads, everything that changes while text is processed.
+//
+// Lifecycle, driven by the engine (the model only appends and attends in between):
+//
+//   BeginStep(n, kind)   reserves everything the step can need in every layer; throws Error and changes nothing if it
+//                        does not fit
+//   Append, Attend       once a layer, layers in increasing order; when a layer has been attended it is committed:
+//                        observed, cut to its budget, evicted tokens folded into the residual state
+//   EndStep()            the tokens count as seen
+//   EndPrompt()          once at the end of each prompt (a turn), after its last step
+//
+// A step never fails between BeginStep and EndStep; between EndStep and the next BeginStep the cache may be cloned,
+// saved or dropped. Not thread safe; different sequences may be used by different threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvcache/cache_config.h"
+#include "kvcache/kv_cache.h"
+
+namespace lesskv {
+
+enum class StepKind {
+  kPrompt,  // a whole prompt in one step (one-shot prefill): attended in full, every method cuts at its end
+  kStream,  // a chunk of text that streams in: attended against what is left, then cut (prefill(chunk), eval --mode stream)
+  kDecode,  // generated tokens, or tokens scored as if they had been generated
+};
+
+struct CacheStats {
+  size_t tokens_seen = 0;
+  double tokens_resident = 0;  // mean rows a (layer, KV head)
+  size_t kv_bytes = 0;         // allocated for the sequence's cache now
+  size_t kv_bytes_peak = 0;    // the largest kv_bytes so far
+  size_t kv_bytes_full = 0;    // what an f16 full cache of the same tokens takes: no slack, no metadata
+};
+
+class SequenceCache final : public KvCache {
+ public:
+  explicit SequenceCache(std::shared_ptr<const CacheConfig> config);
+  ~SequenceCache() override;
+  std::unique_ptr<SequenceCache> Clone() const;
+
+  void BeginStep(size_t n_tokens, StepKind kind);
+  void Append(size_t layer, const float* keys, const float* values) override;
+  void Attend(size_t layer, const float* queries, float* out) override;
+  void EndStep();
+  void EndPrompt();
+
+  const CacheConfig& config() const;
+  size_t tokens_seen() const;
+  CacheStats Stats() const;
+
+  // Positions held by one (layer, KV head), ascending. For tests and inspection.
+  std::vector<Position> ResidentPositions(size_t layer, size_t kv_head) const;
+
+  // The state as bytes, independent of the configuration object; Restore refuses (Error) bytes that do not fit it.
+  std::vector<std::byte> Serialize() const;
+  void Restore(const std::byte* data, size_t size);
+
+ private:
+  struct Impl;
+  explicit SequenceCache(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace lesskv
