@@ -1,0 +1,55 @@
+// The forward pass over the tokens of one step, which may belong to several sequences. Weight products run over the
+// rows of all sequences together; attention is each sequence's own cache's.
+//
+// Layer by layer over the whole step, however long it is: a cache sees all tokens of a step in one layer before the
+// next layer begins, so that no more than one layer's prompt is ever held in full. Everything else runs in tiles of
+// kTileTokens rows. Work memory: 4 n (d_model + 2 q_dim + 2 kv_dim) bytes for n tokens, plus the tiles.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kvcache/kv_cache.h"
+#include "model/model.h"
+
+namespace lesskv {
+
+inline constexpr size_t kTileTokens = 512;
+
+struct ForwardItem {
+  KvCache* cache = nullptr;         // between its BeginStep and EndStep, or any other implementation of the seam
+  std::span<const int32_t> tokens;  // ids below n_vocab
+};
+
+// Buffers of the forward pass, grown to the largest step so far and reused. f32, row-major, rows in item order.
+struct ForwardWorkspace {
+  std::vector<float> x;          // [n, d_model] the residual stream; after Forward the last layer's output, not normed
+  std::vector<float> q, out;     // [n, q_dim]
+  std::vector<float> k, v;       // [n, kv_dim]
+  std::vector<float> h;          // [tile, d_model]
+  std::vector<float> gate, up;   // [tile, d_ffn]
+  std::vector<float> logits;     // [tile, n_vocab]
+
+  static size_t Bytes(const ModelConfig& config, size_t n_rows);
+  // Throws Error kOutOfMemory when the buffers cannot be had.
+  void Reserve(const ModelConfig& config, size_t n_rows);
+};
+
+// Called after each layer with its number (from 1); false stops.
+using LayerHook = std::function<bool(size_t layers_done)>;
+
+// Runs all layers; the result is workspace.x. Returns false when the hook stopped it.
+// Throws only before the first layer.
+bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType compute, ForwardWorkspace& workspace,
+             const LayerHook& hook = {});
+
+// Logits of `n_rows` <= kTileTokens consecutive rows of workspace.x from first_row on: workspace.logits
+// [n_rows, n_vocab]. Needs the x of a finished Forward.
+const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, size_t first_row, size_t n_rows,
+                           ComputeType compute);
+
+}  // namespace lesskv

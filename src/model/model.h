@@ -1,0 +1,74 @@
+// A language model: its description and its weights. Immutable, shared by all sequences and threads.
+// Matrices stay memory-mapped in their stored type; norm weights and biases are copied to f32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "format/gguf.h"
+#include "kernels/linear.h"
+#include "kernels/rope.h"
+#include "kvcache/cache_config.h"
+#include "model/config.h"
+
+namespace lesskv {
+
+// Matrices are [outputs, inputs], row-major. An empty vector means that the file has no such bias.
+struct LayerWeights {
+  std::vector<float> attn_norm, ffn_norm;     // [d_model]
+  WeightView q, k, v;                         // [q_dim | kv_dim | kv_dim, d_model]
+  std::vector<float> q_bias, k_bias, v_bias;  // [q_dim | kv_dim | kv_dim]
+  WeightView attn_output;                     // [d_model, q_dim]
+  std::vector<float> attn_output_bias;        // [d_model]
+  WeightView ffn_gate, ffn_up;                // [d_ffn, d_model]
+  WeightView ffn_down;                        // [d_model, d_ffn]
+  std::vector<float> ffn_gate_bias, ffn_up_bias, ffn_down_bias;
+};
+
+class Model {
+ public:
+  // Maps the file and checks it: a missing tensor, a tensor of the wrong shape or one that the architecture does not
+  // know is an Error that names it.
+  static std::shared_ptr<const Model> Load(const std::string& path);
+
+  const std::string& path() const { return path_; }
+  const GgufFile& file() const { return *file_; }
+  const ModelConfig& config() const { return config_; }
+  const RopeTable& rope() const { return rope_; }
+
+  const WeightView& token_embedding() const { return token_embedding_; }  // [n_vocab, d_model]
+  const LayerWeights& layer(size_t index) const { return layers_[index]; }
+  const std::vector<float>& output_norm() const { return output_norm_; }  // [d_model]
+  const WeightView& output() const { return output_; }  // [n_vocab, d_model]; the embedding when the file ties them
+
+  // Identifies the weights: XXH3-64 over the description, every tensor's name, type and shape, and its bytes (of
+  // tensors above 64 KiB: 16 evenly spaced samples of 4 KiB, so that opening a large model does not read it whole).
+  uint64_t fingerprint() const { return fingerprint_; }
+  std::string FingerprintText() const;  // 16 hexadecimal digits
+
+  size_t parameter_count() const { return parameter_count_; }
+  size_t weight_bytes() const { return weight_bytes_; }  // as stored
+
+  // The cache's view of this model for a context of `ctx` tokens. `sidecar` is NAME.less.gguf beside NAME.gguf.
+  CacheShape MakeCacheShape(size_t ctx, ComputeType compute) const;
+  SidecarSource Sidecar() const;
+
+ private:
+  Model() = default;
+
+  std::string path_;
+  std::shared_ptr<const GgufFile> file_;
+  ModelConfig config_;
+  RopeTable rope_;
+  WeightView token_embedding_, output_;
+  std::vector<float> output_norm_;
+  std::vector<LayerWeights> layers_;
+  uint64_t fingerprint_ = 0;
+  size_t parameter_count_ = 0;
+  size_t weight_bytes_ = 0;
+};
+
+}  // namespace lesskv
