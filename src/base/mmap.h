@@ -1,0 +1,39 @@
+// A read-only view of a whole file, mapped into memory: pages are read when they are first touched and shared with
+// every other process that maps the same file.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+namespace lesskv {
+
+// Move-only owner of one mapping. The bytes stay valid, at the same address, until the owner is destroyed; moving the
+// owner does not move them. Reading is thread-safe. Whoever truncates the file while it is mapped causes SIGBUS on the
+// next access to the missing pages: replace files by renaming (atomic_file.h), never in place.
+class MappedFile {
+ public:
+  enum class Access { kNormal, kSequential, kRandom, kWillNeed };
+
+  // Maps a regular, non-empty file. Throws Error: kNotFound when it cannot be opened, kBadFile for a directory, a pipe
+  // or device, or an empty file, kIo when mapping fails.
+  static MappedFile Open(const std::string& path);
+
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  ~MappedFile();
+
+  // The file's bytes; page-aligned.
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+  // Tells the kernel how the bytes will be read. A hint: it cannot fail and changes no result.
+  void Advise(Access access) const;
+
+ private:
+  MappedFile(const std::byte* data, size_t size) : data_(data), size_(size) {}
+
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace lesskv
