@@ -17,7 +17,7 @@ class Config:
   n_heads: int = 4
   n_kv_heads: int = 2
   head_dim: int = 64
-  ffn: int = 704
+  ffn: int = 1024
   context: int = 2048
   rope_theta: float = 10000.0
   norm_eps: float = 1e-5
