@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh Debian machine:
+#   make run    installs what is missing, builds, and runs the bundled model with a full and with a small cache
+#   make test   installs what is missing, builds and runs all tests
+BUILD ?= build/release
+JOBS ?= $(shell nproc)
+
+.PHONY: run test bench build sanitize packages clean
+
+packages:
+	@tools/install_packages.sh
+
+build: packages
+	cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD) -j $(JOBS)
+
+run: build
+	@tools/demo.sh $(BUILD)/apps/lesskv/lesskv
+
+test: build
+	ctest --test-dir $(BUILD) -j 2 --output-on-failure
+
+# Unit tests once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: packages
+	cmake --preset sanitize
+	cmake --build build/sanitize -j $(JOBS)
+	ctest --test-dir build/sanitize -j 2 --output-on-failure -LE slow
+
+bench: build
+	@for program in $(BUILD)/bench/*_bench; do [ ! -x $$program ] || $$program || exit 1; done
+
+clean:
+	rm -rf build
