@@ -18,6 +18,8 @@ constexpr uint64_t kSmallestAlignment = 8, kLargestAlignment = uint64_t{1} << 20
 // The format's own limits on names.
 constexpr size_t kLongestKey = 65535, kLongestTensorName = 64;
 constexpr size_t kMaxDims = 4;
+// No element takes more than 8 bytes, so that sizes in bytes cannot overflow.
+constexpr uint64_t kMostElements = uint64_t{1} << 60;
 // The smallest records there can be: key length, one byte of key, type, value of one byte;
 // name length, one byte of name, dimension count, one dimension, type, offset.
 constexpr uint64_t kSmallestPair = 8 + 1 + 4 + 1, kSmallestTensor = 8 + 1 + 4 + 8 + 4 + 8;
@@ -197,8 +199,8 @@ void GgufParser::ReadShape(GgufTensor& tensor) {
   for (size_t i = 0; i < n_dims; ++i) {
     const uint64_t n = Number<uint64_t>("a tensor's dimensions");
     if (n == 0) Bad("dimension {} of tensor {} is 0", i, Quoted(tensor.name));
-    if (__builtin_mul_overflow(elements, n, &elements) || elements > uint64_t{1} << 62) {
-      Bad("the dimensions of tensor {} multiply to more than 2^62 elements", Quoted(tensor.name));
+    if (__builtin_mul_overflow(elements, n, &elements) || elements > kMostElements) {
+      Bad("the dimensions of tensor {} multiply to more than 2^60 elements", Quoted(tensor.name));
     }
     tensor.ne[i] = n;
   }
@@ -234,8 +236,7 @@ void GgufParser::PlaceTensors() {
           file_.alignment_);
     }
     const DTypeTraits& traits = Traits(tensor.type);
-    const uint64_t size =
-        CheckedMul<uint64_t>(tensor.Elements() / traits.block_elements, traits.block_bytes, "tensor size");
+    const uint64_t size = tensor.Elements() / traits.block_elements * traits.block_bytes;
     if (offset > available || size > available - offset) {
       Bad("tensor {} ({} {}, {} bytes at data offset {}) lies beyond the file's end: {} data bytes",
           Quoted(tensor.name), traits.name, tensor.ShapeString(), size, offset, available);
