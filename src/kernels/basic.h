@@ -1,0 +1,44 @@
+// Small vector operations on float32: norms, activations, softmax, sums, conversions. All are single-threaded, accept
+// any length (0 included unless said otherwise) and any alignment, and run on the active instruction set (cpu.h);
+// Isa::kScalar gives the plain reference loops. Sums are accumulated in float32 lanes, in an order fixed by the
+// instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lesskv {
+
+// out[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps). out may be x.
+void RmsNorm(const float* x, const float* weight, float eps, size_t n, float* out);
+
+// gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]: the SwiGLU product, in place.
+void SiluMul(float* gate, const float* up, size_t n);
+
+// x = exp(x - max) / sum, in place. Entries of -inf become 0; when all are -inf, so are all results. n >= 1.
+// Returns the log of the sum of exponentials of the input.
+float Softmax(float* x, size_t n);
+
+// log(sum(exp(x[i]))), without overflow; -inf for n = 0 or when every entry is -inf.
+float LogSumExp(const float* x, size_t n);
+
+// x[i] = exp(x[i]), relative error below 1e-6 where the result is a normal number; 0 below about -104.
+void Exp(float* x, size_t n);
+
+float Dot(const float* a, const float* b, size_t n);
+float Sum(const float* x, size_t n);
+float Max(const float* x, size_t n);                     // of the entries that are not NaN; -inf when there are none
+void Add(float* x, const float* y, size_t n);            // x += y
+void Scale(float* x, float factor, size_t n);            // x *= factor
+void Axpy(float* y, float a, const float* x, size_t n);  // y += a * x
+
+// Index of the largest value, the lowest one among equals; 0 when all are NaN. NaN never wins. n >= 1.
+size_t ArgMax(const float* x, size_t n);
+
+// Half and bfloat16 as raw bits. Rounded to nearest even; NaN stays NaN; beyond the largest half becomes infinity.
+void F32ToF16(const float* x, size_t n, uint16_t* out);
+void F16ToF32(const uint16_t* x, size_t n, float* out);
+void F32ToBf16(const float* x, size_t n, uint16_t* out);
+void Bf16ToF32(const uint16_t* x, size_t n, float* out);
+
+}  // namespace lesskv

@@ -1,0 +1,306 @@
+#include "kernels/linear.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "base/check.h"
+#include "base/checked.h"
+#include "base/threads.h"
+#include "kernels/cpu.h"
+#include "kernels/linear_kernels.h"
+
+namespace lesskv {
+namespace {
+
+using internal::Int8Activations;
+using internal::kMaxTileRows;
+using internal::kTokenLanes;
+using internal::LinearKernels;
+using internal::RowBlock;
+
+constexpr size_t kMaxPackedTokens = 512;   // activations packed at once; longer calls unpack the weights again
+constexpr size_t kTaskBytes = 48 << 10;    // weights a task of the few-token path reads
+constexpr size_t kPanelBytes = 256 << 10;  // unpacked rows of a task of the many-token path: a share of the L2
+constexpr size_t kTileDepth = 2048;        // elements of a row multiplied before moving to the next rows
+constexpr size_t kPanelRowStep = 24;       // a multiple of every tile height
+
+const LinearKernels& Kernels() {
+  switch (ActiveIsa()) {
+    case Isa::kScalar:
+      return internal::ScalarLinearKernels();
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+    case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
+      return internal::ScalarLinearKernels();
+#else
+    default:
+      break;
+#endif
+  }
+  return internal::ScalarLinearKernels();
+}
+
+// Memory that grows to the largest size asked for and stays: products come thousands of times a second.
+class Workspace {
+ public:
+  template <typename T>
+  T* Get(size_t count) {
+    const size_t bytes = RoundUp(count * sizeof(T), kAlignment);
+    if (bytes > size_) {
+      data_.reset();
+      data_.reset(static_cast<char*>(::operator new (bytes, std::align_val_t{kAlignment})));
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(char* data) const { ::operator delete (data, std::align_val_t{kAlignment}); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t size_ = 0;
+};
+
+bool IsQuantized(DType type) { return Traits(type).block_elements > 1; }
+
+struct Call {
+  const LinearKernels& kernels;
+  WeightView w;
+  size_t row_bytes;
+  const float* x;
+  size_t x_stride;
+  size_t n_tokens;
+  float* y;
+  size_t y_stride;
+
+  RowBlock Rows(size_t first, size_t count) const {
+    return {w.type, static_cast<const uint8_t*>(w.data) + first * row_bytes, row_bytes, count, w.n_in};
+  }
+};
+
+// --- Few tokens ---
+
+// Rows a task takes: enough bytes to stream, few enough that the threads finish together.
+size_t FewTokensTaskRows(const Call& call) {
+  const size_t by_bytes = std::max<size_t>(1, kTaskBytes / call.row_bytes);
+  return std::clamp<size_t>(CeilDiv(call.w.n_out, 16), 1, by_bytes);
+}
+
+void FewTokensF32(const Call& call) {
+  const size_t step = FewTokensTaskRows(call);
+  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
+    const size_t first = task * step;
+    call.kernels.dot_f32(call.Rows(first, std::min(step, call.w.n_out - first)), call.x, call.x_stride, call.n_tokens,
+                         call.y + first, call.y_stride);
+  });
+}
+
+Int8Activations CarveInt8(Workspace& workspace, size_t n, size_t n_tokens) {
+  Int8Activations out;
+  out.n_padded = RoundUp(n, 256);
+  const size_t count = out.n_padded * n_tokens;
+  char* data = workspace.Get<char>(count + count * 4 + count / 32 * 4 + count / 16 * 4);
+  out.q = reinterpret_cast<int8_t*>(data);
+  out.init = reinterpret_cast<int32_t*>(data + count);
+  out.scale = reinterpret_cast<float*>(data + count * 2);
+  out.sum = reinterpret_cast<float*>(data + count * 2 + count / 32 * 4);
+  return out;
+}
+
+void FewTokensInt8(const Call& call) {
+  thread_local Workspace workspace;
+  const Int8Activations q = CarveInt8(workspace, call.w.n_in, call.n_tokens);
+  for (size_t t = 0; t < call.n_tokens; ++t) {
+    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t, q);
+  }
+  const size_t step = FewTokensTaskRows(call);
+  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
+    const size_t first = task * step;
+    call.kernels.dot_int8(call.Rows(first, std::min(step, call.w.n_out - first)), q, call.n_tokens, call.y + first,
+                          call.y_stride);
+  });
+}
+
+// --- Many tokens ---
+
+// How a tile works on elements of one kind; "units" are what a tile counts along a row: floats, or bfloat16 pairs.
+struct TileF32 {
+  using Element = float;
+  static constexpr size_t kUnitElements = 1;
+  static void Unpack(const LinearKernels& k, const RowBlock& block, float* out, size_t stride) {
+    k.unpack_f32(block, out, stride);
+  }
+  static void Pack(const LinearKernels& k, const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors,
+                   float* out) {
+    k.pack_f32(x, x_stride, n_tokens, n, vectors, out);
+  }
+  static void Tile(const LinearKernels& k, const float* const* rows, size_t units, const float* group, size_t vectors,
+                   float* acc, bool first) {
+    k.tile_f32(rows, units, group, vectors, acc, first);
+  }
+  static const size_t* TileRows(const LinearKernels& k) { return k.tile_rows_f32; }
+};
+
+struct TileBf16 {
+  using Element = uint16_t;
+  static constexpr size_t kUnitElements = 2;
+  static void Unpack(const LinearKernels& k, const RowBlock& block, uint16_t* out, size_t stride) {
+    k.unpack_bf16(block, out, stride);
+    if (block.n % 2 == 0) return;
+    for (size_t r = 0; r < block.n_rows; ++r) out[r * stride + block.n] = 0;
+  }
+  static void Pack(const LinearKernels& k, const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors,
+                   uint16_t* out) {
+    k.pack_bf16(x, x_stride, n_tokens, n, vectors, out);
+  }
+  static void Tile(const LinearKernels& k, const uint16_t* const* rows, size_t units, const uint16_t* group,
+                   size_t vectors, float* acc, bool first) {
+    k.tile_bf16(rows, units, group, vectors, acc, first);
+  }
+  static const size_t* TileRows(const LinearKernels& k) { return k.tile_rows_bf16; }
+};
+
+// Packed activations: groups of up to group_vectors vectors of tokens, one after the other.
+struct Group {
+  size_t first_token;
+  size_t n_tokens;
+  size_t vectors;
+};
+
+Group GroupAt(size_t index, size_t n_tokens, size_t group_vectors) {
+  const size_t first = index * group_vectors * kTokenLanes;
+  const size_t n = std::min(group_vectors * kTokenLanes, n_tokens - first);
+  return {first, n, CeilDiv(n, kTokenLanes)};
+}
+
+void StoreTransposed(const float* acc, size_t width, size_t n_rows, const Group& group, float* y, size_t y_stride) {
+  for (size_t t = 0; t < group.n_tokens; ++t) {
+    float* out = y + (group.first_token + t) * y_stride;
+    for (size_t r = 0; r < n_rows; ++r) out[r] = acc[r * width + t];
+  }
+}
+
+// One task: `block` (unpacked in `panel`, or used in place) times every group.
+template <typename Kind>
+void MultiplyPanel(const Call& call, size_t n_rows, const typename Kind::Element* panel, size_t panel_stride,
+                   const typename Kind::Element* packed, float* acc, float* y) {
+  using Element = typename Kind::Element;
+  const size_t n_units = CeilDiv(call.w.n_in, Kind::kUnitElements);
+  const size_t group_vectors = call.kernels.group_vectors;
+  const size_t depth = kTileDepth / Kind::kUnitElements;
+  for (size_t g = 0; g * group_vectors * kTokenLanes < call.n_tokens; ++g) {
+    const Group group = GroupAt(g, call.n_tokens, group_vectors);
+    const size_t width = group.vectors * kTokenLanes;
+    const size_t tile_rows = Kind::TileRows(call.kernels)[group.vectors - 1];
+    const Element* x = packed + group.first_token * n_units * Kind::kUnitElements;
+    for (size_t unit = 0; unit < n_units; unit += depth) {
+      for (size_t row = 0; row < n_rows; row += tile_rows) {
+        const Element* rows[kMaxTileRows];
+        for (size_t r = 0; r < tile_rows; ++r) {
+          rows[r] = panel + std::min(row + r, n_rows - 1) * panel_stride + unit * Kind::kUnitElements;
+        }
+        Kind::Tile(call.kernels, rows, std::min(depth, n_units - unit), x + unit * width * Kind::kUnitElements,
+                   group.vectors, acc + row * width, unit == 0);
+      }
+    }
+    StoreTransposed(acc, width, n_rows, group, y, call.y_stride);
+  }
+}
+
+// Rows of a task: what fits the panel, and no more than leaves every thread several tasks. A fixed rule, so that the
+// split does not depend on the number of threads.
+size_t PanelRows(const Call& call, size_t element_bytes) {
+  const size_t fit = kPanelBytes / (call.w.n_in * element_bytes) / kPanelRowStep * kPanelRowStep;
+  const size_t share = RoundUp(CeilDiv(call.w.n_out, 8), kPanelRowStep);
+  return std::clamp<size_t>(share, kPanelRowStep, std::max(fit, kPanelRowStep));
+}
+
+template <typename Kind>
+void ManyTokensBlock(const Call& call) {
+  using Element = typename Kind::Element;
+  const LinearKernels& kernels = call.kernels;
+  const size_t padded = RoundUp(call.w.n_in, Kind::kUnitElements);
+  const size_t group_tokens = kernels.group_vectors * kTokenLanes;
+  thread_local Workspace packed_workspace;
+  Element* packed = packed_workspace.Get<Element>(RoundUp(call.n_tokens, kTokenLanes) * padded);
+  ParallelFor(CeilDiv(call.n_tokens, group_tokens), [&](size_t g) {
+    const Group group = GroupAt(g, call.n_tokens, kernels.group_vectors);
+    Kind::Pack(kernels, call.x + group.first_token * call.x_stride, call.x_stride, group.n_tokens, call.w.n_in,
+               group.vectors, packed + group.first_token * padded);
+  });
+  const size_t step = PanelRows(call, sizeof(Element));
+  const size_t panel_size = RoundUp(step * padded, kTokenLanes * 2);
+  const size_t acc_size = (step + kMaxTileRows) * group_tokens;
+  thread_local Workspace panel_workspace, acc_workspace;  // a share for each thread
+  Element* panels = panel_workspace.Get<Element>(static_cast<size_t>(Threads()) * panel_size);
+  float* accs = acc_workspace.Get<float>(static_cast<size_t>(Threads()) * acc_size);
+  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
+    const size_t thread = static_cast<size_t>(ThreadIndex());
+    const size_t first = task * step;
+    const size_t n_rows = std::min(step, call.w.n_out - first);
+    Element* panel = panels + thread * panel_size;
+    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, padded);
+    MultiplyPanel<Kind>(call, n_rows, panel, padded, packed, accs + thread * acc_size, call.y + first);
+  });
+}
+
+template <typename Kind>
+void ManyTokens(Call call) {
+  const size_t n_tokens = call.n_tokens;
+  for (size_t t = 0; t < n_tokens; t += kMaxPackedTokens) {
+    call.n_tokens = std::min(kMaxPackedTokens, n_tokens - t);
+    ManyTokensBlock<Kind>(call);
+    call.x += call.n_tokens * call.x_stride;
+    call.y += call.n_tokens * call.y_stride;
+  }
+}
+
+}  // namespace
+
+std::string_view ComputeTypeName(ComputeType compute) { return compute == ComputeType::kF32 ? "f32" : "bf16"; }
+
+ComputeType AutoCompute() { return ActiveIsa() == Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
+
+bool IsLinearType(DType type) {
+  switch (type) {
+    case DType::kF32:
+    case DType::kF16:
+    case DType::kBF16:
+    case DType::kQ8_0:
+    case DType::kQ4_0:
+    case DType::kQ5_0:
+    case DType::kQ5_1:
+    case DType::kQ4_K:
+    case DType::kQ5_K:
+    case DType::kQ6_K:
+      return true;
+    default:
+      return false;
+  }
+}
+
+void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
+            ComputeType compute) {
+  CHECK(IsLinearType(w.type), "no product with weights of type {}", Traits(w.type).name);
+  CHECK(w.n_in > 0, "a weight matrix without columns");
+  CHECK(n_tokens <= 1 || (x_stride >= w.n_in && y_stride >= w.n_out), "strides {} and {} of a [{}, {}] matrix",
+        x_stride, y_stride, w.n_out, w.n_in);
+  if (n_tokens == 0 || w.n_out == 0) return;
+  const Call call{Kernels(), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
+  const bool fast = compute == ComputeType::kBF16;
+  if (n_tokens <= kFewTokens) {
+    fast&& IsQuantized(w.type) ? FewTokensInt8(call) : FewTokensF32(call);
+  } else if (fast && call.kernels.tile_bf16 != nullptr) {
+    ManyTokens<TileBf16>(call);
+  } else {
+    ManyTokens<TileF32>(call);
+  }
+}
+
+}  // namespace lesskv

@@ -1,0 +1,50 @@
+// Products of activations with the weight matrices of a model file, read where they lie: the mapped, often quantised
+// rows are never expanded as a whole. All paths are deterministic: an output value depends on its row of weights, its
+// row of activations, the compute type, the instruction set, and on whether the call has more than kFewTokens tokens,
+// and on nothing else (not on the other tokens, nor on the number of threads).
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+#include "base/dtype.h"
+
+namespace lesskv {
+
+// A weight matrix as it lies in the model file: [n_out, n_in], row-major blocks of `type`. `data` needs no alignment.
+struct WeightView {
+  DType type;
+  size_t n_out;
+  size_t n_in;
+  const void* data;
+};
+
+// What may be rounded on the way to a product; sums are always float32.
+//   kF32   nothing: weights dequantised to float32, activations float32. The reference arithmetic of the project.
+//   kBF16  up to kFewTokens tokens: activations rounded to int8 in blocks of 32 with a float32 scale when the weights
+//          are quantised (float weights keep float32 activations). More tokens: weights and activations rounded to
+//          bfloat16; a processor that cannot multiply bfloat16 pairs uses float32 instead.
+enum class ComputeType { kF32, kBF16 };
+
+std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16"
+
+// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kF32 elsewhere.
+ComputeType AutoCompute();
+
+// Up to this many tokens a product reads each weight once for all of them and is bound by memory; beyond, tiles of the
+// weights are unpacked into the cache and used for many tokens at once, bound by arithmetic.
+inline constexpr size_t kFewTokens = 8;
+
+// True for the types Linear takes: F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K.
+bool IsLinearType(DType type);
+
+// y[t, o] = sum over i of x[t, i] * w[o, i], for t < n_tokens and o < n_out.
+//   x  [n_tokens, n_in] float32, rows x_stride floats apart
+//   y  [n_tokens, n_out] float32, rows y_stride floats apart; overwritten; must not overlap x
+// Runs on all threads (ParallelFor over blocks of rows). Thread-safe. Work memory: at most 512 packed tokens a call and
+// about half a megabyte a thread, kept for the next call.
+void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
+            ComputeType compute);
+
+}  // namespace lesskv

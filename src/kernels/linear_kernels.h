@@ -1,0 +1,76 @@
+// The inner loops of Linear, one table per instruction set. Each table lives in a translation unit with its own
+// compiler flags; only pointers and sizes cross this header, and it defines no inline function, because the linker
+// keeps one copy of an inline function and could pick the one the processor cannot run.
+//
+// Two ways to multiply:
+//   Dot   few tokens: each row of weights is unpacked in registers and multiplied with every token.
+//   Tile  many tokens: activations are packed once with the tokens side by side, `lanes` of them in a vector, so that a
+//         weight is broadcast and needs no transposition: row-major rows, unpacked to float32 or bfloat16, serve as
+//         they are. A group is up to `group_vectors` vectors of tokens; `tile_rows[v - 1]` rows are multiplied at once
+//         with a group of v vectors, chosen to fill the registers with accumulators.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+
+namespace lesskv::internal {
+
+inline constexpr size_t kTokenLanes = 16;      // tokens in a vector of packed activations
+inline constexpr size_t kMaxGroupVectors = 4;  // vectors in a group
+inline constexpr size_t kMaxTileRows = 24;
+
+// Activations as int8, for products with quantised rows. Element order inside a block of 256 (128 for blocks of 32) is
+// private to the table that wrote it.
+struct Int8Activations {
+  int8_t* q;        // [n_tokens, n_padded]
+  int32_t* init;    // [n_tokens, n_padded / 4]: what an accumulator starts from, because stored codes are unsigned
+  float* scale;     // [n_tokens, n_padded / 32]
+  float* sum;       // [n_tokens, n_padded / 16]: scale times the sum of each 16 codes
+  size_t n_padded;  // n rounded up to 256; the padding is zero
+};
+
+// A block of consecutive rows of weights.
+struct RowBlock {
+  DType type;
+  const uint8_t* rows;
+  size_t row_bytes;
+  size_t n_rows;
+  size_t n;  // elements a row
+};
+
+struct LinearKernels {
+  // Rows to float32 / bfloat16 (as bits, rounded to nearest even), n elements each, rows out_stride elements apart.
+  void (*unpack_f32)(const RowBlock& block, float* out, size_t out_stride);
+  void (*unpack_bf16)(const RowBlock& block, uint16_t* out, size_t out_stride);
+
+  // y[t * y_stride + r] for n_tokens <= kFewTokens.
+  void (*dot_f32)(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride);
+  void (*quantize)(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
+  void (*dot_int8)(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
+
+  // Packs one group: `n_tokens` rows of x (missing ones are zero) as [n][vectors][kTokenLanes] float32, or
+  // [ceil(n / 2)][vectors][kTokenLanes][2] bfloat16.
+  void (*pack_f32)(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, float* out);
+  void (*pack_bf16)(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, uint16_t* out);
+
+  // acc[r][vectors * kTokenLanes] (+)= rows[r][0, n) x group; adds to what acc holds unless `first`.
+  // `rows` holds tile_rows[vectors - 1] pointers, which may repeat. For bfloat16 n counts pairs.
+  void (*tile_f32)(const float* const* rows, size_t n, const float* group, size_t vectors, float* acc, bool first);
+  void (*tile_bf16)(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group, size_t vectors, float* acc,
+                    bool first);
+  size_t group_vectors;
+  size_t tile_rows_f32[kMaxGroupVectors];
+  size_t tile_rows_bf16[kMaxGroupVectors];
+};
+
+// Entries a level does not have are null: bfloat16 tiles below kAvx512Bf16 (the scalar ones exist, as the reference).
+const LinearKernels& ScalarLinearKernels();
+#if defined(__x86_64__)
+const LinearKernels& Avx2LinearKernels();
+const LinearKernels& Avx512LinearKernels();
+const LinearKernels& Avx512Bf16LinearKernels();
+#endif
+
+}  // namespace lesskv::internal
