@@ -1,0 +1,49 @@
+// Cuts text into the pieces that byte-level BPE merges separately. Which cuts a vocabulary was trained with is named by
+// tokenizer.ggml.pre; a name stands for a list of regular expressions, applied in turn: each cuts every piece that the
+// ones before it left into its matches and what lies between them. Look-ahead sees the piece, not the text around it.
+//
+// Letters, numbers and punctuation are those of PCRE2's Unicode tables (Unicode 14 in Debian 12), so characters that
+// were assigned later may be cut differently than by a tokenizer with newer tables. No text is lost either way.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace lesskv {
+
+struct PreTokenizerFamily;  // the patterns and defaults that names share
+
+// Immutable and thread-safe; copies share the compiled patterns.
+class PreTokenizer {
+ public:
+  // `name` as in tokenizer.ggml.pre; an empty one is "default", as llama.cpp reads files older than the key.
+  // Throws Error (kBadFile) that names an unknown one and the known ones; `file` is for its message.
+  static PreTokenizer ForName(std::string_view name, const std::string& file);
+
+  // Every known name, aliases included.
+  static std::vector<std::string_view> Names();
+
+  // The pieces of `text` in order, none empty; their concatenation is `text`, whose bytes they are views of.
+  // Requires well-formed UTF-8 (ReplaceInvalidUtf8).
+  std::vector<std::string_view> Split(std::string_view text) const;
+
+  // The name of the family, "gpt-2" for "mpt".
+  std::string_view family() const;
+  // A piece that is a token as a whole becomes that token, even where merges would not lead to it (Llama 3).
+  bool ignore_merges() const;
+  // Whether a sequence begins with BOS when the file does not say.
+  bool adds_bos() const;
+
+ private:
+  class Pattern;
+
+  PreTokenizer(const PreTokenizerFamily& family, bool with_llama3_defaults);
+
+  const PreTokenizerFamily* family_;
+  bool llama3_defaults_;
+  std::vector<std::shared_ptr<const Pattern>> patterns_;
+};
+
+}  // namespace lesskv

@@ -1,0 +1,141 @@
+#include "tokenizer/tokenizer.h"
+
+#include <fmt/format.h>
+
+#include <utility>
+
+#include "base/check.h"
+#include "base/error.h"
+#include "tokenizer/byte_bpe.h"
+#include "tokenizer/sentence_piece.h"
+#include "tokenizer/utf8.h"
+
+namespace lesskv {
+namespace {
+
+std::unique_ptr<const TextModel> MakeModel(const Vocabulary& vocabulary) {
+  if (vocabulary.model == "llama") return std::make_unique<SentencePieceModel>(vocabulary);
+  return std::make_unique<ByteBpeModel>(vocabulary);
+}
+
+bool HasOwnText(TokenType type) { return type != TokenType::kControl && type != TokenType::kUnknown; }
+
+// Whether to add BOS or EOS: what the file says, else the default where there is such a token.
+bool ResolveAdding(const Vocabulary& vocabulary, const char* what, std::optional<bool> flag, bool by_default,
+                   std::optional<uint32_t> id) {
+  if (flag.value_or(false) && !id) {
+    Fail(ErrorCode::kBadFile, "{}: tokenizer.ggml.add_{}_token is set, but there is no tokenizer.ggml.{}_token_id",
+         vocabulary.name, what, what);
+  }
+  return id && flag.value_or(by_default);
+}
+
+}  // namespace
+
+std::unique_ptr<const Tokenizer> Tokenizer::Create(Vocabulary vocabulary) {
+  CheckVocabulary(vocabulary);
+  ResolveVocabulary(vocabulary);
+  return std::unique_ptr<const Tokenizer>(new Tokenizer(std::move(vocabulary)));
+}
+
+Tokenizer::Tokenizer(Vocabulary vocabulary) : vocabulary_(std::move(vocabulary)), model_(MakeModel(vocabulary_)) {
+  vocabulary_.merges = {};  // now in the model; as text they take megabytes
+  LoadPieces();
+  LoadSpecialTokens();
+  LoadSequenceRules();
+}
+
+void Tokenizer::LoadPieces() {
+  token_bytes_.reserve(size());
+  for (size_t id = 0; id < size(); ++id) {
+    const TokenType type = Type(static_cast<int32_t>(id));
+    const bool literal = !HasOwnText(type) || type == TokenType::kUserDefined;
+    const std::string& text = vocabulary_.tokens[id];
+    token_bytes_.push_back(literal ? text : model_->PieceBytes(text, type == TokenType::kByte));
+  }
+}
+
+void Tokenizer::LoadSpecialTokens() {
+  for (size_t i = 0; i < size(); ++i) {
+    const auto id = static_cast<int32_t>(i);
+    const TokenType type = Type(id);
+    const std::string& text = vocabulary_.tokens[i];
+    if (text.empty()) continue;
+    if (type == TokenType::kUserDefined) user_defined_.Add(text, id);
+    if (type == TokenType::kUserDefined || !HasOwnText(type)) all_special_.Add(text, id);
+    if (IsEndOfGenerationText(text)) end_of_generation_.insert(id);
+  }
+}
+
+void Tokenizer::LoadSequenceRules() {
+  const Vocabulary& v = vocabulary_;
+  add_bos_ = ResolveAdding(v, "bos", v.add_bos, model_->adds_bos_by_default(), v.bos);
+  add_eos_ = ResolveAdding(v, "eos", v.add_eos, false, v.eos);
+  for (const auto id : {v.eos, v.eot, v.eom}) {
+    if (id) end_of_generation_.insert(static_cast<int32_t>(*id));
+  }
+}
+
+std::vector<int32_t> Tokenizer::Encode(std::string_view text, bool add_special, bool parse_special) const {
+  if (text.size() >= kMaxTextBytes) {
+    Fail(ErrorCode::kInvalidArgument, "a text of {} bytes is too long to tokenize, at most {} bytes are supported",
+         text.size(), kMaxTextBytes - 1);
+  }
+  std::vector<int32_t> ids;
+  if (add_special && add_bos_) ids.push_back(bos());
+  bool at_start = true;
+  for (const TextFragment& fragment : (parse_special ? all_special_ : user_defined_).Split(text)) {
+    if (fragment.id >= 0) {
+      ids.push_back(fragment.id);
+    } else {
+      model_->Encode(fragment.text, at_start, ids);
+    }
+    at_start = fragment.id >= 0;
+  }
+  if (add_special && add_eos_) ids.push_back(eos());
+  return ids;
+}
+
+std::string Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special) const {
+  std::string text;
+  bool at_start = true;
+  for (const int32_t id : ids) AppendText(id, skip_special, at_start, text);
+  return text;
+}
+
+std::string_view Tokenizer::TokenBytes(int32_t id) const {
+  CHECK(id >= 0 && static_cast<size_t>(id) < size(), "token id {} of {}", id, size());
+  return token_bytes_[static_cast<size_t>(id)];
+}
+
+TokenType Tokenizer::Type(int32_t id) const {
+  CHECK(id >= 0 && static_cast<size_t>(id) < size(), "token id {} of {}", id, size());
+  return static_cast<TokenType>(vocabulary_.types[static_cast<size_t>(id)]);
+}
+
+void Tokenizer::AppendText(int32_t id, bool skip_special, bool& at_start, std::string& out) const {
+  std::string_view bytes = TokenBytes(id);
+  const TokenType type = Type(id);
+  if (type == TokenType::kUserDefined || !HasOwnText(type)) {
+    if (HasOwnText(type) || !skip_special) out += bytes;
+    at_start = true;
+    return;
+  }
+  if (at_start && model_->adds_space_prefix() && bytes.starts_with(' ')) bytes.remove_prefix(1);
+  out += bytes;
+  at_start = false;
+}
+
+std::string Tokenizer::Describe() const { return fmt::format("{}, {} tokens", model_->Describe(), size()); }
+
+std::string StreamDecoder::Push(int32_t id) {
+  tokenizer_.AppendText(id, skip_special_, at_start_, pending_);
+  const size_t whole = pending_.size() - IncompleteUtf8Tail(pending_);
+  std::string text = ReplaceInvalidUtf8(std::string_view(pending_).substr(0, whole));
+  pending_.erase(0, whole);
+  return text;
+}
+
+std::string StreamDecoder::Flush() { return ReplaceInvalidUtf8(std::exchange(pending_, {})); }
+
+}  // namespace lesskv
