@@ -132,9 +132,24 @@ class Engine {
   static constexpr size_t kStoppableRows = 512;
 
  private:
+  // Where a step stands in a longer call: what was done before, how much this step is, the rows before it.
+  struct Share {
+    double done = 0;
+    double step = 1;
+    size_t first_row = 0;
+  };
+
+  void Reserve(size_t n_rows);
+  bool RunStep(std::span<const StepItem> items, StepKind kind, const LogitsSink& sink, const StepControl& control,
+               const Share& share);
+  bool PrefillChunks(std::span<const StepItem> items, size_t chunk, size_t longest, const LogitsSink& sink,
+                     const StepControl& control);
+  void EmitLogits(std::span<const StepItem> items, const LogitsSink& sink, size_t row_offset);
+
   std::shared_ptr<const Model> model_;
   ComputeType compute_;
   ForwardWorkspace workspace_;
+  size_t reserved_rows_ = 0;
 };
 
 }  // namespace lesskv

@@ -24,12 +24,6 @@
 
 namespace lesskv {
 
-enum class StepKind {
-  kPrompt,  // a whole prompt in one step (one-shot prefill): attended in full, every method cuts at its end
-  kStream,  // a chunk of text that streams in: attended against what is left, then cut (prefill(chunk), eval --mode stream)
-  kDecode,  // generated tokens, or tokens scored as if they had been generated
-};
-
 struct CacheStats {
   size_t tokens_seen = 0;
   double tokens_resident = 0;  // mean rows a (layer, KV head)
@@ -45,6 +39,8 @@ class SequenceCache final : public KvCache {
   std::unique_ptr<SequenceCache> Clone() const;
 
   void BeginStep(size_t n_tokens, StepKind kind);
+  // Takes back a BeginStep whose first Append has not come: another sequence of the same step could not begin.
+  void CancelStep();
   void Append(size_t layer, const float* keys, const float* values) override;
   void Attend(size_t layer, const float* queries, float* out) override;
   void EndStep();

@@ -89,7 +89,7 @@ void ReadRope(const KeyReader& keys, ModelConfig& config) {
   } else if (type != "none") {
     keys.Refuse("rope.scaling.type", "\"none\" or \"linear\"", Quoted(type));
   }
-  config.rope_scale = 1.0f / factor;
+  config.rope_factor = factor;
 }
 
 }  // namespace
@@ -99,7 +99,7 @@ ModelConfig ReadModelConfig(const GgufFile& file) {
   config.architecture = file.Get<std::string>("general.architecture");
   config.name = file.GetOr<std::string>("general.name", "");
   if (config.architecture == "qwen2") {
-    config.rope_pairs = RopePairs::kHalves;
+    config.rope_style = RopeStyle::kHalves;
     config.qkv_bias = true;
   } else if (config.architecture != "llama") {
     Fail(ErrorCode::kBadFile, "{}: general.architecture: expected \"llama\" or \"qwen2\", found {}", file.name(),

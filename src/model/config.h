@@ -8,14 +8,9 @@
 #include <string>
 
 #include "format/gguf.h"
+#include "kernels/rope.h"
 
 namespace lesskv {
-
-// Which two elements of a head RoPE turns together.
-enum class RopePairs {
-  kAdjacent,  // (0,1), (2,3), ...: how GGUF files of `llama` store queries and keys
-  kHalves,    // (0,d/2), (1,d/2+1), ...: `qwen2`
-};
 
 struct ModelConfig {
   std::string architecture;  // "llama" or "qwen2"
@@ -29,9 +24,9 @@ struct ModelConfig {
   size_t n_vocab = 0;
   size_t train_ctx = 0;  // context length the model was trained for
   float norm_eps = 0;
-  float rope_base = 0;
-  float rope_scale = 1;  // positions are multiplied by it: 1 / factor of linear scaling
-  RopePairs rope_pairs = RopePairs::kAdjacent;
+  double rope_base = 0;
+  double rope_factor = 1;  // linear scaling: positions are divided by it
+  RopeStyle rope_style = RopeStyle::kInterleaved;
   bool qkv_bias = false;  // required by the architecture; other biases are used where the file has them
 
   size_t q_dim() const { return n_heads * head_dim; }

@@ -19,6 +19,7 @@
 namespace lesskv {
 
 inline constexpr size_t kTileTokens = 512;
+inline constexpr size_t kLogitsTile = 64;  // a vocabulary of 150 thousand then takes 37 MiB
 
 struct ForwardItem {
   KvCache* cache = nullptr;         // between its BeginStep and EndStep, or any other implementation of the seam
@@ -32,7 +33,7 @@ struct ForwardWorkspace {
   std::vector<float> k, v;       // [n, kv_dim]
   std::vector<float> h;          // [tile, d_model]
   std::vector<float> gate, up;   // [tile, d_ffn]
-  std::vector<float> logits;     // [tile, n_vocab]
+  std::vector<float> logits;     // [kLogitsTile, n_vocab]
 
   static size_t Bytes(const ModelConfig& config, size_t n_rows);
   // Throws Error kOutOfMemory when the buffers cannot be had.
@@ -47,7 +48,7 @@ using LayerHook = std::function<bool(size_t layers_done)>;
 bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType compute, ForwardWorkspace& workspace,
              const LayerHook& hook = {});
 
-// Logits of `n_rows` <= kTileTokens consecutive rows of workspace.x from first_row on: workspace.logits
+// Logits of `n_rows` <= kLogitsTile consecutive rows of workspace.x from first_row on: workspace.logits
 // [n_rows, n_vocab]. Needs the x of a finished Forward.
 const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, size_t first_row, size_t n_rows,
                            ComputeType compute);

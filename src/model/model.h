@@ -44,10 +44,9 @@ class Model {
   const std::vector<float>& output_norm() const { return output_norm_; }  // [d_model]
   const WeightView& output() const { return output_; }  // [n_vocab, d_model]; the embedding when the file ties them
 
-  // Identifies the weights: XXH3-64 over the description, every tensor's name, type and shape, and its bytes (of
-  // tensors above 64 KiB: 16 evenly spaced samples of 4 KiB, so that opening a large model does not read it whole).
+  // Identifies the file: see GgufFile::Fingerprint.
   uint64_t fingerprint() const { return fingerprint_; }
-  std::string FingerprintText() const;  // 16 hexadecimal digits
+  std::string FingerprintText() const { return FingerprintString(fingerprint_); }
 
   size_t parameter_count() const { return parameter_count_; }
   size_t weight_bytes() const { return weight_bytes_; }  // as stored
@@ -57,13 +56,13 @@ class Model {
   SidecarSource Sidecar() const;
 
  private:
-  Model() = default;
+  Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope);
 
   std::string path_;
   std::shared_ptr<const GgufFile> file_;
   ModelConfig config_;
   RopeTable rope_;
-  WeightView token_embedding_, output_;
+  WeightView token_embedding_{}, output_{};
   std::vector<float> output_norm_;
   std::vector<LayerWeights> layers_;
   uint64_t fingerprint_ = 0;

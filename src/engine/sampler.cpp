@@ -1,0 +1,106 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+
+#include "base/error.h"
+
+namespace lesskv {
+namespace {
+
+void RequireRange(std::string_view option, float value, float low, float high) {
+  if (!(value >= low && value <= high))
+    Fail(ErrorCode::kInvalidArgument, "{}: expected a number in [{}, {}], found {}", option, low, high, value);
+}
+
+}  // namespace
+
+void Validate(const SamplerOptions& options) {
+  RequireRange("--temp", options.temperature, 0, 1000);
+  RequireRange("--top-p", options.top_p, 0, 1);
+  RequireRange("--min-p", options.min_p, 0, 1);
+  RequireRange("--repeat-penalty", options.repeat_penalty, 0.01f, 100);
+  if (options.top_k < 0)
+    Fail(ErrorCode::kInvalidArgument, "--top-k: expected 0 (all) or more, found {}", options.top_k);
+  if (options.repeat_last_n < -1)
+    Fail(ErrorCode::kInvalidArgument, "--repeat-last-n: expected -1 (all), 0 (none) or more, found {}",
+         options.repeat_last_n);
+}
+
+Sampler::Sampler(const SamplerOptions& options) : options_(options), rng_(options.seed) { Validate(options); }
+
+int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> history) {
+  candidates_.clear();
+  for (size_t i = 0; i < logits.size(); ++i)
+    candidates_.push_back({static_cast<int32_t>(i), std::isnan(logits[i]) ? -INFINITY : logits[i]});
+  if (options_.repeat_penalty != 1.0f) Penalise(history);
+  const auto larger = [](const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+  };
+  const auto best = std::min_element(candidates_.begin(), candidates_.end(), larger);
+  if (best == candidates_.end() || !std::isfinite(best->logit))
+    Fail(ErrorCode::kRuntime, "the model's logits are not finite numbers; the weights may be damaged");
+  if (options_.temperature == 0) return best->token;
+  KeepTopK();
+  KeepTopPAndMinP();
+  return Draw();
+}
+
+void Sampler::Penalise(std::span<const int32_t> history) {
+  const size_t n = options_.repeat_last_n < 0 ? history.size()
+                                              : std::min(history.size(), static_cast<size_t>(options_.repeat_last_n));
+  recent_.assign(history.end() - static_cast<std::ptrdiff_t>(n), history.end());
+  std::sort(recent_.begin(), recent_.end());
+  recent_.erase(std::unique(recent_.begin(), recent_.end()), recent_.end());
+  for (const int32_t token : recent_) {
+    if (token < 0 || static_cast<size_t>(token) >= candidates_.size()) continue;
+    float& logit = candidates_[static_cast<size_t>(token)].logit;
+    logit = logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
+  }
+}
+
+void Sampler::KeepTopK() {
+  const auto larger = [](const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+  };
+  const size_t k = options_.top_k == 0 ? candidates_.size()
+                                       : std::min(candidates_.size(), static_cast<size_t>(options_.top_k));
+  std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(k), candidates_.end(),
+                    larger);
+  candidates_.resize(k);
+}
+
+// Both cuts look at probabilities at temperature 1, as in llama.cpp where the temperature comes last; min-p at those
+// that top-p left, which does not change the ratio to the largest.
+void Sampler::KeepTopPAndMinP() {
+  const float max = candidates_.front().logit;
+  double total = 0;
+  for (const Candidate& c : candidates_) total += std::exp(static_cast<double>(c.logit - max));
+  double sum = 0;
+  size_t keep = 0;
+  for (const Candidate& c : candidates_) {
+    const double weight = std::exp(static_cast<double>(c.logit - max));  // relative to the largest, which has 1
+    if (keep > 0 && (weight < options_.min_p || sum >= options_.top_p * total)) break;
+    sum += weight;
+    ++keep;
+  }
+  candidates_.resize(keep);
+}
+
+int32_t Sampler::Draw() {
+  const float max = candidates_.front().logit;
+  double total = 0;
+  const auto weight = [&](const Candidate& c) {
+    return std::exp(static_cast<double>(c.logit - max) / options_.temperature);
+  };
+  for (const Candidate& c : candidates_) total += weight(c);
+  double left = rng_.Uniform() * total;
+  for (const Candidate& c : candidates_) {
+    left -= weight(c);
+    if (left < 0) return c.token;
+  }
+  return candidates_.front().token;  // rounding left a sliver: as likely as nothing
+}
+
+}  // namespace lesskv

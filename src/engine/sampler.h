@@ -1,0 +1,54 @@
+// Chooses the next token from logits. The order of the steps, their meaning and their defaults are llama.cpp's:
+// repetition penalty, top-k, top-p, min-p, temperature, draw. A temperature of 0 is greedy: the largest logit after the
+// repetition penalty, ties to the lower token id; the other steps then change nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/rng.h"
+
+namespace lesskv {
+
+struct SamplerOptions {
+  float temperature = 0.8f;     // 0: greedy; logits are divided by it
+  int top_k = 40;               // keep the k largest logits; 0: all
+  float top_p = 0.95f;          // keep the smallest set of largest probabilities that reaches p; 1: all
+  float min_p = 0.05f;          // keep probabilities of at least min_p times the largest; 0: all
+  float repeat_penalty = 1.0f;  // of tokens seen lately, positive logits are divided by it, negative ones multiplied; 1: off
+  int repeat_last_n = 64;       // how many last tokens count as lately; 0: none, -1: all
+  uint64_t seed = 0;
+};
+
+// Throws Error kInvalidArgument naming the option, its range and the value: NaN, infinities and values out of range.
+void Validate(const SamplerOptions& options);
+
+class Sampler {
+ public:
+  // Validates the options.
+  explicit Sampler(const SamplerOptions& options);
+
+  // The next token. `history`: all tokens of the text so far, oldest first; used by the repetition penalty.
+  // Throws Error kRuntime when no logit is a finite number.
+  int32_t Sample(std::span<const float> logits, std::span<const int32_t> history);
+
+ private:
+  struct Candidate {
+    int32_t token;
+    float logit;
+  };
+
+  void Penalise(std::span<const int32_t> history);
+  void KeepTopK();
+  void KeepTopPAndMinP();
+  int32_t Draw();
+
+  SamplerOptions options_;
+  Rng rng_;
+  std::vector<Candidate> candidates_;  // after KeepTopK: sorted by logit, largest first
+  std::vector<int32_t> recent_;
+};
+
+}  // namespace lesskv

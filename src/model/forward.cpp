@@ -1,0 +1,154 @@
+#include "model/forward.h"
+
+#include <algorithm>
+#include <new>
+
+#include "base/check.h"
+#include "base/error.h"
+#include "base/threads.h"
+#include "kernels/basic.h"
+#include "kernels/quants.h"
+
+namespace lesskv {
+namespace {
+
+// y [n, w.n_out] = x [n, w.n_in] W^T + bias, both dense.
+void Product(const WeightView& w, const std::vector<float>& bias, const float* x, size_t n, float* y,
+             ComputeType compute) {
+  Linear(w, x, w.n_in, n, y, w.n_out, compute);
+  if (bias.empty()) return;
+  ParallelFor(n, [&](size_t row) { Add(y + row * w.n_out, bias.data(), w.n_out); });
+}
+
+void NormRows(const float* x, const std::vector<float>& weight, float eps, size_t n, float* out) {
+  const size_t d = weight.size();
+  ParallelFor(n, [&](size_t row) { RmsNorm(x + row * d, weight.data(), eps, d, out + row * d); });
+}
+
+void AddRows(float* x, const float* y, size_t n, size_t d) {
+  ParallelFor(n, [&](size_t row) { Add(x + row * d, y + row * d, d); });
+}
+
+// The forward pass of one step: all rows of all its items.
+struct Pass {
+  const Model& model;
+  std::span<const ForwardItem> items;
+  ComputeType compute;
+  ForwardWorkspace& w;
+  size_t n_rows;
+
+  void Embed() {
+    const WeightView& table = model.token_embedding();
+    const size_t row_bytes = RowBytes(table.type, table.n_in);
+    float* x = w.x.data();
+    for (const ForwardItem& item : items) {
+      for (const int32_t token : item.tokens) {
+        CHECK(token >= 0 && static_cast<size_t>(token) < table.n_out, "token {} of {}", token, table.n_out);
+        DequantizeRow(table.type, static_cast<const std::byte*>(table.data) + static_cast<size_t>(token) * row_bytes,
+                      table.n_in, x);
+        x += table.n_in;
+      }
+    }
+  }
+
+  // One layer, as in the papers: x += Wo attention(Wq n(x), Wk n(x), Wv n(x)); x += Wd (silu(Wg n(x)) * Wu n(x)).
+  // Positions and rotation are the cache's.
+  void Layer(size_t index) {
+    const LayerWeights& l = model.layer(index);
+    const float eps = model.config().norm_eps;
+    const size_t d_model = model.config().d_model;
+
+    ForTiles([&](size_t row, size_t n) {
+      NormRows(w.x.data() + row * d_model, l.attn_norm, eps, n, w.h.data());
+      Product(l.q, l.q_bias, w.h.data(), n, w.q.data() + row * l.q.n_out, compute);
+      Product(l.k, l.k_bias, w.h.data(), n, w.k.data() + row * l.k.n_out, compute);
+      Product(l.v, l.v_bias, w.h.data(), n, w.v.data() + row * l.v.n_out, compute);
+    });
+    size_t first = 0;
+    for (const ForwardItem& item : items) {
+      item.cache->Append(index, w.k.data() + first * l.k.n_out, w.v.data() + first * l.v.n_out);
+      item.cache->Attend(index, w.q.data() + first * l.q.n_out, w.out.data() + first * l.q.n_out);
+      first += item.tokens.size();
+    }
+    ForTiles([&](size_t row, size_t n) {
+      float* x = w.x.data() + row * d_model;
+      Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, n, w.h.data(), compute);
+      AddRows(x, w.h.data(), n, d_model);
+
+      NormRows(x, l.ffn_norm, eps, n, w.h.data());
+      Product(l.ffn_gate, l.ffn_gate_bias, w.h.data(), n, w.gate.data(), compute);
+      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), n, w.up.data(), compute);
+      Gate(n);
+      Product(l.ffn_down, l.ffn_down_bias, w.gate.data(), n, w.h.data(), compute);
+      AddRows(x, w.h.data(), n, d_model);
+    });
+  }
+
+ private:
+  void Gate(size_t n) {
+    const size_t d = model.config().d_ffn;
+    ParallelFor(n, [&](size_t row) { SiluMul(w.gate.data() + row * d, w.up.data() + row * d, d); });
+  }
+
+  template <typename Body>
+  void ForTiles(Body&& body) {
+    for (size_t row = 0; row < n_rows; row += kTileTokens) body(row, std::min(kTileTokens, n_rows - row));
+  }
+};
+
+}  // namespace
+
+size_t ForwardWorkspace::Bytes(const ModelConfig& c, size_t n_rows) {
+  const size_t tile = std::min(n_rows, kTileTokens);
+  return sizeof(float) * (n_rows * (c.d_model + 2 * c.q_dim() + 2 * c.kv_dim()) +
+                          tile * (c.d_model + 2 * c.d_ffn) + std::min(tile, kLogitsTile) * c.n_vocab);
+}
+
+void ForwardWorkspace::Reserve(const ModelConfig& c, size_t n_rows) {
+  const size_t tile = std::min(n_rows, kTileTokens);
+  const auto grow = [](std::vector<float>& buffer, size_t size) {
+    if (buffer.size() >= size) return;
+    std::vector<float>().swap(buffer);  // the old content is not needed: free it before asking for more
+    buffer.resize(size);
+  };
+  try {
+    grow(x, n_rows * c.d_model);
+    grow(q, n_rows * c.q_dim());
+    grow(out, n_rows * c.q_dim());
+    grow(k, n_rows * c.kv_dim());
+    grow(v, n_rows * c.kv_dim());
+    grow(h, tile * c.d_model);
+    grow(gate, tile * c.d_ffn);
+    grow(up, tile * c.d_ffn);
+    grow(logits, std::min(tile, kLogitsTile) * c.n_vocab);
+  } catch (const std::bad_alloc&) {
+    Fail(ErrorCode::kOutOfMemory, "a step of {} tokens needs {} bytes of work memory, which cannot be had", n_rows,
+         Bytes(c, n_rows));
+  }
+}
+
+bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType compute, ForwardWorkspace& workspace,
+             const LayerHook& hook) {
+  size_t n_rows = 0;
+  for (const ForwardItem& item : items) n_rows += item.tokens.size();
+  workspace.Reserve(model.config(), n_rows);
+  Pass pass{model, items, compute, workspace, n_rows};
+  pass.Embed();
+  for (size_t layer = 0; layer < model.config().n_layers; ++layer) {
+    pass.Layer(layer);
+    if (hook && !hook(layer + 1)) return false;
+  }
+  return true;
+}
+
+const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, size_t first_row, size_t n_rows,
+                           ComputeType compute) {
+  CHECK(n_rows <= kLogitsTile);
+  const size_t d_model = model.config().d_model;
+  NormRows(workspace.x.data() + first_row * d_model, model.output_norm(), model.config().norm_eps, n_rows,
+           workspace.h.data());
+  Linear(model.output(), workspace.h.data(), d_model, n_rows, workspace.logits.data(), model.config().n_vocab, compute);
+  return workspace.logits.data();
+}
+
+}  // namespace lesskv

@@ -1,0 +1,150 @@
+#include "model/model.h"
+
+#include <cstring>
+#include <filesystem>
+#include <unordered_set>
+
+#include "base/error.h"
+
+namespace lesskv {
+namespace {
+
+// Hands out the file's tensors by name, checks their shapes, and remembers which were asked for.
+class TensorReader {
+ public:
+  explicit TensorReader(const GgufFile& file) : file_(file) {}
+
+  WeightView Matrix(const std::string& name, size_t n_out, size_t n_in) {
+    const GgufTensor& tensor = Require(name);
+    if (tensor.ne[0] != n_in || tensor.ne[1] != n_out || tensor.Rows() != n_out)
+      WrongShape(tensor, fmt::format("[{}, {}]", n_in, n_out));
+    if (!IsLinearType(tensor.type))
+      Fail(ErrorCode::kBadFile, "{}: tensor {}: {} is not a type of weights", file_.name(), name,
+           Traits(tensor.type).name);
+    return {tensor.type, n_out, n_in, tensor.data.data()};
+  }
+
+  std::vector<float> Vector(const std::string& name, size_t n) {
+    const GgufTensor& tensor = Require(name);
+    if (tensor.ne[0] != n || tensor.Rows() != 1) WrongShape(tensor, fmt::format("[{}]", n));
+    if (tensor.type != DType::kF32)
+      Fail(ErrorCode::kBadFile, "{}: tensor {}: expected type F32, found {}", file_.name(), name,
+           Traits(tensor.type).name);
+    std::vector<float> values(n);
+    std::memcpy(values.data(), tensor.data.data(), n * sizeof(float));
+    return values;
+  }
+
+  std::vector<float> VectorIfPresent(const std::string& name, size_t n) {
+    return file_.FindTensor(name) == nullptr ? std::vector<float>() : Vector(name, n);
+  }
+
+  bool Has(const std::string& name) const { return file_.FindTensor(name) != nullptr; }
+
+  // A tensor nobody asked for would change the result in a way that the layer does not know. The two exceptions are
+  // tables of rotations that old converters wrote and that follow from the metadata.
+  void RefuseUnused() const {
+    for (const GgufTensor& tensor : file_.tensors()) {
+      if (used_.contains(tensor.name)) continue;
+      if (tensor.name.ends_with(".attn_rot_embd") || tensor.name.ends_with(".rope_freqs")) continue;
+      Fail(ErrorCode::kBadFile, "{}: tensor {} is not part of architecture \"{}\" as lesskv knows it", file_.name(),
+           Quoted(tensor.name), file_.Get<std::string>("general.architecture"));
+    }
+  }
+
+ private:
+  const GgufTensor& Require(const std::string& name) {
+    const GgufTensor* tensor = file_.FindTensor(name);
+    if (tensor == nullptr) Fail(ErrorCode::kNotFound, "{}: tensor {} is missing", file_.name(), name);
+    used_.insert(tensor->name);
+    return *tensor;
+  }
+
+  [[noreturn]] void WrongShape(const GgufTensor& tensor, const std::string& wanted) const {
+    Fail(ErrorCode::kBadFile, "{}: tensor {}: expected shape {}, found {}", file_.name(), tensor.name, wanted,
+         tensor.ShapeString());
+  }
+
+  const GgufFile& file_;
+  std::unordered_set<std::string_view> used_;
+};
+
+LayerWeights ReadLayer(TensorReader& tensors, const ModelConfig& c, size_t index) {
+  const std::string prefix = fmt::format("blk.{}.", index);
+  const auto matrix = [&](const char* name, size_t n_out, size_t n_in) {
+    return tensors.Matrix(prefix + name + ".weight", n_out, n_in);
+  };
+  const auto bias = [&](const char* name, size_t n, bool required) {
+    const std::string full = prefix + name + ".bias";
+    return required ? tensors.Vector(full, n) : tensors.VectorIfPresent(full, n);
+  };
+  return {
+      .attn_norm = tensors.Vector(prefix + "attn_norm.weight", c.d_model),
+      .ffn_norm = tensors.Vector(prefix + "ffn_norm.weight", c.d_model),
+      .q = matrix("attn_q", c.q_dim(), c.d_model),
+      .k = matrix("attn_k", c.kv_dim(), c.d_model),
+      .v = matrix("attn_v", c.kv_dim(), c.d_model),
+      .q_bias = bias("attn_q", c.q_dim(), c.qkv_bias),
+      .k_bias = bias("attn_k", c.kv_dim(), c.qkv_bias),
+      .v_bias = bias("attn_v", c.kv_dim(), c.qkv_bias),
+      .attn_output = matrix("attn_output", c.d_model, c.q_dim()),
+      .attn_output_bias = bias("attn_output", c.d_model, false),
+      .ffn_gate = matrix("ffn_gate", c.d_ffn, c.d_model),
+      .ffn_up = matrix("ffn_up", c.d_ffn, c.d_model),
+      .ffn_down = matrix("ffn_down", c.d_model, c.d_ffn),
+      .ffn_gate_bias = bias("ffn_gate", c.d_ffn, false),
+      .ffn_up_bias = bias("ffn_up", c.d_ffn, false),
+      .ffn_down_bias = bias("ffn_down", c.d_model, false),
+  };
+}
+
+RopeTable MakeRope(TensorReader& tensors, const ModelConfig& config) {
+  return RopeTable({.n_dims = config.head_dim,
+                    .style = config.rope_style,
+                    .base = config.rope_base,
+                    .linear_scale = config.rope_factor,
+                    .frequency_factors = tensors.VectorIfPresent("rope_freqs.weight", config.head_dim / 2)});
+}
+
+}  // namespace
+
+Model::Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope)
+    : file_(std::move(file)), config_(std::move(config)), rope_(std::move(rope)) {}
+
+std::shared_ptr<const Model> Model::Load(const std::string& path) {
+  auto file = std::make_shared<const GgufFile>(GgufFile::Open(path));
+  const ModelConfig config = ReadModelConfig(*file);
+  TensorReader tensors(*file);
+  std::shared_ptr<Model> model(new Model(file, config, MakeRope(tensors, config)));
+  model->path_ = path;
+  model->token_embedding_ = tensors.Matrix("token_embd.weight", config.n_vocab, config.d_model);
+  model->output_ = tensors.Has("output.weight") ? tensors.Matrix("output.weight", config.n_vocab, config.d_model)
+                                                : model->token_embedding_;
+  model->output_norm_ = tensors.Vector("output_norm.weight", config.d_model);
+  for (size_t i = 0; i < config.n_layers; ++i) model->layers_.push_back(ReadLayer(tensors, config, i));
+  tensors.RefuseUnused();
+  for (const GgufTensor& tensor : file->tensors()) {
+    model->parameter_count_ += tensor.Elements();
+    model->weight_bytes_ += tensor.data.size();
+  }
+  model->fingerprint_ = file->Fingerprint();
+  return model;
+}
+
+CacheShape Model::MakeCacheShape(size_t ctx, ComputeType compute) const {
+  return {.n_layers = config_.n_layers,
+          .n_heads = config_.n_heads,
+          .n_kv_heads = config_.n_kv_heads,
+          .head_dim = config_.head_dim,
+          .ctx = ctx,
+          .rope = rope_,
+          .compute = compute};
+}
+
+SidecarSource Model::Sidecar() const {
+  const std::filesystem::path path(path_);
+  return {.path = (path.parent_path() / (path.stem().string() + ".less.gguf")).string(),
+          .model_fingerprint = fingerprint_};
+}
+
+}  // namespace lesskv
