@@ -31,9 +31,6 @@ std::unordered_map<std::string_view, int32_t> PiecesByText(const Vocabulary& voc
   return result;
 }
 
-// C0, C1 and F5 to FF occur in no well-formed text, and Encode makes all text well-formed.
-bool OccursInUtf8(size_t byte) { return byte < 0xC0 || (byte >= 0xC2 && byte < 0xF5); }
-
 }  // namespace
 
 ByteBpeModel::ByteBpeModel(const Vocabulary& vocabulary)
@@ -46,14 +43,13 @@ ByteBpeModel::ByteBpeModel(const Vocabulary& vocabulary)
 
 void ByteBpeModel::LoadBytes(const Vocabulary& vocabulary) {
   const auto pieces = PiecesByText(vocabulary);
+  size_t n_found = 0;
   for (size_t byte = 0; byte < 256; ++byte) {
     const auto found = pieces.find(ByteToAlphabet(static_cast<uint8_t>(byte)));
-    byte_ids_[byte] = found == pieces.end() ? -1 : found->second;
-    if (byte_ids_[byte] < 0 && unk_ < 0 && OccursInUtf8(byte)) {
-      Fail(ErrorCode::kBadFile, "{}: the vocabulary has neither a token for the byte 0x{:02X} nor an unknown token",
-           vocabulary.name, byte);
-    }
+    byte_ids_[byte] = found == pieces.end() ? unk_ : found->second;
+    n_found += found != pieces.end();
   }
+  if (n_found == 0) Fail(ErrorCode::kBadFile, "{}: the vocabulary has no token for any single byte", vocabulary.name);
 }
 
 void ByteBpeModel::LoadMerges(const Vocabulary& vocabulary) {
@@ -107,7 +103,8 @@ void ByteBpeModel::EncodePiece(std::string_view piece, std::vector<int32_t>& ids
   std::vector<Symbol> symbols;
   symbols.reserve(piece.size());
   for (size_t i = 0; i < piece.size(); ++i) {
-    symbols.push_back({static_cast<uint32_t>(i), 1, byte_ids_[static_cast<uint8_t>(piece[i])]});
+    const int32_t id = byte_ids_[static_cast<uint8_t>(piece[i])];
+    if (id >= 0) symbols.push_back({static_cast<uint32_t>(i), 1, id});
   }
   MergeSymbols<uint32_t>(symbols, [&](const Symbol& left, const Symbol& right) -> std::optional<Merge<uint32_t>> {
     const auto found = merges_.find(PairKey(left.id, right.id));
@@ -115,7 +112,7 @@ void ByteBpeModel::EncodePiece(std::string_view piece, std::vector<int32_t>& ids
     return Merge<uint32_t>{found->second.rank, found->second.id};
   });
   for (const Symbol& symbol : symbols) {
-    if (symbol.length > 0) ids.push_back(symbol.id >= 0 ? symbol.id : unk_);
+    if (symbol.length > 0) ids.push_back(symbol.id);
   }
 }
 

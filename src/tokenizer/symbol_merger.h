@@ -24,7 +24,7 @@ struct Merge {
   int32_t id;  // the token that it makes
 };
 
-// `symbols` lie in order, without gaps. `find(left, right)` returns std::optional<Merge<Key>>: whether and how well two
+// `symbols` lie in order. `find(left, right)` returns std::optional<Merge<Key>>: whether and how well two
 // neighbours merge; it must depend on the two symbols alone. Afterwards the symbols of length 0 are void.
 template <typename Key, typename Find>
 void MergeSymbols(std::vector<Symbol>& symbols, const Find& find) {
