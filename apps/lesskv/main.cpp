@@ -1,6 +1,67 @@
-#include <cstdio>
+// The lesskv program: parse, call, print. Exit status: 0 done, 1 failed while running, 2 bad usage or bad input.
+#include <fmt/format.h>
 
-int main() {
-  std::printf("lesskv %s\n", LESSKV_VERSION);
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <cstdio>
+#include <new>
+#include <string>
+
+#include "base/error.h"
+#include "commands.h"
+#include "common.h"
+#include "engine/run_info.h"
+
+namespace lesskv {
+namespace {
+
+constexpr int kFailed = 1;
+constexpr int kBadUsage = 2;
+
+int Complain(int status, std::string message) {
+  for (char& c : message)
+    if (c == '\n') c = ' ';
+  fmt::print(stderr, "lesskv: {}\n", message);
+  return status;
+}
+
+void AddCommands(CLI::App& app) {
+  AddRunCommand(app);
+}
+
+// Parsing runs the chosen command's callback.
+int Run(int argc, char** argv) {
+  CLI::App app("Runs large language models with a key-value cache that stays small.", "lesskv");
+  app.set_version_flag("--version", "lesskv " + Version());
+  app.require_subcommand(1);
+  AddCommands(app);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& help) {  // --help and --version
+    app.exit(help);
+    FlushResults();
+    return 0;
+  } catch (const CLI::ParseError& error) {
+    return Complain(kBadUsage, fmt::format("{} (lesskv --help lists what there is)", error.what()));
+  }
+  FlushResults();
   return 0;
 }
+
+int Main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);  // a reader that went away is an error of writing, told in a sentence
+  try {
+    return Run(argc, argv);
+  } catch (const Error& error) {
+    return Complain(error.ExitStatus(), error.what());
+  } catch (const std::bad_alloc&) {
+    return Complain(kFailed, "memory ran out");
+  } catch (const std::exception& error) {
+    return Complain(kFailed, fmt::format("unexpected failure: {}", error.what()));
+  }
+}
+
+}  // namespace
+}  // namespace lesskv
+
+int main(int argc, char** argv) { return lesskv::Main(argc, argv); }

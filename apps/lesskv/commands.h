@@ -1,0 +1,11 @@
+// The program's commands. Each adds its subcommand, whose callback does the work: it throws lesskv::Error for bad input
+// and prints results to standard output. A new command is a file, a line here and a line in main.cpp.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace lesskv {
+
+void AddRunCommand(CLI::App& app);
+
+}  // namespace lesskv

@@ -1,0 +1,65 @@
+// What the commands share: options that mean the same everywhere, opening a model, reading text, writing results,
+// Ctrl-C, progress.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/engine.h"
+#include "tokenizer/tokenizer.h"
+
+namespace lesskv {
+
+// -m, -c/--ctx, -t/--threads, --compute.
+struct ModelOptions {
+  std::string model;
+  size_t ctx = 0;  // 0: the trained context
+  int threads = 0;
+  std::string compute = "auto";
+};
+void AddModelOptions(CLI::App& command, ModelOptions& options);
+
+struct OpenedModel {
+  std::shared_ptr<const Model> model;
+  std::unique_ptr<const Tokenizer> tokenizer;
+  std::unique_ptr<Engine> engine;
+  size_t ctx = 0;
+};
+// Opens the model and its tokenizer, which must have as many tokens as the model's vocabulary. A context beyond the
+// trained one is a warning on stderr.
+OpenedModel OpenModel(const ModelOptions& options);
+
+// The whole file, or standard input for "-". Throws Error with the reason.
+std::string ReadText(const std::string& path);
+bool StdinIsPipe();
+bool StderrIsTerminal();
+
+// Results go to standard output, checked: what cannot be written is Error kIo.
+void WriteResult(std::string_view text);
+void FlushResults();
+
+// The flag that Ctrl-C sets from now on. A second Ctrl-C ends the process at once.
+const std::atomic<bool>& StopOnInterrupt();
+
+// A bar on stderr when that is a terminal; nothing otherwise.
+class ProgressBar {
+ public:
+  explicit ProgressBar(std::string label);
+  ~ProgressBar() { Clear(); }
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+  void Show(double done);  // in [0, 1]
+  void Clear();
+
+ private:
+  std::string label_;
+  bool enabled_;
+  int shown_percent_ = -1;
+};
+
+}  // namespace lesskv

@@ -1,0 +1,183 @@
+// lesskv run: a prompt in, text out.
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "base/error.h"
+#include "commands.h"
+#include "common.h"
+#include "engine/generate.h"
+#include "engine/memory.h"
+#include "engine/run_info.h"
+
+namespace lesskv {
+namespace {
+
+struct RunOptions {
+  ModelOptions model;
+  std::string prompt, file;
+  bool has_prompt = false, has_file = false;
+  int64_t max_tokens = -1;
+  std::string kv = "full";
+  int64_t keep = 0;
+  std::vector<std::string> protect;
+  std::vector<std::string> stops;
+  SamplerOptions sampler;
+  bool json = false;
+};
+
+void AddOptions(CLI::App& command, RunOptions& o) {
+  AddModelOptions(command, o.model);
+  command.add_option("-p,--prompt", o.prompt, "Prompt")->option_text("TEXT");
+  command.add_option("-f,--file", o.file, "File with the prompt, - for standard input; a last newline is left out")
+      ->option_text("FILE");
+  command.add_option("-n,--predict", o.max_tokens, "Tokens to generate, -1: until the text or the context ends")
+      ->capture_default_str()->option_text("N");
+  command.add_option("--kv", o.kv, "Cache spec, such as full or h2o(5%)+less; lesskv methods lists the terms")
+      ->capture_default_str()->option_text("SPEC");
+  command.add_option("--keep", o.keep, "Protect the first N tokens of the prompt from eviction, -1: all")
+      ->capture_default_str()->option_text("N");
+  command.add_option("--protect", o.protect, "Protect tokens A up to, not including, B; may be repeated")
+      ->option_text("A:B")->allow_extra_args(false);
+  command.add_option("--stop", o.stops, "Stop before this text; may be repeated")
+      ->option_text("TEXT")->allow_extra_args(false);
+  SamplerOptions& s = o.sampler;
+  command.add_option("--temp", s.temperature, "Temperature; 0: always the likeliest token")->capture_default_str();
+  command.add_option("--top-k", s.top_k, "Sample from the K likeliest tokens, 0: all")->capture_default_str();
+  command.add_option("--top-p", s.top_p, "Sample from the likeliest tokens that together reach P, 1: all")
+      ->capture_default_str();
+  command.add_option("--min-p", s.min_p, "Leave out tokens less likely than P times the likeliest, 0: none")
+      ->capture_default_str();
+  command.add_option("--repeat-penalty", s.repeat_penalty, "Weaken tokens seen lately, 1: off")->capture_default_str();
+  command.add_option("--repeat-last-n", s.repeat_last_n, "How many last tokens count as lately, -1: all")
+      ->capture_default_str();
+  command.add_option("--seed", s.seed, "Seed of the sampling")->capture_default_str();
+  command.add_flag("--json", o.json, "Print one JSON object instead of the text");
+}
+
+size_t MaxTokens(const RunOptions& options) {
+  if (options.max_tokens == -1) return 0;
+  if (options.max_tokens < 1)
+    Fail(ErrorCode::kInvalidArgument, "-n: expected 1 or more tokens, or -1 for no limit, found {}",
+         options.max_tokens);
+  return static_cast<size_t>(options.max_tokens);
+}
+
+std::string PromptText(const RunOptions& options) {
+  if (options.has_prompt && options.has_file)
+    Fail(ErrorCode::kInvalidArgument, "a prompt comes from -p or from -f, not from both");
+  if (options.has_prompt) return options.prompt;
+  if (!options.has_file && !StdinIsPipe())
+    Fail(ErrorCode::kInvalidArgument, "there is no prompt: give -p TEXT, -f FILE or a pipe");
+  std::string text = ReadText(options.has_file ? options.file : "-");
+  if (text.ends_with('\n')) text.pop_back();
+  return text;
+}
+
+// An empty prompt is a text's beginning, which only a model with a BOS token can continue.
+std::vector<int32_t> PromptTokens(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<int32_t> tokens = tokenizer.Encode(text, true, true);
+  if (tokens.empty() && tokenizer.bos() >= 0) tokens.push_back(tokenizer.bos());
+  if (tokens.empty())
+    Fail(ErrorCode::kInvalidArgument, "the prompt is empty, and this model has no BOS token to begin a text with");
+  return tokens;
+}
+
+ProtectedSpan ParseSpan(const std::string& text, size_t n_prompt) {
+  unsigned long begin = 0, end = 0;
+  char rest = 0;
+  const bool digits = !text.empty() && text.find_first_not_of("0123456789:") == std::string::npos && text.size() < 20;
+  if (!digits || std::sscanf(text.c_str(), "%lu:%lu%c", &begin, &end, &rest) != 2 || begin >= end || end > n_prompt)
+    Fail(ErrorCode::kInvalidArgument, "--protect: expected A:B with A < B and B at most the {} tokens of the prompt, found \"{}\"",
+         n_prompt, text);
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+}
+
+std::vector<ProtectedSpan> ProtectedSpans(const RunOptions& options, size_t n_prompt) {
+  std::vector<ProtectedSpan> spans;
+  for (const std::string& text : options.protect) spans.push_back(ParseSpan(text, n_prompt));
+  if (options.keep < -1)
+    Fail(ErrorCode::kInvalidArgument, "--keep: expected 0 or more tokens, or -1 for the whole prompt, found {}",
+         options.keep);
+  const size_t keep = options.keep == -1 ? n_prompt : std::min(n_prompt, static_cast<size_t>(options.keep));
+  if (keep > 0) spans.push_back({0, static_cast<int32_t>(keep)});
+  return spans;
+}
+
+Json ResultJson(const Engine& engine, const Sequence& sequence, const GenerateResult& result, uint64_t seed) {
+  Json json;
+  json["text"] = result.text;
+  json["finish"] = FinishName(result.reason);
+  json["prompt_tokens"] = result.prompt_tokens;
+  json["generated_tokens"] = result.generated_tokens;
+  json["prefill_seconds"] = result.prefill_seconds;
+  json["decode_seconds"] = result.decode_seconds;
+  json["prefill_tokens_per_second"] = result.PrefillTokensPerSecond();
+  json["decode_tokens_per_second"] = result.DecodeTokensPerSecond();
+  AddCacheStats(json, sequence.Stats(), sequence.config());
+  AddRunInfo(json, engine, sequence.config(), seed);
+  return json;
+}
+
+void Report(const Sequence& sequence, const GenerateResult& result) {
+  const CacheStats stats = sequence.Stats();
+  if (result.reason == FinishReason::kContext) fmt::print(stderr, "stopped: the context is full\n");
+  if (result.reason == FinishReason::kInterrupted) fmt::print(stderr, "stopped: interrupted\n");
+  fmt::print(stderr, "prompt      {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.prompt_tokens, result.prefill_seconds,
+             result.PrefillTokensPerSecond());
+  fmt::print(stderr, "generated   {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.generated_tokens,
+             result.decode_seconds, result.DecodeTokensPerSecond());
+  fmt::print(stderr, "cache       {}: {} now, {} at most, {:.0f} of {} tokens; a full f16 cache: {}\n",
+             sequence.config().spec().ToString(), HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak),
+             stats.tokens_resident, stats.tokens_seen, HumanBytes(stats.kv_bytes_full));
+  if (const size_t bytes = sequence.config().sidecar_bytes()) fmt::print(stderr, "sidecar     {}\n", HumanBytes(bytes));
+}
+
+void Run(const RunOptions& options) {
+  GenerateOptions generate;
+  generate.max_tokens = MaxTokens(options);
+  generate.sampler = options.sampler;
+  Validate(generate.sampler);
+  for (const std::string& stop : options.stops)
+    if (stop.empty()) Fail(ErrorCode::kInvalidArgument, "--stop: expected a text, found an empty one");
+  generate.stops = options.stops;
+  const CacheSpec spec = CacheSpec::Parse(options.kv);
+  const std::string prompt = PromptText(options);
+
+  OpenedModel opened = OpenModel(options.model);
+  Engine& engine = *opened.engine;
+  const std::vector<int32_t> tokens = PromptTokens(*opened.tokenizer, prompt);
+  Sequence sequence(engine.MakeCacheConfig(spec, opened.ctx, ProtectedSpans(options, tokens.size())));
+
+  ProgressBar bar("prompt");
+  generate.stop = &StopOnInterrupt();
+  generate.on_prompt_progress = [&](double done) { bar.Show(done); };
+  generate.on_text = [&](std::string_view text) {
+    bar.Clear();
+    if (options.json) return;
+    WriteResult(text);
+    FlushResults();
+  };
+  const GenerateResult result = Generate(engine, *opened.tokenizer, sequence, tokens, generate);
+  bar.Clear();
+  if (sequence.interrupted() || (result.reason == FinishReason::kInterrupted && result.generated_tokens == 0))
+    Fail(ErrorCode::kRuntime, "interrupted while the prompt was being read");
+  WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampler.seed)) + "\n" : "\n");
+  FlushResults();
+  if (!options.json) Report(sequence, result);
+}
+
+}  // namespace
+
+void AddRunCommand(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("run", "Continue a prompt");
+  auto options = std::make_shared<RunOptions>();
+  AddOptions(*command, *options);
+  command->callback([command, options] {
+    options->has_prompt = command->count("--prompt") > 0;
+    options->has_file = command->count("--file") > 0;
+    Run(*options);
+  });
+}
+
+}  // namespace lesskv

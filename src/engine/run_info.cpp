@@ -1,0 +1,35 @@
+#include "engine/run_info.h"
+
+#include "base/threads.h"
+#include "kernels/cpu.h"
+
+namespace lesskv {
+
+std::string Version() { return LESSKV_VERSION; }
+
+void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, uint64_t seed) {
+  result["model"] = engine.model().path();
+  result["model_fingerprint"] = engine.model().FingerprintText();
+  result["kv_spec"] = config.spec().ToString();
+  result["ctx"] = config.shape().ctx;
+  result["seed"] = seed;
+  result["threads"] = Threads();
+  result["isa"] = IsaName();
+  result["compute"] = ComputeTypeName(engine.compute());
+  result["version"] = Version();
+}
+
+void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& config) {
+  result["tokens_seen"] = stats.tokens_seen;
+  result["tokens_resident"] = stats.tokens_resident;
+  result["kv_bytes"] = stats.kv_bytes;
+  result["kv_bytes_peak"] = stats.kv_bytes_peak;
+  result["kv_bytes_full"] = stats.kv_bytes_full;
+  result["sidecar_bytes"] = config.sidecar_bytes();
+}
+
+std::string Dump(const Json& result, int indent) {
+  return result.dump(indent, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace lesskv

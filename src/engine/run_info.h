@@ -1,0 +1,26 @@
+// What every result carries, whichever command printed it: enough to repeat the run and to compare its bytes.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "engine/engine.h"
+#include "kvcache/sequence_cache.h"
+
+namespace lesskv {
+
+using Json = nlohmann::ordered_json;  // keys stay in the order in which they were added
+
+std::string Version();  // "0.1.0"
+
+// Keys: model (path), model_fingerprint, kv_spec (canonical), ctx, seed, threads, isa, compute, version.
+void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, uint64_t seed);
+
+// Keys: tokens_seen, tokens_resident, kv_bytes, kv_bytes_peak, kv_bytes_full, sidecar_bytes.
+void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& config);
+
+// The object as text. Invalid UTF-8 (of a file name, say) is replaced, never an exception.
+std::string Dump(const Json& result, int indent = 2);
+
+}  // namespace lesskv
