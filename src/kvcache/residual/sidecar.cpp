@@ -1,0 +1,316 @@
+#include "kvcache/residual/sidecar.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+#include "base/checked.h"
+#include "base/error.h"
+#include "base/rng.h"
+#include "format/gguf.h"
+#include "format/gguf_writer.h"
+
+namespace lesskv {
+namespace {
+
+constexpr const char* kArchitecture = "lesskv-sidecar";
+constexpr uint32_t kVersion = 1;
+constexpr float kWarmStart = 1e-4f;  // the paper's initial scale of psi: training starts at the bare selector
+constexpr float kLargestParameter = 1e6f;
+
+// One stored tensor: where it lives in LayerParams and its shape, fastest dimension first.
+struct Field {
+  const char* name;
+  std::vector<float>* values;
+  std::vector<size_t> ne;
+  bool is_matrix;  // stored in the file's matrix type
+};
+
+std::vector<Field> Fields(const SidecarShape& s, LayerParams& p) {
+  std::vector<Field> fields = {
+      {"phi.w1", &p.phi.w1, {s.hidden, s.head_dim, s.n_heads}, true},
+      {"phi.w2", &p.phi.w2, {s.rank, s.hidden, s.n_heads}, true},
+      {"psi.w1", &p.psi.w1, {s.hidden, s.head_dim, s.n_kv_heads}, true},
+      {"psi.w2", &p.psi.w2, {s.rank, s.hidden, s.n_kv_heads}, true},
+  };
+  if (s.kind == FeatureKind::kGelu) {
+    fields.push_back({"psi.d", &p.d, {s.rank, s.n_kv_heads}, false});
+    fields.push_back({"psi.x", &p.x, {s.rank, s.rank, s.n_kv_heads}, false});
+    fields.push_back({"psi.d2", &p.d2, {s.rank, s.n_kv_heads}, false});
+  } else {
+    fields.push_back({"phi.b1", &p.phi.b1, {s.hidden, s.n_heads}, false});
+    fields.push_back({"phi.b2", &p.phi.b2, {s.rank, s.n_heads}, false});
+    fields.push_back({"psi.b1", &p.psi.b1, {s.hidden, s.n_kv_heads}, false});
+    fields.push_back({"psi.b2", &p.psi.b2, {s.rank, s.n_kv_heads}, false});
+  }
+  return fields;
+}
+
+size_t Elements(const std::vector<size_t>& ne) {
+  size_t n = 1;
+  for (size_t d : ne) n *= d;
+  return n;
+}
+
+std::string TensorName(size_t layer, const char* field) { return fmt::format("less.{}.{}", layer, field); }
+
+std::string NeString(const std::vector<size_t>& ne) {
+  std::string text = "[";
+  for (size_t i = 0; i < ne.size(); ++i) text += (i ? ", " : "") + std::to_string(ne[i]);
+  return text + "]";
+}
+
+uint16_t ToBf16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+size_t ReadSize(const GgufFile& file, const char* key, size_t low, size_t high) {
+  const uint64_t value = file.Get<uint64_t>(key);
+  if (value < low || value > high)
+    Fail(ErrorCode::kBadFile, "{}: {} must be between {} and {}, found {}", file.name(), key, low, high, value);
+  return static_cast<size_t>(value);
+}
+
+SidecarShape ReadShape(const GgufFile& file) {
+  SidecarShape shape;
+  shape.n_layers = ReadSize(file, "less.block_count", 1, 1024);
+  shape.n_heads = ReadSize(file, "less.head_count", 1, 1024);
+  shape.n_kv_heads = ReadSize(file, "less.head_count_kv", 1, 1024);
+  shape.head_dim = ReadSize(file, "less.head_dim", 1, 1024);
+  shape.rank = ReadSize(file, "less.rank", 1, 64);
+  shape.hidden = ReadSize(file, "less.hidden", 1, 8192);
+  shape.kind = ParseFeatureKind(file.Get<std::string>("less.features"));
+  if (shape.n_heads % shape.n_kv_heads != 0)
+    Fail(ErrorCode::kBadFile, "{}: less.head_count must be a multiple of less.head_count_kv ({}), found {}", file.name(),
+         shape.n_kv_heads, shape.n_heads);
+  return shape;
+}
+
+uint64_t ReadFingerprint(const GgufFile& file) {
+  const std::string text = file.Get<std::string>("lesskv.model.fingerprint");
+  const bool ok = text.size() == 16 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (!ok)
+    Fail(ErrorCode::kBadFile, "{}: lesskv.model.fingerprint must be 16 hexadecimal digits, found {}", file.name(),
+         Quoted(text));
+  return std::stoull(text, nullptr, 16);
+}
+
+void CheckFinite(const GgufFile& file, const std::string& name, const std::vector<float>& values) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (!(std::fabs(values[i]) <= kLargestParameter))
+      Fail(ErrorCode::kBadFile, "{}: tensor {} must hold finite numbers up to {}, found {} at element {}", file.name(),
+           name, kLargestParameter, values[i], i);
+  }
+}
+
+void ReadTensor(const GgufFile& file, const GgufTensor& tensor, const Field& field, DType type) {
+  bool same = tensor.n_dims <= 4;
+  for (size_t i = 0; i < 4; ++i) same &= tensor.ne[i] == (i < field.ne.size() ? field.ne[i] : 1);
+  if (!same)
+    Fail(ErrorCode::kBadFile, "{}: tensor {} must have shape {}, found {}", file.name(), tensor.name,
+         NeString(field.ne), tensor.ShapeString());
+  if (tensor.type != type)
+    Fail(ErrorCode::kBadFile, "{}: tensor {} must be of type {}, found {}", file.name(), tensor.name, Traits(type).name,
+         Traits(tensor.type).name);
+  field.values->resize(Elements(field.ne));
+  if (type == DType::kF32) {
+    std::memcpy(field.values->data(), tensor.data.data(), tensor.data.size());
+  } else {
+    for (size_t i = 0; i < field.values->size(); ++i) {
+      uint16_t half;
+      std::memcpy(&half, tensor.data.data() + 2 * i, 2);
+      (*field.values)[i] = std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
+    }
+  }
+  CheckFinite(file, tensor.name, *field.values);
+}
+
+void ReadLayer(const GgufFile& file, size_t layer, Sidecar& sidecar) {
+  std::vector<Field> fields = Fields(sidecar.shape, sidecar.layers[layer]);
+  if (file.FindTensor(TensorName(layer, fields[0].name)) == nullptr) return;  // a part without this layer
+  for (const Field& field : fields) {
+    const std::string name = TensorName(layer, field.name);
+    const GgufTensor* tensor = file.FindTensor(name);
+    if (tensor == nullptr) Fail(ErrorCode::kBadFile, "{}: tensor {} is missing", file.name(), name);
+    ReadTensor(file, *tensor, field, field.is_matrix ? sidecar.matrix_type : DType::kF32);
+  }
+}
+
+DType ReadMatrixType(const GgufFile& file) {
+  const std::string name = file.Get<std::string>("less.matrix_type");
+  if (name == "bf16") return DType::kBF16;
+  if (name == "f32") return DType::kF32;
+  Fail(ErrorCode::kBadFile, "{}: less.matrix_type must be bf16 or f32, found {}", file.name(), Quoted(name));
+}
+
+SidecarTraining ReadTraining(const GgufFile& file) {
+  SidecarTraining training;
+  training.policies = file.GetOr<std::vector<std::string>>("less.train.policies", {});
+  training.tokens = file.GetOr<uint64_t>("less.train.tokens", 0);
+  training.ctx = file.GetOr<uint32_t>("less.train.ctx", 0);
+  training.epochs = file.GetOr<uint32_t>("less.train.epochs", 0);
+  training.seed = file.GetOr<uint64_t>("less.train.seed", 0);
+  training.validation = file.GetOr<std::vector<float>>("less.train.validation", {});
+  training.validation_baseline = file.GetOr<std::vector<float>>("less.train.validation_baseline", {});
+  return training;
+}
+
+void AddMetadata(const Sidecar& sidecar, GgufWriter& writer) {
+  const SidecarShape& s = sidecar.shape;
+  writer.Add("general.architecture", kArchitecture);
+  writer.Add("general.name", sidecar.model_name + " LESS feature maps");
+  writer.Add("lesskv.sidecar.version", kVersion);
+  writer.Add("lesskv.model.fingerprint", fmt::format("{:016x}", sidecar.model_fingerprint));
+  writer.Add("lesskv.model.name", sidecar.model_name);
+  writer.Add("less.block_count", static_cast<uint32_t>(s.n_layers));
+  writer.Add("less.head_count", static_cast<uint32_t>(s.n_heads));
+  writer.Add("less.head_count_kv", static_cast<uint32_t>(s.n_kv_heads));
+  writer.Add("less.head_dim", static_cast<uint32_t>(s.head_dim));
+  writer.Add("less.rank", static_cast<uint32_t>(s.rank));
+  writer.Add("less.hidden", static_cast<uint32_t>(s.hidden));
+  writer.Add("less.features", FeatureKindName(s.kind));
+  writer.Add("less.matrix_type", sidecar.matrix_type == DType::kBF16 ? "bf16" : "f32");
+  const SidecarTraining& t = sidecar.training;
+  writer.AddArray("less.train.policies", t.policies);
+  writer.Add("less.train.tokens", t.tokens);
+  writer.Add("less.train.ctx", t.ctx);
+  writer.Add("less.train.epochs", t.epochs);
+  writer.Add("less.train.seed", t.seed);
+  writer.AddArray("less.train.validation", t.validation);
+  writer.AddArray("less.train.validation_baseline", t.validation_baseline);
+}
+
+void AddField(const std::string& name, const Field& field, DType type, GgufWriter& writer) {
+  if (type == DType::kF32 || !field.is_matrix) {
+    writer.AddTensor(name, DType::kF32, field.ne, std::as_bytes(std::span(*field.values)));
+    return;
+  }
+  const std::vector<float>* values = field.values;
+  writer.AddTensor(name, DType::kBF16, std::span<const size_t>(field.ne), [values](ByteSink& sink) {
+    std::vector<uint16_t> halves(values->size());
+    for (size_t i = 0; i < halves.size(); ++i) halves[i] = ToBf16((*values)[i]);
+    sink.Write(std::as_bytes(std::span(halves)));
+  });
+}
+
+void FillUniform(Rng& rng, size_t n, double fan, std::vector<float>& values) {
+  const float a = static_cast<float>(std::sqrt(6.0 / fan));
+  values.resize(n);
+  for (float& v : values) v = rng.UniformFloat(-a, a);
+}
+
+void InitialNet(const SidecarShape& s, size_t heads, float last_bias, Rng& rng, NetParams& net) {
+  FillUniform(rng, heads * s.head_dim * s.hidden, static_cast<double>(s.head_dim + s.hidden), net.w1);
+  FillUniform(rng, heads * s.hidden * s.rank, static_cast<double>(s.rank + s.hidden), net.w2);
+  if (s.kind == FeatureKind::kGelu) return;
+  net.b1.assign(heads * s.hidden, 0.0f);
+  net.b2.assign(heads * s.rank, last_bias);
+}
+
+}  // namespace
+
+std::string FeatureKindName(FeatureKind kind) { return kind == FeatureKind::kGelu ? "gelu" : "exp"; }
+
+FeatureKind ParseFeatureKind(const std::string& name) {
+  if (name == "gelu") return FeatureKind::kGelu;
+  if (name == "exp") return FeatureKind::kExp;
+  Fail(ErrorCode::kInvalidArgument, "features of a map are gelu or exp, found {}", Quoted(name));
+}
+
+std::string SidecarShape::ToString() const {
+  return fmt::format("{} layers, {} query heads, {} KV heads of {}, rank {}, hidden width {}, {} features", n_layers,
+                     n_heads, n_kv_heads, head_dim, rank, hidden, FeatureKindName(kind));
+}
+
+Sidecar InitialSidecar(const SidecarShape& shape, uint64_t seed) {
+  Sidecar sidecar;
+  sidecar.shape = shape;
+  sidecar.layers.resize(shape.n_layers);
+  for (size_t layer = 0; layer < shape.n_layers; ++layer) {
+    Rng rng(seed + 0x9e3779b97f4a7c15ull * (layer + 1));  // a layer's start does not depend on which others are trained
+    LayerParams& p = sidecar.layers[layer];
+    InitialNet(shape, shape.n_heads, 0.0f, rng, p.phi);
+    InitialNet(shape, shape.n_kv_heads, std::log(kWarmStart), rng, p.psi);
+    if (shape.kind == FeatureKind::kExp) continue;
+    p.d.assign(shape.n_kv_heads * shape.rank, kWarmStart);
+    p.d2 = p.d;
+    FillUniform(rng, shape.n_kv_heads * shape.rank * shape.rank, 2.0 * static_cast<double>(shape.rank), p.x);
+  }
+  return sidecar;
+}
+
+Sidecar ReadSidecar(const std::string& path) {
+  const GgufFile file = GgufFile::Open(path);
+  const std::string architecture = file.GetOr<std::string>("general.architecture", "");
+  if (architecture != kArchitecture)
+    Fail(ErrorCode::kBadFile, "{}: not a sidecar: general.architecture must be {}, found {}", path, kArchitecture,
+         Quoted(architecture));
+  const uint32_t version = file.Get<uint32_t>("lesskv.sidecar.version");
+  if (version != kVersion)
+    Fail(ErrorCode::kBadFile, "{}: sidecar version must be {}, found {}", path, kVersion, version);
+  Sidecar sidecar;
+  sidecar.shape = ReadShape(file);
+  sidecar.model_fingerprint = ReadFingerprint(file);
+  sidecar.model_name = file.GetOr<std::string>("lesskv.model.name", "");
+  sidecar.training = ReadTraining(file);
+  sidecar.matrix_type = ReadMatrixType(file);
+  sidecar.layers.resize(sidecar.shape.n_layers);
+  for (size_t layer = 0; layer < sidecar.shape.n_layers; ++layer) ReadLayer(file, layer, sidecar);
+  return sidecar;
+}
+
+void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
+  GgufWriter writer;
+  AddMetadata(sidecar, writer);
+  Sidecar copy = sidecar;  // Fields hands out mutable vectors; sources point into the copy until Write returns
+  for (size_t layer = 0; layer < copy.shape.n_layers; ++layer) {
+    if (copy.layers[layer].empty()) continue;
+    for (const Field& field : Fields(copy.shape, copy.layers[layer]))
+      AddField(TensorName(layer, field.name), field, copy.matrix_type, writer);
+  }
+  writer.Write(path);
+}
+
+void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint) {
+  if (model_fingerprint == 0 || sidecar.model_fingerprint == model_fingerprint) return;
+  Fail(ErrorCode::kMismatch, "{}: feature maps belong to the model {:016x} ({}), but the model is {:016x}", path,
+       sidecar.model_fingerprint, sidecar.model_name, model_fingerprint);
+}
+
+Sidecar MergeSidecars(const std::vector<std::string>& paths) {
+  if (paths.empty()) Fail(ErrorCode::kInvalidArgument, "merging sidecars needs at least one file");
+  Sidecar merged = ReadSidecar(paths[0]);
+  merged.training.validation.resize(merged.shape.n_layers);
+  merged.training.validation_baseline.resize(merged.shape.n_layers);
+  for (size_t i = 1; i < paths.size(); ++i) {
+    Sidecar part = ReadSidecar(paths[i]);
+    if (!(part.shape == merged.shape) || part.matrix_type != merged.matrix_type)
+      Fail(ErrorCode::kMismatch, "{}: expected the shape of {} ({}), found {}", paths[i], paths[0],
+           merged.shape.ToString(), part.shape.ToString());
+    CheckModel(part, paths[i], merged.model_fingerprint);
+    part.training.validation.resize(merged.shape.n_layers);
+    part.training.validation_baseline.resize(merged.shape.n_layers);
+    for (size_t layer = 0; layer < merged.shape.n_layers; ++layer) {
+      if (part.layers[layer].empty()) continue;
+      if (!merged.layers[layer].empty())
+        Fail(ErrorCode::kMismatch, "{}: layer {} is also in an earlier file", paths[i], layer);
+      merged.layers[layer] = std::move(part.layers[layer]);
+      merged.training.validation[layer] = part.training.validation[layer];
+      merged.training.validation_baseline[layer] = part.training.validation_baseline[layer];
+    }
+  }
+  for (size_t layer = 0; layer < merged.shape.n_layers; ++layer)
+    if (merged.layers[layer].empty()) Fail(ErrorCode::kMismatch, "no file holds layer {}", layer);
+  return merged;
+}
+
+size_t ParameterCount(const SidecarShape& s) {
+  const size_t a_net = s.head_dim * s.hidden + s.hidden * s.rank;
+  const size_t exp_biases = (s.n_heads + s.n_kv_heads) * (s.hidden + s.rank);
+  const size_t gelu_scales = s.n_kv_heads * (s.rank * s.rank + 2 * s.rank);
+  return (s.n_heads + s.n_kv_heads) * a_net + (s.kind == FeatureKind::kExp ? exp_biases : gelu_scales);
+}
+
+}  // namespace lesskv

@@ -1,0 +1,92 @@
+// The sidecar: trained feature maps of one model as a GGUF file beside it (NAME.less.gguf for NAME.gguf).
+// docs/formats.md, section "Sidecar", lists keys and tensors. Parameters are kept here as they were trained (unfolded,
+// float32 in memory); FeatureMaps turns them into what runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/dtype.h"
+
+namespace lesskv {
+
+// How a feature vector leaves its map (last layer of phi and psi).
+enum class FeatureKind {
+  kGelu,  // the paper: phi = |GELU(GELU(q A1) A2)|, psi = |g W3| with g like phi without its absolute value
+  kExp,   // ours: exp(GELU(x A1 + b1) A2 + b2) for both; positive, and with the range that softmax mass has
+};
+
+std::string FeatureKindName(FeatureKind kind);  // "gelu", "exp"
+FeatureKind ParseFeatureKind(const std::string& name);
+
+struct SidecarShape {
+  size_t n_layers = 0;
+  size_t n_heads = 0;     // query heads: one phi each
+  size_t n_kv_heads = 0;  // one psi each
+  size_t head_dim = 0;    // D
+  size_t rank = 8;        // R, features
+  size_t hidden = 512;    // R', hidden width
+  FeatureKind kind = FeatureKind::kGelu;
+
+  bool operator==(const SidecarShape&) const = default;
+  std::string ToString() const;
+};
+
+// Parameters of one net for all its heads, row-major.
+struct NetParams {
+  std::vector<float> w1;  // [heads, D, R']: A1 or B1 of the paper
+  std::vector<float> w2;  // [heads, R', R]: A2 or B2
+  std::vector<float> b1;  // [heads, R'], kExp only
+  std::vector<float> b2;  // [heads, R], kExp only
+};
+
+struct LayerParams {
+  NetParams phi, psi;
+  // kGelu only; psi = |u + (u X) * d2|, u = |d| * g.
+  std::vector<float> d, d2;  // [n_kv_heads, R]
+  std::vector<float> x;      // [n_kv_heads, R, R]
+
+  bool empty() const { return phi.w1.empty(); }
+};
+
+// What the maps were trained for; told to the user, never used to compute.
+struct SidecarTraining {
+  std::vector<std::string> policies;  // specs, "h2o(5%)"
+  uint64_t tokens = 0;                // distinct training tokens
+  uint32_t ctx = 0;
+  uint32_t epochs = 0;
+  uint64_t seed = 0;
+  std::vector<float> validation;           // a layer: mean squared error of the validation sequences, best epoch
+  std::vector<float> validation_baseline;  // a layer: the same for Baseline+ (selector with rank / 2 more rows)
+};
+
+struct Sidecar {
+  SidecarShape shape;
+  uint64_t model_fingerprint = 0;
+  std::string model_name;
+  SidecarTraining training;
+  DType matrix_type = DType::kBF16;  // of w1 and w2 in the file: kBF16 or kF32
+  std::vector<LayerParams> layers;   // n_layers; layers that were not trained (--layers A-B) are empty
+};
+
+// Feature maps before training, less.md section 4: uniform matrices; d = d2 = 1e-4, so that the untrained state weighs
+// next to nothing. For kExp the last bias of psi does the same: psi is about 1e-4.
+Sidecar InitialSidecar(const SidecarShape& shape, uint64_t seed);
+
+// Throws Error kBadFile / kNotFound naming the key or tensor, what was expected and what was found: wrong kind of
+// file, unknown version, a shape that is absurd or does not agree, numbers that are not finite.
+Sidecar ReadSidecar(const std::string& path);
+void WriteSidecar(const std::string& path, const Sidecar& sidecar);
+
+// Refuses (Error kMismatch) a sidecar whose model is another one. A fingerprint of 0 checks nothing.
+void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint);
+
+// Joins parts that were trained apart (--layers A-B): same model and shape, every layer in exactly one part.
+Sidecar MergeSidecars(const std::vector<std::string>& paths);
+
+// Parameters of a layer (less.md section 9).
+size_t ParameterCount(const SidecarShape& shape);
+
+}  // namespace lesskv

@@ -1,0 +1,158 @@
+#include "kvcache/residual/sidecar.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "base/error.h"
+#include "format/gguf_writer.h"
+#include "kvcache/residual/feature_maps.h"
+
+namespace lesskv {
+namespace {
+
+SidecarShape SmallShape(FeatureKind kind) {
+  SidecarShape s;
+  s.n_layers = 3;
+  s.n_heads = 4;
+  s.n_kv_heads = 2;
+  s.head_dim = 8;
+  s.rank = 4;
+  s.hidden = 12;
+  s.kind = kind;
+  return s;
+}
+
+Sidecar Small(FeatureKind kind = FeatureKind::kGelu) {
+  Sidecar sidecar = InitialSidecar(SmallShape(kind), 3);
+  sidecar.model_fingerprint = 0x0123456789abcdefull;
+  sidecar.model_name = "tiny";
+  sidecar.matrix_type = DType::kF32;
+  sidecar.training.policies = {"h2o(5%)", "window(2%)"};
+  sidecar.training.tokens = 1u << 20;
+  sidecar.training.validation = {0.5f, 0.25f, 0.125f};
+  sidecar.training.validation_baseline = {1, 1, 1};
+  return sidecar;
+}
+
+std::string TempPath(const std::string& name) { return testing::TempDir() + "/" + name; }
+
+// The message of the Error that `run` must throw.
+std::string Refusal(ErrorCode code, const std::function<void()>& run) {
+  try {
+    run();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), code) << e.what();
+    return e.what();
+  }
+  ADD_FAILURE() << "accepted";
+  return "";
+}
+
+TEST(Sidecar, RoundTrip) {
+  for (FeatureKind kind : {FeatureKind::kGelu, FeatureKind::kExp}) {
+    const Sidecar wrote = Small(kind);
+    const std::string path = TempPath("round.less.gguf");
+    WriteSidecar(path, wrote);
+    const Sidecar read = ReadSidecar(path);
+    EXPECT_EQ(read.shape, wrote.shape);
+    EXPECT_EQ(read.model_fingerprint, wrote.model_fingerprint);
+    EXPECT_EQ(read.model_name, wrote.model_name);
+    EXPECT_EQ(read.training.policies, wrote.training.policies);
+    EXPECT_EQ(read.training.tokens, wrote.training.tokens);
+    EXPECT_EQ(read.training.validation, wrote.training.validation);
+    for (size_t layer = 0; layer < 3; ++layer) {
+      const LayerParams &a = read.layers[layer], &b = wrote.layers[layer];
+      EXPECT_EQ(a.phi.w1, b.phi.w1);
+      EXPECT_EQ(a.phi.w2, b.phi.w2);
+      EXPECT_EQ(a.phi.b1, b.phi.b1);
+      EXPECT_EQ(a.psi.w1, b.psi.w1);
+      EXPECT_EQ(a.psi.b2, b.psi.b2);
+      EXPECT_EQ(a.d, b.d);
+      EXPECT_EQ(a.x, b.x);
+      EXPECT_EQ(a.d2, b.d2);
+    }
+  }
+}
+
+TEST(Sidecar, Bf16RoundsOnceAndThenStays) {
+  Sidecar sidecar = Small();
+  sidecar.matrix_type = DType::kBF16;
+  WriteSidecar(TempPath("a.less.gguf"), sidecar);
+  const Sidecar once = ReadSidecar(TempPath("a.less.gguf"));
+  for (size_t i = 0; i < once.layers[0].phi.w1.size(); ++i) {
+    const float wrote = sidecar.layers[0].phi.w1[i];
+    EXPECT_NEAR(once.layers[0].phi.w1[i], wrote, std::fabs(wrote) / 256);
+  }
+  WriteSidecar(TempPath("b.less.gguf"), once);
+  EXPECT_EQ(ReadSidecar(TempPath("b.less.gguf")).layers[2].psi.w2, once.layers[2].psi.w2);
+}
+
+TEST(Sidecar, RefusesAnotherModel) {
+  WriteSidecar(TempPath("m.less.gguf"), Small());
+  EXPECT_NO_THROW(FeatureMaps::Load(TempPath("m.less.gguf"), 0x0123456789abcdefull));
+  EXPECT_NO_THROW(FeatureMaps::Load(TempPath("m.less.gguf"), 0));
+  const std::string message =
+      Refusal(ErrorCode::kMismatch, [] { FeatureMaps::Load(TempPath("m.less.gguf"), 0xffull); });
+  EXPECT_NE(message.find("0123456789abcdef"), std::string::npos) << message;
+  EXPECT_NE(message.find("00000000000000ff"), std::string::npos) << message;
+}
+
+TEST(Sidecar, RefusesNumbersThatAreNotFinite) {
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e9f}) {
+    Sidecar sidecar = Small();
+    sidecar.layers[1].psi.w2[5] = bad;
+    WriteSidecar(TempPath("nan.less.gguf"), sidecar);
+    const std::string message = Refusal(ErrorCode::kBadFile, [] { ReadSidecar(TempPath("nan.less.gguf")); });
+    EXPECT_NE(message.find("less.1.psi.w2"), std::string::npos) << message;
+  }
+}
+
+TEST(Sidecar, RefusesWrongShapesNamingWantedAndFound) {
+  Sidecar sidecar = Small();
+  WriteSidecar(TempPath("good.less.gguf"), sidecar);
+  // The same tensors under metadata that promises other shapes.
+  const GgufFile good = GgufFile::Open(TempPath("good.less.gguf"));
+  auto rewrite = [&](std::string_view key, auto value) {
+    GgufWriter writer;
+    for (const auto& [name, stored] : good.metadata())
+      if (name != key) writer.Add(name, stored);
+    writer.Add(key, value);
+    for (const GgufTensor& t : good.tensors())
+      writer.AddTensor(t.name, t.type, std::span(t.ne.data(), t.n_dims), t.data);
+    writer.Write(TempPath("wrong.less.gguf"));
+    return Refusal(ErrorCode::kBadFile, [] { ReadSidecar(TempPath("wrong.less.gguf")); });
+  };
+  const std::string hidden = rewrite("less.hidden", uint32_t{16});
+  EXPECT_NE(hidden.find("[16, 8, 4]"), std::string::npos) << hidden;
+  EXPECT_NE(hidden.find("[12, 8, 4]"), std::string::npos) << hidden;
+  EXPECT_NE(rewrite("less.rank", uint32_t{0}).find("less.rank"), std::string::npos);
+  EXPECT_NE(rewrite("less.rank", uint32_t{65}).find("less.rank"), std::string::npos);
+  EXPECT_NE(rewrite("less.head_count", uint32_t{3}).find("multiple"), std::string::npos);
+  EXPECT_NE(rewrite("less.hidden", uint32_t{4000000000u}).find("less.hidden"), std::string::npos);
+  EXPECT_NE(rewrite("lesskv.model.fingerprint", "xyz").find("hexadecimal"), std::string::npos);
+  EXPECT_NE(rewrite("lesskv.sidecar.version", uint32_t{2}).find("version"), std::string::npos);
+  EXPECT_NE(rewrite("general.architecture", "llama").find("not a sidecar"), std::string::npos);
+}
+
+TEST(Sidecar, PartsMergeAndIncompleteOnesDoNotRun) {
+  Sidecar first = Small(), second = Small();
+  first.layers[2] = {};
+  second.layers[0] = second.layers[1] = {};
+  WriteSidecar(TempPath("p1.less.gguf"), first);
+  WriteSidecar(TempPath("p2.less.gguf"), second);
+  Refusal(ErrorCode::kMismatch, [] { FeatureMaps::Load(TempPath("p1.less.gguf"), 0); });
+  const Sidecar merged = MergeSidecars({TempPath("p1.less.gguf"), TempPath("p2.less.gguf")});
+  for (size_t layer = 0; layer < 3; ++layer) EXPECT_EQ(merged.layers[layer].phi.w1, Small().layers[layer].phi.w1);
+  EXPECT_EQ(merged.training.validation, Small().training.validation);
+  Refusal(ErrorCode::kMismatch, [] { MergeSidecars({TempPath("p1.less.gguf"), TempPath("p1.less.gguf")}); });
+  Refusal(ErrorCode::kMismatch, [] { MergeSidecars({TempPath("p1.less.gguf")}); });
+  second.model_fingerprint = 5;
+  WriteSidecar(TempPath("p2.less.gguf"), second);
+  Refusal(ErrorCode::kMismatch, [] { MergeSidecars({TempPath("p1.less.gguf"), TempPath("p2.less.gguf")}); });
+}
+
+}  // namespace
+}  // namespace lesskv
