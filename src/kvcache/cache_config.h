@@ -11,6 +11,8 @@
 
 #include "kernels/linear.h"
 #include "kernels/rope.h"
+#include "kvcache/protected.h"
+#include "kvcache/registry.h"
 #include "kvcache/spec.h"
 
 namespace lesskv {
@@ -26,12 +28,6 @@ struct CacheShape {
   ComputeType compute = ComputeType::kF32;
 
   size_t group() const { return n_heads / n_kv_heads; }
-};
-
-// Half-open range of positions [begin, end) that must stay resident, such as a system prompt.
-struct ProtectedSpan {
-  int32_t begin = 0;
-  int32_t end = 0;
 };
 
 // Where trained artefacts of the model are found when a spec does not name a file.
@@ -61,9 +57,15 @@ class CacheConfig {
   ~CacheConfig();
 
   const CacheSpec& spec() const { return spec_; }
+  // The canonical spec as results and sessions name it: a trained artefact appears as its fingerprint, never as a path.
+  const std::string& spec_text() const { return spec_text_; }
   const CacheShape& shape() const { return shape_; }
   // prefill(chunk=N): prompts are fed N tokens a step (StepKind::kStream). 0: a prompt is one step (kPrompt).
   size_t prefill_chunk() const { return prefill_chunk_; }
+  const ProtectedSet& protect() const { return protect_; }
+  // Rows that may stay, [n_layers, n_kv_heads], for a prompt (or, while text streams in, a context) of n_tokens; empty
+  // when nothing ever leaves. Throws Error when the protected tokens do not fit.
+  std::vector<size_t> Budgets(size_t n_tokens) const;
   // Bytes of trained artefacts this configuration reads (shared by all sequences); 0 without a sidecar.
   size_t sidecar_bytes() const;
 
@@ -72,17 +74,18 @@ class CacheConfig {
 
  private:
   friend class SequenceCache;
-  CacheConfig() = default;
+  friend class CachePlanner;
+  CacheConfig(const CacheSpec& spec, const CacheShape& shape, ProtectedSet protect);
 
   CacheSpec spec_;
+  std::string spec_text_;
   CacheShape shape_;
+  ProtectedSet protect_;
   size_t prefill_chunk_ = 0;
-  std::vector<ProtectedSpan> protected_spans_;
+  RowTypes row_types_;
   std::unique_ptr<const Selector> selector_;
   std::unique_ptr<const Budgeter> budgeter_;
   std::unique_ptr<const Residual> residual_;  // null: drop
-  RowType key_type_ = RowType::kF16;
-  RowType value_type_ = RowType::kF16;
 };
 
 }  // namespace lesskv

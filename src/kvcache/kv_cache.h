@@ -15,6 +15,13 @@ enum class Slot : uint32_t {};
 constexpr int32_t ToInt(Position position) { return static_cast<int32_t>(position); }
 constexpr uint32_t ToInt(Slot slot) { return static_cast<uint32_t>(slot); }
 
+// What the engine says of a step when it begins one.
+enum class StepKind {
+  kPrompt,  // a whole prompt in one step (one-shot prefill): attended in full, every method cuts at its end
+  kStream,  // a chunk of text that streams in: attended against what is left, then cut (prefill(chunk), eval --mode stream)
+  kDecode,  // generated tokens, or tokens scored as if they had been generated
+};
+
 class KvCache {
  public:
   virtual ~KvCache() = default;

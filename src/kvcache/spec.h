@@ -32,6 +32,10 @@ class CacheSpec {
   // The canonical form: stages in their fixed order, defaults left out. Parse(ToString()) gives the same spec.
   const std::string& ToString() const { return canonical_; }
 
+  // The same with the trained artefact of one term named by its fingerprint, `less(sidecar="0123456789abcdef")`, in
+  // place of its file.
+  std::string ToString(std::string_view term_name, const std::string& fingerprint) const;
+
   const std::vector<SpecTerm>& terms() const { return terms_; }
   // The term of a stage, or nullptr where the spec leaves it to the default.
   const SpecTerm* Find(std::string_view name) const;

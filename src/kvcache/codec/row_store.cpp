@@ -1,0 +1,261 @@
+#include "kvcache/codec/row_store.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/check.h"
+#include "base/checked.h"
+#include "base/threads.h"
+#include "kernels/basic.h"
+
+namespace lesskv {
+
+RowStore::RowStore(ByteCounter& counter, const CacheShape& shape, const RowStoreOptions& options)
+    : counter_(&counter),
+      shape_(shape),
+      options_(options),
+      key_format_{options.types.keys, RowSide::kKeys, shape.head_dim},
+      value_format_{options.types.values, RowSide::kValues, shape.head_dim},
+      heads_(shape.n_layers * shape.n_kv_heads),
+      staging_(shape.n_kv_heads) {
+  if (!options.grows) return;
+  for (Head& head : heads_) head.region_rows = kBlockRows;
+}
+
+size_t RowStore::BytesFor(const CacheShape& shape, const RowTypes& types, size_t rows) {
+  return RegionBytes({types.keys, RowSide::kKeys, shape.head_dim}, rows) +
+         RegionBytes({types.values, RowSide::kValues, shape.head_dim}, rows);
+}
+
+std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
+  auto copy = std::make_unique<RowStore>(counter, shape_, options_);
+  const auto clone = [&](const std::vector<Head>& from, std::vector<Head>& to) {
+    for (size_t i = 0; i < from.size(); ++i) {
+      to[i].region_rows = from[i].region_rows;
+      to[i].n_rows = from[i].n_rows;
+      for (const CountedBuffer& region : from[i].regions) to[i].regions.push_back(region.Clone(counter));
+    }
+  };
+  clone(heads_, copy->heads_);
+  clone(staging_, copy->staging_);
+  return copy;
+}
+
+std::byte* RowStore::Keys(const CountedBuffer& region) { return const_cast<std::byte*>(region.data()); }
+
+std::byte* RowStore::Values(const CountedBuffer& region, size_t region_rows) const {
+  return Keys(region) + RegionBytes(key_format_, region_rows);
+}
+
+// A new arena of `rows` rows in place of the head's old one; rows in slots below both sizes keep their slots.
+void RowStore::ResizeArena(Head& head, size_t rows) {
+  const size_t old_rows = head.region_rows;
+  if (old_rows == rows && !head.regions.empty()) return;
+  CountedBuffer arena(*counter_, BytesFor(shape_, options_.types, rows));
+  if (!head.regions.empty()) {
+    const CountedBuffer& from = head.regions[0];
+    const size_t common = std::min(rows, old_rows);
+    std::memcpy(arena.data(), from.data(), RegionBytes(key_format_, common));
+    std::memcpy(Values(arena, rows), Values(from, old_rows), RegionBytes(value_format_, common));
+    head.regions.clear();
+  }
+  head.region_rows = rows;
+  head.regions.push_back(std::move(arena));
+}
+
+void RowStore::GrowTo(Head& head, size_t rows) {
+  while (head.capacity() < rows) head.regions.emplace_back(*counter_, BytesFor(shape_, options_.types, kBlockRows));
+}
+
+// Gives back blocks beyond the resident rows.
+void RowStore::Trim(Head& head) {
+  while (!head.regions.empty() && head.capacity() - head.region_rows >= head.n_rows) head.regions.pop_back();
+}
+
+void RowStore::Reserve(const StepRoom& room) {
+  try {
+    for (size_t i = 0; i < heads_.size(); ++i) {
+      Head& head = heads_[i];
+      const size_t all = head.n_rows + room.n_step;
+      if (!room.evicts) GrowTo(head, all);
+      else if (options_.grows) GrowTo(head, std::max(head.n_rows, std::min(all, room.budgets[i])));
+      else if (head.capacity() < room.budgets[i]) ResizeArena(head, RoundUp(room.budgets[i], kTileRows));
+    }
+    const size_t staging_rows = room.evicts ? RoundUp(room.n_step, kTileRows) : 0;
+    for (Head& head : staging_) {
+      if (staging_rows == 0) head = Head{};
+      else if (head.capacity() != staging_rows) head = Head{}, ResizeArena(head, staging_rows);
+    }
+  } catch (const Error&) {
+    if (options_.grows)
+      for (Head& head : heads_) Trim(head);
+    for (Head& head : staging_) head = Head{};
+    throw;
+  }
+  n_step_ = room.n_step;
+  evicts_ = room.evicts;
+  is_prompt_ = room.is_prompt;
+  budgets_.assign(room.budgets.begin(), room.budgets.end());
+}
+
+void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
+  const size_t d = shape_.head_dim, stride = shape_.n_kv_heads * d;
+  ParallelFor(shape_.n_kv_heads, [&](size_t h) {
+    Head& head = evicts_ ? staging_[h] : At(layer, h);
+    const size_t first_row = (evicts_ ? 0 : head.n_rows) + first;
+    for (size_t done = 0; done < n;) {
+      const size_t row = first_row + done, slot = row % head.region_rows;
+      const size_t run = std::min(n - done, head.region_rows - slot);
+      const CountedBuffer& region = head.regions[row / head.region_rows];
+      const size_t offset = done * stride + h * d;
+      WriteRows(key_format_, Keys(region), slot, run, keys + offset, stride);
+      WriteRows(value_format_, Values(region, head.region_rows), slot, run, values + offset, stride);
+      done += run;
+    }
+  });
+}
+
+void RowStore::AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const {
+  for (size_t row = 0; row < n_rows; row += head.region_rows) {
+    const CountedBuffer& region = head.regions[row / head.region_rows];
+    spans.push_back({Keys(region), Values(region, head.region_rows), 0, std::min(head.region_rows, n_rows - row)});
+  }
+}
+
+std::vector<KvSpan> RowStore::Spans(size_t layer, size_t kv_head, size_t n_step_rows) const {
+  std::vector<KvSpan> spans;
+  const Head& head = At(layer, kv_head);
+  AppendSpans(head, evicts_ ? head.n_rows : head.n_rows + n_step_rows, spans);
+  if (evicts_) AppendSpans(staging_[kv_head], n_step_rows, spans);
+  return spans;
+}
+
+AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const {
+  const size_t group = shape_.group(), d = shape_.head_dim;
+  AttentionJob job;
+  job.key_format = key_format_;
+  job.value_format = value_format_;
+  job.spans = spans;
+  job.n_past = At(query.layer, kv_head).n_rows + query.first_query;
+  job.n_queries = query.n_queries;
+  job.q = query.queries + kv_head * group * d;
+  job.q_stride = shape_.n_heads * d;
+  job.group = group;
+  job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
+  job.rope = query.read_positions == nullptr ? nullptr : &shape_.rope;
+  job.read_positions = query.read_positions;
+  job.compute = shape_.compute;
+  job.out = query.out + kv_head * group * d;
+  job.out_stride = job.q_stride;
+  job.lse = query.lse + kv_head * query.n_queries * group;
+  if (!query.scores.empty()) job.scores = query.scores[kv_head];
+  return job;
+}
+
+void RowStore::Attend(const StoreQuery& query) const {
+  std::vector<std::vector<KvSpan>> spans;
+  std::vector<AttentionJob> jobs;
+  for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
+    spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
+    jobs.push_back(Job(query, h, spans.back()));
+  }
+  lesskv::Attend(jobs);
+}
+
+void RowStore::AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const {
+  const size_t n_kv = shape_.n_kv_heads, group = shape_.group();
+  const auto tile_rows = [&](size_t h) { return At(query.layer, h).n_rows + query.first_query + query.n_queries; };
+  std::vector<std::vector<KvSpan>> spans;
+  std::vector<std::vector<float>> tile_sums;
+  std::vector<ColumnSumJob> jobs;
+  for (size_t h = 0; h < n_kv; ++h) {
+    spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
+    tile_sums.emplace_back(group * tile_rows(h));
+    ColumnSumJob job;
+    job.attention = Job(query, h, spans.back());
+    job.lse = job.attention.lse;
+    job.first_query = first;
+    job.sums = tile_sums.back().data();
+    jobs.push_back(job);
+  }
+  ColumnSums(jobs);
+  ParallelFor(shape_.n_heads, [&](size_t i) {
+    const size_t h = i / group, g = i % group, n_rows = At(query.layer, h).n_rows + n_step_;
+    Add(sums[h] + g * n_rows, tile_sums[h].data() + g * tile_rows(h), tile_rows(h));
+  });
+}
+
+RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const {
+  const Head& own = At(layer, kv_head);
+  const bool staged = evicts_ && row >= own.n_rows;
+  const Head& head = staged ? staging_[kv_head] : own;
+  const size_t r = staged ? row - own.n_rows : row;
+  return {&head.regions[r / head.region_rows], head.region_rows, r % head.region_rows};
+}
+
+void RowStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
+                        float* values) const {
+  const size_t d = shape_.head_dim;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Place at = Find(layer, kv_head, rows[i]);
+    lesskv::ReadRows(key_format_, Keys(*at.region), at.slot, 1, keys + i * d, d);
+    lesskv::ReadRows(value_format_, Values(*at.region, at.region_rows), at.slot, 1, values + i * d, d);
+  }
+}
+
+void RowStore::Commit(size_t layer, size_t kv_head, const Compaction& compaction) {
+  Head& head = At(layer, kv_head);
+  for (const RowMove& move : compaction.moves) {
+    const Place from = Find(layer, kv_head, move.from);
+    const CountedBuffer& to = head.regions[move.to / head.region_rows];
+    const size_t slot = move.to % head.region_rows;
+    CopyRow(key_format_, Keys(*from.region), from.slot, Keys(to), slot);
+    CopyRow(value_format_, Values(*from.region, from.region_rows), from.slot, Values(to, head.region_rows), slot);
+  }
+  head.n_rows = compaction.n_rows;
+}
+
+void RowStore::EndStep() {
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    Head& head = heads_[i];
+    if (!evicts_) head.n_rows += n_step_;
+    else if (options_.grows) Trim(head);
+    else ResizeArena(head, RoundUp(budgets_[i], kTileRows));
+  }
+  if (is_prompt_)
+    for (Head& head : staging_) head = Head{};
+  n_step_ = 0;
+}
+
+void RowStore::Save(ByteWriter& out) const {
+  const size_t key_tile = RegionBytes(key_format_, kTileRows), value_tile = RegionBytes(value_format_, kTileRows);
+  for (const Head& head : heads_) {
+    out.Put<uint64_t>(head.n_rows);
+    for (size_t row = 0; row < head.n_rows; row += kTileRows) {
+      const CountedBuffer& region = head.regions[row / head.region_rows];
+      const size_t tile = row % head.region_rows / kTileRows;
+      out.Raw(Keys(region) + tile * key_tile, key_tile);
+      out.Raw(Values(region, head.region_rows) + tile * value_tile, value_tile);
+    }
+  }
+}
+
+void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
+  const size_t key_tile = RegionBytes(key_format_, kTileRows), value_tile = RegionBytes(value_format_, kTileRows);
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    Head& head = heads_[i];
+    const size_t n_rows = in.Count(options_.grows ? max_rows : budgets[i], "a head's number of rows");
+    if (options_.grows) GrowTo(head, n_rows);
+    else ResizeArena(head, RoundUp(budgets[i], kTileRows));
+    for (size_t row = 0; row < n_rows; row += kTileRows) {
+      const CountedBuffer& region = head.regions[row / head.region_rows];
+      const size_t tile = row % head.region_rows / kTileRows;
+      in.Raw(Keys(region) + tile * key_tile, key_tile);
+      in.Raw(Values(region, head.region_rows) + tile * value_tile, value_tile);
+    }
+    head.n_rows = n_rows;
+  }
+}
+
+}  // namespace lesskv

@@ -1,0 +1,85 @@
+// The store of codecs that keep each row by itself (f32, f16, bf16, q8, q4; keys and values may differ).
+//
+// A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
+// blocks of kBlockRows rows. Where rows may leave after a step, the step's own rows wait in a staging area that all
+// layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kvcache/cache_config.h"
+#include "kvcache/codec/kv_store.h"
+#include "kvcache/memory.h"
+
+namespace lesskv {
+
+inline constexpr size_t kBlockRows = 128;
+
+struct RowStoreOptions {
+  RowTypes types;
+  bool grows = false;  // no bound on the rows of a head
+};
+
+class RowStore final : public KvStore {
+ public:
+  RowStore(ByteCounter& counter, const CacheShape& shape, const RowStoreOptions& options);
+
+  std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void Reserve(const StepRoom& room) override;
+  void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
+  void Attend(const StoreQuery& query) const override;
+  void AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const override;
+  void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
+                float* values) const override;
+  void Commit(size_t layer, size_t kv_head, const Compaction& compaction) override;
+  void EndStep() override;
+  size_t n_rows(size_t layer, size_t kv_head) const override { return At(layer, kv_head).n_rows; }
+  void Save(ByteWriter& out) const override;
+  void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
+
+  // Bytes of one region of `rows` rows (keys and values): for plans.
+  static size_t BytesFor(const CacheShape& shape, const RowTypes& types, size_t rows);
+
+ private:
+  struct Head {
+    std::vector<CountedBuffer> regions;  // keys, then values, of region_rows rows each
+    size_t region_rows = 0;
+    size_t n_rows = 0;
+    size_t capacity() const { return regions.size() * region_rows; }
+  };
+  struct Place {  // where a row lies
+    const CountedBuffer* region;
+    size_t region_rows;
+    size_t slot;
+  };
+
+  Head& At(size_t layer, size_t kv_head) { return heads_[layer * shape_.n_kv_heads + kv_head]; }
+  const Head& At(size_t layer, size_t kv_head) const { return heads_[layer * shape_.n_kv_heads + kv_head]; }
+  Place Find(size_t layer, size_t kv_head, uint32_t row) const;
+
+  static std::byte* Keys(const CountedBuffer& region);
+  std::byte* Values(const CountedBuffer& region, size_t region_rows) const;
+  void ResizeArena(Head& head, size_t rows);
+  void GrowTo(Head& head, size_t rows);
+  void Trim(Head& head);
+  void AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const;
+  std::vector<KvSpan> Spans(size_t layer, size_t kv_head, size_t n_step_rows) const;
+  AttentionJob Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const;
+
+  ByteCounter* counter_;
+  CacheShape shape_;
+  RowStoreOptions options_;
+  RowFormat key_format_, value_format_;
+  std::vector<Head> heads_;    // [n_layers, n_kv_heads]
+  std::vector<Head> staging_;  // [n_kv_heads], empty regions outside evicting steps
+  // The step in progress.
+  size_t n_step_ = 0;
+  bool evicts_ = false;
+  bool is_prompt_ = false;
+  std::vector<size_t> budgets_;
+};
+
+}  // namespace lesskv

@@ -1,0 +1,48 @@
+// Who is where: the position of the token in each slot of one (layer, KV head), and the selector's score of it. Follows
+// the store's compactions, so that slots mean the same in both. Kept only where tokens can leave; in a full cache the
+// token in slot i is the one at position i.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "kvcache/bytes.h"
+#include "kvcache/codec/kv_store.h"
+#include "kvcache/kv_cache.h"
+#include "kvcache/memory.h"
+
+namespace lesskv {
+
+struct HeadLedger {
+  size_t n_rows = 0;
+
+  std::span<const Position> Positions() const { return positions_.As<Position>().first(n_rows); }
+
+  // Room for `rows` rows: exactly `fixed` when that is not 0, else whole blocks.
+  void Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool scores);
+
+  // New tokens at positions seen, seen + 1, ... take the next slots.
+  void AppendNew(size_t seen, size_t n);
+
+  // Rows as a step sees them: resident ones, then n new ones with score 0.
+  void Gather(size_t seen, size_t n, bool with_scores, std::vector<Position>& positions,
+              std::vector<float>& scores) const;
+
+  // Takes over the gathered (and re-scored) rows in the places that the compaction gives them.
+  void Apply(const Compaction& compaction, std::span<const Position> positions, std::span<const float> scores);
+
+  HeadLedger Clone(ByteCounter& counter) const;
+  void Save(ByteWriter& out) const;
+  // Refuses positions that are not distinct or not below `seen`.
+  void Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool scores, size_t seen);
+
+  // Bytes that Reserve allocates: for plans.
+  static size_t BytesFor(size_t rows, size_t fixed, bool scores);
+
+ private:
+  CountedBuffer positions_;  // Position [capacity]
+  CountedBuffer scores_;     // float [capacity], or empty
+};
+
+}  // namespace lesskv

@@ -1,0 +1,73 @@
+// Memory of one sequence's cache. Every byte goes through a ByteCounter, so that the bytes reported are the bytes
+// allocated: rows, positions, scores, residual state, slack.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <new>
+#include <span>
+#include <utility>
+
+#include "base/error.h"
+#include "kernels/rows.h"
+
+namespace lesskv {
+
+struct ByteCounter {
+  size_t now = 0;
+  size_t peak = 0;
+};
+
+// One aligned allocation, counted while it lives. Move-only. The counter must outlive it.
+class CountedBuffer {
+ public:
+  CountedBuffer() = default;
+  // Zeroed memory. Throws Error(kOutOfMemory).
+  CountedBuffer(ByteCounter& counter, size_t bytes) : counter_(&counter), size_(bytes) {
+    if (bytes == 0) return;
+    data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kRegionAlign}, std::nothrow));
+    if (data_ == nullptr) Fail(ErrorCode::kOutOfMemory, "the cache needs {} more bytes, which cannot be had", bytes);
+    std::memset(data_, 0, bytes);
+    counter.now += bytes;
+    counter.peak = std::max(counter.peak, counter.now);
+  }
+  CountedBuffer(CountedBuffer&& other) noexcept { *this = std::move(other); }
+  CountedBuffer& operator=(CountedBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(counter_, other.counter_);
+    return *this;
+  }
+  ~CountedBuffer() {
+    if (data_ == nullptr) return;
+    counter_->now -= size_;
+    ::operator delete(data_, std::align_val_t{kRegionAlign});
+  }
+
+  CountedBuffer Clone(ByteCounter& counter) const {
+    CountedBuffer copy(counter, size_);
+    if (size_ > 0) std::memcpy(copy.data_, data_, size_);
+    return copy;
+  }
+
+  std::byte* data() { return data_; }
+  const std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+
+  template <typename T>
+  std::span<T> As() {
+    return {reinterpret_cast<T*>(data_), size_ / sizeof(T)};
+  }
+  template <typename T>
+  std::span<const T> As() const {
+    return {reinterpret_cast<const T*>(data_), size_ / sizeof(T)};
+  }
+
+ private:
+  ByteCounter* counter_ = nullptr;
+  size_t size_ = 0;
+  std::byte* data_ = nullptr;
+};
+
+}  // namespace lesskv

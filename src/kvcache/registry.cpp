@@ -1,0 +1,152 @@
+#include "kvcache/registry.h"
+
+#include <charconv>
+#include <cmath>
+
+#include "base/check.h"
+#include "base/error.h"
+
+// One line a method: X(Name) stands for `const Method kNameMethod`, defined beside the method's implementation.
+#define LESSKV_METHODS(X) \
+  X(Full)                 \
+  X(Window)               \
+  X(H2o)                  \
+  X(Tova)                 \
+  X(Snapkv)               \
+  X(Uniform)              \
+  X(Pyramid)              \
+  X(Drop)                 \
+  X(Less)                 \
+  X(F16)                  \
+  X(F32)                  \
+  X(Bf16)                 \
+  X(Q8)                   \
+  X(Q4)                   \
+  X(Mix)                  \
+  X(All)                  \
+  X(Prefill)
+
+namespace lesskv {
+
+#define X(name) extern const Method k##name##Method;
+LESSKV_METHODS(X)
+#undef X
+
+namespace {
+
+#define X(name) &k##name##Method,
+constexpr const Method* kMethods[] = {LESSKV_METHODS(X)};
+#undef X
+
+MethodTraits TraitsOf(const Method& method, const SpecTerm& term) {
+  return method.traits == nullptr ? MethodTraits{} : method.traits(Arguments(method.parameters, term));
+}
+
+}  // namespace
+
+std::span<const Method* const> Methods() { return kMethods; }
+
+const Method* FindMethod(std::string_view name) {
+  for (const Method* method : kMethods)
+    if (method->name == name) return method;
+  return nullptr;
+}
+
+std::string_view Name(Stage stage) {
+  switch (stage) {
+    case Stage::kSelect: return "select";
+    case Stage::kBudget: return "budget";
+    case Stage::kResidual: return "residual";
+    case Stage::kCodec: return "codec";
+    case Stage::kRecall: return "recall";
+    case Stage::kPrefill: return "prefill";
+  }
+  CHECK(false, "unknown stage");
+}
+
+std::string_view DefaultTerm(Stage stage) {
+  switch (stage) {
+    case Stage::kSelect: return "full";
+    case Stage::kBudget: return "uniform";
+    case Stage::kResidual: return "drop";
+    case Stage::kCodec: return "f16";
+    case Stage::kRecall: return "all";
+    case Stage::kPrefill: return "";
+  }
+  CHECK(false, "unknown stage");
+}
+
+std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_traits, const Method& b,
+                                    const MethodTraits& b_traits) {
+  if (a.stage == b.stage) return fmt::format("'{}' and '{}' answer the same question ({})", a.name, b.name, Name(a.stage));
+  const auto one_way = [](const Method& x, const MethodTraits& tx, const Method& y,
+                          const MethodTraits& ty) -> std::optional<std::string> {
+    if (tx.renumbers_positions && ty.needs_true_positions)
+      return fmt::format("'{}' re-numbers positions and cannot feed '{}', which needs true ones", x.name, y.name);
+    if (x.stage == Stage::kSelect && !tx.evicts && ty.needs_eviction)
+      return fmt::format("'{}' lets no token leave, so '{}' has nothing to do", x.name, y.name);
+    if (x.stage == Stage::kPrefill && !ty.acts_in_stream)
+      return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'", y.name, x.name);
+    return std::nullopt;
+  };
+  if (auto reason = one_way(a, a_traits, b, b_traits)) return reason;
+  return one_way(b, b_traits, a, a_traits);
+}
+
+std::optional<std::string> Conflict(const Method& a, const Method& b) {
+  if (a.stage == b.stage) return Conflict(a, {}, b, {});
+  const auto example = [](const Method& method) {
+    // The example of one term; parsing it alone validates it too.
+    const CacheSpec spec = CacheSpec::Parse(method.stage == Stage::kSelect || method.stage == Stage::kCodec ||
+                                                    method.stage == Stage::kPrefill || method.stage == Stage::kRecall
+                                                ? std::string(method.Example())
+                                                : fmt::format("h2o(5%)+{}", method.Example()));
+    const SpecTerm* term = spec.Find(method.name);
+    return TraitsOf(method, term == nullptr ? SpecTerm{std::string(method.name), {}} : *term);
+  };
+  return Conflict(a, example(a), b, example(b));
+}
+
+void RequireGiven(const Arguments& arguments, std::string_view method, std::string_view parameter,
+                  std::string_view example) {
+  if (!arguments.Has(parameter))
+    Fail(ErrorCode::kInvalidArgument, "cache spec: {} needs its {}, such as {}", method, parameter, example);
+}
+
+const Parameter& Arguments::Find(std::string_view name) const {
+  for (const Parameter& parameter : parameters_)
+    if (parameter.name == name) return parameter;
+  CHECK(false, "no parameter '{}'", name);
+}
+
+bool Arguments::Has(std::string_view name) const {
+  for (const SpecArgument& argument : term_->arguments)
+    if (argument.key == name) return true;
+  return false;
+}
+
+std::string_view Arguments::Text(std::string_view name) const {
+  for (const SpecArgument& argument : term_->arguments)
+    if (argument.key == name) return argument.value;
+  return Find(name).default_value;
+}
+
+double Arguments::Real(std::string_view name) const {
+  const std::string_view text = Text(name);
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  CHECK(error == std::errc() && (end == text.data() + text.size() || *end == '%'), "'{}' was validated", text);
+  return value;
+}
+
+size_t Arguments::Count(std::string_view name) const { return static_cast<size_t>(Real(name)); }
+
+size_t Arguments::Rows(std::string_view name, size_t ctx, size_t divisor) const {
+  const std::string_view text = Text(name);
+  if (text.empty() || text.back() != '%') return Count(name) / divisor;
+  // The small term keeps exact products exact: 5 % of 2040 is 102, not 101.999....
+  const double rows = Real(name) / 100 * static_cast<double>(ctx) / static_cast<double>(divisor);
+  return static_cast<size_t>(std::floor(rows + 1e-9));
+}
+
+}  // namespace lesskv

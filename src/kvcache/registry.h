@@ -1,0 +1,124 @@
+// The methods a spec can name: one `Method` each, defined beside its implementation and listed once in registry.cpp.
+// Help text, the documentation table, the legal pairs, shared tests and benchmark grids all come from this table.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/error.h"
+#include "kernels/rows.h"
+#include "kvcache/spec.h"
+
+namespace lesskv {
+
+struct CacheShape;
+struct SidecarSource;
+class Selector;
+class Budgeter;
+class Residual;
+
+// The five questions of the cache, plus prefill (about time rather than space). The order is that of canonical specs.
+enum class Stage { kSelect, kBudget, kResidual, kCodec, kRecall, kPrefill };
+inline constexpr Stage kStages[] = {Stage::kSelect, Stage::kBudget, Stage::kResidual,
+                                    Stage::kCodec,  Stage::kRecall, Stage::kPrefill};
+std::string_view Name(Stage stage);
+// The stage's term when a spec names none: "full", "uniform", "drop", "f16", "all", and "" for prefill.
+std::string_view DefaultTerm(Stage stage);
+
+struct Parameter {
+  enum class Kind {
+    kRows,   // rows per KV head: a whole number, or a percentage of the context length ("5%")
+    kCount,  // a whole number in [min, max]
+    kReal,   // a number in [min, max]
+    kWord,   // one of `choices`, separated by '|'
+    kText,   // a quoted string
+  };
+  std::string_view name;
+  Kind kind;
+  std::string_view default_value;  // empty: none
+  std::string_view help;
+  std::string_view choices = {};
+  double min = 0;
+  double max = 1e9;
+  bool positional = false;  // may be given without its name, first
+};
+
+// A term's arguments, checked against the method's parameters.
+class Arguments {
+ public:
+  Arguments(std::span<const Parameter> parameters, const SpecTerm& term) : parameters_(parameters), term_(&term) {}
+
+  bool Has(std::string_view name) const;             // given in the spec
+  std::string_view Text(std::string_view name) const;  // as written, or the default
+  size_t Count(std::string_view name) const;
+  double Real(std::string_view name) const;
+  // Rows for a context length: floor(percent / 100 * ctx / divisor), or floor(count / divisor).
+  size_t Rows(std::string_view name, size_t ctx, size_t divisor = 1) const;
+
+ private:
+  const Parameter& Find(std::string_view name) const;
+  std::span<const Parameter> parameters_;
+  const SpecTerm* term_;
+};
+
+// For Method::validate: throws Error unless the parameter is given; `example` shows how.
+void RequireGiven(const Arguments& arguments, std::string_view method, std::string_view parameter,
+                  std::string_view example);
+
+// What decides whether terms can be combined.
+struct MethodTraits {
+  bool renumbers_positions = false;   // select: keys are read at cache-relative positions
+  bool needs_true_positions = false;  // residual: is trained on keys rotated to their true positions
+  bool evicts = false;                // select: tokens leave at all
+  bool needs_eviction = false;        // budget, residual: makes no sense when no token leaves
+  bool acts_in_stream = true;         // select, budget: defined while text streams in (prefill(chunk))
+};
+
+struct RowTypes {
+  RowType keys = RowType::kF16;
+  RowType values = RowType::kF16;
+  bool rotate = false;  // orthonormal Hadamard transform before encoding
+};
+
+// A residual, and what identifies the trained artefact it reads (a fingerprint; empty: none).
+struct MadeResidual {
+  std::unique_ptr<const Residual> residual;
+  std::string artefact;
+};
+
+struct Method {
+  std::string_view name;
+  Stage stage;
+  std::string_view summary;
+  std::string_view reference;  // paper
+  std::span<const Parameter> parameters = {};
+  MethodTraits (*traits)(const Arguments&) = nullptr;
+  void (*validate)(const Arguments&) = nullptr;  // throws Error for arguments that contradict each other
+
+  // The stage's factory; the others are null. `drop`, `all` and `prefill` have none.
+  std::unique_ptr<const Selector> (*make_selector)(const Arguments&, const CacheShape&) = nullptr;
+  std::unique_ptr<const Budgeter> (*make_budgeter)(const Arguments&) = nullptr;
+  MadeResidual (*make_residual)(const Arguments&, const CacheShape&, const SidecarSource&) = nullptr;
+  RowTypes (*row_types)(const Arguments&) = nullptr;
+
+  // An example of the term for shared tests and tables, such as "h2o(5%)"; the name itself when empty.
+  std::string_view example = {};
+
+  std::string_view Example() const { return example.empty() ? name : example; }
+};
+
+std::span<const Method* const> Methods();
+const Method* FindMethod(std::string_view name);
+
+// Why two methods (as used in one spec) cannot be combined, or nothing when they can.
+std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_traits, const Method& b,
+                                    const MethodTraits& b_traits);
+// The same for the two methods' example terms: the table of legal pairs.
+std::optional<std::string> Conflict(const Method& a, const Method& b);
+
+}  // namespace lesskv

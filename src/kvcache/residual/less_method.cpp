@@ -1,0 +1,49 @@
+// The registry's entry for LESS: finds the sidecar and makes the residual of less.h.
+#include <filesystem>
+
+#include "format/gguf.h"
+#include "kvcache/cache_config.h"
+#include "kvcache/registry.h"
+#include "kvcache/residual/less.h"
+
+namespace lesskv {
+namespace {
+
+constexpr Parameter kParameters[] = {
+    {.name = "file", .kind = Parameter::Kind::kText, .default_value = "",
+     .help = "the sidecar with the trained feature maps; NAME.less.gguf beside the model NAME.gguf when not given"},
+    {.name = "sidecar", .kind = Parameter::Kind::kText, .default_value = "",
+     .help = "the fingerprint that the sidecar must have, 16 hexadecimal digits"},
+    {.name = "clamp", .kind = Parameter::Kind::kWord, .default_value = "false",
+     .help = "clamp features and mass at 1e-6 as the authors' decode code does", .choices = "true|false"},
+};
+
+MadeResidual Make(const Arguments& arguments, const CacheShape& shape, const SidecarSource& sidecar) {
+  const bool named = arguments.Has("file");
+  const std::string path(named ? arguments.Text("file") : std::string_view(sidecar.path));
+  if (!named && (path.empty() || !std::filesystem::exists(path)))
+    Fail(ErrorCode::kNotFound, "less needs trained feature maps: {} (train them with 'lesskv train less', or name "
+         "them: less(file=\"...\"))", path.empty() ? "this model has no sidecar" : "there is no " + path);
+  const std::string fingerprint = FingerprintString(GgufFile::Open(path).Fingerprint());
+  if (arguments.Has("sidecar") && arguments.Text("sidecar") != fingerprint)
+    Fail(ErrorCode::kMismatch, "less: {} has fingerprint {}, the spec asks for {}", path, fingerprint,
+         arguments.Text("sidecar"));
+  auto maps = FeatureMaps::Load(path, sidecar.model_fingerprint);
+  const LessOptions options{.clamp = arguments.Text("clamp") == "true"};
+  return {MakeLessResidual(options, shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_dim, std::move(maps)),
+          fingerprint};
+}
+
+}  // namespace
+
+extern const Method kLessMethod{
+    .name = "less",
+    .stage = Stage::kResidual,
+    .summary = "tokens that leave are folded into a small recurrent state that later queries read",
+    .reference = "arXiv 2402.09398",
+    .parameters = kParameters,
+    .traits = [](const Arguments&) { return MethodTraits{.needs_true_positions = true, .needs_eviction = true}; },
+    .make_residual = Make,
+};
+
+}  // namespace lesskv

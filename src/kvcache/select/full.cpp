@@ -1,0 +1,29 @@
+// The full cache: every token stays. The reference that every other selector is measured against.
+#include "base/check.h"
+#include "kvcache/registry.h"
+#include "kvcache/select/selector.h"
+
+namespace lesskv {
+namespace {
+
+class FullSelector final : public Selector {
+ public:
+  bool Evicts(StepKind) const override { return false; }
+  size_t Rows() const override { return 0; }
+  size_t Window(size_t) const override { return 0; }
+  void Choose(const LayerRows&, VictimLists&) const override { CHECK(false, "nothing leaves the full cache"); }
+};
+
+}  // namespace
+
+extern const Method kFullMethod{
+    .name = "full",
+    .stage = Stage::kSelect,
+    .summary = "every token stays",
+    .reference = "",
+    .make_selector = [](const Arguments&, const CacheShape&) -> std::unique_ptr<const Selector> {
+      return std::make_unique<FullSelector>();
+    },
+};
+
+}  // namespace lesskv

@@ -1,0 +1,65 @@
+// TOVA (Oren et al., arXiv 2401.06104): after a step, the rows with the most attention from the step's last query stay,
+// averaged over all query heads of the layer, one set for all KV heads. No accumulation and no protected window: the
+// current token competes like any other.
+#include <algorithm>
+
+#include "kernels/basic.h"
+#include "kvcache/cache_config.h"
+#include "kvcache/registry.h"
+#include "kvcache/select/selection.h"
+
+namespace lesskv {
+namespace {
+
+class TovaSelector final : public Selector {
+ public:
+  explicit TovaSelector(size_t rows) : rows_(rows) {}
+
+  bool Evicts(StepKind) const override { return true; }
+  size_t Rows() const override { return rows_; }
+  size_t Window(size_t) const override { return 0; }
+  Observation Observes(StepKind) const override { return {Observation::Queries::kLast, 1}; }
+
+  void Choose(const LayerRows& layer, VictimLists& victims) const override {
+    const HeadRows& first = layer.heads[0];
+    if (first.n_leaving() == 0) return;
+    // All heads hold the same rows in the same order, since they have always lost the same ones.
+    std::vector<float> mean(first.n_rows(), 0.0f);
+    for (const HeadRows& head : layer.heads) {
+      CHECK(head.n_rows() == first.n_rows() && head.budget == first.budget);
+      AddOverGroup(head.attention, layer.group, mean);
+    }
+    const auto evictable = [&](uint32_t r) { return !layer.protect->Contains(first.positions[r]); };
+    ChooseWorst(first, first.n_leaving(), evictable, [&](uint32_t r) { return mean[r]; }, victims[0]);
+    for (size_t h = 1; h < victims.size(); ++h) victims[h] = victims[0];
+  }
+
+ private:
+  size_t rows_;
+};
+
+constexpr Parameter kParameters[] = {
+    {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "", .help = "rows kept", .min = 1,
+     .positional = true},
+    {.name = "extra", .kind = Parameter::Kind::kCount, .default_value = "0", .help = "rows added"},
+};
+
+}  // namespace
+
+extern const Method kTovaMethod{
+    .name = "tova",
+    .stage = Stage::kSelect,
+    .summary = "the tokens the last query attends to most stay, one set a layer",
+    .reference = "arXiv 2401.06104",
+    .parameters = kParameters,
+    .traits = [](const Arguments&) { return MethodTraits{.evicts = true}; },
+    .validate = [](const Arguments& arguments) { RequireGiven(arguments, "tova", "rows", "tova(256) or tova(5%)"); },
+    .make_selector = [](const Arguments& arguments, const CacheShape& shape) -> std::unique_ptr<const Selector> {
+      const size_t rows = arguments.Rows("rows", shape.ctx) + arguments.Count("extra");
+      if (rows == 0) Fail(ErrorCode::kInvalidArgument, "tova: a budget of 0 rows keeps nothing (context {})", shape.ctx);
+      return std::make_unique<TovaSelector>(rows);
+    },
+    .example = "tova(5%)",
+};
+
+}  // namespace lesskv

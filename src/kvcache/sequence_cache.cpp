@@ -1,0 +1,421 @@
+#include "kvcache/sequence_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/check.h"
+#include "base/checked.h"
+#include "base/threads.h"
+#include "kernels/attention.h"
+#include "kvcache/codec/row_store.h"
+#include "kvcache/ledger.h"
+#include "kvcache/residual/residual.h"
+#include "kvcache/select/selector.h"
+
+namespace lesskv {
+namespace {
+
+// Queries (and keys) rotated and attended at a time: bounds the work memory of long steps.
+constexpr size_t kTileQueries = 512;
+// Evicted rows absorbed at a time, a head.
+constexpr size_t kAbsorbRows = 512;
+
+// Work memory of the calling thread, shared by all sequences: nothing in it outlives a call, except what Attend leaves
+// for its own Commit.
+struct Workspace {
+  std::vector<float> rotated;                  // keys or queries of a tile
+  std::vector<float> lse;                      // [n_kv_heads][n_tile, group]
+  std::vector<float> residual_out, residual_lse;  // [n_tile, n_heads, head_dim], [n_tile, n_heads]
+  std::vector<std::vector<float>> scores, attention;  // a KV head: [group, n_rows]
+  std::vector<int32_t> positions, read_positions;
+  std::vector<std::vector<Position>> row_positions;  // a KV head: [n_rows]
+  std::vector<std::vector<float>> row_scores;        // a KV head: [n_rows]
+  VictimLists victims;
+};
+
+Workspace& Work() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+}  // namespace
+
+struct SequenceCache::Impl {
+  explicit Impl(std::shared_ptr<const CacheConfig> c)
+      : config(std::move(c)),
+        shape(config->shape()),
+        selector(*config->selector_),
+        residual(config->residual_.get()) {
+    const RowStoreOptions options{config->row_types_, selector.Rows() == 0 || !selector.Evicts(StepKind::kDecode)};
+    store = std::make_unique<RowStore>(counter, shape, options);
+    ledgers.resize(shape.n_layers * shape.n_kv_heads);
+    has_absorbed.assign(shape.n_layers, 0);
+  }
+
+  ByteCounter counter;  // first: outlives everything that is counted
+  std::shared_ptr<const CacheConfig> config;
+  const CacheShape& shape;
+  const Selector& selector;
+  const Residual* residual;
+  std::unique_ptr<KvStore> store;
+  std::vector<HeadLedger> ledgers;  // [n_layers, n_kv_heads]
+  CountedBuffer states;             // residual states, float [n_layers, n_kv_heads, StateFloats()]
+  std::vector<uint8_t> has_absorbed;  // a layer: some state is not empty
+  std::vector<size_t> budgets;      // [n_layers, n_kv_heads]; empty when nothing ever leaves
+  size_t tokens_seen = 0;
+
+  // The step in progress.
+  bool in_step = false;
+  size_t n_step = 0;
+  StepKind kind = StepKind::kDecode;
+  bool evicts = false;
+
+  HeadLedger& Ledger(size_t layer, size_t h) { return ledgers[layer * shape.n_kv_heads + h]; }
+  size_t StateFloats() const { return residual == nullptr ? 0 : residual->StateFloats(); }
+  float* State(size_t layer, size_t h) {
+    return states.As<float>().data() + (layer * shape.n_kv_heads + h) * StateFloats();
+  }
+
+  void Begin(size_t n_tokens, StepKind step_kind);
+  void Append(size_t layer, const float* keys, const float* values);
+  void Attend(size_t layer, const float* queries, float* out);
+  void AttendTile(size_t layer, const float* queries, size_t first, size_t n, float* out);
+  size_t FirstObserved() const;
+  void ComputeReadPositions(size_t layer);
+  void MergeResidual(size_t layer, const float* rotated, size_t n, float* out);
+  void Commit(size_t layer);
+  LayerRows GatherRows(size_t layer, std::vector<HeadRows>& heads);
+  void Absorb(size_t layer, const VictimLists& victims);
+  void End();
+};
+
+// ---------------------------------------------------------------------------------------------------------- lifecycle
+
+void SequenceCache::Impl::Begin(size_t n_tokens, StepKind step_kind) {
+  CHECK(!in_step, "a step is in progress");
+  CHECK(n_tokens > 0);
+  if (tokens_seen + n_tokens > static_cast<size_t>(std::numeric_limits<int32_t>::max()))
+    Fail(ErrorCode::kInvalidArgument, "a sequence cannot have more than 2^31 - 1 tokens");
+  std::vector<size_t> new_budgets = budgets;
+  if (step_kind == StepKind::kPrompt) new_budgets = config->Budgets(tokens_seen + n_tokens);
+  else if (budgets.empty()) new_budgets = config->Budgets(shape.ctx);
+
+  const bool step_evicts = selector.Rows() > 0 && selector.Evicts(step_kind);
+  store->Reserve({n_tokens, step_evicts, step_kind == StepKind::kPrompt, new_budgets});
+  if (selector.Rows() > 0) {
+    for (size_t i = 0; i < ledgers.size(); ++i) {
+      const size_t all = ledgers[i].n_rows + n_tokens;
+      ledgers[i].Reserve(counter, step_evicts ? std::max(ledgers[i].n_rows, std::min(all, new_budgets[i])) : all,
+                         selector.Evicts(StepKind::kDecode) ? new_budgets[i] : 0, selector.KeepsScores());
+    }
+  }
+  if (StateFloats() > 0 && states.size() == 0)
+    states = CountedBuffer(counter, ledgers.size() * StateFloats() * sizeof(float));
+  budgets = std::move(new_budgets);
+  n_step = n_tokens;
+  kind = step_kind;
+  evicts = step_evicts;
+  in_step = true;
+}
+
+void SequenceCache::Impl::End() {
+  CHECK(in_step, "no step is in progress");
+  store->EndStep();
+  tokens_seen += n_step;
+  in_step = false;
+}
+
+// ---------------------------------------------------------------------------------------------------------- attention
+
+void SequenceCache::Impl::Append(size_t layer, const float* keys, const float* values) {
+  Workspace& work = Work();
+  const size_t stride = shape.n_kv_heads * shape.head_dim;
+  for (size_t first = 0; first < n_step; first += kTileQueries) {
+    const size_t n = std::min(kTileQueries, n_step - first);
+    const float* tile = keys + first * stride;
+    if (!selector.UsesCachePositions()) {
+      work.rotated.assign(tile, tile + n * stride);
+      work.positions.resize(n);
+      for (size_t i = 0; i < n; ++i) work.positions[i] = static_cast<int32_t>(tokens_seen + first + i);
+      RotateRows(shape.rope, work.rotated.data(), n, stride, shape.n_kv_heads, shape.head_dim, work.positions.data());
+      tile = work.rotated.data();
+    }
+    store->Append(layer, first, n, tile, values + first * stride);
+  }
+}
+
+void SequenceCache::Impl::Attend(size_t layer, const float* queries, float* out) {
+  if (selector.UsesCachePositions()) ComputeReadPositions(layer);
+  if (evicts && selector.Observes(kind).queries != Observation::Queries::kNone) {
+    Work().attention.resize(shape.n_kv_heads);
+    for (size_t h = 0; h < shape.n_kv_heads; ++h)
+      Work().attention[h].assign(shape.group() * (store->n_rows(layer, h) + n_step), 0.0f);
+  }
+  const size_t stride = shape.n_heads * shape.head_dim;
+  for (size_t first = 0; first < n_step; first += kTileQueries) {
+    const size_t n = std::min(kTileQueries, n_step - first);
+    AttendTile(layer, queries + first * stride, first, n, out + first * stride);
+  }
+  if (evicts) Commit(layer);
+  else if (selector.Rows() > 0) {
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) Ledger(layer, h).AppendNew(tokens_seen, n_step);
+  }
+}
+
+// Index of the first query of the step that the selector wants to see; n_step when it wants none.
+size_t SequenceCache::Impl::FirstObserved() const {
+  if (!evicts) return n_step;
+  const Observation wanted = selector.Observes(kind);
+  switch (wanted.queries) {
+    case Observation::Queries::kNone: return n_step;
+    case Observation::Queries::kAll: return 0;
+    case Observation::Queries::kLast: return n_step - std::min(n_step, wanted.last);
+  }
+  CHECK(false, "unknown observation");
+}
+
+void SequenceCache::Impl::AttendTile(size_t layer, const float* queries, size_t first, size_t n, float* out) {
+  Workspace& work = Work();
+  const size_t stride = shape.n_heads * shape.head_dim;
+  work.rotated.assign(queries, queries + n * stride);
+  work.positions.resize(n);
+  const bool relative = selector.UsesCachePositions();
+  // Cache-relative: query i of the step reads at the position of its own key, behind the resident rows.
+  const size_t base = relative ? store->n_rows(layer, 0) : tokens_seen;
+  for (size_t i = 0; i < n; ++i) work.positions[i] = static_cast<int32_t>(base + first + i);
+  RotateRows(shape.rope, work.rotated.data(), n, stride, shape.n_heads, shape.head_dim, work.positions.data());
+
+  work.lse.resize(n * shape.n_heads);
+  StoreQuery query;
+  query.layer = layer;
+  query.queries = work.rotated.data();
+  query.first_query = first;
+  query.n_queries = n;
+  query.read_positions = relative ? work.read_positions.data() : nullptr;
+  query.out = out;
+  query.lse = work.lse.data();
+  std::vector<float*> scores, sums;
+  const size_t first_observed = FirstObserved();
+  if (first_observed < first + n) {
+    work.scores.resize(shape.n_kv_heads);
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) {
+      sums.push_back(work.attention[h].data());
+      if (n_step > 1) continue;
+      work.scores[h].resize(work.attention[h].size());
+      scores.push_back(work.scores[h].data());
+    }
+  }
+  query.scores = scores;
+  store->Attend(query);
+  if (!sums.empty()) store->AddColumnSums(query, first_observed > first ? first_observed - first : 0, sums);
+  if (residual != nullptr && has_absorbed[layer]) MergeResidual(layer, work.rotated.data(), n, out);
+}
+
+// The rank by position of every resident row, then the step's own rows behind them.
+void SequenceCache::Impl::ComputeReadPositions(size_t layer) {
+  Workspace& work = Work();
+  const HeadLedger& ledger = Ledger(layer, 0);  // all heads hold the same rows
+  const std::span<const Position> positions = ledger.Positions();
+  std::vector<uint32_t> order(positions.size());
+  for (uint32_t r = 0; r < order.size(); ++r) order[r] = r;
+  std::sort(order.begin(), order.end(),
+            [&](uint32_t a, uint32_t b) { return ToInt(positions[a]) < ToInt(positions[b]); });
+  work.read_positions.resize(positions.size() + n_step);
+  for (uint32_t rank = 0; rank < order.size(); ++rank) work.read_positions[order[rank]] = static_cast<int32_t>(rank);
+  for (size_t i = positions.size(); i < work.read_positions.size(); ++i)
+    work.read_positions[i] = static_cast<int32_t>(i);
+}
+
+// Adds the residual state's part to `out` under one normaliser with the exact rows.
+void SequenceCache::Impl::MergeResidual(size_t layer, const float* rotated, size_t n, float* out) {
+  Workspace& work = Work();
+  const size_t n_heads = shape.n_heads, d = shape.head_dim, group = shape.group();
+  work.residual_out.resize(n * n_heads * d);
+  work.residual_lse.resize(n * n_heads);
+  std::vector<const float*> head_states;
+  for (size_t h = 0; h < shape.n_kv_heads; ++h) head_states.push_back(State(layer, h));
+  residual->Attend(layer, rotated, n, head_states, work.residual_out.data(), work.residual_lse.data());
+  ParallelFor(n_heads, [&](size_t head) {
+    const size_t h = head / group, g = head % group;
+    for (size_t m = 0; m < n; ++m) {
+      const size_t at = m * n_heads + head;
+      Merge(out + at * d, &work.lse[(h * n + m) * group + g], &work.residual_out[at * d], work.residual_lse[at], d);
+    }
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------- eviction
+
+// Observes the layer, lets the selector choose, folds what leaves into the residual state, and closes the ranks.
+void SequenceCache::Impl::Commit(size_t layer) {
+  Workspace& work = Work();
+  std::vector<HeadRows> heads;
+  const LayerRows rows = GatherRows(layer, heads);
+  work.victims.resize(shape.n_kv_heads);
+  for (auto& list : work.victims) list.clear();
+  selector.Choose(rows, work.victims);
+  if (residual != nullptr) Absorb(layer, work.victims);
+  ParallelFor(shape.n_kv_heads, [&](size_t h) {
+    const auto& victims = work.victims[h];
+    CHECK(victims.size() == heads[h].n_leaving(), "{} rows leave where {} must", victims.size(), heads[h].n_leaving());
+    HeadLedger& ledger = Ledger(layer, h);
+    const Compaction compaction = PlanCompaction(ledger.n_rows, n_step, victims);
+    store->Commit(layer, h, compaction);
+    ledger.Apply(compaction, work.row_positions[h], work.row_scores[h]);
+  });
+}
+
+LayerRows SequenceCache::Impl::GatherRows(size_t layer, std::vector<HeadRows>& heads) {
+  Workspace& work = Work();
+  const size_t n_kv = shape.n_kv_heads;
+  heads.resize(n_kv);
+  work.row_positions.resize(n_kv);
+  work.row_scores.resize(n_kv);
+  const bool observed = selector.Observes(kind).queries != Observation::Queries::kNone;
+  ParallelFor(n_kv, [&](size_t h) {
+    Ledger(layer, h).Gather(tokens_seen, n_step, selector.KeepsScores(), work.row_positions[h], work.row_scores[h]);
+    heads[h].budget = budgets[layer * n_kv + h];
+    heads[h].positions = work.row_positions[h];
+    heads[h].scores = work.row_scores[h];
+    if (observed) heads[h].attention = work.attention[h];
+  });
+  LayerRows rows;
+  rows.layer = layer;
+  rows.kind = kind;
+  rows.group = shape.group();
+  rows.tokens_seen = tokens_seen + n_step;
+  rows.n_step = n_step;
+  rows.n_observed_queries = n_step - FirstObserved();
+  rows.protect = &config->protect_;
+  rows.heads = heads;
+  return rows;
+}
+
+void SequenceCache::Impl::Absorb(size_t layer, const VictimLists& victims) {
+  size_t most = 0;
+  for (const auto& list : victims) most = std::max(most, list.size());
+  const size_t d = shape.head_dim;
+  std::vector<std::vector<float>> keys(victims.size()), values(victims.size());
+  for (size_t first = 0; first < most; first += kAbsorbRows) {
+    std::vector<EvictedRows> evicted(victims.size());
+    ParallelFor(victims.size(), [&](size_t h) {
+      if (first >= victims[h].size()) return;
+      const auto rows = std::span(victims[h]).subspan(first, std::min(kAbsorbRows, victims[h].size() - first));
+      keys[h].resize(rows.size() * d);
+      values[h].resize(rows.size() * d);
+      store->ReadRows(layer, h, rows, keys[h].data(), values[h].data());
+      evicted[h] = {h, rows.size(), keys[h].data(), values[h].data(), State(layer, h)};
+    });
+    std::erase_if(evicted, [](const EvictedRows& rows) { return rows.n_rows == 0; });
+    residual->Absorb(layer, evicted);
+    has_absorbed[layer] = 1;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ public surface
+
+SequenceCache::SequenceCache(std::shared_ptr<const CacheConfig> config)
+    : impl_(std::make_unique<Impl>(std::move(config))) {}
+SequenceCache::SequenceCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+SequenceCache::~SequenceCache() = default;
+
+std::unique_ptr<SequenceCache> SequenceCache::Clone() const {
+  CHECK(!impl_->in_step, "a cache cannot be cloned in the middle of a step");
+  auto copy = std::make_unique<Impl>(impl_->config);
+  copy->store = impl_->store->Clone(copy->counter);
+  for (size_t i = 0; i < copy->ledgers.size(); ++i) copy->ledgers[i] = impl_->ledgers[i].Clone(copy->counter);
+  copy->states = impl_->states.Clone(copy->counter);
+  copy->has_absorbed = impl_->has_absorbed;
+  copy->budgets = impl_->budgets;
+  copy->tokens_seen = impl_->tokens_seen;
+  return std::unique_ptr<SequenceCache>(new SequenceCache(std::move(copy)));
+}
+
+void SequenceCache::BeginStep(size_t n_tokens, StepKind kind) { impl_->Begin(n_tokens, kind); }
+void SequenceCache::Append(size_t layer, const float* keys, const float* values) {
+  impl_->Append(layer, keys, values);
+}
+void SequenceCache::Attend(size_t layer, const float* queries, float* out) { impl_->Attend(layer, queries, out); }
+void SequenceCache::EndStep() { impl_->End(); }
+
+// No method of this build acts across layers at a prompt's end; those that cut do so layer by layer in Commit.
+void SequenceCache::EndPrompt() { CHECK(!impl_->in_step, "a prompt cannot end in the middle of a step"); }
+
+const CacheConfig& SequenceCache::config() const { return *impl_->config; }
+size_t SequenceCache::tokens_seen() const { return impl_->tokens_seen; }
+
+CacheStats SequenceCache::Stats() const {
+  const CacheShape& shape = impl_->shape;
+  CacheStats stats;
+  stats.tokens_seen = impl_->tokens_seen;
+  size_t rows = 0;
+  for (size_t layer = 0; layer < shape.n_layers; ++layer)
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) rows += impl_->store->n_rows(layer, h);
+  stats.tokens_resident = static_cast<double>(rows) / static_cast<double>(shape.n_layers * shape.n_kv_heads);
+  stats.kv_bytes = impl_->counter.now;
+  stats.kv_bytes_peak = impl_->counter.peak;
+  stats.kv_bytes_full = stats.tokens_seen * shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * sizeof(uint16_t);
+  return stats;
+}
+
+std::vector<Position> SequenceCache::ResidentPositions(size_t layer, size_t kv_head) const {
+  std::vector<Position> positions;
+  if (impl_->selector.Rows() == 0) {
+    for (size_t i = 0; i < impl_->store->n_rows(layer, kv_head); ++i) positions.push_back(Position(static_cast<int32_t>(i)));
+    return positions;
+  }
+  const auto held = impl_->Ledger(layer, kv_head).Positions();
+  positions.assign(held.begin(), held.end());
+  std::sort(positions.begin(), positions.end());
+  return positions;
+}
+
+std::vector<std::byte> SequenceCache::Serialize() const {
+  CHECK(!impl_->in_step, "a cache cannot be saved in the middle of a step");
+  ByteWriter out;
+  out.Put<uint64_t>(impl_->tokens_seen);
+  out.Put<uint64_t>(impl_->budgets.size());
+  for (size_t budget : impl_->budgets) out.Put<uint64_t>(budget);
+  impl_->store->Save(out);
+  for (const HeadLedger& ledger : impl_->ledgers) ledger.Save(out);
+  out.Raw(impl_->has_absorbed.data(), impl_->has_absorbed.size());
+  out.Put<uint64_t>(impl_->states.size());
+  out.Raw(impl_->states.data(), impl_->states.size());
+  return std::move(out.bytes);
+}
+
+void SequenceCache::Restore(const std::byte* data, size_t size) {
+  auto fresh = std::make_unique<Impl>(impl_->config);
+  ByteReader in{{data, size}};
+  fresh->tokens_seen = in.Count(std::numeric_limits<int32_t>::max(), "the number of tokens seen");
+  const size_t n_heads = fresh->ledgers.size();
+  const size_t n_budgets = in.Count(n_heads, "the number of budgets");
+  const bool bounded = fresh->selector.Rows() > 0;
+  if (n_budgets != (bounded && fresh->tokens_seen > 0 ? n_heads : 0))
+    Fail(ErrorCode::kBadFile, "saved cache: {} budgets do not fit this model and spec", n_budgets);
+  for (size_t i = 0; i < n_budgets; ++i)
+    fresh->budgets.push_back(in.Count(fresh->selector.Rows() * fresh->shape.n_layers, "a budget"));
+  const std::vector<size_t> none(n_heads, 0);
+  fresh->store->Load(in, n_budgets == 0 ? none : fresh->budgets, fresh->tokens_seen);
+  for (size_t i = 0; i < n_heads; ++i) {
+    const size_t n_rows = fresh->store->n_rows(i / fresh->shape.n_kv_heads, i % fresh->shape.n_kv_heads);
+    const size_t fixed = bounded && n_budgets > 0 && fresh->selector.Evicts(StepKind::kDecode) ? fresh->budgets[i] : 0;
+    fresh->ledgers[i].Load(in, fresh->counter, bounded ? n_rows : 0, fixed, fresh->selector.KeepsScores(),
+                           fresh->tokens_seen);
+  }
+  in.Raw(fresh->has_absorbed.data(), fresh->has_absorbed.size());
+  const size_t state_bytes = n_heads * fresh->StateFloats() * sizeof(float);
+  const size_t saved = in.Count(state_bytes, "the residual state's bytes");
+  if (saved != 0 && saved != state_bytes) Fail(ErrorCode::kBadFile, "saved cache: a residual state of another size");
+  if (saved > 0) {
+    fresh->states = CountedBuffer(fresh->counter, state_bytes);
+    in.Raw(fresh->states.data(), state_bytes);
+    for (float x : fresh->states.As<float>())
+      if (!std::isfinite(x)) Fail(ErrorCode::kBadFile, "saved cache: the residual state has a value that is not finite");
+  }
+  if (!in.rest.empty()) Fail(ErrorCode::kBadFile, "saved cache: {} bytes too many", in.rest.size());
+  impl_ = std::move(fresh);
+}
+
+}  // namespace lesskv
