@@ -65,16 +65,18 @@ void ByteBpeModel::LoadMerges(const Vocabulary& vocabulary) {
     }
     const std::string_view left = merge.substr(0, space);
     const std::string_view right = merge.substr(space + 1);
-    const std::string whole = fmt::format("{}{}", left, right);
     const auto find = [&](std::string_view text) {
       const auto found = pieces.find(text);
       if (found == pieces.end()) {
-        Fail(ErrorCode::kBadFile, "{}: merge {} ({}) names {}, which is not a token", vocabulary.name, rank,
+        Fail(ErrorCode::kBadFile, "{}: merge {} ({}) needs {}, which is not a token", vocabulary.name, rank,
              Quoted(merge), Quoted(text));
       }
       return found->second;
     };
-    merges_.emplace(PairKey(find(left), find(right)), RankedToken{static_cast<uint32_t>(rank), find(whole)});
+    const int32_t left_id = find(left);
+    const int32_t right_id = find(right);
+    const int32_t whole_id = find(fmt::format("{}{}", left, right));
+    merges_.emplace(PairKey(left_id, right_id), RankedToken{static_cast<uint32_t>(rank), whole_id});
   }
 }
 

@@ -160,7 +160,7 @@ void CheckVocabularySizes(const std::string& name, size_t n_tokens, size_t n_sco
 
 void CheckVocabulary(const Vocabulary& vocabulary) {
   if (vocabulary.model != "llama" && vocabulary.model != "gpt2") {
-    Fail(ErrorCode::kBadFile, "{}: tokenizer.ggml.model is {}, expected \"llama\" or \"gpt2\"", vocabulary.name,
+    Fail(ErrorCode::kBadFile, "{}: tokenizer.ggml.model is {}, expected 'llama' or 'gpt2'", vocabulary.name,
          Quoted(vocabulary.model));
   }
   CheckVocabularySizes(vocabulary.name, vocabulary.tokens.size(), vocabulary.scores.size(), vocabulary.types.size());
