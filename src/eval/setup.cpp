@@ -1,0 +1,81 @@
+#include "eval/setup.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "eval/metrics.h"
+
+namespace lesskv {
+
+void EvalSetup::CheckStop() const {
+  if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "interrupted before the evaluation was done");
+}
+
+void EvalSetup::Progress(size_t done, size_t total) const {
+  if (progress && total > 0) progress(static_cast<double>(done) / static_cast<double>(total));
+}
+
+size_t EvalSetup::BatchSize(size_t n_prompt, size_t n_decode) const {
+  size_t largest = 1;
+  for (const Subject& subject : subjects) {
+    largest = std::max(largest, subject.config->Plan(n_prompt, n_decode).bytes_peak);
+  }
+  return std::clamp(kBatchBytes / largest, size_t{1}, std::max(batch, size_t{1}));
+}
+
+Protocol::Mode ParseMode(const std::string& text) {
+  if (text == "stream") return Protocol::Mode::kStream;
+  if (text == "continue") return Protocol::Mode::kContinue;
+  Fail(ErrorCode::kInvalidArgument, "--mode: expected stream or continue, found '{}'", text);
+}
+
+void FeedCost::operator+=(const FeedCost& other) {
+  prompt_tokens += other.prompt_tokens;
+  prompt_seconds += other.prompt_seconds;
+  tokens += other.tokens;
+  seconds += other.seconds;
+}
+
+Json BeginRow(const EvalSetup& setup, const Subject& subject, std::string_view command) {
+  Json row;
+  row["command"] = command;
+  AddRunInfo(row, *setup.engine, *subject.config, setup.seed);
+  row["match"] = subject.match.empty() ? Json() : Json(subject.match);
+  row["matched_to"] = subject.matched_to.empty() ? Json() : Json(subject.matched_to);
+  return row;
+}
+
+void AddProtocol(Json& row, const Protocol& protocol) {
+  const bool stream = protocol.mode == Protocol::Mode::kStream;
+  row["mode"] = stream ? "stream" : "continue";
+  row["step"] = stream ? protocol.step : 1;
+  row["prompt"] = stream ? Json() : Json(protocol.prompt);
+}
+
+void AddCost(Json& row, const FeedCost& cost) {
+  const auto rate = [](size_t tokens, double seconds) {
+    return seconds > 0 ? static_cast<double>(tokens) / seconds : kNotANumber;
+  };
+  row["tokens_per_second"] = rate(cost.tokens, cost.seconds);
+  row["prefill_tokens_per_second"] = rate(cost.prompt_tokens, cost.prompt_seconds);
+}
+
+std::vector<Column> SubjectColumns() { return {{"kv_spec", "cache"}, {"match", "rival at"}}; }
+
+void AppendCacheColumns(std::vector<Column>& columns) {
+  columns.push_back({"tokens_seen", "seen", Column::Style::kCount});
+  columns.push_back({"tokens_resident", "resident", Column::Style::kCount, 1});
+  columns.push_back({"kv_bytes", "bytes", Column::Style::kBytes});
+  columns.push_back({"kv_bytes_peak", "peak", Column::Style::kBytes});
+  columns.push_back({"kv_bytes_full", "full", Column::Style::kBytes});
+  columns.push_back({"sidecar_bytes", "sidecar", Column::Style::kBytes});
+  columns.push_back({"tokens_per_second", "tokens/s", Column::Style::kCount});
+}
+
+void StatsTally::Add(const CacheStats& stats) {
+  const size_t peak = std::max(stats_.kv_bytes_peak, stats.kv_bytes_peak);
+  if (stats.tokens_seen > stats_.tokens_seen) stats_ = stats;
+  stats_.kv_bytes_peak = peak;
+}
+
+}  // namespace lesskv

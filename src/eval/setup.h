@@ -1,0 +1,90 @@
+// What every evaluation needs: the engine, the caches under test, and the part of a result row that all commands share.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/run_info.h"
+#include "eval/report.h"
+#include "tokenizer/tokenizer.h"
+
+namespace lesskv {
+
+// One cache under test. Rivals that --match-bytes added say whose they are (match_bytes.h).
+struct Subject {
+  std::shared_ptr<const CacheConfig> config;
+  std::string matched_to = {};  // canonical spec whose rival this is; empty when the caller asked for it
+  std::string match = {};       // "full", "bare selector", "rank/2 extra rows", "equal bytes"
+};
+
+// Shared by all evaluations; the engine and tokenizer outlive it.
+struct EvalSetup {
+  Engine* engine = nullptr;
+  const Tokenizer* tokenizer = nullptr;
+  size_t ctx = 0;
+  uint64_t seed = 0;
+  size_t batch = 16;  // texts that go through the engine together, at most
+  std::vector<Subject> subjects;
+  const std::atomic<bool>* stop = nullptr;    // set from anywhere: the evaluation throws Error kRuntime
+  std::function<void(double)> progress = {};  // share done, in [0, 1]
+
+  void CheckStop() const;
+  void Progress(size_t done, size_t total) const;
+
+  // How many texts to run together so that the caches of one batch stay below kBatchBytes, by every subject's plan.
+  size_t BatchSize(size_t n_prompt, size_t n_decode) const;
+  static constexpr size_t kBatchBytes = size_t{1} << 30;
+};
+
+// How text meets the cache. Every row names it.
+struct Protocol {
+  enum class Mode {
+    kStream,    // `step` tokens at a time, evicting in between
+    kContinue,  // `prompt` tokens in one shot (or in the chunks of prefill(chunk=N)), then the decode path, one token a
+                // step
+  };
+  Mode mode = Mode::kStream;
+  size_t step = 8;
+  size_t prompt = 0;
+};
+
+Protocol::Mode ParseMode(const std::string& text);  // "stream", "continue"; Error otherwise
+
+// Tokens and seconds, prompts apart from the rest. Only the engine's steps are timed, not the scoring of their logits.
+struct FeedCost {
+  size_t prompt_tokens = 0;
+  double prompt_seconds = 0;
+  size_t tokens = 0;
+  double seconds = 0;
+
+  void operator+=(const FeedCost& other);
+};
+
+// A row's beginning: command, rival's mark, spec and run information (engine/run_info.h).
+Json BeginRow(const EvalSetup& setup, const Subject& subject, std::string_view command);
+void AddProtocol(Json& row, const Protocol& protocol);
+// tokens_per_second and, where prompts were fed, prefill_tokens_per_second: sums over all sequences of a batch.
+void AddCost(Json& row, const FeedCost& cost);
+
+// The columns that follow a table's measures: rows, bytes, speed. The ones before: cache and rival's mark.
+void AppendCacheColumns(std::vector<Column>& columns);
+std::vector<Column> SubjectColumns();
+
+// Keeps the statistics of the sequence that has seen most tokens (of equals the first), and the highest peak of all.
+class StatsTally {
+ public:
+  void Add(const CacheStats& stats);
+  const CacheStats& stats() const { return stats_; }
+
+ private:
+  CacheStats stats_;
+};
+
+}  // namespace lesskv

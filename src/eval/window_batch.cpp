@@ -1,0 +1,113 @@
+#include "eval/window_batch.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "base/check.h"
+#include "base/error.h"
+
+namespace lesskv {
+namespace {
+
+// Prompts are fed in groups of about this many tokens: enough to share the weight products, without holding the work
+// buffers of all of them.
+constexpr size_t kPrefillTokens = 2048;
+
+class Stopwatch {
+ public:
+  double Seconds() const { return std::chrono::duration<double>(Clock::now() - begin_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point begin_ = Clock::now();
+};
+
+}  // namespace
+
+WindowBatch::WindowBatch(Engine& engine, std::shared_ptr<const CacheConfig> config, std::span<const TextWindow> windows,
+                         const Protocol& protocol)
+    : engine_(engine), windows_(windows), protocol_(protocol) {
+  for (const TextWindow& window : windows) {
+    CHECK(window.ids.size() >= MinWindowLength(protocol), "a window of {} tokens", window.ids.size());
+    sequences_.emplace_back(config);
+  }
+}
+
+size_t WindowBatch::FirstTarget() const { return protocol_.mode == Protocol::Mode::kStream ? 1 : protocol_.prompt + 1; }
+
+size_t WindowBatch::TokensPerStep() const { return protocol_.mode == Protocol::Mode::kStream ? protocol_.step : 1; }
+
+void WindowBatch::PrefillAll() {
+  const Stopwatch watch;
+  std::vector<StepItem> items;
+  const size_t group = std::max(size_t{1}, kPrefillTokens / protocol_.prompt);
+  for (size_t w = 0; w < windows_.size(); ++w) {
+    items.push_back({&sequences_[w], std::span(windows_[w].ids).first(protocol_.prompt), LogitsRows::kNone});
+    if (items.size() < group && w + 1 < windows_.size()) continue;
+    engine_.Prefill(items);
+    items.clear();
+  }
+  fed_ = protocol_.prompt;
+  cost_.prompt_tokens += windows_.size() * protocol_.prompt;
+  cost_.prompt_seconds += watch.Seconds();
+}
+
+bool WindowBatch::Step(const ScoredSink& sink) {
+  const bool stream = protocol_.mode == Protocol::Mode::kStream;
+  if (!stream && fed_ == 0) PrefillAll();
+  std::vector<StepItem> items;
+  std::vector<size_t> window_of;  // of each item
+  size_t n_tokens = 0;
+  for (size_t w = 0; w < windows_.size(); ++w) {
+    const std::span<const int32_t> ids = windows_[w].ids;
+    if (fed_ + 1 >= ids.size()) continue;
+    const size_t n = std::min(TokensPerStep(), ids.size() - 1 - fed_);
+    items.push_back({&sequences_[w], ids.subspan(fed_, n), LogitsRows::kAll});
+    window_of.push_back(w);
+    n_tokens += n;
+  }
+  if (items.empty()) return false;
+
+  double sink_seconds = 0;
+  std::vector<ScoredRow> rows;
+  const LogitsSink score = [&](std::span<const LogitsRow> tile) {
+    const Stopwatch watch;
+    rows.clear();
+    for (const LogitsRow& row : tile) rows.push_back({window_of[row.item], fed_ + row.row + 1, row.logits});
+    sink(rows);
+    sink_seconds += watch.Seconds();
+  };
+  const Stopwatch watch;
+  engine_.Step(items, stream ? StepKind::kStream : StepKind::kDecode, score);
+  cost_.seconds += watch.Seconds() - sink_seconds;
+  cost_.tokens += n_tokens;
+  fed_ += TokensPerStep();
+  return true;
+}
+
+FeedCost WindowBatch::Run(const EvalSetup& setup, WindowBatch& batch, const ScoredSink& sink) {
+  while (batch.Step(sink)) setup.CheckStop();
+  return batch.cost();
+}
+
+void WindowBatch::AddStats(StatsTally& tally) const {
+  for (const Sequence& sequence : sequences_) tally.Add(sequence.Stats());
+}
+
+size_t MinWindowLength(const Protocol& protocol) {
+  return protocol.mode == Protocol::Mode::kStream ? 2 : protocol.prompt + 2;
+}
+
+void CheckProtocol(const Protocol& protocol, size_t length) {
+  const bool stream = protocol.mode == Protocol::Mode::kStream;
+  if (stream && protocol.step == 0) Fail(ErrorCode::kInvalidArgument, "--step: expected 1 or more tokens, found 0");
+  if (!stream && protocol.prompt == 0) {
+    Fail(ErrorCode::kInvalidArgument, "--mode continue needs --prompt N, the tokens that are read before scoring");
+  }
+  if (MinWindowLength(protocol) > length) {
+    Fail(ErrorCode::kInvalidArgument, "a context of {} tokens leaves nothing to score{}: at least {} are needed",
+         length, stream ? "" : fmt::format(" behind a prompt of {}", protocol.prompt), MinWindowLength(protocol));
+  }
+}
+
+}  // namespace lesskv
