@@ -1,8 +1,8 @@
 // The part of a tokenizer that knows how text becomes pieces: SentencePiece or byte-level BPE.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <string_view>
 #include <vector>

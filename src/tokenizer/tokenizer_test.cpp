@@ -127,13 +127,13 @@ TEST(Tokenizer, BosAndEosFollowTheFileThenTheDefault) {
 
 TEST(Tokenizer, KnowsWhatEndsAGeneration) {
   Vocabulary v = SmallBpe("smollm");  // 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>
-  v.eos = 0;
+  v.eos = 301;
   v.types[2] = static_cast<int32_t>(TokenType::kNormal);  // a common mistake in model files
   v.eom = 300;
   const auto t = Tokenizer::Create(v);
   EXPECT_EQ(t->eot(), 2);
   EXPECT_EQ(t->Type(2), TokenType::kControl);
-  for (const int32_t id : {0, 2, 300}) EXPECT_TRUE(t->IsEndOfGeneration(id)) << id;
+  for (const int32_t id : {0, 2, 300, 301}) EXPECT_TRUE(t->IsEndOfGeneration(id)) << id;
   for (const int32_t id : {1, 3, -1, 299}) EXPECT_FALSE(t->IsEndOfGeneration(id)) << id;
 }
 
@@ -165,6 +165,18 @@ TEST(ByteBpe, WithoutParsingControlTokensAreText) {
   EXPECT_EQ(std::count(ids.begin(), ids.end(), 2), 0);
   EXPECT_EQ(t->Decode(ids), "<|im_end|><tool>");
   EXPECT_EQ(t->TokenBytes(ids.back()), "<tool>");
+}
+
+// Llama 3 has words as tokens that its merges do not lead to.
+TEST(ByteBpe, AWholePieceIsItsTokenWhereMergesAreIgnored) {
+  Vocabulary v = SmallBpe("llama-bpe");
+  v.tokens.emplace_back("\u0120qzx");
+  v.types.push_back(static_cast<int32_t>(TokenType::kNormal));
+  const auto id = static_cast<int32_t>(v.tokens.size() - 1);
+  EXPECT_EQ(Tokenizer::Create(v)->Encode(" qzx", false, false), (Ids{id}));
+  EXPECT_NE(Tokenizer::Create(v)->Encode(" qzxy", false, false).at(0), id);
+  v.pre = "smaug-bpe";  // the same pattern, but merges decide
+  EXPECT_EQ(Tokenizer::Create(v)->Encode(" qzx", false, false).size(), 4u);
 }
 
 TEST(ByteBpe, DamagedUtf8BecomesReplacementCharacters) {

@@ -58,6 +58,7 @@ TEXTS = [
     "the miller's daughter, the MILLER'S daughter",
     "I'm, you're, he'd, we'll, they've, it's, don't",
     "I'M, YOU'RE, HE'D, WE'LL, THEY'VE, IT'S, DON'T",
+    "it'SX we'REady they'Llive 'sX 't1 '\u017fX",
     "'s 't 're 've 'm 'll 'd 'x ''s",
     "rock 'n' roll",
     "1 12 123 1234 12345 123456 1234567",
