@@ -33,9 +33,11 @@ const LinearKernels& Kernels() {
       return internal::ScalarLinearKernels();
 #if defined(__x86_64__)
     case Isa::kAvx2:
-    case Isa::kAvx512:
-    case Isa::kAvx512Bf16:
       return internal::ScalarLinearKernels();
+    case Isa::kAvx512:
+      return internal::Avx512LinearKernels();
+    case Isa::kAvx512Bf16:
+      return internal::Avx512Bf16LinearKernels();
 #else
     default:
       break;
@@ -105,11 +107,11 @@ Int8Activations CarveInt8(Workspace& workspace, size_t n, size_t n_tokens) {
   Int8Activations out;
   out.n_padded = RoundUp(n, 256);
   const size_t count = out.n_padded * n_tokens;
-  char* data = workspace.Get<char>(count + count * 4 + count / 32 * 4 + count / 16 * 4);
+  char* data = workspace.Get<char>(count + count * 4 / 4 + count * 4 / 16 + count * 4 / 32);
   out.q = reinterpret_cast<int8_t*>(data);
   out.init = reinterpret_cast<int32_t*>(data + count);
   out.scale = reinterpret_cast<float*>(data + count * 2);
-  out.sum = reinterpret_cast<float*>(data + count * 2 + count / 32 * 4);
+  out.sum = out.scale + count / 16;
   return out;
 }
 

@@ -25,9 +25,9 @@ inline constexpr size_t kMaxTileRows = 24;
 // private to the table that wrote it.
 struct Int8Activations {
   int8_t* q;        // [n_tokens, n_padded]
-  int32_t* init;    // [n_tokens, n_padded / 4]: what an accumulator starts from, because stored codes are unsigned
-  float* scale;     // [n_tokens, n_padded / 32]
-  float* sum;       // [n_tokens, n_padded / 16]: scale times the sum of each 16 codes
+  int32_t* init;    // [n_tokens, n_padded / 4]: what accumulators start from, because stored codes are unsigned
+  float* scale;     // [n_tokens, n_padded / 16]: one scale for each 32 codes; twice each for types with groups of 16
+  float* sum;       // [n_tokens, n_padded / 32]: scale times the sum of 32 codes, for types with a minimum
   size_t n_padded;  // n rounded up to 256; the padding is zero
 };
 

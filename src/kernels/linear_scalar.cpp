@@ -55,7 +55,7 @@ void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tok
 
 void Quantize(DType, const float* x, size_t n, size_t token, const Int8Activations& out) {
   int8_t* q = out.q + token * out.n_padded;
-  float* scales = out.scale + token * out.n_padded / kInt8Block;
+  float* scales = out.scale + token * (out.n_padded / kInt8Block);
   for (size_t b = 0; b < CeilDiv(n, kInt8Block); ++b) {
     const size_t end = std::min(n, (b + 1) * kInt8Block);
     float largest = 0;
@@ -73,7 +73,7 @@ void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, f
     DequantizeRow(block.type, block.rows + r * block.row_bytes, block.n, row.data());
     for (size_t t = 0; t < n_tokens; ++t) {
       const int8_t* q = x.q + t * x.n_padded;
-      const float* scales = x.scale + t * x.n_padded / kInt8Block;
+      const float* scales = x.scale + t * (x.n_padded / kInt8Block);
       double sum = 0;
       for (size_t i = 0; i < block.n; ++i) sum += static_cast<double>(row[i]) * scales[i / kInt8Block] * q[i];
       y[t * y_stride + r] = static_cast<float>(sum);
