@@ -41,6 +41,7 @@ struct CachePlan {
   size_t bytes_peak = 0;   // largest at any moment, prompt included
   size_t bytes_after_prompt = 0;
   size_t bytes_end = 0;
+  double rows_end = 0;  // mean rows a (layer, KV head)
 };
 
 class Selector;
@@ -74,7 +75,6 @@ class CacheConfig {
 
  private:
   friend class SequenceCache;
-  friend class CachePlanner;
   CacheConfig(const CacheSpec& spec, const CacheShape& shape, ProtectedSet protect);
 
   CacheSpec spec_;

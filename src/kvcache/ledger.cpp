@@ -14,15 +14,11 @@ size_t Capacity(size_t rows, size_t fixed) { return fixed > 0 ? std::max(fixed, 
 
 CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t bytes) {
   CountedBuffer to(counter, bytes);
-  std::memcpy(to.data(), from.data(), std::min(bytes, from.size()));
+  if (from.data() != nullptr) std::memcpy(to.data(), from.data(), std::min(bytes, from.size()));
   return to;
 }
 
 }  // namespace
-
-size_t HeadLedger::BytesFor(size_t rows, size_t fixed, bool scores) {
-  return Capacity(rows, fixed) * (sizeof(Position) + (scores ? sizeof(float) : 0));
-}
 
 void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool scores) {
   const size_t capacity = Capacity(std::max(rows, n_rows), fixed);
@@ -34,8 +30,8 @@ void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool s
 
 void HeadLedger::AppendNew(size_t seen, size_t n) {
   const std::span<Position> positions = positions_.As<Position>();
-  CHECK(n_rows + n <= positions.size());
-  for (size_t i = 0; i < n; ++i) positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
+  CHECK((n_rows + n) * sizeof(Position) <= positions_.size());
+  for (size_t i = 0; i < n && !positions.empty(); ++i) positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
   n_rows += n;
 }
 

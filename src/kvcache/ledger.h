@@ -37,9 +37,6 @@ struct HeadLedger {
   // Refuses positions that are not distinct or not below `seen`.
   void Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool scores, size_t seen);
 
-  // Bytes that Reserve allocates: for plans.
-  static size_t BytesFor(size_t rows, size_t fixed, bool scores);
-
  private:
   CountedBuffer positions_;  // Position [capacity]
   CountedBuffer scores_;     // float [capacity], or empty

@@ -17,6 +17,7 @@ namespace lesskv {
 struct ByteCounter {
   size_t now = 0;
   size_t peak = 0;
+  bool only_counts = false;  // for plans: buffers have a size but no memory
 };
 
 // One aligned allocation, counted while it lives. Move-only. The counter must outlive it.
@@ -25,10 +26,7 @@ class CountedBuffer {
   CountedBuffer() = default;
   // Zeroed memory. Throws Error(kOutOfMemory).
   CountedBuffer(ByteCounter& counter, size_t bytes) : counter_(&counter), size_(bytes) {
-    if (bytes == 0) return;
-    data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kRegionAlign}, std::nothrow));
-    if (data_ == nullptr) Fail(ErrorCode::kOutOfMemory, "the cache needs {} more bytes, which cannot be had", bytes);
-    std::memset(data_, 0, bytes);
+    if (bytes > 0 && !counter.only_counts) Allocate(bytes);
     counter.now += bytes;
     counter.peak = std::max(counter.peak, counter.now);
   }
@@ -40,14 +38,13 @@ class CountedBuffer {
     return *this;
   }
   ~CountedBuffer() {
-    if (data_ == nullptr) return;
-    counter_->now -= size_;
-    ::operator delete(data_, std::align_val_t{kRegionAlign});
+    if (counter_ != nullptr) counter_->now -= size_;
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{kRegionAlign});
   }
 
   CountedBuffer Clone(ByteCounter& counter) const {
     CountedBuffer copy(counter, size_);
-    if (size_ > 0) std::memcpy(copy.data_, data_, size_);
+    if (data_ != nullptr) std::memcpy(copy.data_, data_, size_);
     return copy;
   }
 
@@ -55,16 +52,23 @@ class CountedBuffer {
   const std::byte* data() const { return data_; }
   size_t size() const { return size_; }
 
+  // [size() / sizeof(T)]; empty where the buffer only counts.
   template <typename T>
   std::span<T> As() {
-    return {reinterpret_cast<T*>(data_), size_ / sizeof(T)};
+    return {reinterpret_cast<T*>(data_), data_ == nullptr ? 0 : size_ / sizeof(T)};
   }
   template <typename T>
   std::span<const T> As() const {
-    return {reinterpret_cast<const T*>(data_), size_ / sizeof(T)};
+    return {reinterpret_cast<const T*>(data_), data_ == nullptr ? 0 : size_ / sizeof(T)};
   }
 
  private:
+  void Allocate(size_t bytes) {
+    data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kRegionAlign}, std::nothrow));
+    if (data_ == nullptr) Fail(ErrorCode::kOutOfMemory, "the cache needs {} more bytes, which cannot be had", bytes);
+    std::memset(data_, 0, bytes);
+  }
+
   ByteCounter* counter_ = nullptr;
   size_t size_ = 0;
   std::byte* data_ = nullptr;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 #include "base/checked.h"
@@ -70,8 +71,14 @@ struct SequenceCache::Impl {
   size_t n_step = 0;
   StepKind kind = StepKind::kDecode;
   bool evicts = false;
+  std::vector<size_t> previous_budgets;  // what CancelStep goes back to
 
   HeadLedger& Ledger(size_t layer, size_t h) { return ledgers[layer * shape.n_kv_heads + h]; }
+  size_t Rows() const {
+    size_t rows = 0;
+    for (size_t i = 0; i < ledgers.size(); ++i) rows += store->n_rows(i / shape.n_kv_heads, i % shape.n_kv_heads);
+    return rows;
+  }
   size_t StateFloats() const { return residual == nullptr ? 0 : residual->StateFloats(); }
   float* State(size_t layer, size_t h) {
     return states.As<float>().data() + (layer * shape.n_kv_heads + h) * StateFloats();
@@ -88,6 +95,8 @@ struct SequenceCache::Impl {
   LayerRows GatherRows(size_t layer, std::vector<HeadRows>& heads);
   void Absorb(size_t layer, const VictimLists& victims);
   void End();
+  void Cancel();
+  void CountStep(size_t n_tokens, StepKind step_kind);
 };
 
 // ---------------------------------------------------------------------------------------------------------- lifecycle
@@ -112,7 +121,7 @@ void SequenceCache::Impl::Begin(size_t n_tokens, StepKind step_kind) {
   }
   if (StateFloats() > 0 && states.size() == 0)
     states = CountedBuffer(counter, ledgers.size() * StateFloats() * sizeof(float));
-  budgets = std::move(new_budgets);
+  previous_budgets = std::exchange(budgets, std::move(new_budgets));
   n_step = n_tokens;
   kind = step_kind;
   evicts = step_evicts;
@@ -123,6 +132,13 @@ void SequenceCache::Impl::End() {
   CHECK(in_step, "no step is in progress");
   store->EndStep();
   tokens_seen += n_step;
+  in_step = false;
+}
+
+void SequenceCache::Impl::Cancel() {
+  CHECK(in_step, "no step is in progress");
+  store->CancelStep();
+  budgets = std::move(previous_budgets);
   in_step = false;
 }
 
@@ -313,6 +329,41 @@ void SequenceCache::Impl::Absorb(size_t layer, const VictimLists& victims) {
   }
 }
 
+// --------------------------------------------------------------------------------------------------------------- plans
+
+// A step that allocates and frees what a real one does, without memory or text: as many rows leave as must.
+void SequenceCache::Impl::CountStep(size_t n_tokens, StepKind step_kind) {
+  CHECK(counter.only_counts);
+  Begin(n_tokens, step_kind);
+  for (size_t i = 0; i < ledgers.size(); ++i) {
+    if (!evicts) {
+      if (selector.Rows() > 0) ledgers[i].AppendNew(tokens_seen, n_step);
+      continue;
+    }
+    ledgers[i].n_rows = std::min(ledgers[i].n_rows + n_step, budgets[i]);
+    store->Commit(i / shape.n_kv_heads, i % shape.n_kv_heads, {ledgers[i].n_rows, {}});
+  }
+  End();
+}
+
+CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
+  SequenceCache::Impl cache({std::shared_ptr<void>(), this});  // does not own the configuration
+  cache.counter.only_counts = true;
+  if (prefill_chunk_ == 0 && n_prompt > 0) cache.CountStep(n_prompt, StepKind::kPrompt);
+  for (size_t done = 0; prefill_chunk_ > 0 && done < n_prompt; done += prefill_chunk_)
+    cache.CountStep(std::min(prefill_chunk_, n_prompt - done), StepKind::kStream);
+  CachePlan plan;
+  plan.bytes_after_prompt = cache.counter.now;
+  // Where every head's rows are bounded, the first decode step is like all others.
+  const bool bounded = selector_->Rows() > 0 && selector_->Evicts(StepKind::kDecode);
+  for (size_t done = 0; done < (bounded ? std::min<size_t>(n_decode, 1) : n_decode); ++done)
+    cache.CountStep(1, StepKind::kDecode);
+  plan.bytes_end = cache.counter.now;
+  plan.bytes_peak = cache.counter.peak;
+  plan.rows_end = static_cast<double>(cache.Rows()) / static_cast<double>(cache.ledgers.size());
+  return plan;
+}
+
 // ------------------------------------------------------------------------------------------------------ public surface
 
 SequenceCache::SequenceCache(std::shared_ptr<const CacheConfig> config)
@@ -337,6 +388,7 @@ void SequenceCache::Append(size_t layer, const float* keys, const float* values)
   impl_->Append(layer, keys, values);
 }
 void SequenceCache::Attend(size_t layer, const float* queries, float* out) { impl_->Attend(layer, queries, out); }
+void SequenceCache::CancelStep() { impl_->Cancel(); }
 void SequenceCache::EndStep() { impl_->End(); }
 
 // No method of this build acts across layers at a prompt's end; those that cut do so layer by layer in Commit.
@@ -349,10 +401,7 @@ CacheStats SequenceCache::Stats() const {
   const CacheShape& shape = impl_->shape;
   CacheStats stats;
   stats.tokens_seen = impl_->tokens_seen;
-  size_t rows = 0;
-  for (size_t layer = 0; layer < shape.n_layers; ++layer)
-    for (size_t h = 0; h < shape.n_kv_heads; ++h) rows += impl_->store->n_rows(layer, h);
-  stats.tokens_resident = static_cast<double>(rows) / static_cast<double>(shape.n_layers * shape.n_kv_heads);
+  stats.tokens_resident = static_cast<double>(impl_->Rows()) / static_cast<double>(impl_->ledgers.size());
   stats.kv_bytes = impl_->counter.now;
   stats.kv_bytes_peak = impl_->counter.peak;
   stats.kv_bytes_full = stats.tokens_seen * shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * sizeof(uint16_t);

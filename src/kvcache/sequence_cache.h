@@ -58,6 +58,7 @@ class SequenceCache final : public KvCache {
   void Restore(const std::byte* data, size_t size);
 
  private:
+  friend class CacheConfig;
   struct Impl;
   explicit SequenceCache(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

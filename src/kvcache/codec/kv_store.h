@@ -77,6 +77,8 @@ class KvStore {
   // Carries out a compaction of one KV head; called once a step for each, from several threads for different heads.
   virtual void Commit(size_t layer, size_t kv_head, const Compaction& compaction) = 0;
   virtual void EndStep() = 0;
+  // Takes back a Reserve: room that no resident row needs is freed.
+  virtual void CancelStep() = 0;
 
   virtual size_t n_rows(size_t layer, size_t kv_head) const = 0;
 

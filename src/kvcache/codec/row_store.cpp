@@ -23,9 +23,8 @@ RowStore::RowStore(ByteCounter& counter, const CacheShape& shape, const RowStore
   for (Head& head : heads_) head.region_rows = kBlockRows;
 }
 
-size_t RowStore::BytesFor(const CacheShape& shape, const RowTypes& types, size_t rows) {
-  return RegionBytes({types.keys, RowSide::kKeys, shape.head_dim}, rows) +
-         RegionBytes({types.values, RowSide::kValues, shape.head_dim}, rows);
+size_t RowStore::BytesFor(size_t rows) const {
+  return RegionBytes(key_format_, rows) + RegionBytes(value_format_, rows);
 }
 
 std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
@@ -52,20 +51,20 @@ std::byte* RowStore::Values(const CountedBuffer& region, size_t region_rows) con
 void RowStore::ResizeArena(Head& head, size_t rows) {
   const size_t old_rows = head.region_rows;
   if (old_rows == rows && !head.regions.empty()) return;
-  CountedBuffer arena(*counter_, BytesFor(shape_, options_.types, rows));
-  if (!head.regions.empty()) {
+  CountedBuffer arena(*counter_, BytesFor(rows));
+  if (!head.regions.empty() && arena.data() != nullptr) {
     const CountedBuffer& from = head.regions[0];
     const size_t common = std::min(rows, old_rows);
     std::memcpy(arena.data(), from.data(), RegionBytes(key_format_, common));
     std::memcpy(Values(arena, rows), Values(from, old_rows), RegionBytes(value_format_, common));
-    head.regions.clear();
   }
+  head.regions.clear();
   head.region_rows = rows;
   head.regions.push_back(std::move(arena));
 }
 
 void RowStore::GrowTo(Head& head, size_t rows) {
-  while (head.capacity() < rows) head.regions.emplace_back(*counter_, BytesFor(shape_, options_.types, kBlockRows));
+  while (head.capacity() < rows) head.regions.emplace_back(*counter_, BytesFor(kBlockRows));
 }
 
 // Gives back blocks beyond the resident rows.
@@ -88,15 +87,20 @@ void RowStore::Reserve(const StepRoom& room) {
       else if (head.capacity() != staging_rows) head = Head{}, ResizeArena(head, staging_rows);
     }
   } catch (const Error&) {
-    if (options_.grows)
-      for (Head& head : heads_) Trim(head);
-    for (Head& head : staging_) head = Head{};
+    CancelStep();
     throw;
   }
   n_step_ = room.n_step;
   evicts_ = room.evicts;
   is_prompt_ = room.is_prompt;
   budgets_.assign(room.budgets.begin(), room.budgets.end());
+}
+
+void RowStore::CancelStep() {
+  if (options_.grows)
+    for (Head& head : heads_) Trim(head);
+  for (Head& head : staging_) head = Head{};
+  n_step_ = 0;
 }
 
 void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {

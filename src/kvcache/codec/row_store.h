@@ -36,12 +36,10 @@ class RowStore final : public KvStore {
                 float* values) const override;
   void Commit(size_t layer, size_t kv_head, const Compaction& compaction) override;
   void EndStep() override;
+  void CancelStep() override;
   size_t n_rows(size_t layer, size_t kv_head) const override { return At(layer, kv_head).n_rows; }
   void Save(ByteWriter& out) const override;
   void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
-
-  // Bytes of one region of `rows` rows (keys and values): for plans.
-  static size_t BytesFor(const CacheShape& shape, const RowTypes& types, size_t rows);
 
  private:
   struct Head {
@@ -60,6 +58,7 @@ class RowStore final : public KvStore {
   const Head& At(size_t layer, size_t kv_head) const { return heads_[layer * shape_.n_kv_heads + kv_head]; }
   Place Find(size_t layer, size_t kv_head, uint32_t row) const;
 
+  size_t BytesFor(size_t rows) const;  // keys and values of a region
   static std::byte* Keys(const CountedBuffer& region);
   std::byte* Values(const CountedBuffer& region, size_t region_rows) const;
   void ResizeArena(Head& head, size_t rows);
