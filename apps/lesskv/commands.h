@@ -7,5 +7,7 @@
 namespace lesskv {
 
 void AddRunCommand(CLI::App& app);
+void AddInfoCommand(CLI::App& app);
+void AddQuantizeCommand(CLI::App& app);
 
 }  // namespace lesskv

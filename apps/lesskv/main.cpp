@@ -27,6 +27,8 @@ int Complain(int status, std::string message) {
 
 void AddCommands(CLI::App& app) {
   AddRunCommand(app);
+  AddInfoCommand(app);
+  AddQuantizeCommand(app);
 }
 
 // Parsing runs the chosen command's callback.
