@@ -22,13 +22,6 @@
 
 namespace lesskv {
 
-struct KvSpan {
-  const std::byte* keys;    // region of the job's key_format
-  const std::byte* values;  // region of the job's value_format
-  size_t first_slot;        // rows lie in slots [first_slot, first_slot + n_rows) of both regions
-  size_t n_rows;
-};
-
 struct AttentionJob {
   RowFormat key_format, value_format;
   std::span<const KvSpan> spans;

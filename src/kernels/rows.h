@@ -2,7 +2,8 @@
 //
 // A *region* is memory for `capacity` rows, capacity a multiple of kTileRows. Its inner layout belongs to this file
 // (keys lie in small transposed tiles so that a decode step needs no horizontal sums); callers only name slots. A
-// region is plain memory: it can be copied, saved and cloned as bytes. Rows are `head_dim` floats outside, whatever
+// region is plain memory and an array of tiles, tile t in bytes [t, t + 1) * RegionBytes(format, kTileRows), with the same
+// bytes on every instruction set: it can be copied, saved, cloned, grown and cut at tiles. Rows are `head_dim` floats outside, whatever
 // the type inside.
 #pragma once
 
@@ -25,6 +26,14 @@ struct RowFormat {
   RowType type = RowType::kF16;
   RowSide side = RowSide::kKeys;
   size_t head_dim = 0;
+};
+
+// Rows that lie one after the other in a key region and a value region of one KV head.
+struct KvSpan {
+  const std::byte* keys;    // region of the key format
+  const std::byte* values;  // region of the value format
+  size_t first_slot;        // rows lie in slots [first_slot, first_slot + n_rows) of both regions
+  size_t n_rows;
 };
 
 // kQ8 and kQ4 need head_dim to be a multiple of 32; the others take any head_dim >= 1.

@@ -1,0 +1,57 @@
+// The attention kernels for AVX2, FMA and F16C. Compiled with flags of its own: see attention_isa.h.
+#include "kernels/attention_isa.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+#include "kernels/rows_layout.h"
+
+namespace lesskv::avx2 {
+namespace {
+
+using V = __m256;
+constexpr size_t kW = 8;
+
+inline V Zero() { return _mm256_setzero_ps(); }
+inline V Splat(float x) { return _mm256_set1_ps(x); }
+inline V Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, V x) { _mm256_storeu_ps(p, x); }
+inline V Fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V Mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V Add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V Sub(V a, V b) { return _mm256_sub_ps(a, b); }
+inline V VMax(V a, V b) { return _mm256_max_ps(a, b); }
+inline V VMin(V a, V b) { return _mm256_min_ps(a, b); }
+inline V Round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V Pow2(V n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+inline V ZeroBelow(V x, V limit, V y) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), y); }
+inline float ReduceMax(V x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+inline float ReduceAdd(V x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+inline float HalfToFloat(uint16_t half) { return _cvtsh_ss(half); }
+inline V LoadF16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline V LoadBF16(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+#include "kernels/attention_simd.h"
+
+}  // namespace
+
+const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,     MergeSplits,
+                                            Prefill,       ColumnSums,    ColumnSumsKept};
+
+}  // namespace lesskv::avx2
+
+#endif

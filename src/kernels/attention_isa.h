@@ -1,0 +1,78 @@
+// Between attention.cpp, which checks, plans and hands out tasks, and the kernels, which exist once an instruction set.
+// Plain structs and function pointers only: the kernels' translation units are compiled with flags of their own, and an
+// inline function of a shared header that got compiled there could be picked by the linker for the whole program.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/rows.h"
+
+namespace lesskv {
+
+// Up to this many queries a job is cut into splits of rows (decode): each row is read from memory once for all queries.
+// Beyond, it is cut into tiles of queries (prefill).
+inline constexpr size_t kDecodeQueries = 4;
+inline constexpr size_t kSplitRows = 512;     // rows of one decode task, counted from row 0
+inline constexpr size_t kBlockRows = 128;     // rows that are expanded to float32 at a time, counted from row 0
+inline constexpr size_t kStackedQueries = 96;  // queries times group of one prefill task
+
+// An AttentionJob as the kernels see it.
+struct AttentionView {
+  RowFormat key_format, value_format;
+  const KvSpan* spans;
+  const size_t* span_rows;  // [n_spans + 1]: span i holds rows [span_rows[i], span_rows[i + 1])
+  size_t n_spans;
+  size_t head_dim, n_rows, n_past, n_queries, group;
+  const float* q;
+  size_t q_stride;
+  float scale;
+  // For keys that are stored unrotated, else null: the angles of the rows' read positions, [tile of 16 rows] of
+  // cosines [rotary_pairs][16], then sines [rotary_pairs][16].
+  const float* angles;
+  size_t rotary_pairs;
+  bool interleaved;  // pairs are (2 i, 2 i + 1); else (i, i + rotary_pairs)
+  bool bf16;  // products of the prefill in bfloat16, where the instruction set has them
+  float* out;
+  size_t out_stride;
+  float* lse;
+  float* scores;
+};
+
+struct ColumnView {
+  AttentionView attention;
+  const float* lse;
+  size_t first_query;
+  const float* weights;
+  float* sums;
+};
+
+// What a decode task leaves for the merge, for each of n_queries * group stacked queries: PartialFloats floats, namely
+// the largest score, the sum of exp(score - largest), 14 unused, then the outputs before normalisation.
+inline constexpr size_t kPartialHeader = 16;
+
+struct AttentionKernels {
+  size_t (*scratch_floats)(const AttentionView& view);  // work memory of any one task below
+  size_t (*partial_floats)(const AttentionView& view);  // of one split: n_queries * group * (header + head_dim, padded)
+  void (*decode)(const AttentionView& view, size_t split, float* scratch, float* partial);
+  // Merges the partials of all splits, in order, into out and lse.
+  void (*merge_splits)(const AttentionView& view, const float* partials, size_t n_splits);
+  // Queries [first_query, first_query + n).
+  void (*prefill)(const AttentionView& view, size_t first_query, size_t n, float* scratch);
+  // Rows [block * kBlockRows, ...) of one ColumnSumJob.
+  void (*column_sums)(const ColumnView& view, size_t block, float* scratch);
+  // The same from kept scores, of the row block.
+  void (*column_sums_kept)(const ColumnView& view, size_t block);
+};
+
+namespace scalar {
+extern const AttentionKernels kAttentionKernels;
+}
+namespace avx2 {
+extern const AttentionKernels kAttentionKernels;
+}
+namespace avx512 {
+extern const AttentionKernels kAttentionKernels;
+}
+
+}  // namespace lesskv
