@@ -237,7 +237,9 @@ void ManyTokensBlock(const Call& call) {
                group.vectors, packed + group.first_token * padded);
   });
   const size_t step = PanelRows(call, sizeof(Element));
-  const size_t panel_size = RoundUp(step * padded, kTokenLanes * 2);
+  // Rows one cache line longer than a power of two: a tile reads many at once, and they must not share a cache set.
+  const size_t panel_stride = RoundUp(padded * sizeof(Element), 64) / sizeof(Element) + 64 / sizeof(Element);
+  const size_t panel_size = step * panel_stride;
   const size_t acc_size = (step + kMaxTileRows) * group_tokens;
   thread_local Workspace panel_workspace, acc_workspace;  // a share for each thread
   Element* panels = panel_workspace.Get<Element>(static_cast<size_t>(Threads()) * panel_size);
@@ -247,8 +249,8 @@ void ManyTokensBlock(const Call& call) {
     const size_t first = task * step;
     const size_t n_rows = std::min(step, call.w.n_out - first);
     Element* panel = panels + thread * panel_size;
-    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, padded);
-    MultiplyPanel<Kind>(call, n_rows, panel, padded, packed, accs + thread * acc_size, call.y + first);
+    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, panel_stride);
+    MultiplyPanel<Kind>(call, n_rows, panel, panel_stride, packed, accs + thread * acc_size, call.y + first);
   });
 }
 

@@ -47,25 +47,27 @@ inline __m256 BytesToFloat8(uint64_t bytes) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
 }
 
-// A sink receives a row 32 elements at a time: Put(i, elements i..i+15, elements i+16..i+31), and for the types without
+// A sink receives a row 32 elements at a time; it is passed by value and returned, so that its accumulators stay in
+// registers: Put(i, elements i..i+15, elements i+16..i+31), and for the types without
 // blocks a last PutTail(i, ..., count) with count < 32 and zeros beyond.
 template <DType kType>
 struct Unpacker;
 
 template <typename Load16Lanes, typename Sink>
-inline void UnpackFloats(size_t n, const Load16Lanes& load, Sink& sink) {
+inline Sink UnpackFloats(size_t n, const Load16Lanes& load, Sink sink) {
   size_t i = 0;
   for (; i + 32 <= n; i += 32) sink.Put(i, load(i, 0xffff), load(i + 16, 0xffff));
-  if (i == n) return;
+  if (i == n) return sink;
   const uint32_t mask = (1u << (n - i)) - 1;
   sink.PutTail(i, load(i, static_cast<__mmask16>(mask)), load(i + 16, static_cast<__mmask16>(mask >> 16)), n - i);
+  return sink;
 }
 
 template <>
 struct Unpacker<DType::kF32> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
-    UnpackFloats(
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    return UnpackFloats(
         n, [row](size_t i, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, row + i * 4); }, sink);
   }
 };
@@ -73,8 +75,8 @@ struct Unpacker<DType::kF32> {
 template <>
 struct Unpacker<DType::kF16> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
-    UnpackFloats(
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    return UnpackFloats(
         n, [row](size_t i, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + i * 2)); },
         sink);
   }
@@ -83,31 +85,32 @@ struct Unpacker<DType::kF16> {
 template <>
 struct Unpacker<DType::kBF16> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     const auto load = [row](size_t i, __mmask16 mask) {
       const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + i * 2));
       return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     };
-    UnpackFloats(n, load, sink);
+    return UnpackFloats(n, load, sink);
   }
 };
 
 template <>
 struct Unpacker<DType::kQ8_0> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     for (size_t i = 0; i < n; i += 32, row += 34) {
       const __m512 d = _mm512_set1_ps(HalfAt(row));
       sink.Put(i, _mm512_mul_ps(d, SignedToFloat(LoadCodes16(row + 2))),
                _mm512_mul_ps(d, SignedToFloat(LoadCodes16(row + 18))));
     }
+    return sink;
   }
 };
 
 template <>
 struct Unpacker<DType::kQ4_0> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     for (size_t i = 0; i < n; i += 32, row += 18) {
       const float scale = HalfAt(row);
       const __m512 d = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-8 * scale);
@@ -115,6 +118,7 @@ struct Unpacker<DType::kQ4_0> {
       sink.Put(i, _mm512_fmadd_ps(UnsignedToFloat(LowNibbles(codes)), d, offset),
                _mm512_fmadd_ps(UnsignedToFloat(HighNibbles(codes)), d, offset));
     }
+    return sink;
   }
 };
 
@@ -131,22 +135,24 @@ inline void PutFiveBits(size_t i, __m128i nibbles, uint32_t fifth, __m512 d, __m
 template <>
 struct Unpacker<DType::kQ5_0> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     for (size_t i = 0; i < n; i += 32, row += 22) {
       const float scale = HalfAt(row);
       PutFiveBits(i, LoadCodes16(row + 6), Load32(row + 2), _mm512_set1_ps(scale), _mm512_set1_ps(-16 * scale), sink);
     }
+    return sink;
   }
 };
 
 template <>
 struct Unpacker<DType::kQ5_1> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     for (size_t i = 0; i < n; i += 32, row += 24) {
       PutFiveBits(i, LoadCodes16(row + 8), Load32(row + 4), _mm512_set1_ps(HalfAt(row)),
                   _mm512_set1_ps(HalfAt(row + 2)), sink);
     }
+    return sink;
   }
 };
 
@@ -171,7 +177,7 @@ struct FloatScales {
 template <>
 struct Unpacker<DType::kQ4_K> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     for (size_t i = 0; i < n; i += 256, row += 144) {
       const FloatScales scales(row);
       for (size_t j = 0; j < 4; ++j) {
@@ -180,13 +186,14 @@ struct Unpacker<DType::kQ4_K> {
         scales.Put(i, 2 * j + 1, HighNibbles(a), HighNibbles(b), sink);
       }
     }
+    return sink;
   }
 };
 
 template <>
 struct Unpacker<DType::kQ5_K> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     const __m128i one = _mm_set1_epi8(1), bit = _mm_set1_epi8(16);
     for (size_t i = 0; i < n; i += 256, row += 176) {
       const FloatScales scales(row);
@@ -204,6 +211,7 @@ struct Unpacker<DType::kQ5_K> {
         fifth_b = _mm_srli_epi16(fifth_b, 1);
       }
     }
+    return sink;
   }
 };
 
@@ -225,7 +233,7 @@ inline void Q6Codes(const uint8_t* block, __m512i codes[4]) {
 template <>
 struct Unpacker<DType::kQ6_K> {
   template <typename Sink>
-  static inline void Row(const uint8_t* row, size_t n, Sink& sink) {
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     for (size_t i = 0; i < n; i += 256, row += 210) {
       __m512i codes[4];
       Q6Codes(row, codes);
@@ -241,6 +249,7 @@ struct Unpacker<DType::kQ6_K> {
         sink.Put(i + 64 * g + 32, part(_mm512_extracti32x4_epi32(c, 2), 2), part(_mm512_extracti32x4_epi32(c, 3), 3));
       }
     }
+    return sink;
   }
 };
 

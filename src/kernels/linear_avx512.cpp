@@ -32,8 +32,7 @@ struct StoreSink {
 void UnpackF32(const RowBlock& block, float* out, size_t out_stride) {
   SwitchType(block.type, [&]<DType kType>() {
     for (size_t r = 0; r < block.n_rows; ++r) {
-      StoreSink sink{out + r * out_stride};
-      Unpacker<kType>::Row(block.rows + r * block.row_bytes, block.n, sink);
+      Unpacker<kType>::Row(block.rows + r * block.row_bytes, block.n, StoreSink{out + r * out_stride});
     }
   });
 }
@@ -47,6 +46,7 @@ struct DotSink {
   __m512 acc[kTokens][2];
 
   inline void Put(size_t i, __m512 a, __m512 b) {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       acc[t][0] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x + t * x_stride + i), acc[t][0]);
       acc[t][1] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + t * x_stride + i + 16), acc[t][1]);
@@ -54,6 +54,7 @@ struct DotSink {
   }
   inline void PutTail(size_t i, __m512 a, __m512 b, size_t count) {
     const uint32_t mask = (1u << count) - 1;
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       const float* row = x + t * x_stride + i;
       const __m512 x0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), row);
@@ -71,8 +72,10 @@ struct FloatRowDot {
     DotSink<kTokens> sink;
     sink.x = x;
     sink.x_stride = x_stride;
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) sink.acc[t][0] = sink.acc[t][1] = _mm512_setzero_ps();
-    Unpacker<kType>::Row(row, n, sink);
+    sink = Unpacker<kType>::Row(row, n, sink);
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       y[t * y_stride] = _mm512_reduce_add_ps(_mm512_add_ps(sink.acc[t][0], sink.acc[t][1]));
     }
@@ -303,6 +306,7 @@ struct Int8Dot {
     __m512i codes[2];
     Group::Codes(p, codes);
     const __m128 d = FourHalves(p, Group::kBlockBytes);
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       const __m512i x0 = _mm512_loadu_si512(x[t].q + g * 128), x1 = _mm512_loadu_si512(x[t].q + g * 128 + 64);
       const __m512 scale = _mm512_castps128_ps512(_mm_mul_ps(d, _mm_loadu_ps(x[t].scale + g * 4)));
@@ -337,6 +341,7 @@ struct Int8Dot {
   }
 
   inline void Finish(float* y, size_t y_stride) const {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       float total = _mm512_reduce_add_ps(acc[t]);
       if constexpr (Group::kHasMin) total += _mm512_reduce_add_ps(_mm512_zextps128_ps512(min_acc[t]));
@@ -345,6 +350,7 @@ struct Int8Dot {
   }
 
   inline void Reset() {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps(), min_acc[t] = _mm_setzero_ps();
   }
 };
@@ -388,6 +394,7 @@ struct Int8DotK45 {
     const __m256 d = _mm256_mul_ps(BytesToFloat8(packed.scales), _mm256_set1_ps(HalfAt(p)));
     const __m256 m = _mm256_mul_ps(BytesToFloat8(packed.mins), _mm256_set1_ps(HalfAt(p + 2)));
     const __m512i lanes[4] = {HalfLanes(0, 2), HalfLanes(1, 3), HalfLanes(4, 6), HalfLanes(5, 7)};
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       const __m512 scale = _mm512_castps256_ps512(_mm256_mul_ps(d, _mm256_loadu_ps(x[t].scale + b * 8)));
       min_acc[t] = _mm256_fnmadd_ps(m, _mm256_loadu_ps(x[t].sum + b * 8), min_acc[t]);
@@ -407,12 +414,14 @@ struct Int8DotK45 {
   }
 
   inline void Finish(float* y, size_t y_stride) const {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       y[t * y_stride] = _mm512_reduce_add_ps(_mm512_add_ps(acc[t], _mm512_zextps256_ps512(min_acc[t])));
     }
   }
 
   inline void Reset() {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps(), min_acc[t] = _mm256_setzero_ps();
   }
 };
@@ -428,6 +437,7 @@ struct Int8DotQ6K {
     Q6Codes(p, codes);
     const __m512 d = _mm512_mul_ps(SignedToFloat(LoadCodes16(p + 192)), _mm512_set1_ps(HalfAt(p + 208)));
     const __m512i lanes[4] = {QuarterLanes(0), QuarterLanes(1), QuarterLanes(2), QuarterLanes(3)};
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       const __m512 scale = _mm512_mul_ps(d, _mm512_loadu_ps(x[t].scale + b * 16));
       for (size_t v = 0; v < 4; ++v) {
@@ -446,10 +456,12 @@ struct Int8DotQ6K {
   }
 
   inline void Finish(float* y, size_t y_stride) const {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) y[t * y_stride] = _mm512_reduce_add_ps(acc[t]);
   }
 
   inline void Reset() {
+#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_ps();
   }
 };
@@ -474,6 +486,7 @@ struct Int8DotFor<DType::kQ6_K, kTokens> {
 template <DType kType, size_t kTokens>
 void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, float* y, size_t y_stride) {
   typename Int8DotFor<kType, kTokens>::Type dot;
+#pragma GCC unroll 4
   for (size_t t = 0; t < kTokens; ++t) dot.x[t] = TokenRow(x, token + t);
   for (size_t r = 0; r < block.n_rows; ++r) {
     dot.Reset();

@@ -26,8 +26,7 @@ void UnpackBf16(const RowBlock& block, uint16_t* out, size_t out_stride) {
   }
   SwitchType(block.type, [&]<DType kType>() {
     for (size_t r = 0; r < block.n_rows; ++r) {
-      StoreBf16Sink sink{out + r * out_stride};
-      Unpacker<kType>::Row(block.rows + r * block.row_bytes, block.n, sink);
+      Unpacker<kType>::Row(block.rows + r * block.row_bytes, block.n, StoreBf16Sink{out + r * out_stride});
     }
   });
 }
