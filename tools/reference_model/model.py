@@ -9,17 +9,21 @@ import torch.nn.functional as F
 from torch import nn
 
 
+# Large enough that the embedding stays visible beside what the layers add to the residual stream.
+EMBED_STD = 0.3
+
+
 @dataclass
 class Config:
   vocab: int = 4096
   dim: int = 256
-  n_layers: int = 6
+  n_layers: int = 4
   n_heads: int = 4
   n_kv_heads: int = 2
   head_dim: int = 64
   ffn: int = 1024
   context: int = 2048
-  rope_theta: float = 10000.0
+  rope_theta: float = 500000.0
   norm_eps: float = 1e-5
 
 
@@ -95,10 +99,11 @@ class Model(nn.Module):
     self.register_buffer("sin", sin, persistent=False)
     for p in self.parameters():
       if p.dim() == 2:
-        nn.init.normal_(p, std=min(0.02, p.shape[1] ** -0.5) if p is self.token_embd.weight else p.shape[1] ** -0.5)
+        nn.init.normal_(p, std=EMBED_STD if p is self.token_embd.weight else p.shape[1] ** -0.5)
     for layer in self.blk:  # each layer starts as the identity
       nn.init.zeros_(layer.attn_output.weight)
       nn.init.zeros_(layer.ffn_down.weight)
+    nn.init.constant_(self.output_norm.weight, 0.02 / EMBED_STD)  # logits start small though the tied embedding is not
 
   def forward(self, ids):
     t = ids.shape[1]
@@ -111,6 +116,34 @@ class Model(nn.Module):
 
   def logits(self, hidden):
     return F.linear(hidden, self.token_embd.weight)
+
+  @torch.no_grad()
+  def seed_induction(self):
+    """Writes one induction circuit (Olsson et al. 2022) into the initial weights of the first two layers: layer 0 copies from the
+    previous token (a second head: from the one before), layer 1 attends to places whose previous token equals the current token and
+    copies what stands there.  It would form by itself, but only after more tokens than a small budget has; from here on it is trained
+    like everything else.  Token identity is matched in the slow RoPE channels, which hardly turn over the whole window.
+    """
+    cfg, d, h = self.cfg, self.cfg.dim, self.cfg.head_dim
+    first, second = self.blk[0], self.blk[1]
+    self.token_embd.weight[:, 0] = 8 * EMBED_STD  # channel 0 is the same for all tokens: what a purely positional head needs
+    basis = torch.linalg.qr(torch.randn(d - 1, d - 1))[0]
+    read, write, copy = (torch.cat((torch.zeros(h, 1), basis[i * h:(i + 1) * h]), 1) for i in range(3))
+    freq = cfg.rope_theta ** (-torch.arange(0, h, 2) / h)
+    for head, offset in ((0, 1), (1, 2)):
+      q = first.attn_q.weight[head * h:(head + 1) * h]
+      q.zero_()
+      q[0::2, 0], q[1::2, 0] = 0.7 * torch.cos(offset * freq), -0.7 * torch.sin(offset * freq)
+    k = first.attn_k.weight[:h]
+    k.zero_()
+    k[0::2, 0] = 0.7
+    first.attn_v.weight[:h] = read
+    first.attn_output.weight[:, :h] = EMBED_STD * write.T
+    slow = (torch.arange(h) >= h * 3 // 8)[:, None]
+    second.attn_q.weight[:h] = 1.6 * read * slow
+    second.attn_k.weight[:h] = 1.6 * write * slow
+    second.attn_v.weight[:h] = copy
+    second.attn_output.weight[:, :h] = 2.5 * EMBED_STD * copy.T
 
   def n_params(self) -> int:
     return sum(p.numel() for p in self.parameters())

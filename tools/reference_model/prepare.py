@@ -108,7 +108,7 @@ def prepare(args) -> None:
   docs = collect(Path(args.text), args.book_bytes, args.tech_bytes, args.seed)
   tok = Tokenizer.from_file(args.tokenizer) if args.tokenizer else train_tokenizer(docs["train"], args.vocab)
   tok.save(str(out / "tokenizer.json"))
-  words, held_out = choose_words(tok, docs["train"], 9000, 400, args.seed)
+  words, held_out = choose_words(tok, docs["train"], 9000, 0 if EVAL_WORDS.exists() else 400, args.seed)
   if not EVAL_WORDS.exists():
     EVAL_WORDS.write_text("\n".join(held_out) + "\n")
   kept_out = set(EVAL_WORDS.read_text().split())

@@ -47,7 +47,7 @@ class Tasks:
   """Draws documents of about `length` tokens.  `text` is an array of token ids (the real text used as filler)."""
 
   def __init__(self, tokenizer, words, text):
-    self.words, self.text = words, text
+    self.words, self.text, self.vocab = words, text, tokenizer.get_vocab_size()
     self.enc = lru_cache(maxsize=200_000)(lambda s: tuple(tokenizer.encode(s, add_special_tokens=False).ids))
     self.newline = self.enc("\n")[0]
 
@@ -59,6 +59,8 @@ class Tasks:
     return rng.choice(self.words)
 
   def symbols(self, rng, n: int, numbers: float):
+    """Distinct ones; at most three quarters of the word list where no numbers are allowed."""
+    n = n if numbers else min(n, len(self.words) * 3 // 4)
     out = set()
     while len(out) < n:
       out.add(self.symbol(rng, numbers))
@@ -142,6 +144,17 @@ class Tasks:
     doc.add(passage[2:], 1.5)
     return doc
 
+  def copy(self, rng, length: int) -> Doc:
+    """A line of random tokens, again and again: the plainest call for induction, which the other tasks build on."""
+    n = rng.randint(4, max(8, min(64, length // 3)))
+    line = [rng.randrange(1, self.vocab) for _ in range(n)]
+    doc = Doc()
+    doc.add(line, CONTEXT)
+    while len(doc.ids) + n + 1 <= length:
+      doc.add([self.newline] + line[:1], CONTEXT)
+      doc.add(line[1:], 1.5)
+    return doc
+
   def variable(self, rng, length: int, max_hops=3, numbers=None, queries=None) -> Doc:
     """Assignments `x12 = 4821` or `x3 = x12`, always to a name assigned before; then `The value of x3 is 4821.`"""
     numbers = (0.0 if rng.random() < 0.3 else 1.0) if numbers is None else numbers
@@ -173,11 +186,12 @@ class Tasks:
     return doc
 
   # -- rows
-  def draw(self, rng, length: int) -> Doc:
-    kind = rng.choices((self.kv, self.needle, self.repeat, self.variable), (0.4, 0.25, 0.2, 0.15))[0]
+  def draw(self, rng, length: int, mix) -> Doc:
+    """One document; `mix` weighs kv, needle, repeat, variable, copy."""
+    kind = rng.choices((self.kv, self.needle, self.repeat, self.variable, self.copy), mix)[0]
     return kind(rng, length)
 
-  def row(self, rng, n: int, max_span: int) -> Doc:
+  def row(self, rng, n: int, max_span: int, mix) -> Doc:
     """n tokens: documents of up to max_span tokens, log-uniform in length, each opened by <|endoftext|> (id 0)."""
     doc = Doc()
     while len(doc.ids) < n:
@@ -187,7 +201,7 @@ class Tasks:
         doc.add([0] + self.passage(rng, max(room, 1)), 1.0)
       else:
         doc.add([0], CONTEXT)
-        doc.append(self.draw(rng, min(span, int(room * 0.97))))
+        doc.append(self.draw(rng, min(span, int(room * 0.97)), mix))
     return Doc(doc.ids[:n], doc.weights[:n], [(a, b) for a, b in doc.answers if b <= n])
 
 

@@ -40,6 +40,11 @@ def recall_share(p: float) -> float:
   return float(np.interp(p, (0, 0.15, 0.6, 1), (0.5, 0.4, 0.2, 0.12)))
 
 
+def task_mix(p: float):
+  """Weights of kv, needle, repeat, variable, copy: plain copying first, the rest builds on it."""
+  return (0.3, 0.15, 0.15, 0.1, 0.3) if p < 0.12 else (0.4, 0.25, 0.15, 0.15, 0.05)
+
+
 class Muon:
   """Momentum, orthogonalised (quintic Newton-Schulz, Jordan 2024), for the matrices of the layers.  Equal shapes are batched."""
 
@@ -98,14 +103,14 @@ class Data:
     begin = int(self.order[block % len(self.order)]) * self.context + offset
     return self.text[begin:begin + n], (start + n) // chunk
 
-  def batch(self, step: int, cursor: int, rows: int, n: int, share: float, max_span: int):
+  def batch(self, step: int, cursor: int, rows: int, n: int, share: float, max_span: int, mix):
     """ids [rows, n + 1], weights of the targets [rows, n]; returns also how far the text cursor moved."""
     rng = random.Random(f"{self.seed} {step}")
     ids, weights = np.zeros((rows, n + 1), np.int64), np.ones((rows, n + 1), np.float32)
     n_recall = int(rows * share + rng.random())
     for r in range(rows):
       if r < n_recall:
-        doc = self.tasks.row(rng, n + 1, max_span)
+        doc = self.tasks.row(rng, n + 1, max_span, mix)
         ids[r], weights[r] = doc.ids, doc.weights
       else:
         ids[r, 1:], cursor = self.window(cursor, n)
@@ -160,7 +165,7 @@ def main() -> None:
   p.add_argument("--step-tokens", type=int, default=16384, help="tokens a step in the last stage")
   p.add_argument("--micro-tokens", type=int, default=8192, help="tokens a forward pass")
   p.add_argument("--muon-lr", type=float, default=0.02)
-  p.add_argument("--adam-lr", type=float, default=4e-3)
+  p.add_argument("--adam-lr", type=float, default=1e-2)
   p.add_argument("--recall", type=float, default=1.0, help="multiplies the share of recall sequences")
   p.add_argument("--save-minutes", type=float, default=4)
   p.add_argument("--eval-minutes", type=float, default=4)
@@ -180,7 +185,9 @@ def main() -> None:
   data = Data(args.data, tokenizer, cfg.context, args.seed)
   valid = np.fromfile(args.data / "valid.bin", dtype=np.uint16)
   held_out = eval_tasks(tokenizer, valid)
-  model = Model(cfg).to(args.device)
+  model = Model(cfg)
+  model.seed_induction()
+  model = model.to(args.device)
   matrices = [q for q in model.blk.parameters() if q.dim() == 2]
   rest = [q for q in model.parameters() if not any(q is m for m in matrices)]
   muon = Muon(matrices, args.muon_lr)
@@ -224,15 +231,15 @@ def main() -> None:
     batches = []
     for m in range(micro):
       span = window if (at["step"] + m) % 3 else min(window, 256)
-      ids, w, at["cursor"] = data.batch(at["step"] * 64 + m, at["cursor"], rows, window, share, span)
+      ids, w, at["cursor"] = data.batch(at["step"] * 64 + m, at["cursor"], rows, window, share, span, task_mix(now))
       batches.append((ids.to(args.device), w.to(args.device)))
     weight = float(sum(w.sum() for _, w in batches))
-    total = 0.0
+    total = torch.zeros((), device=args.device)
     for ids, w in batches:
       with amp():
         loss = loss_fn(model, ids, w) / weight
       loss.backward()
-      total += loss.item()
+      total += loss.detach()  # read when logged: a GPU works while the next batch is drawn
     torch.nn.utils.clip_grad_norm_(rest, 1.0)
     factor = lr_factor(now)
     for group in adam.param_groups:
@@ -248,7 +255,7 @@ def main() -> None:
     clock = time.time()
     if at["step"] % args.log_steps == 0:
       write({"step": at["step"], "tokens": at["tokens"], "seconds": round(at["seconds"], 1), "window": window,
-             "lr": round(factor, 4), "recall_share": round(share, 3), "loss": round(sum(recent) / len(recent), 4)})
+             "lr": round(factor, 4), "recall_share": round(share, 3), "loss": round(torch.stack(recent).mean().item(), 4)})
       recent = []
     if at["seconds"] >= next_save:
       save(last, snapshot())
