@@ -9,5 +9,7 @@ namespace lesskv {
 void AddRunCommand(CLI::App& app);
 void AddInfoCommand(CLI::App& app);
 void AddQuantizeCommand(CLI::App& app);
+void AddEvalCommand(CLI::App& app);
+void AddTrainCommand(CLI::App& app);
 
 }  // namespace lesskv

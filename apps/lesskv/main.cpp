@@ -29,6 +29,8 @@ void AddCommands(CLI::App& app) {
   AddRunCommand(app);
   AddInfoCommand(app);
   AddQuantizeCommand(app);
+  AddEvalCommand(app);
+  AddTrainCommand(app);
 }
 
 // Parsing runs the chosen command's callback.

@@ -1,0 +1,154 @@
+// lesskv train less: trains LESS feature maps for a model, or merges parts that were trained apart.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <memory>
+
+#include "base/error.h"
+#include "commands.h"
+#include "common.h"
+#include "engine/run_info.h"
+#include "train/train_less.h"
+
+namespace lesskv {
+namespace {
+
+struct TrainCommand {
+  ModelOptions model;
+  std::string output, layers, features = "exp", type = "bf16", schedule = "cosine";
+  std::vector<std::string> merge;
+  bool keep = false, json = false;
+  train::TrainLessOptions options;
+};
+
+// "2-5": layers 2 to 5, both included; "3": one layer.
+void ParseLayers(const std::string& text, train::TrainLessOptions& options) {
+  if (text.empty()) return;
+  size_t used = 0, first = 0, last = 0;
+  try {
+    first = last = std::stoul(text, &used);
+    if (used < text.size() && text[used] == '-') {
+      size_t more = 0;
+      last = std::stoul(text.substr(used + 1), &more);
+      used += 1 + more;
+    }
+  } catch (const std::exception&) {
+    used = 0;
+  }
+  if (used != text.size() || last < first)
+    Fail(ErrorCode::kInvalidArgument, "--layers: expected a layer or a range such as 2-5, found {}", text);
+  options.first_layer = first;
+  options.end_layer = last + 1;
+}
+
+template <typename T>
+T Choose(const std::string& option, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
+  std::string names;
+  for (const auto& [name, result] : choices) {
+    if (value == name) return result;
+    names += (names.empty() ? "" : " or ") + std::string(name);
+  }
+  Fail(ErrorCode::kInvalidArgument, "{}: expected {}, found {}", option, names, value);
+}
+
+void ShowProgress(const train::TrainProgress& p) {
+  if (!StderrIsTerminal()) return;
+  const int minutes = static_cast<int>(p.seconds_left / 60), seconds = static_cast<int>(p.seconds_left) % 60;
+  std::string line = fmt::format("{} {:3.0f} %  {}:{:02} left", p.phase, 100 * p.done, minutes, seconds);
+  if (p.phase == "train")
+    line += fmt::format("  layer {} epoch {}  loss {:.3e}  validation {:.3e}  selector {:.3e}  Baseline+ {:.3e}", p.layer,
+                        p.epoch, p.loss, p.validation, p.baseline, p.baseline_plus);
+  fmt::print(stderr, "\r\x1b[K{}", line);
+  std::fflush(stderr);
+}
+
+void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
+  if (c.json) {
+    std::string rows;
+    for (size_t i = 0; i < r.validation.size(); ++i)
+      rows += fmt::format("{}{{\"layer\": {}, \"validation\": {:.6e}, \"selector\": {:.6e}, \"baseline_plus\": {:.6e}}}",
+                          i ? ", " : "", c.options.first_layer + i, r.validation[i], r.baseline[i], r.baseline_plus[i]);
+    WriteResult(fmt::format("{{\"model\": \"{:016x}\", \"version\": \"{}\", \"seed\": {}, \"capture_bytes\": {}, "
+                            "\"capture_seconds\": {:.1f}, \"train_seconds\": {:.1f}, \"layers\": [{}]}}\n",
+                            r.sidecar.model_fingerprint, Version(), c.options.seed, r.capture_bytes, r.capture_seconds,
+                            r.train_seconds, rows));
+    return;
+  }
+  WriteResult("| layer | selector | Baseline+ | LESS | of the selector's error |\n|---|---|---|---|---|\n");
+  for (size_t i = 0; i < r.validation.size(); ++i)
+    WriteResult(fmt::format("| {} | {:.3e} | {:.3e} | {:.3e} | {:.1f} % |\n", c.options.first_layer + i, r.baseline[i],
+                            r.baseline_plus[i], r.validation[i], 100 * r.validation[i] / r.baseline[i]));
+  WriteResult(fmt::format("captures: {:.1f} MiB on disk, {:.0f} s; training: {:.0f} s\n",
+                          static_cast<double>(r.capture_bytes) / (1 << 20), r.capture_seconds, r.train_seconds));
+}
+
+void Train(TrainCommand& c) {
+  if (c.output.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the sidecar to write with -o");
+  if (!c.merge.empty()) {
+    WriteSidecar(c.output, MergeSidecars(c.merge));
+    return;
+  }
+  if (c.model.model.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the model with -m");
+  train::TrainLessOptions& o = c.options;
+  o.kind = ParseFeatureKind(c.features);
+  o.matrix_type = Choose<DType>("--type", c.type, {{"bf16", DType::kBF16}, {"f32", DType::kF32}});
+  o.halve = Choose<bool>("--schedule", c.schedule, {{"cosine", false}, {"halve", true}});
+  ParseLayers(c.layers, o);
+  OpenedModel opened = OpenModel(c.model);
+  o.ctx = opened.ctx;
+  const bool temporary = o.work_folder.empty();
+  if (temporary) o.work_folder = c.output + ".work";
+  const train::TrainLessReport report =
+      train::TrainLess(*opened.engine, *opened.tokenizer, o, ShowProgress, &StopOnInterrupt());
+  if (StderrIsTerminal()) fmt::print(stderr, "\r\x1b[K");
+  WriteSidecar(c.output, report.sidecar);
+  PrintReport(c, report);
+  if (temporary && !c.keep) std::filesystem::remove_all(o.work_folder);
+}
+
+void AddLess(CLI::App& train) {
+  auto c = std::make_shared<TrainCommand>();
+  c->options.policies = {"h2o(2%)", "h2o(5%)", "h2o(10%)", "window(2%)", "window(5%)", "tova(2%)", "tova(5%)"};
+  CLI::App* less = train.add_subcommand("less", "Train the feature maps of the LESS state for a model");
+  less->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL");
+  less->add_option("-c,--ctx", c->model.ctx, "Tokens of a training text (default: the trained context)");
+  less->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
+  less->add_option("--compute", c->model.compute, "Arithmetic of the captured model: auto, f32, bf16");
+  less->add_option("-o,--output", c->output, "Sidecar to write, NAME.less.gguf for NAME.gguf")->option_text("SIDECAR");
+  train::TrainLessOptions& o = c->options;
+  less->add_option("--text", o.texts, "Text files to draw training texts from")->option_text("FILE...");
+  less->add_option("--kv", o.policies, "Selectors and budgets to train for, shared out over the texts")->option_text("SPEC...");
+  less->add_option("--step", o.steps, "Tokens a step while text streams in, in turn")->capture_default_str();
+  less->add_option("--views", o.views, "Selectors each text is captured under")->capture_default_str();
+  less->add_option("--sequences", o.sequences, "Training texts, validation included")->capture_default_str();
+  less->add_option("--validation", o.validation, "Share of the texts that validates")->capture_default_str();
+  less->add_option("--rank", o.rank, "Features R of the state")->capture_default_str();
+  less->add_option("--hidden", o.hidden, "Hidden width R' of the maps")->capture_default_str();
+  less->add_option("--features", c->features, "exp, or gelu (the paper's)")->capture_default_str();
+  less->add_option("--type", c->type, "Stored matrices: bf16 or f32")->capture_default_str();
+  less->add_option("--epochs", o.epochs)->capture_default_str();
+  less->add_option("--batch", o.batch, "Texts an Adam step")->capture_default_str();
+  less->add_option("--lr", o.rate, "Learning rate")->capture_default_str();
+  less->add_option("--schedule", c->schedule, "cosine, or halve (the paper's: every 10 epochs)")->capture_default_str();
+  less->add_option("--dropout", o.dropout, "Of hidden units (the paper: 0.3)")->capture_default_str();
+  less->add_option("--seed", o.seed)->capture_default_str();
+  less->add_option("--layers", c->layers, "Train these layers only, A-B; merge the parts later")->option_text("A-B");
+  less->add_option("--work", o.work_folder, "Folder of captures and states (default: SIDECAR.work, removed at the end)");
+  less->add_flag("--keep", c->keep, "Keep the default work folder");
+  less->add_flag("--resume", o.resume, "Continue what lies in the work folder");
+  less->add_option("--merge", c->merge, "Join sidecars of different layers into one and do nothing else")
+      ->option_text("FILE...");
+  less->add_flag("--json", c->json, "Print one JSON object");
+  less->callback([c] { Train(*c); });
+}
+
+}  // namespace
+
+void AddTrainCommand(CLI::App& app) {
+  CLI::App* train = app.add_subcommand("train", "Train what belongs to a model");
+  train->require_subcommand(1);
+  AddLess(*train);
+}
+
+}  // namespace lesskv

@@ -1,0 +1,181 @@
+#include "train/capture.h"
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <numeric>
+
+#include "base/check.h"
+#include "base/error.h"
+#include "base/threads.h"
+#include "kernels/basic.h"
+#include "kernels/rope.h"
+#include "kvcache/sequence_cache.h"
+#include "train/train_kernels.h"
+
+namespace lesskv::train {
+namespace {
+
+std::shared_ptr<const CacheConfig> OneLayerConfig(const std::string& text, const CacheShape& one) {
+  const CacheSpec spec = CacheSpec::Parse(text);
+  for (const char* term : {"pyramid", "zigzag", "ada", "less", "merge"})
+    if (spec.Find(term) != nullptr)
+      Fail(ErrorCode::kInvalidArgument, "train less: a policy is a selector (and codec) on its own; {} has the term {}",
+           text, term);
+  return CacheConfig::Create(spec, one);
+}
+
+}  // namespace
+
+std::string WithExtraRows(const std::string& spec, size_t extra) {
+  const CacheSpec parsed = CacheSpec::Parse(spec);
+  std::string text;
+  for (const SpecTerm& term : parsed.terms()) {
+    const bool selects = term.name == "h2o" || term.name == "window" || term.name == "tova" || term.name == "snapkv";
+    text += (text.empty() ? "" : "+") + term.name;
+    if (term.arguments.empty() && !selects) continue;
+    std::string arguments;
+    size_t rows = extra;
+    for (const SpecArgument& a : term.arguments) {
+      if (selects && a.key == "extra") {
+        rows += std::stoul(a.value);
+        continue;
+      }
+      arguments += (arguments.empty() ? "" : ", ") + (a.key.empty() ? "" : a.key + "=") +
+                   (a.quoted ? "\"" + a.value + "\"" : a.value);
+    }
+    if (selects) arguments += fmt::format(", extra={}", rows);
+    text += "(" + arguments + ")";
+  }
+  return text;
+}
+
+struct CaptureCache::Policy {
+  std::string spec;
+  std::shared_ptr<const CacheConfig> config;
+};
+
+CaptureCache::CaptureCache(const CacheShape& shape, size_t n_tokens, std::vector<ViewRequest> views, size_t plus_rows,
+                           size_t first_layer, size_t end_layer, Sink sink)
+    : shape_(shape),
+      n_tokens_(n_tokens),
+      first_layer_(first_layer),
+      end_layer_(end_layer),
+      sink_(std::move(sink)),
+      requests_(std::move(views)) {
+  shape_.n_layers = 1;
+  shape_.compute = ComputeType::kF32;
+  for (const ViewRequest& view : requests_) {
+    policies_.push_back({view.spec, OneLayerConfig(view.spec, shape_)});
+    if (plus_rows == 0) continue;
+    const std::string plus = WithExtraRows(view.spec, plus_rows);
+    plus_policies_.push_back({plus, OneLayerConfig(plus, shape_)});
+  }
+  full_ = CacheConfig::Create(CacheSpec::Parse("full+f32"), shape_);
+}
+
+CaptureCache::~CaptureCache() = default;
+
+void CaptureCache::Append(size_t, const float* keys, const float* values) {
+  const size_t n = n_tokens_ * shape_.n_kv_heads * shape_.head_dim;
+  keys_.assign(keys, keys + n);
+  values_.assign(values, values + n);
+}
+
+void CaptureCache::Attend(size_t layer, const float* queries, float* out) {
+  const size_t q_dim = shape_.n_heads * shape_.head_dim, kv_dim = shape_.n_kv_heads * shape_.head_dim;
+  SequenceCache full(full_);
+  full.BeginStep(n_tokens_, StepKind::kPrompt);
+  full.Append(0, keys_.data(), values_.data());
+  full.Attend(0, queries, out);
+  full.EndStep();
+  if (layer < first_layer_ || layer >= end_layer_) return;
+  queries_.assign(queries, queries + n_tokens_ * q_dim);
+  record_.n_tokens = n_tokens_;
+  record_.target.assign(out, out + n_tokens_ * q_dim);
+  record_.q = queries_;
+  record_.k = keys_;
+  record_.v = values_;
+  std::vector<int32_t> positions(n_tokens_);
+  std::iota(positions.begin(), positions.end(), 0);
+  RotateRows(shape_.rope, record_.q.data(), n_tokens_, q_dim, shape_.n_heads, shape_.head_dim, positions.data());
+  RotateRows(shape_.rope, record_.k.data(), n_tokens_, kv_dim, shape_.n_kv_heads, shape_.head_dim, positions.data());
+  const size_t n_views = policies_.size(), n_plus = plus_policies_.size();
+  record_.views.assign(n_views, {});
+  std::vector<CaptureView> plus(n_plus);
+  std::vector<std::exception_ptr> failures(n_views + n_plus);
+  ParallelFor(n_views + n_plus, [&](size_t i) {
+    try {
+      if (i < n_views) record_.views[i] = Replay(policies_[i], requests_[i].step, false);
+      else plus[i - n_views] = Replay(plus_policies_[i - n_views], requests_[i - n_views].step, true);
+    } catch (...) {
+      failures[i] = std::current_exception();
+    }
+  });
+  for (const std::exception_ptr& failure : failures)
+    if (failure) std::rethrow_exception(failure);
+  for (size_t i = 0; i < n_plus; ++i) record_.views[i].plus_out = std::move(plus[i].exact_out);
+  sink_(layer, record_);
+}
+
+// The layer's life under one policy, in a cache of one layer.
+CaptureView CaptureCache::Replay(const Policy& policy, size_t step, bool outputs_only) const {
+  const size_t q_dim = shape_.n_heads * shape_.head_dim, kv_dim = shape_.n_kv_heads * shape_.head_dim;
+  CaptureView view;
+  view.spec = policy.spec;
+  view.step = step;
+  view.exact_out.resize(n_tokens_ * q_dim);
+  view.exact_lse.resize(n_tokens_ * shape_.n_heads);
+  view.leave.assign(shape_.n_kv_heads * n_tokens_, static_cast<int32_t>(n_tokens_));
+  view.first_scored = n_tokens_;
+  std::vector<std::vector<int32_t>> resident(shape_.n_kv_heads);
+  SequenceCache cache(policy.config);
+  for (size_t seen = 0; seen < n_tokens_; seen += step) {
+    const size_t n = std::min(step, n_tokens_ - seen);
+    cache.BeginStep(n, StepKind::kStream);
+    cache.Append(0, &keys_[seen * kv_dim], &values_[seen * kv_dim]);
+    cache.Attend(0, &queries_[seen * q_dim], &view.exact_out[seen * q_dim]);
+    cache.EndStep();
+    if (outputs_only) continue;
+    AddMasses(resident, seen, n, view);
+    for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
+      std::vector<int32_t> held;
+      for (Position p : cache.ResidentPositions(0, h)) held.push_back(ToInt(p));
+      std::vector<int32_t>& before = resident[h];
+      for (size_t i = 0; i < n; ++i) before.push_back(static_cast<int32_t>(seen + i));
+      std::vector<int32_t> gone;
+      std::set_difference(before.begin(), before.end(), held.begin(), held.end(), std::back_inserter(gone));
+      for (int32_t j : gone) view.leave[h * n_tokens_ + static_cast<size_t>(j)] = static_cast<int32_t>(seen + n);
+      if (!gone.empty()) view.first_scored = std::min(view.first_scored, seen + n);
+      before = std::move(held);
+    }
+  }
+  return view;
+}
+
+// Log-masses of the step's queries over the rows they saw: those resident before and the step's own up to themselves.
+void CaptureCache::AddMasses(const std::vector<std::vector<int32_t>>& resident, size_t seen, size_t n,
+                             CaptureView& view) const {
+  const size_t dim = shape_.head_dim, group = shape_.group();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  std::vector<float> keys, scores;
+  for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
+    const size_t n_past = resident[h].size(), n_rows = n_past + n;
+    keys.resize(n_rows * dim);
+    for (size_t r = 0; r < n_rows; ++r) {
+      const size_t token = r < n_past ? static_cast<size_t>(resident[h][r]) : seen + r - n_past;
+      std::copy_n(&record_.k[(token * shape_.n_kv_heads + h) * dim], dim, &keys[r * dim]);
+    }
+    scores.resize(n * n_rows);
+    for (size_t g = 0; g < group; ++g) {
+      const size_t head = h * group + g;
+      Gemm(false, true, n, n_rows, dim, &record_.q[(seen * shape_.n_heads + head) * dim], shape_.n_heads * dim,
+           keys.data(), dim, scores.data(), n_rows, false);
+      Scale(scores.data(), scale, n * n_rows);
+      for (size_t i = 0; i < n; ++i)
+        view.exact_lse[(seen + i) * shape_.n_heads + head] = LogSumExp(&scores[i * n_rows], n_past + i + 1);
+    }
+  }
+}
+
+}  // namespace lesskv::train

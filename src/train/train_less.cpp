@@ -1,0 +1,490 @@
+#include "train/train_less.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <numbers>
+#include <numeric>
+
+#include "base/atomic_file.h"
+#include "base/check.h"
+#include "base/error.h"
+#include "base/mmap.h"
+#include "base/rng.h"
+#include "base/threads.h"
+#include "format/gguf.h"
+#include "format/gguf_writer.h"
+#include "train/capture.h"
+#include "train/capture_record.h"
+#include "train/less_layer.h"
+#include "train/train_kernels.h"
+
+namespace lesskv::train {
+namespace {
+
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+double Seconds(Clock::time_point since) { return std::chrono::duration<double>(Clock::now() - since).count(); }
+
+uint64_t Mix(uint64_t a, uint64_t b) {
+  uint64_t x = a * 0x9e3779b97f4a7c15ull + b + 1;
+  x ^= x >> 31;
+  return x * 0xbf58476d1ce4e5b9ull;
+}
+
+// ------------------------------------------------------------------------------------------------------------ texts
+
+// Random crops of the files, in proportion to their bytes. A crop is found by a byte offset and tokenized on its own,
+// so that no corpus is ever tokenized or held whole.
+class CropSource {
+ public:
+  CropSource(const Tokenizer& tokenizer, const std::vector<std::string>& paths) : tokenizer_(tokenizer) {
+    for (const std::string& path : paths) {
+      files_.push_back(MappedFile::Open(path));
+      total_ += files_.back().bytes().size();
+    }
+    if (files_.empty()) Fail(ErrorCode::kInvalidArgument, "train less: no text to train on (--text)");
+  }
+
+  std::vector<int32_t> Crop(uint64_t seed, size_t n_tokens) const {
+    Rng rng(seed);
+    constexpr int kTries = 64;
+    for (int i = 0; i < kTries; ++i) {
+      uint64_t at = rng.Below(total_);
+      size_t file = 0;
+      while (at >= files_[file].bytes().size()) at -= files_[file++].bytes().size();
+      std::vector<int32_t> ids = CropAt(files_[file], at, n_tokens);
+      if (ids.size() == n_tokens) return ids;
+    }
+    Fail(ErrorCode::kInvalidArgument, "train less: the texts hold no stretch of {} tokens", n_tokens);
+  }
+
+ private:
+  std::vector<int32_t> CropAt(const MappedFile& file, uint64_t at, size_t n_tokens) const {
+    constexpr size_t kBytesPerToken = 12;  // enough in one go for nearly any text
+    const auto bytes = file.bytes();
+    while (at < bytes.size() && at > 0 && bytes[at - 1] != std::byte{'\n'} && bytes[at - 1] != std::byte{' '}) ++at;
+    const size_t n = std::min<size_t>(bytes.size() - at, n_tokens * kBytesPerToken);
+    const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + at, n);
+    std::vector<int32_t> ids = tokenizer_.Encode(text, tokenizer_.add_bos(), false);
+    if (ids.size() > n_tokens) ids.resize(n_tokens);
+    return ids;
+  }
+
+  const Tokenizer& tokenizer_;
+  std::vector<MappedFile> files_;
+  uint64_t total_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------- the run
+
+class Trainer {
+ public:
+  Trainer(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options,
+          const std::function<void(const TrainProgress&)>& report, const std::atomic<bool>* stop)
+      : engine_(engine), tokenizer_(tokenizer), o_(options), report_(report), stop_(stop) {
+    const ModelConfig& model = engine.model().config();
+    if (o_.ctx == 0) o_.ctx = model.train_ctx;
+    if (o_.end_layer == 0) o_.end_layer = model.n_layers;
+    Validate(model);
+    shape_ = {model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, o_.rank, o_.hidden, o_.kind};
+    n_validation_ = std::max<size_t>(1, static_cast<size_t>(o_.validation * static_cast<double>(o_.sequences) + 0.5));
+    n_training_ = o_.sequences - n_validation_;
+  }
+
+  TrainLessReport Run() {
+    TrainLessReport result;
+    PrepareFolder();
+    const auto start = Clock::now();
+    Capture();
+    result.capture_seconds = Seconds(start);
+    result.capture_bytes = CaptureBytes();
+    const auto trained = Clock::now();
+    result.sidecar = InitialSidecar(shape_, o_.seed);
+    for (size_t layer = 0; layer < shape_.n_layers; ++layer) {
+      LayerParams& params = result.sidecar.layers[layer];
+      if (layer >= o_.first_layer && layer < o_.end_layer) TrainLayer(layer, params, result);
+      else params = {};
+    }
+    result.train_seconds = Seconds(trained);
+    Describe(result);
+    return result;
+  }
+
+ private:
+  struct State;
+
+  void Validate(const ModelConfig& model) const {
+    auto require = [](bool ok, const char* what) {
+      if (!ok) Fail(ErrorCode::kInvalidArgument, "train less: {}", what);
+    };
+    require(!o_.policies.empty(), "at least one policy is needed (--kv)");
+    require(!o_.steps.empty() && *std::min_element(o_.steps.begin(), o_.steps.end()) > 0, "--step must be at least 1");
+    require(o_.views >= 1, "--views must be at least 1");
+    require(o_.sequences >= 2, "--sequences must be at least 2: one of them validates");
+    require(o_.validation > 0 && o_.validation < 1, "--validation must lie between 0 and 1");
+    require(o_.rank >= 1 && o_.rank <= 64, "--rank must lie between 1 and 64");
+    require(o_.hidden >= 1 && o_.hidden <= 8192, "--hidden must lie between 1 and 8192");
+    require(o_.epochs >= 1 && o_.batch >= 1, "--epochs and --batch must be at least 1");
+    require(o_.rate > 0 && o_.rate < 1, "--lr must lie between 0 and 1");
+    require(o_.dropout >= 0 && o_.dropout < 1, "--dropout must lie between 0 and 1");
+    require(o_.ctx >= 16, "--ctx must be at least 16");
+    require(!o_.work_folder.empty(), "a work folder is needed");
+    if (o_.first_layer >= o_.end_layer || o_.end_layer > model.n_layers)
+      Fail(ErrorCode::kInvalidArgument, "--layers must lie within 0-{}, found {}-{}", model.n_layers - 1, o_.first_layer,
+           o_.end_layer - 1);
+  }
+
+  // Everything that changes what is captured, or trained.
+  std::string CaptureKey() const {
+    std::string key = fmt::format("model {:016x}\nctx {}\nsequences {}\nviews {}\nvalidation {}\nseed {}\nrank {}\n",
+                                  engine_.model().fingerprint(), o_.ctx, o_.sequences, o_.views, n_validation_, o_.seed,
+                                  o_.rank);
+    for (const std::string& policy : o_.policies) key += "policy " + policy + "\n";
+    for (size_t step : o_.steps) key += fmt::format("step {}\n", step);
+    for (const std::string& text : o_.texts)
+      key += fmt::format("text {} bytes {}\n", fs::path(text).filename().string(), fs::file_size(text));
+    return key;
+  }
+
+  std::string TrainKey() const {
+    return CaptureKey() + fmt::format("hidden {}\nfeatures {}\nepochs {}\nbatch {}\nrate {}\nhalve {}\ndropout {}\n",
+                                      o_.hidden, FeatureKindName(o_.kind), o_.epochs, o_.batch, o_.rate, o_.halve,
+                                      o_.dropout);
+  }
+
+  void PrepareFolder() {
+    const std::string key_path = o_.work_folder + "/capture.txt";
+    std::error_code ignored;
+    for (const std::string& text : o_.texts)
+      if (!fs::is_regular_file(text, ignored)) Fail(ErrorCode::kNotFound, "{}: no such text file", text);
+    if (fs::exists(key_path)) {
+      if (!o_.resume)
+        Fail(ErrorCode::kInvalidArgument,
+             "{} holds an earlier training; continue it with --resume, or name another folder with --work",
+             o_.work_folder);
+      std::ifstream in(key_path);
+      const std::string found((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+      if (found != CaptureKey())
+        Fail(ErrorCode::kMismatch, "{} was made with other options, texts or another model; name another folder with "
+             "--work", o_.work_folder);
+      return;
+    }
+    fs::create_directories(o_.work_folder, ignored);
+    AtomicFile file(key_path);
+    const std::string key = CaptureKey();
+    file.Write(std::as_bytes(std::span(key)));
+    file.Commit();
+  }
+
+  bool Stopped() const { return stop_ != nullptr && *stop_; }
+  void ThrowIfStopped() const {
+    if (Stopped()) Fail(ErrorCode::kRuntime, "stopped; what was done lies in {} (--resume continues)", o_.work_folder);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- capture
+
+  std::vector<ViewRequest> Views(size_t sequence) const {
+    std::vector<ViewRequest> views;
+    for (size_t i = 0; i < o_.views; ++i) {
+      const size_t n = sequence * o_.views + i;
+      views.push_back({o_.policies[n % o_.policies.size()], o_.steps[(n / o_.policies.size()) % o_.steps.size()]});
+    }
+    return views;
+  }
+
+  bool IsCaptured(size_t sequence) const {
+    for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer)
+      if (!fs::exists(RecordPath(o_.work_folder, sequence, layer))) return false;
+    return true;
+  }
+
+  void Capture() {
+    const CropSource crops(tokenizer_, o_.texts);
+    const CacheShape shape = engine_.model().MakeCacheShape(o_.ctx, engine_.compute());
+    ForwardWorkspace workspace;
+    workspace.Reserve(engine_.model().config(), o_.ctx);
+    const auto start = Clock::now();
+    size_t captured = 0;
+    for (size_t s = 0; s < o_.sequences; ++s) {
+      ThrowIfStopped();
+      if (IsCaptured(s)) continue;
+      const std::vector<int32_t> tokens = crops.Crop(Mix(o_.seed, s), o_.ctx);
+      const size_t plus_rows = s >= n_training_ ? std::max<size_t>(1, o_.rank / 2) : 0;
+      CaptureCache cache(shape, o_.ctx, Views(s), plus_rows, o_.first_layer, o_.end_layer,
+                         [&](size_t layer, const CaptureRecord& record) {
+                           WriteRecord(RecordPath(o_.work_folder, s, layer), record, shape_.n_heads, shape_.n_kv_heads);
+                         });
+      const ForwardItem item{&cache, tokens};
+      Forward(engine_.model(), {&item, 1}, engine_.compute(), workspace,
+              [&](size_t layers_done) { return layers_done < o_.end_layer; });
+      ++captured;
+      TrainProgress p;
+      p.phase = "capture";
+      p.done = static_cast<double>(s + 1) / static_cast<double>(o_.sequences);
+      p.seconds_left = Seconds(start) / static_cast<double>(captured) * static_cast<double>(o_.sequences - s - 1);
+      report_(p);
+    }
+  }
+
+  uint64_t CaptureBytes() const {
+    uint64_t bytes = 0;
+    for (const auto& entry : fs::directory_iterator(o_.work_folder))
+      if (entry.path().filename().string().starts_with("text-")) bytes += entry.file_size();
+    return bytes;
+  }
+
+  // ------------------------------------------------------------------------------------------------------ training
+
+  // W_o^T W_o / d_model: the error of the attention block's output as a quadratic form of the heads' outputs.
+  std::vector<float> Metric(size_t layer) const {
+    const WeightView& w = engine_.model().layer(layer).attn_output;
+    std::vector<float> identity(w.n_in * w.n_in), transposed(w.n_in * w.n_out), metric(w.n_in * w.n_in);
+    for (size_t i = 0; i < w.n_in; ++i) identity[i * w.n_in + i] = 1;
+    Linear(w, identity.data(), w.n_in, w.n_in, transposed.data(), w.n_out, ComputeType::kF32);
+    Gemm(false, true, w.n_in, w.n_in, w.n_out, transposed.data(), w.n_out, transposed.data(), w.n_out, metric.data(),
+         w.n_in, false);
+    for (float& m : metric) m /= static_cast<float>(w.n_out);
+    return metric;
+  }
+
+  struct Wanted {
+    size_t sequence, view;
+  };
+
+  // Reads examples on all threads. plus (may be null): Baseline+'s outputs.
+  std::vector<LessExample> Load(size_t layer, std::span<const Wanted> wanted,
+                                std::vector<std::vector<float>>* plus = nullptr) const {
+    std::vector<LessExample> examples(wanted.size());
+    std::vector<std::exception_ptr> failures(wanted.size());
+    if (plus != nullptr) plus->resize(wanted.size());
+    ParallelFor(wanted.size(), [&](size_t i) {
+      try {
+        examples[i] = ReadExample(RecordPath(o_.work_folder, wanted[i].sequence, layer), wanted[i].view, shape_.n_heads,
+                                  shape_.n_kv_heads, plus == nullptr ? nullptr : &(*plus)[i]);
+      } catch (...) {
+        failures[i] = std::current_exception();
+      }
+    });
+    for (const std::exception_ptr& failure : failures)
+      if (failure) std::rethrow_exception(failure);
+    return examples;
+  }
+
+  struct Validation {
+    double less = 0, bare = 0, plus = 0;  // mean squared errors at scored positions
+  };
+
+  // Bare and Baseline+ do not change: computed when asked for.
+  Validation Validate(size_t layer, const LessLayer& model, bool with_baselines) const {
+    Validation sum;
+    size_t scored = 0;
+    std::vector<Wanted> all;
+    for (size_t s = n_training_; s < o_.sequences; ++s)
+      for (size_t view = 0; view < o_.views; ++view) all.push_back({s, view});
+    for (size_t first = 0; first < all.size(); first += o_.batch) {
+      const std::span<const Wanted> some(all.data() + first, std::min(o_.batch, all.size() - first));
+      std::vector<std::vector<float>> plus;
+      const std::vector<LessExample> examples = Load(layer, some, &plus);
+      std::vector<const LessExample*> batch;
+      for (const LessExample& e : examples) batch.push_back(&e);
+      size_t n = 0;
+      sum.less += model.LossSum(batch, &n);
+      scored += n;
+      for (size_t i = 0; i < examples.size() && with_baselines; ++i) {
+        sum.bare += model.OutputLossSum(examples[i], examples[i].exact_out.data());
+        sum.plus += model.OutputLossSum(examples[i], plus[i].data());
+      }
+    }
+    const double n = static_cast<double>(std::max<size_t>(1, scored));
+    return {sum.less / n, sum.bare / n, sum.plus / n};
+  }
+
+  float Rate(size_t batch, size_t n_batches, size_t epoch) const {
+    if (o_.halve) return static_cast<float>(o_.rate * std::pow(0.5, static_cast<double>(epoch / 10)));
+    const double total = static_cast<double>(n_batches * o_.epochs);
+    const double at = static_cast<double>(epoch * n_batches + batch);
+    const double warm_up = std::min(1.0, (at + 1) / std::max(1.0, 0.03 * total));
+    return static_cast<float>(o_.rate * warm_up * (0.5 + 0.5 * std::cos(std::numbers::pi * at / total)));
+  }
+
+  struct Optimizer {
+    std::vector<float> m, v;
+    size_t steps = 0;
+  };
+
+  // Adam, less.md section 8: beta 0.9, 0.999, epsilon 1e-8; no weight decay.
+  void Update(const std::vector<float>& gradient, float rate, LessLayer& model, Optimizer& adam) const {
+    ++adam.steps;
+    const double c1 = 1 - std::pow(0.9, static_cast<double>(adam.steps));
+    const double c2 = std::sqrt(1 - std::pow(0.999, static_cast<double>(adam.steps)));
+    // m / c1 / (sqrt(v) / c2 + e) = (c2 / c1) m / (sqrt(v) + e c2)
+    const AdamStep step = {static_cast<float>(rate * c2 / c1), 0.9f, 0.999f, static_cast<float>(1e-8 * c2)};
+    Adam(step, gradient.data(), gradient.size(), model.parameters().data(), adam.m.data(), adam.v.data());
+  }
+
+  double TrainEpoch(size_t layer, size_t epoch, LessLayer& model, Optimizer& adam, TrainProgress& progress,
+                    Clock::time_point start, double first_done) {
+    std::vector<size_t> order(n_training_);
+    std::iota(order.begin(), order.end(), 0);
+    Rng rng(Mix(Mix(o_.seed, layer), epoch));
+    rng.Shuffle(order);
+    const size_t n_batches = (n_training_ + o_.batch - 1) / o_.batch;
+    std::vector<float> gradient;
+    double sum = 0;
+    for (size_t b = 0; b < n_batches; ++b) {
+      ThrowIfStopped();
+      std::vector<Wanted> wanted;
+      for (size_t i = b * o_.batch; i < std::min(n_training_, (b + 1) * o_.batch); ++i)
+        wanted.push_back({order[i], (epoch + order[i]) % o_.views});
+      const std::vector<LessExample> examples = Load(layer, wanted);
+      std::vector<const LessExample*> batch;
+      for (const LessExample& e : examples) batch.push_back(&e);
+      const DropoutOptions dropout{static_cast<float>(o_.dropout), Mix(rng.Next(), b)};
+      sum += model.LossAndGradient(batch, dropout, gradient);
+      Update(gradient, Rate(b, n_batches, epoch), model, adam);
+      progress.loss = sum / static_cast<double>(b + 1);
+      const double layers = static_cast<double>(o_.end_layer - o_.first_layer);
+      const double in_layer = (static_cast<double>(epoch) + static_cast<double>(b + 1) / static_cast<double>(n_batches)) /
+                              static_cast<double>(o_.epochs);
+      progress.done = (static_cast<double>(layer - o_.first_layer) + in_layer) / layers;
+      progress.seconds_left = Seconds(start) / std::max(1e-9, progress.done - first_done) * (1 - progress.done);
+      report_(progress);
+    }
+    return sum / static_cast<double>(n_batches);
+  }
+
+  struct LayerState {
+    size_t epoch = 0;  // epochs done
+    Optimizer adam;
+    std::vector<float> parameters, best;
+    Validation best_validation;
+  };
+
+  std::string StatePath(size_t layer) const { return fmt::format("{}/state-layer-{:03}.gguf", o_.work_folder, layer); }
+
+  void SaveState(size_t layer, const LayerState& state) const {
+    GgufWriter writer;
+    writer.Add("general.architecture", "lesskv-train-state");
+    writer.Add("train.key", TrainKey());
+    writer.Add("train.epoch", static_cast<uint64_t>(state.epoch));
+    writer.Add("train.steps", static_cast<uint64_t>(state.adam.steps));
+    writer.AddArray("train.validation", std::vector<double>{state.best_validation.less, state.best_validation.bare,
+                                                            state.best_validation.plus});
+    writer.AddTensor("parameters", {state.parameters.size()}, state.parameters);
+    writer.AddTensor("best", {state.best.size()}, state.best);
+    writer.AddTensor("adam.m", {state.adam.m.size()}, state.adam.m);
+    writer.AddTensor("adam.v", {state.adam.v.size()}, state.adam.v);
+    writer.Write(StatePath(layer));
+  }
+
+  bool LoadState(size_t layer, size_t n, LayerState& state) const {
+    if (!o_.resume || !fs::exists(StatePath(layer))) return false;
+    const GgufFile file = GgufFile::Open(StatePath(layer));
+    if (file.GetOr<std::string>("train.key", "") != TrainKey())
+      Fail(ErrorCode::kMismatch, "{} was made with other training options; remove it or name another folder with --work",
+           file.name());
+    auto read = [&](const char* name, std::vector<float>& values) {
+      const GgufTensor* tensor = file.FindTensor(name);
+      if (tensor == nullptr || tensor->type != DType::kF32 || tensor->Elements() != n)
+        Fail(ErrorCode::kBadFile, "{}: tensor {} must hold {} numbers", file.name(), name, n);
+      values.resize(n);
+      std::memcpy(values.data(), tensor->data.data(), tensor->data.size());
+    };
+    read("parameters", state.parameters);
+    read("best", state.best);
+    read("adam.m", state.adam.m);
+    read("adam.v", state.adam.v);
+    state.epoch = file.Get<size_t>("train.epoch");
+    state.adam.steps = file.Get<size_t>("train.steps");
+    const auto validation = file.Get<std::vector<double>>("train.validation");
+    if (validation.size() != 3) Fail(ErrorCode::kBadFile, "{}: train.validation must hold 3 numbers", file.name());
+    state.best_validation = {validation[0], validation[1], validation[2]};
+    return true;
+  }
+
+  void TrainLayer(size_t layer, LayerParams& params, TrainLessReport& result) {
+    LessLayer model(shape_, params, Metric(layer));
+    const size_t n = model.parameters().size();
+    LayerState state;
+    if (LoadState(layer, n, state)) {
+      model.parameters() = state.parameters;
+    } else {
+      state.adam.m.assign(n, 0.0f);
+      state.adam.v.assign(n, 0.0f);
+      state.best_validation = Validate(layer, model, true);
+      state.best = model.parameters();
+    }
+    TrainProgress progress;
+    progress.phase = "train";
+    progress.layer = layer;
+    progress.baseline = state.best_validation.bare;
+    progress.baseline_plus = state.best_validation.plus;
+    progress.validation = state.best_validation.less;
+    const auto start = Clock::now();
+    const double layers = static_cast<double>(o_.end_layer - o_.first_layer);
+    const double first_done = (static_cast<double>(layer - o_.first_layer) +
+                               static_cast<double>(state.epoch) / static_cast<double>(o_.epochs)) / layers;
+    while (state.epoch < o_.epochs) {
+      progress.epoch = state.epoch;
+      TrainEpoch(layer, state.epoch, model, state.adam, progress, start, first_done);
+      ++state.epoch;
+      const Validation now = Validate(layer, model, false);
+      if (now.less < state.best_validation.less) {
+        state.best_validation.less = now.less;
+        state.best = model.parameters();
+      }
+      progress.validation = now.less;
+      progress.epoch = state.epoch;
+      report_(progress);
+      state.parameters = model.parameters();
+      SaveState(layer, state);
+    }
+    model.parameters() = state.best;
+    params = model.Export();
+    result.validation.push_back(state.best_validation.less);
+    result.baseline.push_back(state.best_validation.bare);
+    result.baseline_plus.push_back(state.best_validation.plus);
+  }
+
+  void Describe(TrainLessReport& result) const {
+    Sidecar& sidecar = result.sidecar;
+    sidecar.model_fingerprint = engine_.model().fingerprint();
+    sidecar.model_name = engine_.model().config().name;
+    sidecar.matrix_type = o_.matrix_type;
+    SidecarTraining& t = sidecar.training;
+    t.policies = o_.policies;
+    t.tokens = static_cast<uint64_t>(n_training_) * o_.ctx;
+    t.ctx = static_cast<uint32_t>(o_.ctx);
+    t.epochs = static_cast<uint32_t>(o_.epochs);
+    t.seed = o_.seed;
+    t.validation.assign(shape_.n_layers, 0.0f);
+    t.validation_baseline.assign(shape_.n_layers, 0.0f);
+    for (size_t i = 0; i < result.validation.size(); ++i) {
+      t.validation[o_.first_layer + i] = static_cast<float>(result.validation[i]);
+      t.validation_baseline[o_.first_layer + i] = static_cast<float>(result.baseline_plus[i]);
+    }
+  }
+
+  Engine& engine_;
+  const Tokenizer& tokenizer_;
+  TrainLessOptions o_;
+  const std::function<void(const TrainProgress&)>& report_;
+  const std::atomic<bool>* stop_;
+  SidecarShape shape_;
+  size_t n_training_ = 0, n_validation_ = 0;
+};
+
+}  // namespace
+
+TrainLessReport TrainLess(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options,
+                          const std::function<void(const TrainProgress&)>& report, const std::atomic<bool>* stop) {
+  return Trainer(engine, tokenizer, options, report, stop).Run();
+}
+
+}  // namespace lesskv::train

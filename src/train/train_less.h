@@ -1,0 +1,63 @@
+// lesskv train less: feature maps for one model, from text (less.md section 8 and docs/less.md). Two phases, both
+// resumable: capture (one file a text and layer, see capture_record.h), then training, layer by layer.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "kvcache/residual/sidecar.h"
+#include "tokenizer/tokenizer.h"
+
+namespace lesskv::train {
+
+struct TrainLessOptions {
+  std::vector<std::string> texts;                // files
+  std::vector<std::string> policies;             // specs of bare selectors; a text is captured under `views` of them
+  std::vector<size_t> steps = {8};               // tokens a step, in turn
+  size_t views = 2;
+  size_t sequences = 200;                        // texts of `ctx` tokens, validation included
+  size_t ctx = 0;                                // 0: the trained context
+  double validation = 0.1;                       // share of the sequences
+  size_t rank = 8;
+  size_t hidden = 128;
+  FeatureKind kind = FeatureKind::kExp;
+  DType matrix_type = DType::kBF16;
+  size_t epochs = 10;
+  size_t batch = 4;
+  double rate = 2e-3;
+  bool halve = false;  // the paper's schedule: half the rate every 10 epochs; else a cosine to zero after a warm-up
+  double dropout = 0;
+  uint64_t seed = 0;
+  size_t first_layer = 0, end_layer = 0;         // half-open; end 0: all
+  std::string work_folder;                       // captures and states
+  bool resume = false;
+};
+
+// Where training stands, for people.
+struct TrainProgress {
+  std::string phase;  // "capture" or "train"
+  size_t layer = 0, epoch = 0;
+  double done = 0;  // share of the phase
+  double seconds_left = 0;
+  double loss = 0, validation = 0, baseline = 0, baseline_plus = 0;  // mean squared errors; 0: not known yet
+};
+
+struct TrainLessReport {
+  Sidecar sidecar;
+  uint64_t capture_bytes = 0;       // on disk
+  double capture_seconds = 0, train_seconds = 0;
+  std::vector<double> validation, baseline, baseline_plus;  // a trained layer
+};
+
+// Throws Error for options that make no sense, and when the work folder holds another training's files.
+// `stop` set: ends between batches with Error kRuntime; what was done so far can be resumed.
+TrainLessReport TrainLess(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options,
+                          const std::function<void(const TrainProgress&)>& report,
+                          const std::atomic<bool>* stop = nullptr);
+
+}  // namespace lesskv::train
