@@ -34,18 +34,18 @@ Report Sample() {
 TEST(ReportTest, TableShowsColumnsAndTheCaptionOnce) {
   EXPECT_EQ(Format(Sample(), OutputFormat::kTable),
             "mode stream\n\n"
-            "cache                    ppl  top-1 %    bytes\n"
-            "full             10.00 ± 0.25    100.0  2.0 KiB\n"
-            "mix(k=q8, v=q4)             -     50.0    512 B\n");
+            "cache                    ppl  top-1 %     bytes\n"
+            "full             10.00 ± 0.25    100.0  2.00 KiB\n"
+            "mix(k=q8, v=q4)             -     50.0     512 B\n");
 }
 
 TEST(ReportTest, Markdown) {
   EXPECT_EQ(Format(Sample(), OutputFormat::kMarkdown),
             "mode stream\n\n"
-            "| cache           |          ppl | top-1 % |   bytes |\n"
-            "|-----------------|-------------:|--------:|--------:|\n"
-            "| full            | 10.00 ± 0.25 |   100.0 | 2.0 KiB |\n"
-            "| mix(k=q8, v=q4) |            - |    50.0 |   512 B |\n");
+            "| cache           |          ppl | top-1 % |    bytes |\n"
+            "|-----------------|-------------:|--------:|---------:|\n"
+            "| full            | 10.00 ± 0.25 |   100.0 | 2.00 KiB |\n"
+            "| mix(k=q8, v=q4) |            - |    50.0 |    512 B |\n");
 }
 
 TEST(ReportTest, CsvHasAllKeysAndQuotes) {
