@@ -33,7 +33,7 @@ const LinearKernels& Kernels() {
       return internal::ScalarLinearKernels();
 #if defined(__x86_64__)
     case Isa::kAvx2:
-      return internal::ScalarLinearKernels();
+      return internal::Avx2LinearKernels();
     case Isa::kAvx512:
       return internal::Avx512LinearKernels();
     case Isa::kAvx512Bf16:

@@ -1,5 +1,7 @@
 // Products with AVX-512 (F, BW, DQ, VL, VNNI). Built with those flags: nothing here may be called before cpu.h has seen
 // that the processor has them, and nothing but the table at the end is visible outside.
+#if defined(__x86_64__)
+
 #include "kernels/linear_avx512-inl.h"
 #include "kernels/linear_kernels.h"
 
@@ -633,3 +635,5 @@ const LinearKernels& Avx512LinearKernels() {
 }
 
 }  // namespace lesskv::internal
+
+#endif  // defined(__x86_64__)

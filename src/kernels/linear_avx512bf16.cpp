@@ -1,4 +1,6 @@
 // Products of bfloat16 pairs (AVX512_BF16). Built with those flags; see linear_avx512.cpp for the rules.
+#if defined(__x86_64__)
+
 #include "kernels/linear_avx512-inl.h"
 #include "kernels/linear_kernels.h"
 
@@ -127,3 +129,5 @@ const LinearKernels& Avx512Bf16LinearKernels() {
 }
 
 }  // namespace lesskv::internal
+
+#endif  // defined(__x86_64__)
