@@ -1,7 +1,9 @@
 // lesskv run: a prompt in, text out.
 #include <fmt/format.h>
 
+#include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "base/error.h"
 #include "commands.h"
@@ -9,6 +11,7 @@
 #include "engine/generate.h"
 #include "engine/memory.h"
 #include "engine/run_info.h"
+#include "engine/session.h"
 
 namespace lesskv {
 namespace {
@@ -23,6 +26,7 @@ struct RunOptions {
   std::vector<std::string> protect;
   std::vector<std::string> stops;
   SamplerOptions sampler;
+  std::string session;
   bool json = false;
 };
 
@@ -52,6 +56,9 @@ void AddOptions(CLI::App& command, RunOptions& o) {
   command.add_option("--repeat-last-n", s.repeat_last_n, "How many last tokens count as lately, -1: all")
       ->capture_default_str();
   command.add_option("--seed", s.seed, "Seed of the sampling")->capture_default_str();
+  command.add_option("--session", o.session,
+                     "Go on from the cache in this file if it exists, and save the cache in it at the end")
+      ->option_text("FILE");
   command.add_flag("--json", o.json, "Print one JSON object instead of the text");
 }
 
@@ -83,6 +90,24 @@ std::vector<int32_t> PromptTokens(const Tokenizer& tokenizer, const std::string&
   return tokens;
 }
 
+// A later turn: the last turn's last token, which has not been fed yet, then the new text. An empty text goes on
+// generating where the last turn stopped.
+std::vector<int32_t> TurnTokens(const Tokenizer& tokenizer, const Session& session, const std::string& text) {
+  std::vector<int32_t> tokens;
+  if (session.pending_token) tokens.push_back(*session.pending_token);
+  const std::vector<int32_t> added = tokenizer.Encode(text, false, true);
+  tokens.insert(tokens.end(), added.begin(), added.end());
+  if (tokens.empty()) Fail(ErrorCode::kInvalidArgument, "the prompt is empty, and the session holds no token to go on from");
+  return tokens;
+}
+
+// The sequence to run and the tokens to feed it: a fresh one, or that of the session file.
+struct Start {
+  Sequence sequence;
+  std::vector<int32_t> tokens;
+  bool goes_on = false;  // nothing but the session's own last token is fed
+};
+
 ProtectedSpan ParseSpan(const std::string& text, size_t n_prompt) {
   unsigned long begin = 0, end = 0;
   char rest = 0;
@@ -102,6 +127,21 @@ std::vector<ProtectedSpan> ProtectedSpans(const RunOptions& options, size_t n_pr
   const size_t keep = options.keep == -1 ? n_prompt : std::min(n_prompt, static_cast<size_t>(options.keep));
   if (keep > 0) spans.push_back({0, static_cast<int32_t>(keep)});
   return spans;
+}
+
+Start MakeStart(const RunOptions& options, const OpenedModel& opened, const CacheSpec& spec, const std::string& text) {
+  const Engine& engine = *opened.engine;
+  if (options.session.empty() || !std::filesystem::exists(options.session)) {
+    std::vector<int32_t> tokens = PromptTokens(*opened.tokenizer, text);
+    return {Sequence(engine.MakeCacheConfig(spec, opened.ctx, ProtectedSpans(options, tokens.size()))), tokens};
+  }
+  if (options.keep != 0 || !options.protect.empty())
+    Fail(ErrorCode::kInvalidArgument, "--keep and --protect are for a session's first turn; {} has its own protected tokens",
+         options.session);
+  Session session = LoadSession(options.session, engine, spec, opened.ctx);
+  std::vector<int32_t> tokens = TurnTokens(*opened.tokenizer, session, text);
+  const bool goes_on = text.empty() && session.pending_token.has_value();
+  return {std::move(session.sequence), std::move(tokens), goes_on};
 }
 
 Json ResultJson(const Engine& engine, const Sequence& sequence, const GenerateResult& result, uint64_t seed) {
@@ -128,7 +168,7 @@ void Report(const Sequence& sequence, const GenerateResult& result) {
   fmt::print(stderr, "generated   {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.generated_tokens,
              result.decode_seconds, result.DecodeTokensPerSecond());
   fmt::print(stderr, "cache       {}: {} now, {} at most, {:.0f} of {} tokens; a full f16 cache: {}\n",
-             sequence.config().spec().ToString(), HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak),
+             sequence.config().spec_text(), HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak),
              stats.tokens_resident, stats.tokens_seen, HumanBytes(stats.kv_bytes_full));
   if (const size_t bytes = sequence.config().sidecar_bytes()) fmt::print(stderr, "sidecar     {}\n", HumanBytes(bytes));
 }
@@ -146,8 +186,9 @@ void Run(const RunOptions& options) {
 
   OpenedModel opened = OpenModel(options.model);
   Engine& engine = *opened.engine;
-  const std::vector<int32_t> tokens = PromptTokens(*opened.tokenizer, prompt);
-  Sequence sequence(engine.MakeCacheConfig(spec, opened.ctx, ProtectedSpans(options, tokens.size())));
+  Start start = MakeStart(options, opened, spec, prompt);
+  Sequence& sequence = start.sequence;
+  generate.prompt_was_generated = start.goes_on;
 
   ProgressBar bar("prompt");
   generate.stop = &StopOnInterrupt();
@@ -158,10 +199,13 @@ void Run(const RunOptions& options) {
     WriteResult(text);
     FlushResults();
   };
-  const GenerateResult result = Generate(engine, *opened.tokenizer, sequence, tokens, generate);
+  const GenerateResult result = Generate(engine, *opened.tokenizer, sequence, start.tokens, generate);
   bar.Clear();
   if (sequence.interrupted() || (result.reason == FinishReason::kInterrupted && result.generated_tokens == 0))
     Fail(ErrorCode::kRuntime, "interrupted while the prompt was being read");
+  if (!options.session.empty())
+    SaveSession(options.session, engine, sequence,
+                result.last_token < 0 ? std::nullopt : std::optional(result.last_token));
   WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampler.seed)) + "\n" : "\n");
   FlushResults();
   if (!options.json) Report(sequence, result);

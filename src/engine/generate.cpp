@@ -83,8 +83,10 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
     logits.assign(tile.back().logits.begin(), tile.back().logits.end());
   };
   const auto start = Clock::now();
-  const bool finished = engine.Prefill({{&sequence, prompt, LogitsRows::kLast}}, keep,
-                                       {.stop = options.stop, .progress = options.on_prompt_progress});
+  const StepItem item{&sequence, prompt, LogitsRows::kLast};
+  const bool finished = options.prompt_was_generated
+                            ? engine.Decode({item}, keep)
+                            : engine.Prefill({item}, keep, {.stop = options.stop, .progress = options.on_prompt_progress});
   const auto prefilled = Clock::now();
   result.prefill_seconds = Seconds(start, prefilled);
   if (!finished) {
@@ -97,6 +99,7 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
   TextStream stream(tokenizer, options, at_start, result.text);
   for (;;) {
     const int32_t token = sampler.Sample(logits, sequence.tokens());
+    result.last_token = token;
     ++result.generated_tokens;
     if (tokenizer.IsEndOfGeneration(token)) {
       result.reason = FinishReason::kEndOfText;

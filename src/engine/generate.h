@@ -19,6 +19,7 @@ struct GenerateOptions {
   SamplerOptions sampler;
   size_t max_tokens = 0;           // 0: until the text or the context ends
   std::vector<std::string> stops;  // generation ends before the first of these texts; not empty strings
+  bool prompt_was_generated = false;  // the prompt is the sequence's own last token: fed as decoding, not as a prompt
   const std::atomic<bool>* stop = nullptr;
   std::function<void(std::string_view)> on_text = {};  // as it becomes certain; always whole UTF-8 characters
   std::function<void(double)> on_prompt_progress = {};
@@ -40,6 +41,7 @@ struct GenerateResult {
   double prefill_seconds = 0;   // until the first token's logits were there
   double decode_seconds = 0;    // the decode steps, one fewer than generated tokens, and sampling
   FinishReason reason = FinishReason::kLength;
+  int32_t last_token = -1;  // sampled last and not fed to the sequence; -1: none was sampled
 
   double PrefillTokensPerSecond() const;
   double DecodeTokensPerSecond() const;  // decode steps a second

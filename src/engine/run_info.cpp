@@ -10,7 +10,7 @@ std::string Version() { return LESSKV_VERSION; }
 void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, uint64_t seed) {
   result["model"] = engine.model().path();
   result["model_fingerprint"] = engine.model().FingerprintText();
-  result["kv_spec"] = config.spec().ToString();
+  result["kv_spec"] = config.spec_text();
   result["ctx"] = config.shape().ctx;
   result["seed"] = seed;
   result["threads"] = Threads();

@@ -162,6 +162,8 @@ size_t RegionBytes(const RowFormat& format, size_t capacity) {
   return RoundUp(bytes, kRegionAlign);
 }
 
+size_t TileBytes(const RowFormat& format) { return TileBytes(format.type, format.head_dim); }
+
 void WriteRows(const RowFormat& format, std::byte* region, size_t first_slot, size_t n, const float* x,
                size_t x_stride) {
   if (IsQuantised(format.type)) {

@@ -2,9 +2,9 @@
 //
 // A *region* is memory for `capacity` rows, capacity a multiple of kTileRows. Its inner layout belongs to this file
 // (keys lie in small transposed tiles so that a decode step needs no horizontal sums); callers only name slots. A
-// region is plain memory and an array of tiles, tile t in bytes [t, t + 1) * RegionBytes(format, kTileRows), with the same
-// bytes on every instruction set: it can be copied, saved, cloned, grown and cut at tiles. Rows are `head_dim` floats outside, whatever
-// the type inside.
+// region is plain memory that begins with its tiles, tile t (rows [t, t + 1) * kTileRows) at byte t * TileBytes(format),
+// the same bytes on every instruction set: it can be copied, saved, cloned, grown and cut at tiles. Rows are `head_dim`
+// floats outside, whatever the type inside.
 #pragma once
 
 #include <cstddef>
@@ -41,6 +41,9 @@ bool Supports(RowType type, size_t head_dim);
 
 // Bytes of a region of `capacity` rows, a multiple of kRegionAlign; capacity must be a multiple of kTileRows.
 size_t RegionBytes(const RowFormat& format, size_t capacity);
+
+// Bytes of one tile. Regions may be longer than their tiles, for whole vectors to be read at the end.
+size_t TileBytes(const RowFormat& format);
 
 // Encodes rows x[i * x_stride .. + head_dim), i < n, into slots [first_slot, first_slot + n).
 void WriteRows(const RowFormat& format, std::byte* region, size_t first_slot, size_t n, const float* x,

@@ -233,7 +233,7 @@ void RowStore::EndStep() {
 }
 
 void RowStore::Save(ByteWriter& out) const {
-  const size_t key_tile = RegionBytes(key_format_, kTileRows), value_tile = RegionBytes(value_format_, kTileRows);
+  const size_t key_tile = TileBytes(key_format_), value_tile = TileBytes(value_format_);
   for (const Head& head : heads_) {
     out.Put<uint64_t>(head.n_rows);
     for (size_t row = 0; row < head.n_rows; row += kTileRows) {
@@ -246,7 +246,7 @@ void RowStore::Save(ByteWriter& out) const {
 }
 
 void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
-  const size_t key_tile = RegionBytes(key_format_, kTileRows), value_tile = RegionBytes(value_format_, kTileRows);
+  const size_t key_tile = TileBytes(key_format_), value_tile = TileBytes(value_format_);
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const size_t n_rows = in.Count(options_.grows ? max_rows : budgets[i], "a head's number of rows");

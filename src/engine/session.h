@@ -1,0 +1,29 @@
+// Session files: a sequence's compressed cache with the text it has seen, to go on another day. docs/formats.md has the
+// layout. The file is checksummed as a whole and names the model and the cache spec it belongs to.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "engine/engine.h"
+
+namespace lesskv {
+
+struct Session {
+  Sequence sequence;
+  // Sampled, but not yet fed to the sequence: the next prompt begins with it. Nothing when the text ended otherwise.
+  std::optional<int32_t> pending_token;
+};
+
+// Replaces the file as a whole, or leaves it as it was and throws Error(kIo).
+void SaveSession(const std::string& path, const Engine& engine, const Sequence& sequence,
+                 std::optional<int32_t> pending_token);
+
+// Throws Error: kNotFound; kBadFile for a file that is damaged, truncated, no session at all or of another version;
+// kMismatch, naming both sides, when it was made with another model, cache spec or context length. Protected
+// spans are the session's own. ctx = 0: the trained context.
+Session LoadSession(const std::string& path, const Engine& engine, const CacheSpec& spec, size_t ctx);
+
+}  // namespace lesskv
