@@ -16,9 +16,9 @@ enum class RopeStyle {
 struct RopeConfig {
   size_t n_dims = 0;  // coordinates rotated, even, at most head_dim; the rest pass through
   RopeStyle style = RopeStyle::kInterleaved;
-  double base = 10000.0;                 // frequency of pair i: base^(-2 i / n_dims)
-  double linear_scale = 1.0;             // angles are divided by it (a context stretched 4 times has 4)
-  std::vector<float> frequency_factors;  // empty, or n_dims / 2 divisors: the tensor rope_freqs.weight
+  double base = 10000.0;                      // frequency of pair i: base^(-2 i / n_dims)
+  double linear_scale = 1.0;                  // angles are divided by it (a context stretched 4 times has 4)
+  std::vector<float> frequency_factors = {};  // empty, or n_dims / 2 divisors: the tensor rope_freqs.weight
 };
 
 // Frequencies, fixed for a model. Immutable and shared.
