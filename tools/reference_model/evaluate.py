@@ -5,7 +5,8 @@
 
 losses    nats per token and bits per byte on books-valid, books-test, tech-docs held out, WikiText-2 test: windows of one context, each
           scoring its second half (the first window all of it), so that nearly every token sees at least half a context
-ngram     a modified Kneser-Ney 5-gram on the same tokens, trained on all of DATA/train.bin
+ngram     a modified Kneser-Ney 5-gram scored on the same tokens: trained on the text the model has seen (--seen RUN/last.pt), and on
+          all of DATA/train.bin, of which a short run sees only a part
 curve     loss of the same target tokens (books-test) given 64 .. context earlier tokens
 recall    share of answers right in every token, by task and length (TASKS.md), and by depth at the full context
 """
@@ -23,6 +24,7 @@ from export_gguf import read_gguf
 from model import load_model
 from ngram import ORDER, KneserNey
 from tasks import eval_doc, eval_tasks
+from train import block_order
 
 LN2 = float(np.log(2))
 
@@ -58,19 +60,31 @@ def spread(tokens, limit: int, piece: int = 16384):
   return [tokens[s:s + piece] for s in starts]
 
 
-def measure_losses(model, ngram, sets, token_bytes, limit: int) -> dict:
+def text_seen(folder: Path, checkpoint: Path):
+  """The training text up to where train.py's cursor stands."""
+  state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+  context = state["config"]["context"]
+  text = np.fromfile(folder / "train.bin", dtype=np.uint16)
+  order = block_order(len(text), context, state.get("seed", 1))
+  blocks = state["at"]["cursor"] // 16
+  return np.concatenate([text[b * context:(b + 1) * context] for b in order[:blocks]]) if blocks < len(order) else text
+
+
+def measure_losses(model, ngrams, sets, token_bytes, limit: int) -> dict:
+  """`ngrams`: models by name."""
   out = {}
   for name, tokens in sets.items():
-    nats, gram, n_bytes, count = 0.0, 0.0, 0, 0
+    nats, gram, n_bytes, count = 0.0, dict.fromkeys(ngrams, 0.0), 0, 0
     for piece in spread(tokens, limit):
       scored = piece[ORDER - 1:]  # the 5-gram needs four earlier tokens; both models are scored on the same ones
       nats += stream_losses(model, piece)[ORDER - 2:].sum(dtype=np.float64)
-      gram += ngram.nats(piece).sum() if ngram else 0
+      for key, ngram in ngrams.items():
+        gram[key] += ngram.nats(piece).sum()
       n_bytes += int(token_bytes[scored].sum())
       count += len(scored)
     row = {"tokens": count, "bytes": n_bytes, "nats_per_token": nats / count, "bits_per_byte": nats / n_bytes / LN2}
-    if ngram:
-      row |= {"ngram_nats_per_token": gram / count, "ngram_bits_per_byte": gram / n_bytes / LN2}
+    for key, total in gram.items():
+      row |= {f"{key}_nats_per_token": total / count, f"{key}_bits_per_byte": total / n_bytes / LN2}
     out[name] = {k: round(v, 4) for k, v in row.items()}
     print(name, out[name], flush=True)
   return out
@@ -128,6 +142,7 @@ def main() -> None:
   p.add_argument("--model", type=Path, required=True, help="GGUF file or checkpoint")
   p.add_argument("--data", type=Path, required=True)
   p.add_argument("--wikitext", type=Path, help="wiki.test.raw")
+  p.add_argument("--seen", type=Path, help="last.pt of the run, which tells how much of the training text was read")
   p.add_argument("--out", type=Path, required=True)
   p.add_argument("--max-tokens", type=int, default=400_000, help="tokens scored of each text; 0: all")
   p.add_argument("--samples", type=int, default=300, help="target places of the context curve")
@@ -153,8 +168,14 @@ def main() -> None:
       sets["WikiText-2 test"] = np.array(ids, dtype=np.uint16)
     # Byte-level BPE: one character of a token string is one byte; <|endoftext|> stands for none.
     token_bytes = np.array([0] + [len(tokenizer.id_to_token(i)) for i in range(1, tokenizer.get_vocab_size())])
-    ngram = None if "ngram" in skip else KneserNey(read("train"), tokenizer.get_vocab_size())
-    result["losses"] = measure_losses(model, ngram, sets, token_bytes, args.max_tokens)
+    ngrams = {}
+    if "ngram" not in skip:
+      if args.seen:
+        seen = text_seen(args.data, args.seen)
+        result["text_tokens_seen"] = len(seen)
+        ngrams["ngram_seen"] = KneserNey(seen, tokenizer.get_vocab_size())
+      ngrams["ngram_all"] = KneserNey(read("train"), tokenizer.get_vocab_size())
+    result["losses"] = measure_losses(model, ngrams, sets, token_bytes, args.max_tokens)
   if "curve" not in skip:
     result["curve"] = context_curve(model, read("test"), args.samples)
   if "recall" not in skip:

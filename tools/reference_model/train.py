@@ -37,7 +37,7 @@ def lr_factor(p: float) -> float:
 
 def recall_share(p: float) -> float:
   """Much recall at short range first, then less over longer windows."""
-  return float(np.interp(p, (0, 0.15, 0.6, 1), (0.5, 0.4, 0.2, 0.12)))
+  return float(np.interp(p, (0, 0.12, 0.18, 0.6, 1), (0.5, 0.42, 0.25, 0.17, 0.12)))
 
 
 def task_mix(p: float):
@@ -85,6 +85,11 @@ def orthogonalise(g):
   return x.mT if flip else x
 
 
+def block_order(n_tokens: int, context: int, seed: int):
+  """The order in which the text's blocks of one context are read."""
+  return np.random.default_rng(seed).permutation(n_tokens // context)
+
+
 class Data:
   """Rows of text windows and recall sequences.  Blocks of one context are read in shuffled order, each once an epoch; a block is cut
   into windows of the current length.  `cursor` counts chunks of 1/16 context."""
@@ -93,7 +98,7 @@ class Data:
     self.text = np.fromfile(folder / "train.bin", dtype=np.uint16)
     self.tasks = Tasks(tokenizer, load_words(folder / "words.txt"), self.text)
     self.seed, self.context = seed, context
-    self.order = np.random.default_rng(seed).permutation(len(self.text) // context)
+    self.order = block_order(len(self.text), context, seed)
 
   def window(self, cursor: int, n: int):
     """The n tokens at `cursor`, moved up to a multiple of n, and the cursor behind them."""
@@ -215,7 +220,7 @@ def main() -> None:
     return max(at["seconds"] / (60 * args.minutes), at["tokens"] / args.tokens if args.tokens else 0)
 
   def snapshot() -> dict:
-    return save_state(model) | {"muon": muon.state_dict(), "adam": adam.state_dict(), "at": at}
+    return save_state(model) | {"muon": muon.state_dict(), "adam": adam.state_dict(), "at": at, "seed": args.seed}
 
   if not at["step"]:
     write({"config": args.config, "parameters": model.n_params(), "minutes": args.minutes, "seed": args.seed})
