@@ -11,5 +11,7 @@ void AddInfoCommand(CLI::App& app);
 void AddQuantizeCommand(CLI::App& app);
 void AddEvalCommand(CLI::App& app);
 void AddTrainCommand(CLI::App& app);
+void AddMethodsCommand(CLI::App& app);
+void AddPlanCommand(CLI::App& app);
 
 }  // namespace lesskv

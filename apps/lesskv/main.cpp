@@ -30,6 +30,8 @@ void AddCommands(CLI::App& app) {
   AddInfoCommand(app);
   AddQuantizeCommand(app);
   AddEvalCommand(app);
+  AddMethodsCommand(app);
+  AddPlanCommand(app);
   AddTrainCommand(app);
 }
 

@@ -1,0 +1,120 @@
+// lesskv methods: the registry and the table of legal pairs, as text, Markdown (docs/methods.md is made from it) or JSON.
+#include "kvcache/registry.h"
+
+#include <fmt/format.h>
+
+#include <memory>
+#include <string>
+
+#include "base/error.h"
+#include "commands.h"
+#include "common.h"
+#include "engine/run_info.h"
+
+namespace lesskv {
+namespace {
+
+std::string Signature(const Method& method) {
+  std::string text(method.name);
+  for (size_t i = 0; i < method.parameters.size(); ++i) {
+    const Parameter& p = method.parameters[i];
+    text += i == 0 ? "(" : ", ";
+    text += p.positional ? std::string(p.name) : fmt::format("{}={}", p.name, p.default_value.empty() ? "…" : p.default_value);
+  }
+  return method.parameters.empty() ? text : text + ")";
+}
+
+bool IsDefault(const Method& method) { return method.name == DefaultTerm(method.stage); }
+
+// Pairs of different stages that cannot be combined, each once, in registry order.
+template <typename Visit>
+void ForEachConflict(Visit&& visit) {
+  const auto methods = Methods();
+  for (size_t i = 0; i < methods.size(); ++i)
+    for (size_t j = i + 1; j < methods.size(); ++j)
+      if (methods[i]->stage != methods[j]->stage)
+        if (const auto reason = Conflict(*methods[i], *methods[j])) visit(*methods[i], *methods[j], *reason);
+}
+
+std::string MarkdownText() {
+  std::string text =
+      "# Cache methods\n\n"
+      "A cache is written as terms joined by `+`, at most one a stage, in any order. This page is the output of\n"
+      "`lesskv methods -o md`.\n";
+  for (Stage stage : kStages) {
+    text += fmt::format("\n## {}\n\n| term | what it does | source |\n|---|---|---|\n", Name(stage));
+    for (const Method* method : Methods())
+      if (method->stage == stage)
+        text += fmt::format("| `{}`{} | {} | {} |\n", Signature(*method), IsDefault(*method) ? " (default)" : "",
+                            method->summary, method->reference);
+    for (const Method* method : Methods()) {
+      if (method->stage != stage || method->parameters.empty()) continue;
+      text += fmt::format("\n`{}`:", method->name);
+      for (const Parameter& p : method->parameters) text += fmt::format(" `{}` {};", p.name, p.help);
+      text.back() = '.';
+      text += "\n";
+    }
+  }
+  text += "\n## What cannot be combined\n\nTwo terms of one stage, and:\n\n";
+  ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
+    text += fmt::format("- `{}` + `{}`: {}\n", a.Example(), b.Example(), reason);
+  });
+  text += "\n`window(positions=cache)` re-numbers positions and cannot be combined with `less` either.\n";
+  return text;
+}
+
+std::string PlainText() {
+  std::string text;
+  for (Stage stage : kStages) {
+    text += fmt::format("{}{}\n", text.empty() ? "" : "\n", Name(stage));
+    for (const Method* method : Methods())
+      if (method->stage == stage)
+        text += fmt::format("  {:<52} {}{}\n", Signature(*method), method->summary, IsDefault(*method) ? " (default)" : "");
+  }
+  text += "\nCannot be combined (besides two terms of one stage)\n";
+  ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
+    text += fmt::format("  {} + {}: {}\n", a.Example(), b.Example(), reason);
+  });
+  return text;
+}
+
+Json ParameterJson(const Parameter& p) {
+  static constexpr const char* kKinds[] = {"rows", "count", "real", "word", "text"};
+  Json json{{"name", p.name}, {"kind", kKinds[static_cast<size_t>(p.kind)]}, {"help", p.help},
+            {"positional", p.positional}};
+  if (!p.default_value.empty()) json["default"] = p.default_value;
+  if (!p.choices.empty()) json["choices"] = p.choices;
+  return json;
+}
+
+std::string JsonText() {
+  Json methods = Json::array(), conflicts = Json::array();
+  for (const Method* method : Methods()) {
+    Json parameters = Json::array();
+    for (const Parameter& p : method->parameters) parameters.push_back(ParameterJson(p));
+    methods.push_back({{"name", method->name}, {"stage", Name(method->stage)}, {"default", IsDefault(*method)},
+                       {"summary", method->summary}, {"reference", method->reference},
+                       {"example", method->Example()}, {"parameters", parameters}});
+  }
+  ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
+    conflicts.push_back({{"a", a.name}, {"b", b.name}, {"reason", reason}});
+  });
+  return Dump({{"methods", methods}, {"conflicts", conflicts}, {"version", Version()}}) + "\n";
+}
+
+}  // namespace
+
+void AddMethodsCommand(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("methods", "List the terms of cache specs and which of them can be combined");
+  auto format = std::make_shared<std::string>("text");
+  command->add_option("-o,--output", *format, "text, md or json")->capture_default_str()->option_text("FORMAT");
+  command->callback([format] {
+    if (*format == "text") WriteResult(PlainText());
+    else if (*format == "md") WriteResult(MarkdownText());
+    else if (*format == "json") WriteResult(JsonText());
+    else Fail(ErrorCode::kInvalidArgument, "-o: expected text, md or json, found \"{}\"", *format);
+    FlushResults();
+  });
+}
+
+}  // namespace lesskv
