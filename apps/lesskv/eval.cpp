@@ -1,17 +1,25 @@
 // lesskv eval: what a cache costs in quality, measured through the cache itself, with its bytes and speed beside it.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
-#include "base/atomic_file.h"
 #include "base/error.h"
 #include "commands.h"
 #include "common.h"
+#include "eval/choices.h"
 #include "eval/divergence.h"
+#include "eval/heat_map.h"
+#include "eval/match_bytes.h"
 #include "eval/perplexity.h"
+#include "eval/recall.h"
 #include "eval/report.h"
 #include "eval/setup.h"
+#include "eval/summarize.h"
+#include "eval/text_windows.h"
+#include "eval/window_batch.h"
 
 namespace lesskv {
 namespace {
@@ -23,6 +31,7 @@ struct CommonOptions {
   std::string output = "table";
   uint64_t seed = 0;
   size_t batch = 16;
+  bool match_bytes = false;
 };
 
 struct ProtocolOptions {
@@ -38,6 +47,7 @@ void AddCommonOptions(CLI::App& command, CommonOptions& o) {
   command.add_option("--kv", o.specs, "Cache spec, such as full or h2o(5%)+less; may be repeated (default: full)")
       ->option_text("SPEC")
       ->allow_extra_args(false);
+  command.add_flag("--match-bytes", o.match_bytes, "Add to each cache its nearest rivals at equal bytes");
   command.add_option("-o,--output", o.output, "table, md, csv or json")->option_text("FORMAT")->capture_default_str();
   command.add_option("--seed", o.seed, "Seed of generated tasks and sampling")->option_text("N")->capture_default_str();
   command
@@ -68,6 +78,11 @@ struct Session {
   }
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
+
+  // A life of prompt and decoded tokens at whose end the bytes of rivals are matched.
+  void AddRivalsIfAsked(const CommonOptions& options, size_t n_prompt) {
+    if (options.match_bytes) AddRivals(setup, n_prompt, setup.ctx - n_prompt);
+  }
 
   void Print(const Report& report) {
     bar.Clear();
@@ -115,8 +130,11 @@ void AddPerplexity(CLI::App& parent) {
   auto o = std::make_shared<TextOptions>();
   AddTextOptions(*command, *o);
   command->callback([o] {
+    const Protocol protocol = o->protocol.Parse();
     Session session(o->common, "perplexity");
-    session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, o->protocol.Parse()}));
+    CheckProtocol(protocol, session.setup.ctx);
+    session.AddRivalsIfAsked(o->common, protocol.prompt);
+    session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, protocol}));
   });
 }
 
@@ -125,8 +143,139 @@ void AddDivergence(CLI::App& parent) {
   auto o = std::make_shared<TextOptions>();
   AddTextOptions(*command, *o);
   command->callback([o] {
+    const Protocol protocol = o->protocol.Parse();
     Session session(o->common, "divergence");
-    session.Print(EvaluateDivergence(session.setup, {o->texts, o->max_windows, o->protocol.Parse()}));
+    CheckProtocol(protocol, session.setup.ctx);
+    session.AddRivalsIfAsked(o->common, protocol.prompt);
+    session.Print(EvaluateDivergence(session.setup, {o->texts, o->max_windows, protocol}));
+  });
+}
+
+struct RecallFlags {
+  CommonOptions common;
+  std::vector<std::string> tasks = {"kv"};
+  std::vector<size_t> lengths;
+  std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
+  size_t samples = 20;
+  std::string words, text, heat_map, mode = "continue";
+  size_t step = 8;
+};
+
+RecallOptions ReadRecallFlags(const RecallFlags& flags) {
+  RecallOptions options;
+  options.kinds.clear();
+  for (const std::string& task : flags.tasks) options.kinds.push_back(ParseRecallKind(task));
+  options.lengths = flags.lengths;
+  options.depths = flags.depths;
+  options.samples = flags.samples;
+  options.protocol = {ParseMode(flags.mode), flags.step, 0};
+  if (!flags.text.empty()) options.text = ReadText(flags.text);
+  if (!flags.words.empty()) {
+    std::istringstream words(ReadText(flags.words));
+    for (std::string word; words >> word;) options.words.push_back(word);
+    if (options.words.size() < 2) {
+      Fail(ErrorCode::kInvalidArgument, "{}: expected 2 words or more, found {}", flags.words, options.words.size());
+    }
+  }
+  return options;
+}
+
+void AddRecall(CLI::App& parent) {
+  CLI::App* command = parent.add_subcommand("recall", "Answers to questions about something far back in the prompt");
+  auto o = std::make_shared<RecallFlags>();
+  AddCommonOptions(*command, o->common);
+  command->add_option("--task", o->tasks, "kv, kv_words, needle or variable; several with commas")
+      ->delimiter(',')->option_text("TASK,...")->capture_default_str();
+  command->add_option("--length", o->lengths, "Prompt lengths in tokens, with commas (default: the context)")
+      ->delimiter(',')->option_text("N,...");
+  command->add_option("--depths", o->depths, "Where the answer stands, 0 (first) to 1 (last), with commas")
+      ->delimiter(',')->option_text("X,...")->capture_default_str();
+  command->add_option("--samples", o->samples, "Questions of each task, length and depth")
+      ->option_text("N")->capture_default_str();
+  command->add_option("--words", o->words, "File with the words of keys and values (default: a built-in list)")
+      ->option_text("FILE");
+  command->add_option("--text", o->text, "Real text in which needle tasks hide their sentence")->option_text("FILE");
+  command->add_option("--heatmap", o->heat_map, "Write accuracy by length and depth as a picture (.svg or .html)")
+      ->option_text("FILE");
+  command->add_option("--mode", o->mode, "How prompts are read: continue (at once) or stream (--step tokens at a time)")
+      ->option_text("MODE")->capture_default_str();
+  command->add_option("--step", o->step, "Tokens a step of --mode stream")->option_text("N")->capture_default_str();
+  command->callback([o] {
+    const RecallOptions options = ReadRecallFlags(*o);
+    Session session(o->common, "recall");
+    session.AddRivalsIfAsked(o->common, session.setup.ctx - std::min(session.setup.ctx, RecallOptions::kAnswerRoom));
+    const Report report = EvaluateRecall(session.setup, options);
+    if (!o->heat_map.empty()) WriteHeatMap(o->heat_map, report);
+    session.Print(report);
+  });
+}
+
+struct FileFlags {
+  CommonOptions common;
+  std::string file;
+  size_t limit = 0;
+};
+
+void AddFileOptions(CLI::App& command, FileFlags& o, const char* what) {
+  AddCommonOptions(command, o.common);
+  command.add_option("--file", o.file, what)->required()->option_text("FILE");
+  command.add_option("--limit", o.limit, "At most N of them, evenly spaced; 0: all")
+      ->option_text("N")->capture_default_str();
+}
+
+void AddChoices(CLI::App& parent) {
+  CLI::App* command = parent.add_subcommand("choices", "Multiple choice by likelihood");
+  struct Flags : FileFlags {
+    size_t shots = 0;
+    std::string question_template = "Question: {q}\nAnswer:";
+  };
+  auto o = std::make_shared<Flags>();
+  AddFileOptions(*command, *o, "JSON lines with q, choices and label");
+  command->add_option("--shots", o->shots, "First questions of the file that stand solved before each other one")
+      ->option_text("N")->capture_default_str();
+  command->add_option("--template", o->question_template, "Prompt of a question, {q} standing for it")
+      ->option_text("TEXT");
+  command->callback([o] {
+    if (o->question_template.find("{q}") == std::string::npos) {
+      Fail(ErrorCode::kInvalidArgument, "--template: expected {{q}} in it, found '{}'", o->question_template);
+    }
+    const ChoicesOptions options{ParseChoices(ReadText(o->file), o->file, o->question_template), o->file, o->shots,
+                                 o->limit};
+    Session session(o->common, "choices");
+    session.AddRivalsIfAsked(o->common, session.setup.ctx - 1);
+    session.Print(EvaluateChoices(session.setup, options));
+  });
+}
+
+void AddSummarize(CLI::App& parent) {
+  CLI::App* command = parent.add_subcommand("summarize", "ROUGE of continuations, such as summaries of articles");
+  struct Flags : FileFlags {
+    SummarizeOptions options;
+    std::string against = "reference";
+  };
+  auto o = std::make_shared<Flags>();
+  AddFileOptions(*command, *o, "JSON lines with article (the whole prompt) and summary_gt");
+  command->add_option("-n,--predict", o->options.max_tokens, "Tokens to generate")
+      ->option_text("N")->capture_default_str();
+  command->add_option("--against", o->against, "reference: the file's summaries; full: what the full cache writes")
+      ->option_text("WHAT")->capture_default_str();
+  command->add_option("--temp", o->options.sampler.temperature, "Temperature; 0: always the likeliest token")
+      ->option_text("T")->capture_default_str();
+  command->add_option("--stop", o->options.stops, "Stop before this text; may be repeated (default: ###)")
+      ->option_text("TEXT")->allow_extra_args(false);
+  command->callback([o] {
+    using Against = SummarizeOptions::Against;
+    if (o->against != "reference" && o->against != "full") {
+      Fail(ErrorCode::kInvalidArgument, "--against: expected reference or full, found '{}'", o->against);
+    }
+    o->options.against = o->against == "full" ? Against::kFull : Against::kReference;
+    o->options.source = o->file;
+    o->options.limit = o->limit;
+    o->options.tasks = ParseSummaryTasks(ReadText(o->file), o->file);
+    Validate(o->options.sampler);
+    Session session(o->common, "summarize");
+    session.AddRivalsIfAsked(o->common, session.setup.ctx - 1);
+    session.Print(EvaluateSummaries(session.setup, o->options));
   });
 }
 
@@ -137,6 +286,9 @@ void AddEvalCommand(CLI::App& app) {
   command->require_subcommand(1);
   AddPerplexity(*command);
   AddDivergence(*command);
+  AddRecall(*command);
+  AddChoices(*command);
+  AddSummarize(*command);
 }
 
 }  // namespace lesskv

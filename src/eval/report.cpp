@@ -26,6 +26,11 @@ bool Missing(const Json& row, const std::string& key) {
 }
 
 std::string Number(const Json& value, const Column& column) {
+  if (value.is_array() && column.style != Column::Style::kText) {
+    std::string joined;
+    for (const Json& element : value) joined += (joined.empty() ? "" : " ") + Number(element, column);
+    return joined;
+  }
   switch (column.style) {
     case Column::Style::kCount:
       return fmt::format("{:.{}f}", value.get<double>(), column.digits);

@@ -1,10 +1,10 @@
 #include "eval/window_batch.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "base/check.h"
 #include "base/error.h"
+#include "eval/stopwatch.h"
 
 namespace lesskv {
 namespace {
@@ -12,15 +12,6 @@ namespace {
 // Prompts are fed in groups of about this many tokens: enough to share the weight products, without holding the work
 // buffers of all of them.
 constexpr size_t kPrefillTokens = 2048;
-
-class Stopwatch {
- public:
-  double Seconds() const { return std::chrono::duration<double>(Clock::now() - begin_).count(); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point begin_ = Clock::now();
-};
 
 }  // namespace
 

@@ -1,0 +1,235 @@
+#include "eval/choices.h"
+
+#include <algorithm>
+#include <cctype>
+
+#include "base/check.h"
+#include "base/error.h"
+#include "eval/metrics.h"
+#include "eval/stopwatch.h"
+#include "eval/text_windows.h"
+
+namespace lesskv {
+namespace {
+
+std::string LowerFirst(std::string text) {
+  if (!text.empty()) text[0] = static_cast<char>(std::tolower(static_cast<unsigned char>(text[0])));
+  return text;
+}
+
+std::string Replaced(std::string_view text, std::string_view what, const std::string& by) {
+  std::string out(text);
+  const size_t at = out.find(what);
+  return at == std::string::npos ? out : out.replace(at, what.size(), by);
+}
+
+ChoiceQuestion MakeQuestion(const Json& record, std::string_view question_template) {
+  const std::string q = record.at("q");
+  ChoiceQuestion question;
+  question.label = record.at("label").get<size_t>();
+  const std::vector<std::string> choices = record.at("choices");
+  std::string rest;
+  if (record.contains("asks_for")) {
+    const bool cause = record.at("asks_for").get<std::string>() == "cause";
+    question.prompt = (q.ends_with('.') ? q.substr(0, q.size() - 1) : q) + (cause ? " because" : " so");
+    for (const std::string& choice : choices) question.continuations.push_back(" " + LowerFirst(choice));
+    return question;
+  }
+  const size_t blank = q.find('_');
+  if (blank != std::string::npos && blank > 0 && q[blank - 1] == ' ' && q.find('_', blank + 1) == std::string::npos) {
+    question.prompt = q.substr(0, blank - 1);
+    rest = q.substr(blank + 1);
+  } else {
+    question.prompt = Replaced(question_template, "{q}", q);
+  }
+  for (const std::string& choice : choices) question.continuations.push_back(" " + choice + rest);
+  return question;
+}
+
+// Token ids of a question whose prompt is followed by each continuation.
+struct TokenizedQuestion {
+  std::vector<int32_t> prompt;
+  std::vector<std::vector<int32_t>> continuations;
+  std::vector<size_t> bytes;
+  size_t label = 0;
+
+  size_t LongestTokens() const {
+    size_t longest = 0;
+    for (const auto& ids : continuations) longest = std::max(longest, ids.size());
+    return prompt.size() + longest;
+  }
+};
+
+// The ids of prompt + continuation are those of the whole text; where the tokenizer joins the two (as SentencePiece
+// may) the shared prompt ends earlier for all choices.
+TokenizedQuestion Tokenize(const Tokenizer& tokenizer, const std::string& before, const ChoiceQuestion& question) {
+  TokenizedQuestion result;
+  result.label = question.label;
+  const std::string prompt = before + question.prompt;
+  std::vector<std::vector<int32_t>> wholes;
+  size_t shared = tokenizer.Encode(prompt, false, false).size();
+  for (const std::string& continuation : question.continuations) {
+    wholes.push_back(tokenizer.Encode(prompt + continuation, false, false));
+    const auto& first = wholes.front();
+    const auto& last = wholes.back();
+    const auto differ = std::mismatch(first.begin(), first.end(), last.begin(), last.end());
+    if (wholes.size() > 1) shared = std::min(shared, static_cast<size_t>(differ.first - first.begin()));
+    shared = std::min(shared, last.size() - 1);
+    result.bytes.push_back(continuation.size());
+  }
+  if (tokenizer.add_bos()) result.prompt.push_back(tokenizer.bos());
+  const auto cut = static_cast<std::ptrdiff_t>(shared);
+  result.prompt.insert(result.prompt.end(), wholes[0].begin(), wholes[0].begin() + cut);
+  for (const auto& whole : wholes) result.continuations.emplace_back(whole.begin() + cut, whole.end());
+  return result;
+}
+
+double LogProbability(std::span<const float> logits, int32_t token) {
+  return logits[static_cast<size_t>(token)] - LogMass(logits);
+}
+
+// Log-likelihoods of a question's continuations.
+std::vector<double> ScoreChoices(const EvalSetup& setup, const Subject& subject, const TokenizedQuestion& question,
+                                 FeedCost& cost, StatsTally& stats) {
+  const auto& continuations = question.continuations;
+  std::vector<double> scores(continuations.size(), 0);
+  Sequence prompt(subject.config);
+  const Stopwatch prompt_watch;
+  setup.engine->Prefill({{&prompt, question.prompt, LogitsRows::kLast}}, [&](std::span<const LogitsRow> rows) {
+    for (size_t c = 0; c < continuations.size(); ++c) {
+      scores[c] = LogProbability(rows.back().logits, continuations[c][0]);
+    }
+  });
+  cost.prompt_tokens += question.prompt.size();
+  cost.prompt_seconds += prompt_watch.Seconds();
+
+  std::vector<Sequence> sequences;
+  for (size_t c = 0; c < continuations.size(); ++c) sequences.push_back(prompt.Clone());
+  const Stopwatch watch;
+  for (size_t at = 0;; ++at) {
+    std::vector<StepItem> items;
+    std::vector<size_t> choice_of;
+    for (size_t c = 0; c < continuations.size(); ++c) {
+      if (at + 1 >= continuations[c].size()) continue;
+      items.push_back({&sequences[c], {&continuations[c][at], 1}, LogitsRows::kLast});
+      choice_of.push_back(c);
+    }
+    if (items.empty()) break;
+    setup.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
+      for (const LogitsRow& row : rows) {
+        const size_t c = choice_of[row.item];
+        scores[c] += LogProbability(row.logits, continuations[c][at + 1]);
+      }
+    });
+    cost.tokens += items.size();
+  }
+  cost.seconds += watch.Seconds();
+  for (const Sequence& sequence : sequences) stats.Add(sequence.Stats());
+  return scores;
+}
+
+size_t Best(std::span<const double> scores) {
+  return static_cast<size_t>(std::max_element(scores.begin(), scores.end()) - scores.begin());
+}
+
+std::string SolvedShots(const ChoicesOptions& options) {
+  std::string text;
+  for (size_t i = 0; i < options.shots; ++i) {
+    const ChoiceQuestion& shot = options.questions[i];
+    text += shot.prompt + shot.continuations[shot.label] + "\n\n";
+  }
+  return text;
+}
+
+}  // namespace
+
+std::vector<ChoiceQuestion> ParseChoices(std::string_view json_lines, const std::string& name,
+                                         std::string_view question_template) {
+  std::vector<ChoiceQuestion> questions;
+  size_t line_number = 0;
+  while (!json_lines.empty()) {
+    const size_t end = std::min(json_lines.find('\n'), json_lines.size());
+    const std::string_view line = json_lines.substr(0, end);
+    json_lines.remove_prefix(std::min(end + 1, json_lines.size()));
+    ++line_number;
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    try {
+      questions.push_back(MakeQuestion(Json::parse(line), question_template));
+    } catch (const Json::exception& error) {
+      Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with q, choices and label: {}", name, line_number,
+           error.what());
+    }
+    const ChoiceQuestion& question = questions.back();
+    if (question.continuations.size() < 2 || question.label >= question.continuations.size()) {
+      Fail(ErrorCode::kBadFile, "{}, line {}: expected 2 choices or more and a label among them, found {} and {}", name,
+           line_number, question.continuations.size(), question.label);
+    }
+  }
+  return questions;
+}
+
+Report EvaluateChoices(const EvalSetup& setup, const ChoicesOptions& options) {
+  if (options.questions.size() <= options.shots) {
+    Fail(ErrorCode::kInvalidArgument, "{}: {} questions leave none to ask behind {} shots", options.source,
+         options.questions.size(), options.shots);
+  }
+  const std::string shots = SolvedShots(options);
+  const size_t n_rest = options.questions.size() - options.shots;
+  std::vector<TokenizedQuestion> questions;
+  size_t skipped = 0;
+  for (const size_t i : EvenlySpaced(n_rest, options.limit == 0 ? n_rest : options.limit)) {
+    TokenizedQuestion question = Tokenize(*setup.tokenizer, shots, options.questions[options.shots + i]);
+    if (question.LongestTokens() > setup.ctx || question.prompt.empty()) {
+      ++skipped;
+    } else {
+      questions.push_back(std::move(question));
+    }
+  }
+  if (questions.empty()) {
+    Fail(ErrorCode::kInvalidArgument, "{}: no question fits a context of {} tokens", options.source, setup.ctx);
+  }
+
+  Report report;
+  size_t done = 0;
+  for (const Subject& subject : setup.subjects) {
+    ClusteredMean plain, normalised;
+    FeedCost cost;
+    StatsTally stats;
+    size_t scored = 0;
+    for (const TokenizedQuestion& question : questions) {
+      std::vector<double> scores = ScoreChoices(setup, subject, question, cost, stats);
+      plain.AddOne(Best(scores) == question.label);
+      for (size_t c = 0; c < scores.size(); ++c) scores[c] /= static_cast<double>(question.bytes[c]);
+      normalised.AddOne(Best(scores) == question.label);
+      for (const auto& ids : question.continuations) scored += ids.size();
+      setup.Progress(++done, questions.size() * setup.subjects.size());
+      setup.CheckStop();
+    }
+    Json row = BeginRow(setup, subject, "choices");
+    AddProtocol(row, {.mode = Protocol::Mode::kContinue});
+    row["prompt"] = nullptr;  // each question's own
+    row["file"] = options.source;
+    row["shots"] = options.shots;
+    row["questions"] = questions.size();
+    row["skipped"] = skipped;
+    row["accuracy"] = plain.Mean();
+    row["accuracy_se"] = plain.StandardError();
+    row["accuracy_normalised"] = normalised.Mean();
+    row["accuracy_normalised_se"] = normalised.StandardError();
+    row["tokens_scored"] = scored;
+    AddCacheStats(row, stats.stats(), *subject.config);
+    AddCost(row, cost);
+    report.rows.push_back(row);
+  }
+  report.columns = SubjectColumns();
+  report.columns.push_back({"questions", "questions", Column::Style::kCount});
+  report.columns.push_back({"accuracy", "right %", Column::Style::kPercent, 1, "accuracy_se"});
+  report.columns.push_back({"accuracy_normalised", "per byte %", Column::Style::kPercent, 1, "accuracy_normalised_se"});
+  AppendCacheColumns(report.columns);
+  if (skipped > 0) {
+    report.notes.push_back(fmt::format("{} questions are longer than the context and were left out", skipped));
+  }
+  return report;
+}
+
+}  // namespace lesskv
