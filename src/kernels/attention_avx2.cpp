@@ -23,9 +23,10 @@ inline V Sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V VMax(V a, V b) { return _mm256_max_ps(a, b); }
 inline V VMin(V a, V b) { return _mm256_min_ps(a, b); }
 inline V Round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline V Pow2(V n) {
+inline V TimesPow2(V y, V n) {
+  n = VMax(VMin(n, Splat(127)), Splat(-126));
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  return Mul(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 inline V ZeroBelow(V x, V limit, V y) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), y); }
 inline float ReduceMax(V x) {
@@ -44,8 +45,25 @@ inline V LoadBF16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+inline V Field(const uint8_t* p, int shift, int mask) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask)));
+}
+inline __m128i LoadBytes(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+inline V SignedCodes(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(LoadBytes(p))); }
+inline V LowCodes(const uint8_t* p) {
+  const __m256i x = _mm256_and_si256(_mm256_cvtepu8_epi32(LoadBytes(p)), _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
+}
+inline V HighCodes(const uint8_t* p) {
+  const __m256i x = _mm256_srli_epi32(_mm256_cvtepu8_epi32(LoadBytes(p)), 4);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
+}
 
 #include "kernels/attention_simd.h"
+
+bool FusedScores(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
+bool FusedValues(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
 
 }  // namespace
 

@@ -23,10 +23,7 @@ inline V Sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V VMax(V a, V b) { return _mm512_max_ps(a, b); }
 inline V VMin(V a, V b) { return _mm512_min_ps(a, b); }
 inline V Round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline V Pow2(V n) {
-  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
-}
+inline V TimesPow2(V y, V n) { return _mm512_scalef_ps(y, n); }
 inline V ZeroBelow(V x, V limit, V y) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
 }
@@ -40,8 +37,22 @@ inline V LoadBF16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline V Field(const uint8_t* p, int shift, int mask) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask)));
+}
+inline __m128i LoadBytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline V SignedCodes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(LoadBytes(p))); }
+// A table look-up uses the low four bits of its index only.
+inline V FourBitValues(__m512i code) {
+  const V values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(code, values);
+}
+inline V LowCodes(const uint8_t* p) { return FourBitValues(_mm512_cvtepu8_epi32(LoadBytes(p))); }
+inline V HighCodes(const uint8_t* p) { return FourBitValues(_mm512_srli_epi32(_mm512_cvtepu8_epi32(LoadBytes(p)), 4)); }
 
 #include "kernels/attention_simd.h"
+#include "kernels/attention_vnni.h"
 
 }  // namespace
 

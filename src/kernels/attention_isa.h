@@ -13,7 +13,7 @@ namespace lesskv {
 // Up to this many queries a job is cut into splits of rows (decode): each row is read from memory once for all queries.
 // Beyond, it is cut into tiles of queries (prefill).
 inline constexpr size_t kDecodeQueries = 4;
-inline constexpr size_t kSplitRows = 512;     // rows of one decode task, counted from row 0
+inline constexpr size_t kSplitRows = 1024;    // rows of one decode task, counted from row 0
 inline constexpr size_t kBlockRows = 128;     // rows that are expanded to float32 at a time, counted from row 0
 inline constexpr size_t kStackedQueries = 96;  // queries times group of one prefill task
 

@@ -19,7 +19,10 @@ V Sub(V a, V b) { return a - b; }
 V VMax(V a, V b) { return a > b ? a : b; }
 V VMin(V a, V b) { return a < b ? a : b; }
 V Round(V x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23: the sum has no fraction bits
-V Pow2(V n) { return __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23); }
+V TimesPow2(V y, V n) {
+  n = VMax(VMin(n, 127), -126);
+  return y * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
+}
 V ZeroBelow(V x, V limit, V y) { return x < limit ? 0 : y; }
 float ReduceMax(V x) { return x; }
 float ReduceAdd(V x) { return x; }
@@ -34,8 +37,15 @@ float HalfToFloat(uint16_t half) {
 }
 V LoadF16(const uint16_t* p) { return HalfToFloat(*p); }
 V LoadBF16(const uint16_t* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(*p) << 16); }
+V Field(const uint8_t* p, int shift, int mask) { return static_cast<float>(p[shift / 8] >> shift % 8 & mask); }
+V SignedCodes(const uint8_t* p) { return static_cast<float>(static_cast<int8_t>(*p)); }
+V LowCodes(const uint8_t* p) { return static_cast<float>((*p & 15) - 8); }
+V HighCodes(const uint8_t* p) { return static_cast<float>((*p >> 4) - 8); }
 
 #include "kernels/attention_simd.h"
+
+bool FusedScores(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
+bool FusedValues(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
 
 }  // namespace
 

@@ -264,15 +264,22 @@ void ExpectSameBits(const Result& a, const Result& b) {
   EXPECT_TRUE(SameBits(a.sums, b.sums));
 }
 
-void ExpectMatches(const Case& c, double bound = 1e-10, double sums_bound = 1e-10) {
+// Queries are rounded to 16 bits where they meet quantised keys; else everything is float32.
+bool IsCoded(RowType type) { return type == RowType::kQ8 || type == RowType::kQ4; }
+double DefaultBound(const Case& c) { return IsCoded(c.key_type) ? 1e-7 : 1e-10; }
+
+void ExpectMatches(const Case& c, double bound = 0) {
+  if (bound == 0) bound = DefaultBound(c);
   const Problem problem(c);
   const Problem::Exact exact = problem.Reference();
   const Result result = problem.Run(OneSpan(c.n_rows()), 0, nullptr, c.n_queries == 1);
   EXPECT_LE(Nmse(result.out, exact.out), bound);
-  EXPECT_LE(Nmse(result.sums, exact.sums), sums_bound);
+  EXPECT_LE(Nmse(result.sums, exact.sums), bound);
   ExpectNearLse(result.lse, exact.lse, std::sqrt(bound));
   if (c.n_queries == 1) {
-    EXPECT_LE(Nmse(result.scores, exact.scores), bound);
+    // A few scores can cancel to almost nothing and have only the query's rounding left.
+    const bool cancels = IsCoded(c.key_type) && c.n_rows() < 15;
+    EXPECT_LE(Nmse(result.scores, exact.scores), cancels ? 1e-5 : bound);
   }
 }
 
@@ -330,7 +337,7 @@ TEST_P(AttentionTest, DecodeMatchesFloat64) {
       if (!Supports(type, dim)) continue;
       for (size_t group : {1, 2, 3, 4, 7, 8}) {
         for (size_t n_rows : {1, 15, 16, 17, 255, 256, 257, 1000}) {
-          if (n_rows == 1000 && dim > 64 && Slow()) continue;
+          if (n_rows > 17 && (dim + group + n_rows) % 5 != 0) continue;  // a fifth of the long ones
           SCOPED_TRACE(testing::Message() << Name(type) << " dim " << dim << " group " << group << " rows " << n_rows);
           Case c;
           c.key_type = c.value_type = type;
@@ -350,9 +357,9 @@ TEST_P(AttentionTest, ManyQueriesMatchFloat64) {
     for (size_t dim : {20, 33, 64, 80, 128}) {
       if (!Supports(type, dim)) continue;
       for (size_t group : {1, 3, 4}) {
-        for (size_t n_queries : {2, 3, 4, 5, 17, 64, 129}) {
+        for (size_t n_queries : {2, 3, 4, 5, 17, 64, 129, 130}) {
           for (size_t n_past : {0, 7, 250}) {
-            if (Slow() && n_queries > 17 && (dim > 64 || n_past > 7)) continue;
+            if (n_queries > 5 && (dim + group + n_queries + n_past) % 8 != 0) continue;  // an eighth of the long ones
             SCOPED_TRACE(testing::Message() << Name(type) << " dim " << dim << " group " << group << " queries "
                                             << n_queries << " past " << n_past);
             Case c;
@@ -401,7 +408,7 @@ TEST_P(AttentionTest, Bf16ProductsStayClose) {
       c.n_past = 100;
       c.n_queries = 65;
       c.compute = ComputeType::kBF16;
-      ExpectMatches(c, 3e-5, 3e-5);
+      ExpectMatches(c, 3e-5);
     }
   }
 }
@@ -411,14 +418,14 @@ TEST_P(AttentionTest, SpansSlotsAndThreadsDoNotChangeABit) {
   for (RowType type : kTypes) {
     for (size_t dim : {32, 33, 64, 96}) {
       if (!Supports(type, dim)) continue;
-      for (size_t n_queries : {1, 3, 40}) {
+      for (size_t n_queries : {1, 3, 21}) {
         for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
           SCOPED_TRACE(testing::Message() << Name(type) << " dim " << dim << " queries " << n_queries);
           Case c;
           c.key_type = c.value_type = type;
           c.dim = dim;
           c.group = 3;
-          c.n_past = Slow() ? 300 : 1300;
+          c.n_past = Slow() ? 300 : 1100;
           c.n_queries = n_queries;
           c.compute = compute;
           if (dim == 64) c.rope = RopeStyle::kHalves;
@@ -499,7 +506,7 @@ TEST_P(AttentionTest, UnrotatedKeysAreRotatedToTheirReadPositions) {
         c.n_past = 600;
         c.n_queries = n_queries;
         c.rope = style;
-        ExpectMatches(c, 1e-9, 1e-9);
+        ExpectMatches(c, 1e-9);
       }
     }
   }
@@ -542,7 +549,7 @@ TEST_P(AttentionTest, HugeAndTinyKeys) {
         c.n_past = 100;
         c.n_queries = n_queries;
         // Scores of a thousand are rounded to 1e-4, and so are the weights.
-        ExpectMatches(c, 1e-6, 1e-6);
+        ExpectMatches(c, 1e-6);
       }
     }
   }
