@@ -217,7 +217,9 @@ double PeakGflops() {
 
 // ---- Tables
 
-double Bound(RowType type) { return type == RowType::kF32 || type == RowType::kF16 || type == RowType::kBF16 ? 1e-9 : 1e-6; }
+double Bound(RowType type) {
+  return type == RowType::kF32 || type == RowType::kF16 || type == RowType::kBF16 ? 1e-9 : 1e-6;
+}
 
 double Sum(const std::vector<double>& x) {
   double sum = 0;
@@ -228,7 +230,9 @@ double Sum(const std::vector<double>& x) {
 void BenchDecode(const Options& options, const Shape& shape) {
   std::printf("\nDecode, %s: %zu KV heads of %zu, group %zu\n\n", shape.name.c_str(), shape.n_kv_heads, shape.dim,
               shape.group);
-  std::printf("| rows | type | us a layer | GB/s | plain read GB/s | share | time against f16 |\n|---|---|---|---|---|---|---|\n");
+  std::printf(
+      "| rows | type | us a layer | GB/s | plain read GB/s | share | time against f16 "
+      "|\n|---|---|---|---|---|---|---|\n");
   for (size_t n_rows : options.rows) {
     double f16_time = 0;
     std::vector<std::string> types = options.types;
@@ -239,8 +243,10 @@ void BenchDecode(const Options& options, const Shape& shape) {
       size_t bytes = 0;
       while (bytes < options.megabytes << 20 || layers.size() < 2) {
         layers.push_back(std::make_unique<Layer>(type, shape, n_rows));
-        if (layers.size() == 1) layers[0]->FillRandom(n_rows);
-        else layers.back()->CopyFrom(*layers[0]);
+        if (layers.size() == 1)
+          layers[0]->FillRandom(n_rows);
+        else
+          layers.back()->CopyFrom(*layers[0]);
         bytes += layers.back()->bytes();
       }
       Verify(step, step.Jobs(*layers[0], n_rows - 1, ComputeType::kF32), Bound(type));
@@ -267,8 +273,10 @@ void BenchDecode(const Options& options, const Shape& shape) {
 }
 
 void BenchPrefill(const Options& options, const Shape& shape) {
-  std::printf("\nPrefill, %s\n\n| past | queries | type | compute | ms a layer | GFLOP/s | share of peak | column sums ms |\n"
-              "|---|---|---|---|---|---|---|---|\n", shape.name.c_str());
+  std::printf(
+      "\nPrefill, %s\n\n| past | queries | type | compute | ms a layer | GFLOP/s | share of peak | column sums ms |\n"
+      "|---|---|---|---|---|---|---|---|\n",
+      shape.name.c_str());
   for (size_t past : {size_t{0}, size_t{4096}}) {
     for (size_t n_queries : options.prefill) {
       for (const std::string& name : options.types) {
@@ -299,11 +307,13 @@ void BenchPrefill(const Options& options, const Shape& shape) {
             best_sums = std::min(best_sums, Seconds() - start);
             peak = std::max(peak, PeakGflops());
           }
-          const double pairs = static_cast<double>(n_queries) * (static_cast<double>(past) + (static_cast<double>(n_queries) + 1) / 2);
-          const double gflops = pairs * static_cast<double>(4 * shape.dim * shape.group * shape.n_kv_heads) / best * 1e-9;
+          const double pairs =
+              static_cast<double>(n_queries) * (static_cast<double>(past) + (static_cast<double>(n_queries) + 1) / 2);
+          const double gflops =
+              pairs * static_cast<double>(4 * shape.dim * shape.group * shape.n_kv_heads) / best * 1e-9;
           std::printf("| %zu | %zu | %s | %s | %.2f | %.0f | %.0f %% | %.2f |\n", past, n_queries, name.c_str(),
-                      std::string(ComputeTypeName(compute)).c_str(), best * 1e3, gflops, peak > 0 ? 100 * gflops / peak : 0,
-                      best_sums * 1e3);
+                      std::string(ComputeTypeName(compute)).c_str(), best * 1e3, gflops,
+                      peak > 0 ? 100 * gflops / peak : 0, best_sums * 1e3);
           std::fflush(stdout);
         }
       }
@@ -342,18 +352,32 @@ Options Parse(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
-    if (name == "--no-decode") { options.decode = false; continue; }
-    if (name == "--no-prefill") { options.fill = false; continue; }
+    if (name == "--no-decode") {
+      options.decode = false;
+      continue;
+    }
+    if (name == "--no-prefill") {
+      options.fill = false;
+      continue;
+    }
     if (i + 1 == argc) Fail(ErrorCode::kInvalidArgument, "{}: a value expected, found the end", name);
     const std::string value = argv[++i];
-    if (name == "--types") options.types = Split(value);
-    else if (name == "--shapes") options.shapes = Split(value);
-    else if (name == "--rows") options.rows = Numbers(name, value);
-    else if (name == "--prefill") options.prefill = Numbers(name, value);
-    else if (name == "--threads") options.threads = static_cast<int>(Number(name, value));
-    else if (name == "--repeat") options.repeat = static_cast<int>(Number(name, value));
-    else if (name == "--megabytes") options.megabytes = Number(name, value);
-    else Fail(ErrorCode::kInvalidArgument, "unknown option {}", name);
+    if (name == "--types")
+      options.types = Split(value);
+    else if (name == "--shapes")
+      options.shapes = Split(value);
+    else if (name == "--rows")
+      options.rows = Numbers(name, value);
+    else if (name == "--prefill")
+      options.prefill = Numbers(name, value);
+    else if (name == "--threads")
+      options.threads = static_cast<int>(Number(name, value));
+    else if (name == "--repeat")
+      options.repeat = static_cast<int>(Number(name, value));
+    else if (name == "--megabytes")
+      options.megabytes = Number(name, value);
+    else
+      Fail(ErrorCode::kInvalidArgument, "unknown option {}", name);
   }
   return options;
 }

@@ -19,10 +19,13 @@ namespace {
 const AttentionKernels& Kernels() {
 #ifdef __x86_64__
   switch (ActiveIsa()) {
-    case Isa::kScalar: return scalar::kAttentionKernels;
-    case Isa::kAvx2: return avx2::kAttentionKernels;
+    case Isa::kScalar:
+      return scalar::kAttentionKernels;
+    case Isa::kAvx2:
+      return avx2::kAttentionKernels;
     case Isa::kAvx512:
-    case Isa::kAvx512Bf16: return avx512::kAttentionKernels;
+    case Isa::kAvx512Bf16:
+      return avx512::kAttentionKernels;
   }
 #endif
   return scalar::kAttentionKernels;
@@ -240,7 +243,8 @@ Plan PlanTasks(const AttentionKernels& kernels, const std::vector<AttentionView>
 void Attend(std::span<const AttentionJob> jobs) {
   if (jobs.empty()) return;
   const AttentionKernels& kernels = Kernels();
-  const std::vector<AttentionView> views = MakeViews(jobs.size(), [&](size_t j) -> auto& { return jobs[j]; });
+  const std::vector<AttentionView> views = MakeViews(
+      jobs.size(), [&](size_t j) -> auto& { return jobs[j]; });
   const Plan plan = PlanTasks(kernels, views);
   Workspace& workspace = ThreadWorkspace();
   float* scratch = workspace.scratch.Get(plan.scratch_floats * static_cast<size_t>(Threads()));
@@ -265,8 +269,8 @@ void Attend(std::span<const AttentionJob> jobs) {
 void ColumnSums(std::span<const ColumnSumJob> jobs) {
   if (jobs.empty()) return;
   const AttentionKernels& kernels = Kernels();
-  const std::vector<AttentionView> views =
-      MakeViews(jobs.size(), [&](size_t j) -> auto& { return jobs[j].attention; });
+  const std::vector<AttentionView> views = MakeViews(
+      jobs.size(), [&](size_t j) -> auto& { return jobs[j].attention; });
   std::vector<Task> tasks;
   size_t scratch_floats = 0;
   for (size_t j = 0; j < jobs.size(); ++j) {

@@ -57,8 +57,8 @@ void Attend(std::span<const AttentionJob> jobs);
 // Attention received, by column: sums[g * n_rows + r] = sum over queries m in [first_query, n_queries) of
 // weights[m - first_query] * exp(scale * q_m . k_r - lse[m, g]), over visible (m, r) only.
 struct ColumnSumJob {
-  AttentionJob attention;        // as given to Attend, which must have run: lse (and scores, when kept) are read
-  const float* lse = nullptr;    // [n_queries, group] normalisers; usually attention.lse
+  AttentionJob attention;      // as given to Attend, which must have run: lse (and scores, when kept) are read
+  const float* lse = nullptr;  // [n_queries, group] normalisers; usually attention.lse
   size_t first_query = 0;
   const float* weights = nullptr;  // null: all 1
   float* sums = nullptr;           // [group, n_rows], overwritten

@@ -24,11 +24,10 @@ inline V VMax(V a, V b) { return _mm256_max_ps(a, b); }
 inline V VMin(V a, V b) { return _mm256_min_ps(a, b); }
 inline V Round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V TimesPow2(V y, V n) {
-  n = VMax(VMin(n, Splat(127)), Splat(-126));
+  n = VMax(Splat(-127), n);  // the bits of 2^-127 are 0
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return Mul(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
-inline V ZeroBelow(V x, V limit, V y) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), y); }
 inline float ReduceMax(V x) {
   __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
@@ -60,14 +59,17 @@ inline V HighCodes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
 }
 
+#include "kernels/attention_decode.h"
 #include "kernels/attention_simd.h"
 
-bool FusedScores(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
-bool FusedValues(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
+bool FusedScores(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
+bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
+
+#include "kernels/attention_prefill.h"
 
 }  // namespace
 
-const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,     MergeSplits,
+const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,        MergeSplits,
                                             Prefill,       ColumnSums,    ColumnSumsKept};
 
 }  // namespace lesskv::avx2

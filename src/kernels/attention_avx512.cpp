@@ -24,15 +24,10 @@ inline V VMax(V a, V b) { return _mm512_max_ps(a, b); }
 inline V VMin(V a, V b) { return _mm512_min_ps(a, b); }
 inline V Round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V TimesPow2(V y, V n) { return _mm512_scalef_ps(y, n); }
-inline V ZeroBelow(V x, V limit, V y) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
-}
 inline float ReduceMax(V x) { return _mm512_reduce_max_ps(x); }
 inline float ReduceAdd(V x) { return _mm512_reduce_add_ps(x); }
 inline float HalfToFloat(uint16_t half) { return _cvtsh_ss(half); }
-inline V LoadF16(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+inline V LoadF16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline V LoadBF16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -51,12 +46,14 @@ inline V FourBitValues(__m512i code) {
 inline V LowCodes(const uint8_t* p) { return FourBitValues(_mm512_cvtepu8_epi32(LoadBytes(p))); }
 inline V HighCodes(const uint8_t* p) { return FourBitValues(_mm512_srli_epi32(_mm512_cvtepu8_epi32(LoadBytes(p)), 4)); }
 
+#include "kernels/attention_decode.h"
+#include "kernels/attention_prefill.h"
 #include "kernels/attention_simd.h"
 #include "kernels/attention_vnni.h"
 
 }  // namespace
 
-const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,     MergeSplits,
+const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,        MergeSplits,
                                             Prefill,       ColumnSums,    ColumnSumsKept};
 
 }  // namespace lesskv::avx512

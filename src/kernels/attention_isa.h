@@ -13,9 +13,9 @@ namespace lesskv {
 // Up to this many queries a job is cut into splits of rows (decode): each row is read from memory once for all queries.
 // Beyond, it is cut into tiles of queries (prefill).
 inline constexpr size_t kDecodeQueries = 4;
-inline constexpr size_t kSplitRows = 1024;    // rows of one decode task, counted from row 0
-inline constexpr size_t kBlockRows = 128;     // rows that are expanded to float32 at a time, counted from row 0
-inline constexpr size_t kStackedQueries = 96;  // queries times group of one prefill task
+inline constexpr size_t kSplitRows = 1024;      // rows of one decode task, counted from row 0
+inline constexpr size_t kBlockRows = 256;       // rows that are expanded to float32 at a time, counted from row 0
+inline constexpr size_t kStackedQueries = 192;  // queries times group of one prefill task
 
 // An AttentionJob as the kernels see it.
 struct AttentionView {
@@ -32,7 +32,7 @@ struct AttentionView {
   const float* angles;
   size_t rotary_pairs;
   bool interleaved;  // pairs are (2 i, 2 i + 1); else (i, i + rotary_pairs)
-  bool bf16;  // products of the prefill in bfloat16, where the instruction set has them
+  bool bf16;         // products of the prefill in bfloat16, where the instruction set has them
   float* out;
   size_t out_stride;
   float* lse;
@@ -74,5 +74,16 @@ extern const AttentionKernels kAttentionKernels;
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
 }
+
+// Products of bfloat16 for views that ask for them; two values along the summed-up dimension share 32 bits.
+namespace avx512bf16 {
+// c[m, n] (+)= sum over pairs of a[m, pairs] b[pairs, n]. n is rounded up to whole vectors, which b and c must have.
+void MultiplyPairs(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride, const uint32_t* b,
+                   size_t b_stride, float* c, size_t c_stride, bool add);
+// x [n] to [(n + 1) / 2] pairs; an odd last one is joined with 0.
+void RoundPairs(const float* x, size_t n, uint32_t* out);
+// out[i] = (even[i], odd[i]) for i < n, a multiple of 16; odd may be null and then counts as 0.
+void JoinPairs(const float* even, const float* odd, size_t n, uint32_t* out);
+}  // namespace avx512bf16
 
 }  // namespace lesskv

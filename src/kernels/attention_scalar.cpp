@@ -20,10 +20,9 @@ V VMax(V a, V b) { return a > b ? a : b; }
 V VMin(V a, V b) { return a < b ? a : b; }
 V Round(V x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23: the sum has no fraction bits
 V TimesPow2(V y, V n) {
-  n = VMax(VMin(n, 127), -126);
+  n = VMax(-127, n);  // the bits of 2^-127 are 0
   return y * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
 }
-V ZeroBelow(V x, V limit, V y) { return x < limit ? 0 : y; }
 float ReduceMax(V x) { return x; }
 float ReduceAdd(V x) { return x; }
 float HalfToFloat(uint16_t half) {
@@ -42,14 +41,17 @@ V SignedCodes(const uint8_t* p) { return static_cast<float>(static_cast<int8_t>(
 V LowCodes(const uint8_t* p) { return static_cast<float>((*p & 15) - 8); }
 V HighCodes(const uint8_t* p) { return static_cast<float>((*p >> 4) - 8); }
 
+#include "kernels/attention_decode.h"
 #include "kernels/attention_simd.h"
 
-bool FusedScores(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
-bool FusedValues(const AttentionView&, const Scratch&, size_t, size_t, size_t) { return false; }
+bool FusedScores(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
+bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
+
+#include "kernels/attention_prefill.h"
 
 }  // namespace
 
-const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,     MergeSplits,
+const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,        MergeSplits,
                                             Prefill,       ColumnSums,    ColumnSumsKept};
 
 }  // namespace lesskv::scalar

@@ -359,7 +359,8 @@ TEST_P(AttentionTest, ManyQueriesMatchFloat64) {
       for (size_t group : {1, 3, 4}) {
         for (size_t n_queries : {2, 3, 4, 5, 17, 64, 129, 130}) {
           for (size_t n_past : {0, 7, 250}) {
-            if (n_queries > 5 && (dim + group + n_queries + n_past) % 8 != 0) continue;  // an eighth of the long ones
+            // A third of the short ones, an eighth of the long ones.
+            if ((dim + group + n_queries + n_past) % (n_queries > 5 ? 8 : 3) != 0) continue;
             SCOPED_TRACE(testing::Message() << Name(type) << " dim " << dim << " group " << group << " queries "
                                             << n_queries << " past " << n_past);
             Case c;
@@ -416,7 +417,7 @@ TEST_P(AttentionTest, Bf16ProductsStayClose) {
 TEST_P(AttentionTest, SpansSlotsAndThreadsDoNotChangeABit) {
   Rng rng(99);
   for (RowType type : kTypes) {
-    for (size_t dim : {32, 33, 64, 96}) {
+    for (size_t dim : {33, 64, 96}) {
       if (!Supports(type, dim)) continue;
       for (size_t n_queries : {1, 3, 21}) {
         for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
@@ -595,8 +596,9 @@ TEST_P(AttentionTest, ColumnSumsOfAHeadTotalItsQueries) {
       c.group = 3;
       const Result result = Problem(c).Run(OneSpan(c.n_rows()), first);
       for (size_t g = 0; g < c.group; ++g) {
-        const double total = std::accumulate(result.sums.begin() + static_cast<std::ptrdiff_t>(g * c.n_rows()),
-                                             result.sums.begin() + static_cast<std::ptrdiff_t>((g + 1) * c.n_rows()), 0.0);
+        const double total =
+            std::accumulate(result.sums.begin() + static_cast<std::ptrdiff_t>(g * c.n_rows()),
+                            result.sums.begin() + static_cast<std::ptrdiff_t>((g + 1) * c.n_rows()), 0.0);
         EXPECT_NEAR(total, static_cast<double>(n_queries - first), 2e-5 * static_cast<double>(n_queries));
       }
     }

@@ -1,23 +1,24 @@
 // Decode over q8 and q4 rows where they lie, with the 8-bit dot products of AVX-512 VNNI. Part of
 // attention_avx512.cpp, inside its anonymous namespace.
 //
-// Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512) and kept as two signed bytes,
-// value = 256 high + low. The instruction multiplies unsigned codes with signed bytes; the codes' offset is taken out by
-// the accumulators' start. The integer sums are exact, so the scores are as good as with float32 queries (error about
-// 2^-16 of the query's largest channel), at two instructions for 64 products where float32 needs four and conversions.
-// Values: codes become float32 in registers, weights are multiplied with the rows' scales 16 rows at a time.
+// Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512) and kept as two signed
+// bytes, value = 256 high + low. The instruction multiplies unsigned codes with signed bytes; the codes' offset is
+// taken out by the accumulators' start. The integer sums are exact, so the scores are as good as with float32 queries
+// (error about 2^-16 of the query's largest channel), at two instructions for 64 products where float32 needs four and
+// conversions. Values: codes become float32 in registers, weights are multiplied with the rows' scales 16 rows at a
+// time.
 
 struct CodedQueries {
-  int8_t* high;     // [head_dim / 4][stacked][4]
-  int8_t* low;      // the same
-  int32_t* start;   // [head_dim / 32][stacked]: -offset * sum of values
-  float* scale;     // [head_dim / 32][stacked]
+  int8_t* high;    // [head_dim / 4][stacked][4]
+  int8_t* low;     // the same
+  int32_t* start;  // [head_dim / 32][stacked]: -offset * sum of values
+  float* scale;    // [head_dim / 32][stacked]
 };
 
-// Lies in s.keys, which the fused path does not use otherwise.
-inline CodedQueries PlaceQueries(const Scratch& s, size_t dim, size_t stacked) {
+// Lies in s.rows.keys, which the fused path does not use otherwise.
+inline CodedQueries PlaceQueries(const DecodeScratch& s, size_t dim, size_t stacked) {
   CodedQueries q;
-  q.scale = s.keys;
+  q.scale = s.rows.keys;
   q.start = reinterpret_cast<int32_t*>(q.scale + dim / kQuantBlock * stacked);
   q.high = reinterpret_cast<int8_t*>(q.start + dim / kQuantBlock * stacked);
   q.low = q.high + dim * stacked;
@@ -140,17 +141,25 @@ void ScoreAllCoded(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, si
     for (size_t m = 0; m < stacked; m += 4) {
       float* to = scores + m * stride + t * kTileRows;
       switch (Min(4, stacked - m)) {
-        case 1: ScoreCodedTiles<kType, 1>(p, n, tile_bytes, dim, q, stacked, m, to, stride); break;
-        case 2: ScoreCodedTiles<kType, 2>(p, n, tile_bytes, dim, q, stacked, m, to, stride); break;
-        case 3: ScoreCodedTiles<kType, 3>(p, n, tile_bytes, dim, q, stacked, m, to, stride); break;
-        default: ScoreCodedTiles<kType, 4>(p, n, tile_bytes, dim, q, stacked, m, to, stride); break;
+        case 1:
+          ScoreCodedTiles<kType, 1>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          break;
+        case 2:
+          ScoreCodedTiles<kType, 2>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          break;
+        case 3:
+          ScoreCodedTiles<kType, 3>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          break;
+        default:
+          ScoreCodedTiles<kType, 4>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          break;
       }
     }
   }
 }
 
 template <RowType kType>
-void CodedScores(const AttentionView& view, const Scratch& s, size_t begin, size_t end, size_t stacked) {
+void CodedScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   const size_t dim = view.head_dim, tile_bytes = TileBytes(kType, dim);
   const CodedQueries q = PlaceQueries(s, dim, stacked);
   CodeQueries(view, stacked, kType == RowType::kQ8 ? 128 : 8, q);
@@ -165,7 +174,7 @@ void CodedScores(const AttentionView& view, const Scratch& s, size_t begin, size
       });
 }
 
-bool FusedScores(const AttentionView& view, const Scratch& s, size_t begin, size_t end, size_t stacked) {
+bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   // The coded queries must fit the memory they borrow; they do for any sane group.
   const size_t dim = view.head_dim;
   if (dim * stacked * 2 + dim / kQuantBlock * stacked * 8 > dim * kKeyStride * sizeof(float)) return false;
@@ -238,7 +247,7 @@ inline void AddCodedTiles(const std::byte* tile, size_t n_tiles, size_t dim, siz
 }
 
 template <RowType kType>
-void CodedValues(const AttentionView& view, const Scratch& s, size_t begin, size_t end, size_t stacked) {
+void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   constexpr size_t kRun = 4;  // tiles that stay in the nearest cache for the next queries and channels
   const size_t dim = view.head_dim, out_stride = Padded(dim), tile_bytes = TileBytes(kType, dim);
   ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
@@ -250,10 +259,18 @@ void CodedValues(const AttentionView& view, const Scratch& s, size_t begin, size
         const float* p = s.scores + m * kSplitStride + (row - begin);
         float* out = s.out + m * out_stride;
         switch (Min(4, stacked - m)) {
-          case 1: AddCodedTiles<kType, 1>(tile, n_tiles, dim, lane, count, p, out); break;
-          case 2: AddCodedTiles<kType, 2>(tile, n_tiles, dim, lane, count, p, out); break;
-          case 3: AddCodedTiles<kType, 3>(tile, n_tiles, dim, lane, count, p, out); break;
-          default: AddCodedTiles<kType, 4>(tile, n_tiles, dim, lane, count, p, out); break;
+          case 1:
+            AddCodedTiles<kType, 1>(tile, n_tiles, dim, lane, count, p, out);
+            break;
+          case 2:
+            AddCodedTiles<kType, 2>(tile, n_tiles, dim, lane, count, p, out);
+            break;
+          case 3:
+            AddCodedTiles<kType, 3>(tile, n_tiles, dim, lane, count, p, out);
+            break;
+          default:
+            AddCodedTiles<kType, 4>(tile, n_tiles, dim, lane, count, p, out);
+            break;
         }
       }
       slot += n_tiles * count;
@@ -263,7 +280,7 @@ void CodedValues(const AttentionView& view, const Scratch& s, size_t begin, size
   });
 }
 
-bool FusedValues(const AttentionView& view, const Scratch& s, size_t begin, size_t end, size_t stacked) {
+bool FusedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   if (view.value_format.type == RowType::kQ8) {
     CodedValues<RowType::kQ8>(view, s, begin, end, stacked);
   } else {

@@ -140,11 +140,16 @@ void DecodeQ4(const RowFormat& format, const QuantTile& tile, float* out) {
 
 std::string_view Name(RowType type) {
   switch (type) {
-    case RowType::kF32: return "f32";
-    case RowType::kF16: return "f16";
-    case RowType::kBF16: return "bf16";
-    case RowType::kQ8: return "q8";
-    case RowType::kQ4: return "q4";
+    case RowType::kF32:
+      return "f32";
+    case RowType::kF16:
+      return "f16";
+    case RowType::kBF16:
+      return "bf16";
+    case RowType::kQ8:
+      return "q8";
+    case RowType::kQ4:
+      return "q4";
   }
   CHECK(false, "row type {}", static_cast<int>(type));
 }
@@ -169,8 +174,10 @@ void WriteRows(const RowFormat& format, std::byte* region, size_t first_slot, si
   if (IsQuantised(format.type)) {
     for (size_t i = 0; i < n; ++i) {
       const QuantTile tile = FindQuantTile(format, region, first_slot + i);
-      if (format.type == RowType::kQ8) EncodeQ8(format, tile, x + i * x_stride);
-      else EncodeQ4(format, tile, x + i * x_stride);
+      if (format.type == RowType::kQ8)
+        EncodeQ8(format, tile, x + i * x_stride);
+      else
+        EncodeQ4(format, tile, x + i * x_stride);
     }
     return;
   }
@@ -191,8 +198,10 @@ void ReadRows(const RowFormat& format, const std::byte* region, size_t first_slo
   if (IsQuantised(format.type)) {
     for (size_t i = 0; i < n; ++i) {
       const QuantTile tile = FindQuantTile(format, region, first_slot + i);
-      if (format.type == RowType::kQ8) DecodeQ8(format, tile, out + i * out_stride);
-      else DecodeQ4(format, tile, out + i * out_stride);
+      if (format.type == RowType::kQ8)
+        DecodeQ8(format, tile, out + i * out_stride);
+      else
+        DecodeQ4(format, tile, out + i * out_stride);
     }
     return;
   }

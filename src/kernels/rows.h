@@ -2,9 +2,9 @@
 //
 // A *region* is memory for `capacity` rows, capacity a multiple of kTileRows. Its inner layout belongs to this file
 // (keys lie in small transposed tiles so that a decode step needs no horizontal sums); callers only name slots. A
-// region is plain memory that begins with its tiles, tile t (rows [t, t + 1) * kTileRows) at byte t * TileBytes(format),
-// the same bytes on every instruction set: it can be copied, saved, cloned, grown and cut at tiles. Rows are `head_dim`
-// floats outside, whatever the type inside.
+// region is plain memory that begins with its tiles, tile t (rows [t, t + 1) * kTileRows) at byte t *
+// TileBytes(format), the same bytes on every instruction set: it can be copied, saved, cloned, grown and cut at tiles.
+// Rows are `head_dim` floats outside, whatever the type inside.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@
 
 namespace lesskv {
 
-inline constexpr size_t kTileRows = 16;      // rows a tile; region capacities are multiples of it
-inline constexpr size_t kRegionAlign = 64;   // alignment in bytes that every region must have
+inline constexpr size_t kTileRows = 16;     // rows a tile; region capacities are multiples of it
+inline constexpr size_t kRegionAlign = 64;  // alignment in bytes that every region must have
 
 // kQ8 and kQ4 carry the content of llama.cpp's q8_0 and q4_0: blocks of 32 along the head dimension with one f16 scale.
 enum class RowType : uint8_t { kF32, kF16, kBF16, kQ8, kQ4 };

@@ -3,7 +3,8 @@
 //
 // Keys, one tile of 16 slots:
 //   f32, f16, bf16   [head_dim][16] elements: one vector holds one channel of 16 rows
-//   q8               [head_dim / 32][16] f16 scales, then [head_dim / 4][16][4] codes + 128 (unsigned): the four adjacent
+//   q8               [head_dim / 32][16] f16 scales, then [head_dim / 4][16][4] codes + 128 (unsigned): the four
+//   adjacent
 //                    channels that an 8-bit dot-product instruction adds up are adjacent
 //   q4               [head_dim / 32][16] f16 scales, then a block of 32 channels as [4][16][4] bytes; byte (j, row, i)
 //                    holds the codes + 8 of channels 4 j + i (low half) and 16 + 4 j + i (high half)

@@ -51,8 +51,8 @@ std::vector<float> Expected(RowType type, const float* x, size_t dim) {
     const float d = type == RowType::kQ8 ? std::fabs(extreme) / 127 : extreme / -8;
     for (size_t i = b; i < b + 32; ++i) {
       const float inverse = d != 0 ? 1 / d : 0;
-      const float code = type == RowType::kQ8 ? std::round(x[i] * inverse)
-                                              : std::floor(std::min(x[i] * inverse + 8.5f, 15.0f)) - 8;
+      const float code =
+          type == RowType::kQ8 ? std::round(x[i] * inverse) : std::floor(std::min(x[i] * inverse + 8.5f, 15.0f)) - 8;
       y[i] = code * HalfToFloat(FloatToHalf(d));
     }
   }
