@@ -1,0 +1,301 @@
+// The whole way from a text to a sidecar, on a tiny random model: captures that agree with the cache, training that
+// lowers the loss, resuming that equals not having stopped, parts that merge, refusals.
+#include "train/train_less.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "format/gguf_writer.h"
+#include "kvcache/residual/feature_maps.h"
+#include "kvcache/sequence_cache.h"
+#include "train/capture.h"
+#include "train/capture_record.h"
+
+namespace lesskv::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kLayers = 2, kHeads = 4, kKvHeads = 2, kDim = 16, kModel = 32, kFfn = 48, kVocab = 258;
+
+// A llama of two layers with random weights and a byte vocabulary, as a GGUF file.
+std::string TinyModel(const std::string& folder) {
+  const std::string path = folder + "/tiny.gguf";
+  GgufWriter writer;
+  writer.Add("general.architecture", "llama");
+  writer.Add("general.name", "tiny");
+  writer.Add("llama.block_count", uint32_t{kLayers});
+  writer.Add("llama.context_length", uint32_t{128});
+  writer.Add("llama.embedding_length", uint32_t{kModel});
+  writer.Add("llama.feed_forward_length", uint32_t{kFfn});
+  writer.Add("llama.attention.head_count", uint32_t{kHeads});
+  writer.Add("llama.attention.head_count_kv", uint32_t{kKvHeads});
+  writer.Add("llama.attention.key_length", uint32_t{kDim});
+  writer.Add("llama.attention.value_length", uint32_t{kDim});
+  writer.Add("llama.attention.layer_norm_rms_epsilon", 1e-5f);
+  writer.Add("llama.rope.dimension_count", uint32_t{kDim});
+  writer.Add("llama.rope.freq_base", 100.0f);
+  std::vector<std::string> tokens = {"<unk>", "<s>"};
+  std::vector<int32_t> types = {2, 3};
+  std::vector<float> scores(kVocab);
+  for (int b = 0; b < 256; ++b) {
+    tokens.push_back(fmt::format("<0x{:02X}>", b));
+    types.push_back(6);
+  }
+  writer.Add("tokenizer.ggml.model", "llama");
+  writer.AddArray("tokenizer.ggml.tokens", tokens);
+  writer.AddArray("tokenizer.ggml.scores", scores);
+  writer.AddArray("tokenizer.ggml.token_type", types);
+  writer.Add("tokenizer.ggml.unknown_token_id", uint32_t{0});
+  writer.Add("tokenizer.ggml.bos_token_id", uint32_t{1});
+  writer.Add("tokenizer.ggml.add_bos_token", true);
+  Rng rng(5);
+  std::vector<std::vector<float>> kept;
+  kept.reserve(64);
+  auto add = [&](const std::string& name, std::vector<size_t> ne, float scale) {
+    std::vector<float>& w = kept.emplace_back(ne[0] * (ne.size() > 1 ? ne[1] : 1));
+    for (float& x : w) x = scale == 0 ? 1.0f : scale * rng.Normal();
+    writer.AddTensor(name, DType::kF32, ne, std::as_bytes(std::span(w)));
+  };
+  add("token_embd.weight", {kModel, kVocab}, 1.0f);
+  add("output_norm.weight", {kModel}, 0);
+  for (size_t l = 0; l < kLayers; ++l) {
+    const std::string block = fmt::format("blk.{}.", l);
+    add(block + "attn_norm.weight", {kModel}, 0);
+    add(block + "ffn_norm.weight", {kModel}, 0);
+    add(block + "attn_q.weight", {kModel, kHeads * kDim}, 0.3f);
+    add(block + "attn_k.weight", {kModel, kKvHeads * kDim}, 0.3f);
+    add(block + "attn_v.weight", {kModel, kKvHeads * kDim}, 0.3f);
+    add(block + "attn_output.weight", {kHeads * kDim, kModel}, 0.1f);
+    add(block + "ffn_gate.weight", {kModel, kFfn}, 0.1f);
+    add(block + "ffn_up.weight", {kModel, kFfn}, 0.1f);
+    add(block + "ffn_down.weight", {kFfn, kModel}, 0.1f);
+  }
+  writer.Write(path);
+  return path;
+}
+
+class TrainLessTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    const auto* info = testing::UnitTest::GetInstance()->current_test_info();
+    folder_ = testing::TempDir() + "/train_less_" + info->name();
+    fs::remove_all(folder_);
+    fs::create_directories(folder_);
+    model_ = Model::Load(TinyModel(folder_));
+    tokenizer_ = Tokenizer::Create(LoadVocabulary(model_->file()));
+    engine_ = std::make_unique<Engine>(model_, EngineOptions{.compute = ComputeChoice::kF32});
+    Rng rng(1);
+    std::string text;
+    while (text.size() < 20000) text += std::string(1 + rng.Below(8), static_cast<char>('a' + rng.Below(9))) + " ";
+    std::ofstream(folder_ + "/text.txt") << text;
+    options_.texts = {folder_ + "/text.txt"};
+    options_.policies = {"h2o(8)", "window(8, sinks=2)", "tova(8)"};
+    options_.steps = {4, 1};
+    options_.views = 2;
+    options_.sequences = 8;
+    options_.ctx = 64;
+    options_.rank = 4;
+    options_.hidden = 16;
+    options_.epochs = 3;
+    options_.batch = 2;
+    options_.rate = 1e-2;
+    options_.matrix_type = DType::kF32;
+    options_.work_folder = folder_ + "/work";
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  TrainLessReport Run(const std::atomic<bool>* stop = nullptr) {
+    return TrainLess(*engine_, *tokenizer_, options_, [&](const TrainProgress& p) { if (watch_) watch_(p); }, stop);
+  }
+
+  std::string folder_;
+  std::shared_ptr<const Model> model_;
+  std::unique_ptr<const Tokenizer> tokenizer_;
+  std::unique_ptr<Engine> engine_;
+  TrainLessOptions options_;
+  std::function<void(const TrainProgress&)> watch_;
+};
+
+bool Same(const Sidecar& a, const Sidecar& b) {
+  for (size_t l = 0; l < a.layers.size(); ++l) {
+    const LayerParams &x = a.layers[l], &y = b.layers[l];
+    if (x.phi.w1 != y.phi.w1 || x.phi.w2 != y.phi.w2 || x.psi.w1 != y.psi.w1 || x.psi.b2 != y.psi.b2 || x.d != y.d)
+      return false;
+  }
+  return true;
+}
+
+TEST_F(TrainLessTest, LowersTheErrorOfEveryLayerBelowTheSelectors) {
+  options_.epochs = 12;
+  for (FeatureKind kind : {FeatureKind::kExp, FeatureKind::kGelu}) {
+    options_.kind = kind;
+    options_.work_folder = folder_ + "/work-" + FeatureKindName(kind);
+    double last = 0;
+    watch_ = [&](const TrainProgress& p) {
+      if (p.phase != "train") return;
+      EXPECT_GE(p.done, last);
+      last = p.done;
+    };
+    const TrainLessReport report = Run();
+    EXPECT_NEAR(last, 1, 1e-9);
+    ASSERT_EQ(report.validation.size(), kLayers);
+    for (size_t l = 0; l < kLayers; ++l) {
+      EXPECT_LT(report.validation[l], 0.8 * report.baseline[l]) << FeatureKindName(kind) << " layer " << l;
+      EXPECT_LT(report.baseline_plus[l], report.baseline[l]);
+    }
+    EXPECT_EQ(report.sidecar.model_fingerprint, model_->fingerprint());
+    EXPECT_GT(report.capture_bytes, 0u);
+    WriteSidecar(folder_ + "/tiny.less.gguf", report.sidecar);
+    EXPECT_NO_THROW(FeatureMaps::Load(folder_ + "/tiny.less.gguf", model_->fingerprint()));
+  }
+}
+
+TEST_F(TrainLessTest, SameSeedSameBitsAnotherSeedOthers) {
+  const Sidecar a = Run().sidecar;
+  options_.work_folder += "2";
+  const Sidecar b = Run().sidecar;
+  EXPECT_TRUE(Same(a, b));
+  options_.work_folder += "3";
+  options_.seed = 1;
+  EXPECT_FALSE(Same(a, Run().sidecar));
+}
+
+// Stopped in the capture and again in the middle of an epoch of the second layer: nothing is lost and nothing differs.
+TEST_F(TrainLessTest, ResumingEqualsNotHavingStopped) {
+  const Sidecar want = Run().sidecar;
+  options_.work_folder += "2";
+  std::atomic<bool> stop{false};
+  watch_ = [&](const TrainProgress& p) { stop = stop || (p.phase == "capture" && p.done > 0.4); };
+  EXPECT_THROW(Run(&stop), Error);
+  stop = false;
+  EXPECT_THROW(Run(&stop), Error) << "must ask for --resume";
+  options_.resume = true;
+  watch_ = [&](const TrainProgress& p) { stop = stop || (p.phase == "train" && p.layer == 1 && p.epoch == 1); };
+  EXPECT_THROW(Run(&stop), Error);
+  stop = false;
+  watch_ = nullptr;
+  EXPECT_TRUE(Same(want, Run().sidecar));
+  options_.rate *= 2;  // another training must not go on from these states
+  EXPECT_THROW(Run(), Error);
+  options_.rate /= 2;
+  options_.ctx = 32;
+  EXPECT_THROW(Run(), Error);
+}
+
+TEST_F(TrainLessTest, LayersTrainedApartMergeToTheWhole) {
+  const Sidecar whole = Run().sidecar;
+  std::vector<std::string> parts;
+  for (size_t l = 0; l < kLayers; ++l) {
+    options_.work_folder = folder_ + fmt::format("/part{}", l);
+    options_.first_layer = l;
+    options_.end_layer = l + 1;
+    parts.push_back(folder_ + fmt::format("/part{}.less.gguf", l));
+    WriteSidecar(parts.back(), Run().sidecar);
+  }
+  EXPECT_TRUE(Same(whole, MergeSidecars(parts)));
+}
+
+TEST_F(TrainLessTest, RefusesOptionsThatMakeNoSense) {
+  auto refuses = [&](auto change) {
+    const TrainLessOptions kept = options_;
+    change(options_);
+    EXPECT_THROW(Run(), Error);
+    options_ = kept;
+  };
+  refuses([](auto& o) { o.policies.clear(); });
+  refuses([](auto& o) { o.policies = {"h2o(8)+less"}; });
+  refuses([](auto& o) { o.policies = {"h2o(8)+pyramid"}; });
+  refuses([](auto& o) { o.policies = {"nonsense"}; });
+  refuses([](auto& o) { o.steps = {0}; });
+  refuses([](auto& o) { o.sequences = 1; });
+  refuses([](auto& o) { o.rank = 65; });
+  refuses([](auto& o) { o.end_layer = 3; });
+  refuses([](auto& o) { o.texts = {"/nonexistent"}; });
+  refuses([](auto& o) { o.ctx = 1u << 20; });  // no text is that long
+}
+
+// ------------------------------------------------------------------------------------------------------------ capture
+
+// What a record says of a policy is what the cache does: resident pairs at each query, output and log-mass over them.
+TEST_F(TrainLessTest, RecordsAgreeWithExplicitAttention) {
+  const CacheShape shape = model_->MakeCacheShape(64, ComputeType::kF32);
+  std::vector<int32_t> tokens(60);
+  Rng rng(3);
+  for (int32_t& t : tokens) t = static_cast<int32_t>(2 + rng.Below(200));
+  std::vector<CaptureRecord> records;
+  CaptureCache cache(shape, tokens.size(), {{"h2o(10)+f32", 3}, {"window(9, sinks=2)+f32", 1}}, 4, 0, kLayers,
+                     [&](size_t, const CaptureRecord& r) { records.push_back(r); });
+  ForwardWorkspace workspace;
+  workspace.Reserve(model_->config(), tokens.size());
+  const ForwardItem item{&cache, tokens};
+  Forward(*model_, {&item, 1}, ComputeType::kF32, workspace);
+  ASSERT_EQ(records.size(), kLayers);
+  for (const CaptureRecord& r : records) {
+    for (const CaptureView& view : r.views) {
+      ASSERT_EQ(view.plus_out.size(), view.exact_out.size());
+      EXPECT_NE(view.plus_out, view.exact_out);
+      for (size_t t = 0; t < r.n_tokens; ++t) {
+        for (size_t h = 0; h < kHeads; ++h) {
+          const size_t kv = h / (kHeads / kKvHeads);
+          std::vector<double> exact(kDim), full(kDim);
+          double exact_mass = 0, full_mass = 0;
+          size_t n_seen = 0;
+          for (size_t j = 0; j <= t; ++j) {
+            double score = 0;
+            for (size_t d = 0; d < kDim; ++d)
+              score += double(r.q[(t * kHeads + h) * kDim + d]) * r.k[(j * kKvHeads + kv) * kDim + d];
+            const double p = std::exp(score / std::sqrt(double(kDim)));
+            const bool seen = view.leave[kv * r.n_tokens + j] > static_cast<int32_t>(t);
+            n_seen += seen;
+            full_mass += p;
+            exact_mass += seen ? p : 0;
+            for (size_t d = 0; d < kDim; ++d) {
+              const double v = r.v[(j * kKvHeads + kv) * kDim + d];
+              full[d] += p * v;
+              if (seen) exact[d] += p * v;
+            }
+          }
+          EXPECT_NEAR(view.exact_lse[t * kHeads + h], std::log(exact_mass), 1e-4);
+          EXPECT_LE(n_seen, 10u + view.step);
+          for (size_t d = 0; d < kDim; ++d) {
+            EXPECT_NEAR(view.exact_out[(t * kHeads + h) * kDim + d], exact[d] / exact_mass, 1e-4);
+            EXPECT_NEAR(r.target[(t * kHeads + h) * kDim + d], full[d] / full_mass, 1e-4);
+          }
+        }
+      }
+    }
+    EXPECT_EQ(r.views[0].first_scored, 12u);  // the first step of 3 that ends beyond 10 rows
+    EXPECT_EQ(r.views[1].first_scored, 10u);
+  }
+  WriteRecord(RecordPath(folder_, 0, 1), records[1], kHeads, kKvHeads);
+  std::vector<float> plus;
+  const LessExample e = ReadExample(RecordPath(folder_, 0, 1), 1, kHeads, kKvHeads, &plus);
+  EXPECT_EQ(e.leave, records[1].views[1].leave);
+  EXPECT_EQ(e.exact_lse, records[1].views[1].exact_lse);
+  for (size_t i = 0; i < e.q.size(); ++i) EXPECT_NEAR(e.q[i], records[1].q[i], 1e-3 * (1 + std::fabs(e.q[i])));
+  EXPECT_EQ(plus.size(), e.exact_out.size());
+  EXPECT_THROW(ReadExample(RecordPath(folder_, 0, 1), 2, kHeads, kKvHeads), Error);
+  EXPECT_THROW(ReadExample(RecordPath(folder_, 0, 1), 0, kHeads + 1, kKvHeads), Error);
+}
+
+TEST(WithExtraRows, AddsToTheSelectorOnly) {
+  auto equal = [](const std::string& spec, const std::string& want) {
+    EXPECT_EQ(CacheSpec::Parse(WithExtraRows(spec, 4)).ToString(), CacheSpec::Parse(want).ToString());
+  };
+  equal("h2o(5%)", "h2o(5%, extra=4)");
+  equal("h2o(heavy=8, recent=8, extra=2)+q8", "h2o(heavy=8, recent=8, extra=6)+q8");
+  equal("window(64, sinks=2)", "window(64, sinks=2, extra=4)");
+  equal("tova(2%)", "tova(2%, extra=4)");
+}
+
+}  // namespace
+}  // namespace lesskv::train
