@@ -1,0 +1,127 @@
+// The forward pass alone, with attention as plain as it can be written, against logits of an independent
+// implementation (tools/golden/make_logits_golden.py).
+#include "model/forward.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/basic.h"
+
+namespace lesskv {
+namespace {
+
+std::string ModelPath(const std::string& name) { return std::string(LESSKV_SOURCE_DIR) + "/tests/data/models/" + name; }
+
+// Keeps everything in f32 and attends one query and one head at a time.
+class PlainCache final : public KvCache {
+ public:
+  explicit PlainCache(const Model& model) : model_(model), keys_(model.config().n_layers), values_(keys_.size()) {}
+
+  void Append(size_t layer, const float* keys, const float* values) override {
+    const ModelConfig& c = model_.config();
+    const size_t n = step_tokens_, seen = keys_[layer].size() / c.kv_dim();
+    std::vector<float> rotated(keys, keys + n * c.kv_dim());
+    Rotate(rotated, n, c.n_kv_heads, seen);
+    keys_[layer].insert(keys_[layer].end(), rotated.begin(), rotated.end());
+    values_[layer].insert(values_[layer].end(), values, values + n * c.kv_dim());
+  }
+
+  void Attend(size_t layer, const float* queries, float* out) override {
+    const ModelConfig& c = model_.config();
+    const size_t n = step_tokens_, past = keys_[layer].size() / c.kv_dim() - n;
+    std::vector<float> q(queries, queries + n * c.q_dim());
+    Rotate(q, n, c.n_heads, past);
+    for (size_t m = 0; m < n; ++m)
+      for (size_t h = 0; h < c.n_heads; ++h)
+        AttendOne(layer, h, past + m + 1, &q[m * c.q_dim() + h * c.head_dim], out + m * c.q_dim() + h * c.head_dim);
+  }
+
+  void SetStep(size_t n_tokens) { step_tokens_ = n_tokens; }
+
+ private:
+  void Rotate(std::vector<float>& x, size_t n, size_t n_heads, size_t first) const {
+    std::vector<int32_t> positions(n);
+    for (size_t i = 0; i < n; ++i) positions[i] = static_cast<int32_t>(first + i);
+    const size_t d = model_.config().head_dim;
+    RotateRows(model_.rope(), x.data(), n, n_heads * d, n_heads, d, positions.data());
+  }
+
+  void AttendOne(size_t layer, size_t head, size_t n_visible, const float* q, float* out) const {
+    const ModelConfig& c = model_.config();
+    const size_t d = c.head_dim, offset = head / (c.n_heads / c.n_kv_heads) * d;
+    std::vector<double> p(n_visible);
+    double total = 0;
+    for (size_t r = 0; r < n_visible; ++r) {
+      double score = 0;
+      for (size_t i = 0; i < d; ++i) score += double{q[i]} * keys_[layer][r * c.kv_dim() + offset + i];
+      total += p[r] = std::exp(score / std::sqrt(static_cast<double>(d)));
+    }
+    for (size_t i = 0; i < d; ++i) {
+      double sum = 0;
+      for (size_t r = 0; r < n_visible; ++r) sum += p[r] * values_[layer][r * c.kv_dim() + offset + i];
+      out[i] = static_cast<float>(sum / total);
+    }
+  }
+
+  const Model& model_;
+  std::vector<std::vector<float>> keys_, values_;
+  size_t step_tokens_ = 0;
+};
+
+class ForwardGolden : public testing::TestWithParam<const char*> {};
+
+TEST_P(ForwardGolden, LogitsMatchTheIndependentImplementation) {
+  const auto model = Model::Load(ModelPath(std::string(GetParam()) + ".gguf"));
+  const auto expected = GgufFile::Open(ModelPath(std::string(GetParam()) + ".expected.gguf"));
+  const GgufTensor* token_tensor = expected.FindTensor("tokens");
+  const GgufTensor* logit_tensor = expected.FindTensor("logits");
+  ASSERT_TRUE(token_tensor != nullptr && logit_tensor != nullptr);
+  std::vector<int32_t> tokens(token_tensor->Elements());
+  std::memcpy(tokens.data(), token_tensor->data.data(), token_tensor->data.size());
+  std::vector<float> want(logit_tensor->Elements());
+  std::memcpy(want.data(), logit_tensor->data.data(), logit_tensor->data.size());
+
+  PlainCache cache(*model);
+  cache.SetStep(tokens.size());
+  ForwardWorkspace workspace;
+  const ForwardItem item{&cache, tokens};
+  ASSERT_TRUE(Forward(*model, {&item, 1}, ComputeType::kF32, workspace));
+  const float* got = ComputeLogits(*model, workspace, 0, tokens.size(), ComputeType::kF32);
+
+  const auto [low, high] = std::minmax_element(want.begin(), want.end());
+  double worst = 0;
+  for (size_t i = 0; i < want.size(); ++i) worst = std::max(worst, std::abs(double{got[i]} - want[i]));
+  EXPECT_LE(worst, 1e-5 * (*high - *low));  // the promise is 1e-3; float32 sums of this length need no more than this
+  const size_t n_vocab = model->config().n_vocab;
+  for (size_t t = 0; t < tokens.size(); ++t)
+    EXPECT_EQ(ArgMax(got + t * n_vocab, n_vocab), ArgMax(&want[t * n_vocab], n_vocab)) << "position " << t;
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, ForwardGolden,
+                         testing::Values("llama-gqa-tied", "llama-mha-untied", "llama-rope-scaled", "qwen2-bias"),
+                         [](const auto& test) {
+                           std::string name = test.param;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+TEST(Forward, StopsAfterTheLayerWhoseHookSaysSo) {
+  const auto model = Model::Load(ModelPath("qwen2-bias.gguf"));
+  PlainCache cache(*model);
+  const std::vector<int32_t> tokens = {1, 2, 3};
+  cache.SetStep(tokens.size());
+  ForwardWorkspace workspace;
+  const ForwardItem item{&cache, tokens};
+  size_t layers = 0;
+  EXPECT_FALSE(Forward(*model, {&item, 1}, ComputeType::kF32, workspace, [&](size_t done) {
+    layers = done;
+    return done < 2;
+  }));
+  EXPECT_EQ(layers, 2u);
+}
+
+}  // namespace
+}  // namespace lesskv

@@ -1,0 +1,158 @@
+// Loading: what a description must say, which tensors there must be, and the sentences for files that break this.
+#include "model/model.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <map>
+
+#include "base/error.h"
+#include "format/gguf_writer.h"
+
+namespace lesskv {
+namespace {
+
+// A tiny llama file whose metadata and tensors a test can change before it is written.
+struct TinyFile {
+  std::string architecture = "llama";
+  std::map<std::string, uint32_t> counts = {{"block_count", 1},          {"context_length", 64},
+                                            {"embedding_length", 8},     {"feed_forward_length", 12},
+                                            {"attention.head_count", 2}, {"attention.head_count_kv", 1}};
+  std::map<std::string, float> reals = {{"attention.layer_norm_rms_epsilon", 1e-5f}};
+  std::map<std::string, std::string> texts;
+  std::map<std::string, std::vector<size_t>> tensors = {
+      {"token_embd.weight", {8, 5}},       {"output_norm.weight", {8}},       {"blk.0.attn_norm.weight", {8}},
+      {"blk.0.ffn_norm.weight", {8}},      {"blk.0.attn_q.weight", {8, 8}},   {"blk.0.attn_k.weight", {8, 4}},
+      {"blk.0.attn_v.weight", {8, 4}},     {"blk.0.attn_output.weight", {8, 8}},
+      {"blk.0.ffn_gate.weight", {8, 12}},  {"blk.0.ffn_up.weight", {8, 12}},
+      {"blk.0.ffn_down.weight", {12, 8}}};
+  std::map<std::string, DType> types;  // where not f32
+
+  std::string Write() const {
+    GgufWriter writer;
+    writer.Add("general.architecture", architecture);
+    for (const auto& [key, value] : counts) writer.Add(architecture + "." + key, value);
+    for (const auto& [key, value] : reals) writer.Add(architecture + "." + key, value);
+    for (const auto& [key, value] : texts) writer.Add(architecture + "." + key, value);
+    const std::vector<std::byte> zeros(4096);
+    for (const auto& [name, ne] : tensors) {
+      const DType type = types.contains(name) ? types.at(name) : DType::kF32;
+      size_t rows = 1;
+      for (size_t i = 1; i < ne.size(); ++i) rows *= ne[i];
+      writer.AddTensor(name, type, std::span<const size_t>(ne), std::span(zeros).first(RowBytes(type, ne[0]) * rows));
+    }
+    const auto* info = testing::UnitTest::GetInstance()->current_test_info();
+    const std::string path = testing::TempDir() + "lesskv_model_test_" + info->name() + ".gguf";
+    writer.Write(path);
+    return path;
+  }
+};
+
+// The sentence with which loading refuses the file; empty if it does not.
+std::string Refusal(const TinyFile& file) {
+  const std::string path = file.Write();
+  std::string message;
+  try {
+    Model::Load(path);
+  } catch (const Error& error) {
+    message = error.what();
+    EXPECT_EQ(error.ExitStatus(), 2);
+  }
+  std::filesystem::remove(path);
+  return message;
+}
+
+TEST(Model, TinyFileLoadsWithItsDefaults) {
+  const TinyFile file;
+  const std::string path = file.Write();
+  const auto model = Model::Load(path);
+  std::filesystem::remove(path);
+  EXPECT_EQ(model->config().head_dim, 4u);
+  EXPECT_EQ(model->config().n_vocab, 5u);
+  EXPECT_EQ(model->config().rope_base, 10000.0);
+  EXPECT_EQ(model->output().data, model->token_embedding().data);  // tied
+  EXPECT_EQ(model->parameter_count(), 8u * 5 + 3 * 8 + 2 * 64 + 2 * 32 + 3 * 96);
+  EXPECT_EQ(model->MakeCacheShape(100, ComputeType::kF32).group(), 2u);
+  EXPECT_EQ(std::filesystem::path(model->Sidecar().path).filename(),
+            std::filesystem::path(path).stem().string() + ".less.gguf");
+}
+
+struct BadFile {
+  const char* name;
+  std::function<void(TinyFile&)> spoil;
+  std::vector<const char*> said;  // words the sentence must hold
+};
+
+const std::vector<BadFile> kBadFiles = {
+    {"unknown architecture", [](TinyFile& f) { f.architecture = "mamba"; }, {"general.architecture", "mamba"}},
+    {"no layers", [](TinyFile& f) { f.counts["block_count"] = 0; }, {"llama.block_count", "found 0"}},
+    {"absurd layers", [](TinyFile& f) { f.counts["block_count"] = 4000000000u; }, {"block_count", "4000000000"}},
+    {"missing key", [](TinyFile& f) { f.counts.erase("embedding_length"); }, {"embedding_length"}},
+    {"absurd width", [](TinyFile& f) { f.counts["embedding_length"] = 1u << 30; }, {"embedding_length"}},
+    {"absurd context", [](TinyFile& f) { f.counts["context_length"] = 0xffffffffu; }, {"context_length"}},
+    {"KV heads do not divide", [](TinyFile& f) { f.counts["attention.head_count_kv"] = 3; }, {"divisor", "found 3"}},
+    {"width no multiple of heads", [](TinyFile& f) { f.counts["attention.head_count"] = 3; f.counts.erase("attention.head_count_kv"); },
+     {"multiple of the 3 heads"}},
+    {"odd head size", [](TinyFile& f) { f.counts["attention.key_length"] = 5; }, {"even number", "found 5"}},
+    {"unequal value size", [](TinyFile& f) { f.counts["attention.value_length"] = 6; }, {"value_length", "found 6"}},
+    {"partial rotation", [](TinyFile& f) { f.counts["rope.dimension_count"] = 2; }, {"rope.dimension_count", "found 2"}},
+    {"NaN epsilon", [](TinyFile& f) { f.reals["attention.layer_norm_rms_epsilon"] = NAN; }, {"epsilon", "nan"}},
+    {"negative rope base", [](TinyFile& f) { f.reals["rope.freq_base"] = -1; }, {"rope.freq_base", "found -1"}},
+    {"infinite scale", [](TinyFile& f) { f.texts["rope.scaling.type"] = "linear"; f.reals["rope.scaling.factor"] = INFINITY; },
+     {"rope.scaling.factor", "inf"}},
+    {"other scaling", [](TinyFile& f) { f.texts["rope.scaling.type"] = "yarn"; }, {"rope.scaling.type", "yarn"}},
+    {"experts", [](TinyFile& f) { f.counts["expert_count"] = 8; }, {"expert_count"}},
+    {"vocabulary size", [](TinyFile& f) { f.counts["vocab_size"] = 6; }, {"vocab_size", "5", "found 6"}},
+    {"no embedding", [](TinyFile& f) { f.tensors.erase("token_embd.weight"); }, {"token_embd.weight is missing"}},
+    {"no norm", [](TinyFile& f) { f.tensors.erase("output_norm.weight"); }, {"output_norm.weight is missing"}},
+    {"no matrix", [](TinyFile& f) { f.tensors.erase("blk.0.ffn_up.weight"); }, {"blk.0.ffn_up.weight is missing"}},
+    {"wrong shape", [](TinyFile& f) { f.tensors["blk.0.attn_k.weight"] = {8, 8}; },
+     {"blk.0.attn_k.weight", "expected shape [8, 4]", "found [8, 8]"}},
+    {"transposed", [](TinyFile& f) { f.tensors["blk.0.ffn_down.weight"] = {8, 12}; }, {"blk.0.ffn_down.weight", "[12, 8]"}},
+    {"wrong norm", [](TinyFile& f) { f.tensors["blk.0.attn_norm.weight"] = {7}; }, {"attn_norm.weight", "[8]", "[7]"}},
+    {"norm in f16", [](TinyFile& f) { f.types["output_norm.weight"] = DType::kF16; }, {"expected type F32", "F16"}},
+    {"integer matrix", [](TinyFile& f) { f.types["blk.0.attn_q.weight"] = DType::kI32; }, {"attn_q.weight", "I32"}},
+    {"unknown tensor", [](TinyFile& f) { f.tensors["blk.0.attn_q_norm.weight"] = {4}; }, {"blk.0.attn_q_norm.weight"}},
+    {"tensor of a layer too many", [](TinyFile& f) { f.tensors["blk.1.attn_norm.weight"] = {8}; }, {"blk.1.attn_norm"}},
+    {"rope factors of another size", [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {3}; }, {"rope_freqs.weight", "[2]"}},
+    {"rope factors of zero", [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {2}; }, {"factor"}},
+    {"qwen2 without biases", [](TinyFile& f) { f.architecture = "qwen2"; }, {"blk.0.attn_q.bias is missing"}},
+};
+
+TEST(Model, BrokenFilesAreRefusedByName) {
+  for (const BadFile& bad : kBadFiles) {
+    TinyFile file;
+    bad.spoil(file);
+    const std::string message = Refusal(file);
+    EXPECT_FALSE(message.empty()) << bad.name << " was accepted";
+    for (const char* word : bad.said) EXPECT_NE(message.find(word), std::string::npos) << bad.name << ": " << message;
+  }
+}
+
+TEST(Model, UntiedOutputAndOptionalBiasesAreTaken) {
+  TinyFile file;
+  file.tensors["output.weight"] = {8, 5};
+  file.tensors["blk.0.attn_output.bias"] = {8};
+  file.tensors["blk.0.attn_rot_embd"] = {2};  // old converters wrote it; ignored
+  const std::string path = file.Write();
+  const auto model = Model::Load(path);
+  std::filesystem::remove(path);
+  EXPECT_NE(model->output().data, model->token_embedding().data);
+  EXPECT_EQ(model->layer(0).attn_output_bias.size(), 8u);
+  EXPECT_TRUE(model->layer(0).q_bias.empty());
+}
+
+TEST(Model, FingerprintSeparatesFiles) {
+  TinyFile file;
+  const std::string first = Model::Load(file.Write())->FingerprintText();
+  EXPECT_EQ(first.size(), 16u);
+  EXPECT_EQ(Model::Load(file.Write())->FingerprintText(), first);
+  file.reals["rope.freq_base"] = 20000;
+  EXPECT_NE(Model::Load(file.Write())->FingerprintText(), first);
+  std::filesystem::remove(file.Write());
+}
+
+}  // namespace
+}  // namespace lesskv
