@@ -53,46 +53,35 @@ inline __m256 BytesToFloat8(uint64_t bytes) {
 template <DType kType>
 struct Unpacker;
 
-template <typename Load16Lanes, typename Sink>
-inline Sink UnpackFloats(size_t n, const Load16Lanes& load, Sink sink) {
-  size_t i = 0;
-  for (; i + 32 <= n; i += 32) sink.Put(i, load(i, 0xffff), load(i + 16, 0xffff));
-  if (i == n) return sink;
-  const uint32_t mask = (1u << (n - i)) - 1;
-  sink.PutTail(i, load(i, static_cast<__mmask16>(mask)), load(i + 16, static_cast<__mmask16>(mask >> 16)), n - i);
-  return sink;
+// Sixteen elements of a row from element i, those of the mask; zeros elsewhere.
+template <DType kType>
+inline __m512 LoadFloats(const uint8_t* row, size_t i, __mmask16 mask) {
+  if constexpr (kType == DType::kF32) return _mm512_maskz_loadu_ps(mask, row + i * 4);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, row + i * 2);
+  if constexpr (kType == DType::kF16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-template <>
-struct Unpacker<DType::kF32> {
+template <DType kType>
+struct FloatUnpacker {
   template <typename Sink>
   static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
-    return UnpackFloats(
-        n, [row](size_t i, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, row + i * 4); }, sink);
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) sink.Put(i, LoadFloats<kType>(row, i, 0xffff), LoadFloats<kType>(row, i + 16, 0xffff));
+    if (i == n) return sink;
+    const uint32_t mask = (1u << (n - i)) - 1;
+    sink.PutTail(i, LoadFloats<kType>(row, i, static_cast<__mmask16>(mask)),
+                 LoadFloats<kType>(row, i + 16, static_cast<__mmask16>(mask >> 16)), n - i);
+    return sink;
   }
 };
 
 template <>
-struct Unpacker<DType::kF16> {
-  template <typename Sink>
-  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
-    return UnpackFloats(
-        n, [row](size_t i, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + i * 2)); },
-        sink);
-  }
-};
-
+struct Unpacker<DType::kF32> : FloatUnpacker<DType::kF32> {};
 template <>
-struct Unpacker<DType::kBF16> {
-  template <typename Sink>
-  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
-    const auto load = [row](size_t i, __mmask16 mask) {
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + i * 2));
-      return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    };
-    return UnpackFloats(n, load, sink);
-  }
-};
+struct Unpacker<DType::kF16> : FloatUnpacker<DType::kF16> {};
+template <>
+struct Unpacker<DType::kBF16> : FloatUnpacker<DType::kBF16> {};
 
 template <>
 struct Unpacker<DType::kQ8_0> {
@@ -279,6 +268,36 @@ inline void SwitchType(DType type, F&& f) {
       return f.template operator()<DType::kQ6_K>();
     default:
       return;  // Linear refused it
+  }
+}
+
+// --- Walking rows ---
+
+constexpr size_t kDotTokens = 4;  // tokens multiplied with a row in one pass over it
+
+// How far ahead of the bytes in use memory is fetched: a few KB, and whole rows when several are read side by side,
+// since the rows of a task follow each other.
+inline size_t PrefetchAhead(size_t n_rows, size_t row_bytes) {
+  constexpr size_t kBytes = 4096;
+  const size_t step = n_rows * row_bytes;
+  return n_rows == 1 ? kBytes : (kBytes + step - 1) / step * step;
+}
+
+inline void Prefetch(const uint8_t* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
+// Calls some(rows, first token, number of tokens, first row) with at most kDotTokens tokens; when there are more, by
+// pairs of rows, so that the second pass finds them in the cache.
+template <typename Some>
+inline void ByRowPair(const RowBlock& block, size_t n_tokens, const Some& some) {
+  if (n_tokens <= kDotTokens) return some(block, size_t{0}, n_tokens, size_t{0});
+  RowBlock pair = block;
+  for (size_t r = 0; r < block.n_rows; r += 2, pair.rows += 2 * pair.row_bytes) {
+    pair.n_rows = block.n_rows - r < 2 ? 1 : 2;
+    for (size_t t = 0; t < n_tokens; t += kDotTokens) {
+      some(pair, t, n_tokens - t < kDotTokens ? n_tokens - t : kDotTokens, r);
+    }
   }
 }
 

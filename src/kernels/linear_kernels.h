@@ -71,6 +71,10 @@ const LinearKernels& ScalarLinearKernels();
 const LinearKernels& Avx2LinearKernels();
 const LinearKernels& Avx512LinearKernels();
 const LinearKernels& Avx512Bf16LinearKernels();
+
+// Entries of the AVX-512 table that have a translation unit of their own.
+void Avx512QuantizeActivations(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
+void Avx512DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
 #endif
 
 }  // namespace lesskv::internal
