@@ -59,15 +59,10 @@ inline V HighCodes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
 }
 
-// clang-format off: each builds on the one before
-#include "kernels/attention_decode.h"
-#include "kernels/attention_simd.h"
-// clang-format on
+#include "kernels/attention_prefill.h"
 
 bool FusedScores(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
 bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
-
-#include "kernels/attention_prefill.h"
 
 }  // namespace
 

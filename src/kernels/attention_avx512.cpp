@@ -46,12 +46,7 @@ inline V FourBitValues(__m512i code) {
 inline V LowCodes(const uint8_t* p) { return FourBitValues(_mm512_cvtepu8_epi32(LoadBytes(p))); }
 inline V HighCodes(const uint8_t* p) { return FourBitValues(_mm512_srli_epi32(_mm512_cvtepu8_epi32(LoadBytes(p)), 4)); }
 
-// clang-format off: each builds on the one before
-#include "kernels/attention_decode.h"
-#include "kernels/attention_prefill.h"
-#include "kernels/attention_simd.h"
 #include "kernels/attention_vnni.h"
-// clang-format on
 
 }  // namespace
 

@@ -1,5 +1,8 @@
 // Decode: up to kDecodeQueries queries against a split of kSplitRows rows, each read once for the whole query group;
 // then the splits are merged. Part of the kernels of one instruction set, see attention_simd.h.
+#pragma once
+
+#include "kernels/attention_simd.h"
 
 constexpr size_t kSplitStride = kSplitRows + 16;  // of the scores of a split
 

@@ -3,6 +3,9 @@
 // sums of probabilities by column. Part of the kernels of one instruction set, see attention_simd.h.
 //
 // Scores are kept times log2(e), so that weights are powers of two.
+#pragma once
+
+#include "kernels/attention_decode.h"
 
 constexpr size_t kBlockStride = kBlockRows + 16;  // of the scores of a block
 constexpr size_t kChunk = 24;  // stacked queries whose scores are computed, weighted and used before the next ones'

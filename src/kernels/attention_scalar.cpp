@@ -41,15 +41,10 @@ V SignedCodes(const uint8_t* p) { return static_cast<float>(static_cast<int8_t>(
 V LowCodes(const uint8_t* p) { return static_cast<float>((*p & 15) - 8); }
 V HighCodes(const uint8_t* p) { return static_cast<float>((*p >> 4) - 8); }
 
-// clang-format off: each builds on the one before
-#include "kernels/attention_decode.h"
-#include "kernels/attention_simd.h"
-// clang-format on
+#include "kernels/attention_prefill.h"
 
 bool FusedScores(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
 bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
-
-#include "kernels/attention_prefill.h"
 
 }  // namespace
 

@@ -12,6 +12,7 @@
 // independent of how the rows are cut into spans.
 //
 // No standard library here, and nothing with external linkage: see attention_isa.h.
+#pragma once
 
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLargest = 3.4028234663852886e38f;

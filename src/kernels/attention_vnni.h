@@ -7,6 +7,9 @@
 // (error about 2^-16 of the query's largest channel), at two instructions for 64 products where float32 needs four and
 // conversions. Values: codes become float32 in registers, weights are multiplied with the rows' scales 16 rows at a
 // time.
+#pragma once
+
+#include "kernels/attention_prefill.h"
 
 struct CodedQueries {
   int8_t* high;    // [head_dim / 4][stacked][4]
