@@ -43,7 +43,7 @@ def stream_losses(model, tokens):
   """-log p of every token but the first, over windows of one context that overlap by half."""
   n = model.cfg.context
   half, parts = n // 2, []
-  for start in range(0, max(1, len(tokens) - half), half):
+  for start in range(0, max(1, len(tokens) - half + 1), half):
     window = np.concatenate(([0], tokens[start:start + n - 1]))
     loss = token_losses(model, window[None])[0]
     parts.append(loss if start == 0 else loss[half - 1:])
