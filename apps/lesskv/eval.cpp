@@ -157,7 +157,7 @@ struct RecallFlags {
   std::vector<size_t> lengths;
   std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
   size_t samples = 20;
-  std::string words, text, heat_map, mode = "continue";
+  std::string words, text, heat_map, mode = "continue", ask = "with";
   size_t step = 8;
 };
 
@@ -169,6 +169,10 @@ RecallOptions ReadRecallFlags(const RecallFlags& flags) {
   options.depths = flags.depths;
   options.samples = flags.samples;
   options.protocol = {ParseMode(flags.mode), flags.step, 0};
+  if (flags.ask != "with" && flags.ask != "after") {
+    Fail(ErrorCode::kInvalidArgument, "--ask: expected with or after, found '{}'", flags.ask);
+  }
+  options.ask = flags.ask == "with" ? RecallOptions::Ask::kWithPrompt : RecallOptions::Ask::kAfterPrompt;
   if (!flags.text.empty()) options.text = ReadText(flags.text);
   if (!flags.words.empty()) {
     std::istringstream words(ReadText(flags.words));
@@ -200,6 +204,8 @@ void AddRecall(CLI::App& parent) {
   command->add_option("--mode", o->mode, "How prompts are read: continue (at once) or stream (--step tokens at a time)")
       ->option_text("MODE")->capture_default_str();
   command->add_option("--step", o->step, "Tokens a step of --mode stream")->option_text("N")->capture_default_str();
+  command->add_option("--ask", o->ask, "The question comes with the prompt, or after it was read and compressed")
+      ->option_text("WHEN")->capture_default_str();
   command->callback([o] {
     const RecallOptions options = ReadRecallFlags(*o);
     Session session(o->common, "recall");

@@ -27,11 +27,14 @@ class AnswerBatch {
     for (size_t i = 0; i < samples.size(); ++i) sequences_.emplace_back(subject.config);
   }
 
-  void Run(const Protocol& protocol) {
-    if (protocol.mode == Protocol::Mode::kStream) {
-      Stream(protocol.step);
-    } else {
+  void Run(const RecallOptions& options) {
+    if (options.protocol.mode == Protocol::Mode::kStream) {
+      Stream(options.protocol.step);
+    } else if (options.ask == RecallOptions::Ask::kWithPrompt) {
       Prefill();
+    } else {
+      PrefillDocument();
+      Question();
     }
     Answer();
   }
@@ -59,6 +62,38 @@ class AnswerBatch {
       setup_.CheckStop();
     }
     cost_.prompt_seconds += watch.Seconds();
+  }
+
+  void PrefillDocument() {
+    const Stopwatch watch;
+    for (size_t i = 0; i < samples_.size(); ++i) {
+      const auto document = std::span(samples_[i].prompt).first(samples_[i].question);
+      setup_.engine->Prefill({{&sequences_[i], document, LogitsRows::kNone}});
+      cost_.prompt_tokens += document.size();
+      setup_.CheckStop();
+    }
+    cost_.prompt_seconds += watch.Seconds();
+  }
+
+  void Question() {
+    const Stopwatch watch;
+    for (size_t step = 0;; ++step) {
+      std::vector<StepItem> items;
+      std::vector<size_t> sample_of;
+      for (size_t i = 0; i < samples_.size(); ++i) {
+        const size_t at = samples_[i].question + step;
+        if (at >= samples_[i].prompt.size()) continue;
+        const bool last = at + 1 == samples_[i].prompt.size();
+        items.push_back({&sequences_[i], {&samples_[i].prompt[at], 1}, last ? LogitsRows::kLast : LogitsRows::kNone});
+        sample_of.push_back(i);
+      }
+      if (items.empty()) break;
+      setup_.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
+        for (const LogitsRow& row : rows) Judge(sample_of[row.item], row.logits);
+      });
+      cost_.tokens += items.size();
+    }
+    cost_.seconds += watch.Seconds();
   }
 
   void Stream(size_t step) {
@@ -160,7 +195,7 @@ Json MakeRow(const EvalSetup& setup, const Subject& subject, const RecallOptions
   std::vector<Outcome> outcomes;
   for (size_t begin = 0; begin < samples.size(); begin += n_batch) {
     AnswerBatch batch(setup, subject, samples.subspan(begin, std::min(n_batch, samples.size() - begin)));
-    batch.Run(options.protocol);
+    batch.Run(options);
     outcomes.insert(outcomes.end(), batch.outcomes().begin(), batch.outcomes().end());
     cost += batch.cost();
     for (const Sequence& sequence : batch.sequences()) stats.Add(sequence.Stats());
@@ -175,6 +210,8 @@ Json MakeRow(const EvalSetup& setup, const Subject& subject, const RecallOptions
   Json row = BeginRow(setup, subject, "recall");
   AddProtocol(row, options.protocol);
   row["prompt"] = nullptr;  // its length is the row's own
+  const bool stream = options.protocol.mode == Protocol::Mode::kStream;
+  row["ask"] = stream ? Json() : Json(options.ask == RecallOptions::Ask::kWithPrompt ? "with" : "after");
   row["task"] = Name(kind);
   row["length"] = length;
   row["samples"] = outcomes.size();

@@ -20,6 +20,11 @@ struct RecallOptions {
   // kContinue: the prompt in one shot (or in chunks, as the spec says). kStream: protocol.step tokens a step. Answers
   // are decoded greedily, one token a step, in both.
   Protocol protocol = {.mode = Protocol::Mode::kContinue};
+  // kContinue only. kWithPrompt: the question is part of the prompt, so a method that cuts at the prompt's end knows
+  // what is asked, and the answer's first token is predicted before anything has left. kAfterPrompt: the prompt is the
+  // document; the question is read behind it through the compressed cache, one token a step.
+  enum class Ask { kWithPrompt, kAfterPrompt };
+  Ask ask = Ask::kWithPrompt;
 
   static constexpr size_t kAnswerRoom = 16;
 };

@@ -74,6 +74,7 @@ struct RecallTasks::Draft {
   std::string prompt;
   std::string answer;
   size_t statement = 0;  // byte offset of what answers the question
+  size_t question = 0;   // byte offset of the question
 };
 
 std::string_view Name(RecallKind kind) {
@@ -134,6 +135,7 @@ RecallTasks::Draft RecallTasks::KeyValueList(size_t length, double depth, uint64
     if (&pair == &asked) draft.statement = draft.prompt.size();
     draft.prompt += statement(pair.first) + pair.second + ".\n";
   }
+  draft.question = draft.prompt.size();
   draft.prompt += "\n" + statement(asked.first);
   draft.answer = asked.second;
   return draft;
@@ -184,6 +186,7 @@ RecallTasks::Draft RecallTasks::Needle(size_t length, double depth, uint64_t see
     }
     if (i < filler.size()) draft.prompt += filler[i];
   }
+  draft.question = draft.prompt.size();
   draft.prompt += question;
   return draft;
 }
@@ -211,6 +214,7 @@ RecallTasks::Draft RecallTasks::Program(size_t n_lines, double depth, uint64_t s
     copies[i] = sources[i] ? copies[*sources[i]] + 1 : 0;
     draft.prompt += names[i] + " = " + (sources[i] ? names[*sources[i]] : values[i]) + "\n";
   }
+  draft.question = draft.prompt.size();
   draft.prompt += "\nThe value of " + names[asked] + " is";
   draft.answer = " " + values[asked];
   return draft;
@@ -249,7 +253,10 @@ RecallSample RecallTasks::Finish(const Draft& draft) const {
          draft.answer);
   }
   sample.answer.assign(whole.begin() + static_cast<std::ptrdiff_t>(prompt.size()), whole.end());
+  const std::vector<int32_t> document = tokenizer_.Encode(draft.prompt.substr(0, draft.question), false, false);
+  const auto differ = std::mismatch(document.begin(), document.end(), prompt.begin(), prompt.end());
   if (tokenizer_.add_bos()) sample.prompt.push_back(tokenizer_.bos());
+  sample.question = sample.prompt.size() + static_cast<size_t>(differ.first - document.begin());
   sample.prompt.insert(sample.prompt.end(), prompt.begin(), prompt.end());
   sample.depth = static_cast<double>(draft.statement) / static_cast<double>(draft.prompt.size());
   return sample;

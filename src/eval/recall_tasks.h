@@ -33,6 +33,8 @@ struct RecallSample {
   std::string answer_text;  // " 4821"
   std::vector<int32_t> prompt;
   std::vector<int32_t> answer;
+  size_t question =
+      0;             // index into prompt: what comes before it are whole tokens of the document, without the question
   double depth = 0;  // where the answer really stands: byte offset of its statement over the prompt's bytes
 };
 

@@ -13,8 +13,9 @@ namespace lesskv {
 namespace {
 
 // Keys that usually have one value in a whole report; a table states them once.
-constexpr std::string_view kCaptionKeys[] = {"model", "model_fingerprint", "mode", "ctx",     "texts",  "windows",
-                                             "seed",  "threads",           "isa",  "compute", "version"};
+constexpr std::string_view kCaptionKeys[] = {
+    "model", "model_fingerprint", "mode", "step",    "prompt", "ask",     "ctx",
+    "texts", "windows",           "seed", "threads", "isa",    "compute", "version"};
 
 // Bytes in a string that a terminal shows as one column each: code points, good enough for our tables.
 size_t Width(std::string_view text) {
@@ -104,8 +105,9 @@ std::string Caption(const Report& report) {
     const Json& value = report.rows[0][key];
     const auto same = [&](const Json& row) { return row.contains(key) && row[key] == value; };
     if (!std::all_of(report.rows.begin(), report.rows.end(), same)) continue;
-    caption += fmt::format("{}{} {}", caption.empty() ? "" : ", ", key,
-                           value.is_string() ? value.get<std::string>() : value.dump());
+    std::string text = value.is_string() ? value.get<std::string>() : value.dump();
+    if (value.is_array()) text = value.size() == 1 ? value[0].get<std::string>() : std::to_string(value.size());
+    caption += fmt::format("{}{} {}", caption.empty() ? "" : ", ", key, text);
   }
   return caption;
 }
