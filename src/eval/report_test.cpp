@@ -34,7 +34,7 @@ Report Sample() {
 TEST(ReportTest, TableShowsColumnsAndTheCaptionOnce) {
   EXPECT_EQ(Format(Sample(), OutputFormat::kTable),
             "mode stream\n\n"
-            "cache                    ppl  top-1 %     bytes\n"
+            "cache                     ppl  top-1 %     bytes\n"
             "full             10.00 ± 0.25    100.0  2.00 KiB\n"
             "mix(k=q8, v=q4)             -     50.0     512 B\n");
 }

@@ -31,7 +31,7 @@ struct EvalSetup {
   size_t ctx = 0;
   uint64_t seed = 0;
   size_t batch = 16;  // texts that go through the engine together, at most
-  std::vector<Subject> subjects;
+  std::vector<Subject> subjects = {};
   const std::atomic<bool>* stop = nullptr;    // set from anywhere: the evaluation throws Error kRuntime
   std::function<void(double)> progress = {};  // share done, in [0, 1]
 

@@ -1,0 +1,292 @@
+// The evaluations on the bundled model: properties that hold whatever the model has learned, and known values.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+#include "base/error.h"
+#include "eval/choices.h"
+#include "eval/divergence.h"
+#include "eval/heat_map.h"
+#include "eval/match_bytes.h"
+#include "eval/perplexity.h"
+#include "eval/recall.h"
+#include "eval/summarize.h"
+#include "eval/test_model.h"
+#include "eval/window_batch.h"
+
+namespace lesskv {
+namespace {
+
+using testing_support::Bundled;
+using testing_support::kSampleText;
+
+double Value(const Json& row, const char* key) { return row.at(key).get<double>(); }
+
+Json PerplexityRow(const std::string& spec, const Protocol& protocol, size_t batch = 16, size_t windows = 4) {
+  return EvaluatePerplexity(Bundled().Setup({spec}, 128, batch), {{kSampleText}, windows, protocol}).rows.at(0);
+}
+
+Json DivergenceRow(const std::string& spec, const Protocol& protocol) {
+  return EvaluateDivergence(Bundled().Setup({spec}, 128), {{kSampleText}, 4, protocol}).rows.at(0);
+}
+
+constexpr Protocol kStream8{.mode = Protocol::Mode::kStream, .step = 8};
+constexpr Protocol kStream1{.mode = Protocol::Mode::kStream, .step = 1};
+constexpr Protocol kContinue{.mode = Protocol::Mode::kContinue, .prompt = 40};
+
+// Logits computed one prompt at a time, without any of the evaluation's batching.
+TEST(PerplexityTest, EqualsTheDefinition) {
+  const Json row = PerplexityRow("full", kStream8);
+  const std::string texts[] = {kSampleText};
+  double nats = 0, bytes = 0;
+  size_t tokens = 0;
+  for (const TextWindow& window : ReadWindows(*Bundled().tokenizer, texts, 128, 2, 4)) {
+    Sequence sequence(Bundled().engine.MakeCacheConfig(CacheSpec(), 128));
+    Bundled().engine.Prefill({{&sequence, window.ids, LogitsRows::kAll}}, [&](std::span<const LogitsRow> rows) {
+      for (const LogitsRow& logits : rows) {
+        if (logits.row + 1 == window.ids.size()) continue;
+        double sum = 0;
+        for (const float logit : logits.logits) sum += std::exp(double{logit});
+        nats += std::log(sum) - logits.logits[static_cast<size_t>(window.ids[logits.row + 1])];
+        bytes += window.bytes[logits.row + 1];
+        ++tokens;
+      }
+    });
+  }
+  EXPECT_EQ(row["tokens_scored"], tokens);
+  EXPECT_NEAR(Value(row, "perplexity"), std::exp(nats / static_cast<double>(tokens)), 0.01);
+  EXPECT_NEAR(Value(row, "bits_per_byte"), nats / bytes / std::log(2.0), 1e-3);
+  EXPECT_NEAR(Value(row, "byte_perplexity"), std::exp(nats / bytes), 1e-3);
+  EXPECT_GT(Value(row, "word_perplexity"), Value(row, "perplexity"));
+}
+
+TEST(PerplexityTest, BatchedWindowsEqualOneByOne) {
+  for (const char* spec : {"full", "h2o(24)"}) {
+    for (const Protocol& protocol : {kStream8, kContinue}) {
+      const double together = Value(PerplexityRow(spec, protocol, 16), "perplexity");
+      EXPECT_NEAR(Value(PerplexityRow(spec, protocol, 1), "perplexity"), together, 1e-4 * together) << spec;
+    }
+  }
+}
+
+TEST(PerplexityTest, SameSeedSameBits) {
+  EXPECT_EQ(PerplexityRow("h2o(24)", kStream8)["perplexity"], PerplexityRow("h2o(24)", kStream8)["perplexity"]);
+}
+
+// A window's tokens behind the prompt see the same rows whether the prompt came at once or one by one.
+TEST(PerplexityTest, ContinueEqualsTheTailOfAStreamForAWindow) {
+  const std::string texts[] = {kSampleText};
+  const auto windows = ReadWindows(*Bundled().tokenizer, texts, 128, 128, 2);
+  const auto score = [&](const std::string& spec, const Protocol& protocol) {
+    std::vector<double> nats;
+    const auto config = Bundled().engine.MakeCacheConfig(CacheSpec::Parse(spec), 128);
+    WindowBatch batch(Bundled().engine, config, windows, protocol);
+    const auto sink = [&](std::span<const ScoredRow> rows) {
+      for (const ScoredRow& row : rows) {
+        if (row.target <= kContinue.prompt) continue;
+        nats.push_back(LogMass(row.logits) - row.logits[static_cast<size_t>(windows[row.window].ids[row.target])]);
+      }
+    };
+    while (batch.Step(sink)) {
+    }
+    return nats;
+  };
+  const auto full_stream = score("full", kStream1), full_continue = score("full", kContinue);
+  ASSERT_EQ(full_stream.size(), full_continue.size());
+  ASSERT_EQ(full_stream.size(), 2 * (128 - 1 - kContinue.prompt));
+  for (size_t i = 0; i < full_stream.size(); ++i) EXPECT_NEAR(full_stream[i], full_continue[i], 0.02) << i;
+}
+
+TEST(PerplexityTest, RowsCarryEverything) {
+  const Json row = PerplexityRow("h2o(24)", kContinue);
+  for (const char* key : {"model", "model_fingerprint", "kv_spec", "mode", "seed", "threads", "isa", "compute",
+                          "version", "tokens_seen", "tokens_resident", "kv_bytes", "kv_bytes_peak", "kv_bytes_full",
+                          "sidecar_bytes", "tokens_scored", "tokens_per_second", "prefill_tokens_per_second"}) {
+    EXPECT_TRUE(row.contains(key)) << key;
+  }
+  EXPECT_EQ(row["tokens_seen"], 127);
+  EXPECT_EQ(row["tokens_resident"], 24.0);
+  EXPECT_EQ(row["mode"], "continue");
+}
+
+TEST(PerplexityTest, RefusesAProtocolThatScoresNothing) {
+  const Protocol no_prompt{.mode = Protocol::Mode::kContinue},
+      too_long{.mode = Protocol::Mode::kContinue, .prompt = 127};
+  const Protocol no_step{.mode = Protocol::Mode::kStream, .step = 0};
+  for (const Protocol& protocol : {no_prompt, too_long, no_step}) EXPECT_THROW(PerplexityRow("full", protocol), Error);
+  EXPECT_THROW(ParseMode("both"), Error);
+}
+
+TEST(PerplexityTest, StopsWhenAsked) {
+  EvalSetup setup = Bundled().Setup({"full"}, 128);
+  const std::atomic<bool> stop = true;
+  setup.stop = &stop;
+  EXPECT_THROW(EvaluatePerplexity(setup, {{kSampleText}, 4, kStream8}), Error);
+}
+
+// The figures that are known for this model and text: 4.81 with the full cache, 4.84, 5.03 and 5.64 with 4 sinks and
+// 128, 64 and 16 recent tokens. They are those of about the first 40 windows of 512 tokens, one token a step.
+TEST(PerplexityTest, KnownValuesOfStories) {
+  const auto model = testing_support::SharedFile("data/models/stories260Ktok512.gguf");
+  const auto text = testing_support::SharedFile("data/text/tinystories-sample.txt");
+  if (!std::filesystem::exists(model) || !std::filesystem::exists(text)) GTEST_SKIP() << model << " is not there";
+  const auto part = std::filesystem::temp_directory_path() / "lesskv_eval_test_stories.txt";
+  std::ofstream(part) << ReadTextFile(text).substr(0, 45000);
+  testing_support::OpenedModel stories(model);
+  const EvalSetup setup = stories.Setup({"full", "window(132)", "window(68)", "window(20)"}, 512);
+  const Report report = EvaluatePerplexity(setup, {{part}, 0, kStream1});
+  const double known[] = {4.81, 4.84, 5.03, 5.64};
+  for (size_t i = 0; i < 4; ++i) EXPECT_NEAR(Value(report.rows[i], "perplexity") / known[i], 1, 0.015) << i;
+  std::filesystem::remove(part);
+}
+
+TEST(DivergenceTest, OfTheFullCacheIsExactlyZero) {
+  for (const Protocol& protocol : {kStream8, kContinue}) {
+    const Json row = DivergenceRow("full", protocol);
+    EXPECT_EQ(Value(row, "kl_mean"), 0);
+    EXPECT_EQ(Value(row, "kl_max"), 0);
+    EXPECT_EQ(Value(row, "same_top1"), 1);
+    EXPECT_EQ(Value(row, "perplexity_ratio"), 1);
+    EXPECT_EQ(Value(row, "perplexity_ratio_se"), 0);
+  }
+}
+
+TEST(DivergenceTest, GrowsAsRowsAreTakenAwayAndAgreesWithPerplexity) {
+  const Json many = DivergenceRow("window(64)", kStream8), few = DivergenceRow("window(8)", kStream8);
+  EXPECT_GT(Value(many, "kl_mean"), 0);
+  EXPECT_GT(Value(few, "kl_mean"), Value(many, "kl_mean"));
+  EXPECT_LT(Value(few, "same_top1"), Value(many, "same_top1"));
+  EXPECT_LE(Value(few, "kl_p95"), Value(few, "kl_p99"));
+  EXPECT_LE(Value(few, "kl_p99"), Value(few, "kl_max"));
+  EXPECT_NEAR(Value(few, "perplexity"), Value(PerplexityRow("window(8)", kStream8), "perplexity"), 1e-6);
+  EXPECT_NEAR(Value(few, "perplexity_full"), Value(PerplexityRow("full", kStream8), "perplexity"), 1e-6);
+  EXPECT_NEAR(Value(few, "perplexity_ratio"), Value(few, "perplexity") / Value(few, "perplexity_full"), 1e-9);
+}
+
+RecallOptions KeyWords() {
+  RecallOptions options;
+  options.kinds = {RecallKind::kKeyWord};
+  options.lengths = {160};
+  options.depths = {0.1, 0.9};
+  options.samples = 6;
+  return options;
+}
+
+// The bundled model answers nearly all of these; a cache that has lost the first half cannot.
+TEST(RecallTest, SeesWhatACacheHasForgotten) {
+  RecallOptions options = KeyWords();
+  options.ask = RecallOptions::Ask::kAfterPrompt;
+  const Report report = EvaluateRecall(Bundled().Setup({"full", "window(48)"}, 256), options);
+  const auto full = report.rows[0]["accuracy_by_depth"], window = report.rows[1]["accuracy_by_depth"];
+  EXPECT_GE(full[0], 0.6);
+  EXPECT_GE(full[1], 0.6);
+  EXPECT_EQ(window[0], 0.0);
+  EXPECT_GE(window[1], 0.6);
+  EXPECT_EQ(report.rows[0]["samples"], 12);
+  EXPECT_GE(Value(report.rows[0], "first_token_accuracy"), Value(report.rows[0], "accuracy"));
+}
+
+TEST(RecallTest, TheWaysOfAskingAgreeForTheFullCache) {
+  RecallOptions with = KeyWords(), after = KeyWords(), stream = KeyWords();
+  after.ask = RecallOptions::Ask::kAfterPrompt;
+  stream.protocol = kStream8;
+  const auto accuracy = [](const RecallOptions& options) {
+    return EvaluateRecall(Bundled().Setup({"full"}, 256), options).rows.at(0)["accuracy_by_depth"];
+  };
+  EXPECT_EQ(accuracy(with), accuracy(after));
+  EXPECT_EQ(accuracy(with), accuracy(stream));
+}
+
+TEST(RecallTest, RefusesLengthsAndDepthsThatCannotBe) {
+  RecallOptions options = KeyWords();
+  EXPECT_THROW(EvaluateRecall(Bundled().Setup({"full"}, 160), options), Error);
+  options.depths = {1.5};
+  EXPECT_THROW(EvaluateRecall(Bundled().Setup({"full"}, 256), options), Error);
+}
+
+TEST(HeatMapTest, HasACellForEveryLengthAndDepth) {
+  const Report report = EvaluateRecall(Bundled().Setup({"full", "window(48)"}, 256), KeyWords());
+  const std::string svg = HeatMapSvg(report);
+  size_t cells = 0;
+  for (size_t at = svg.find("<rect x="); at != std::string::npos; at = svg.find("<rect x=", at + 1)) ++cells;
+  EXPECT_EQ(cells, 4u);
+  EXPECT_NE(svg.find("window(48)"), std::string::npos);
+  EXPECT_EQ(svg.find("href"), std::string::npos);  // nothing outside the file
+  EXPECT_THROW(WriteHeatMap("recall.png", report), Error);
+}
+
+TEST(ChoicesTest, PromptsOfTheThreeKinds) {
+  const auto questions =
+      ParseChoices(R"({"q": "It fell.", "asks_for": "cause", "choices": ["It broke.", "I ran."], "label": 0}
+{"q": "Ann met Eve so _ smiled.", "choices": ["Ann", "Eve"], "label": 1}
+
+{"q": "What is hot?", "choices": ["ice", "fire", "rain"], "label": 1})",
+                   "test");
+  ASSERT_EQ(questions.size(), 3u);
+  EXPECT_EQ(questions[0].prompt, "It fell because");
+  EXPECT_EQ(questions[0].continuations[1], " i ran.");
+  EXPECT_EQ(questions[1].prompt, "Ann met Eve so");
+  EXPECT_EQ(questions[1].continuations[1], " Eve smiled.");
+  EXPECT_EQ(questions[2].prompt, "Question: What is hot?\nAnswer:");
+  EXPECT_EQ(questions[2].label, 1u);
+  EXPECT_THROW(ParseChoices("{\"q\": 1}", "test"), Error);
+  EXPECT_THROW(ParseChoices(R"({"q": "a", "choices": ["b", "c"], "label": 2})", "test"), Error);
+}
+
+// A copied statement is likelier than a wrong one for any model that can copy.
+TEST(ChoicesTest, TheLikelierContinuationWins) {
+  ChoicesOptions options;
+  options.source = "test";
+  const std::string told = "The code of garden is 4821.\nThe code of river is 77.\n\nThe code of garden is";
+  options.questions = {{told, {" 4821.\n", " 93516.\n"}, 0}, {told, {" horse.\n", " 4821.\n"}, 1}};
+  const Json row = EvaluateChoices(Bundled().Setup({"full"}, 128), options).rows.at(0);
+  EXPECT_EQ(Value(row, "accuracy"), 1);
+  EXPECT_EQ(Value(row, "accuracy_normalised"), 1);
+  EXPECT_EQ(row["questions"], 2);
+  for (auto& question : options.questions) question.label = 1 - question.label;
+  EXPECT_EQ(Value(EvaluateChoices(Bundled().Setup({"full"}, 128), options).rows.at(0), "accuracy"), 0);
+}
+
+TEST(SummarizeTest, AgainstItselfIsOneAndAgainstOtherWordsZero) {
+  SummarizeOptions options;
+  options.tasks = ParseSummaryTasks(R"({"article": "Once upon a time", "summary_gt": "zzzz qqqq", "id": 3})", "test");
+  options.source = "test";
+  options.max_tokens = 24;
+  const Json other = EvaluateSummaries(Bundled().Setup({"full"}, 128), options).rows.at(0);
+  EXPECT_EQ(Value(other, "rouge1"), 0);
+  EXPECT_EQ(other["against"], "reference");
+  options.against = SummarizeOptions::Against::kFull;
+  const Json self = EvaluateSummaries(Bundled().Setup({"full"}, 128), options).rows.at(0);
+  EXPECT_EQ(Value(self, "rouge1"), 1);
+  EXPECT_EQ(Value(self, "rouge_l"), 1);
+  EXPECT_EQ(self["against"], "the full cache's continuation");
+  options.max_tokens = 128;  // leaves no room for the prompt
+  EXPECT_THROW(EvaluateSummaries(Bundled().Setup({"full"}, 128), options), Error);
+  EXPECT_THROW(ParseSummaryTasks("{\"article\": \"x\"}", "test"), Error);
+}
+
+TEST(MatchBytesTest, RivalsTakeAtMostTheBytesAndNearlyAllOfThem) {
+  EvalSetup setup = Bundled().Setup({"h2o(64)+q8"}, 512);
+  AddRivals(setup, 0, 512);
+  ASSERT_EQ(setup.subjects.size(), 4u);  // full, the subject, window, h2o
+  EXPECT_EQ(setup.subjects[0].config->spec().ToString(), "full");
+  const auto bytes = [](const Subject& s) { return static_cast<double>(s.config->Plan(0, 512).bytes_end); };
+  for (size_t i = 2; i < 4; ++i) {
+    EXPECT_EQ(setup.subjects[i].match, "equal bytes");
+    EXPECT_EQ(setup.subjects[i].matched_to, setup.subjects[1].config->spec().ToString());
+    EXPECT_LE(bytes(setup.subjects[i]), bytes(setup.subjects[1]));
+    EXPECT_GE(bytes(setup.subjects[i]), 0.95 * bytes(setup.subjects[1]));
+  }
+}
+
+TEST(MatchBytesTest, NothingIsAddedTwice) {
+  EvalSetup setup = Bundled().Setup({"full", "h2o(64)"}, 512);
+  AddRivals(setup, 0, 512);
+  ASSERT_EQ(setup.subjects.size(), 3u);  // h2o's rival is window, not itself
+  EXPECT_TRUE(setup.subjects[2].config->spec().ToString().starts_with("window("));
+}
+
+}  // namespace
+}  // namespace lesskv

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Measures the tables of docs/results.md with `lesskv eval` and writes the page.
+
+  make_results.py --data DIR [--lesskv build/release/apps/lesskv/lesskv] [--jobs 2] [--only base|less]
+  make_results.py --render
+
+DIR holds text/books-test.tar.xz (held-out books) and text/wikitext-2/wiki.test.raw. Every finished run is one line of results.jsonl beside
+this script, under its command line and the model's bytes; running again does what is missing, so that it can be stopped at any time.
+--render only writes the page from what is there.
+"""
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STORE = Path(__file__).resolve().parent / "results.jsonl"
+PAGE = ROOT / "docs" / "results.md"
+MODEL = "models/lesskv-small.gguf"
+SELECTORS = ["window", "h2o", "tova", "snapkv"]
+BUDGETS = ["2%", "5%", "10%", "20%"]
+LESS_SELECTORS = ["h2o", "window", "tova"]
+LESS_BUDGETS = ["2%", "5%", "10%"]
+
+
+def base_specs():
+  return ["full"] + [f"{s}({b})" for b in BUDGETS for s in SELECTORS]
+
+
+def less_specs():
+  return [f"{s}({b})+less" for s in LESS_SELECTORS for b in LESS_BUDGETS]
+
+
+def plan():
+  """(name, group, arguments) of every run; BOOKS, BOOK and WIKI stand for files."""
+  runs = []
+  for group, specs, extra in (("base", base_specs(), []), ("less", less_specs(), ["--match-bytes"])):
+    kv = [a for s in specs for a in ("--kv", s)]
+    for text in ("BOOKS", "WIKI"):
+      common = ["--text", text, "--max-windows", "24", *kv, *extra]
+      runs.append((f"{group} stream {text}", group, ["divergence", "--mode", "stream", "--step", "8", *common]))
+      if group == "base" or text == "BOOKS":
+        runs.append((f"{group} continue {text}", group, ["divergence", "--mode", "continue", "--prompt", "1024", *common]))
+    tasks, lengths = ("kv,kv_words,needle", "512,1024") if group == "base" else ("kv,needle", "1024")
+    recall = ["recall", "--task", tasks, "--length", lengths, "--depths", "0.1,0.3,0.5,0.7,0.9",
+              "--samples", "8", "--text", "BOOK", "--ask", "after", *kv, *extra]
+    runs.append((f"{group} recall", group, recall))
+  return runs
+
+
+# -- running
+
+
+def prepare_texts(data: Path) -> dict:
+  """Argument lists for the names of plan(); the books are unpacked once, into a folder of the system's own."""
+  books = Path(tempfile.gettempdir()) / "lesskv-books-test"
+  if not books.exists():
+    scratch = Path(tempfile.mkdtemp(prefix="lesskv-books-"))
+    with tarfile.open(data / "text/books-test.tar.xz") as archive:
+      for member in archive.getmembers():
+        if member.isfile() and member.name.endswith(".txt"):
+          (scratch / Path(member.name).name).write_bytes(archive.extractfile(member).read())
+    scratch.rename(books)
+  files = sorted(str(p) for p in books.glob("*.txt"))
+  return {"BOOKS": files, "BOOK": files[:1], "WIKI": [str(data / "text/wikitext-2/wiki.test.raw")]}
+
+
+def substitute(arguments, texts):
+  out = []
+  for name, value in zip(arguments, arguments[1:] + [""]):
+    if name == "--text":
+      out += [a for f in texts[value] for a in ("--text", f)]
+    elif name not in texts:
+      out.append(name)
+  return out
+
+
+def file_hash(path: Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "none"
+
+
+def read_store() -> dict:
+  if not STORE.exists():
+    return {}
+  records = [json.loads(line) for line in STORE.read_text().splitlines() if line.strip()]
+  return {record["key"]: record for record in records}
+
+
+def run_key(group: str, arguments) -> str:
+  """What makes a run the same: its arguments, the model, and the sidecar where one is read."""
+  model = ROOT / MODEL
+  parts = [shlex.join(arguments), file_hash(model)]
+  if group == "less":
+    parts.append(file_hash(model.with_suffix(".less.gguf")))
+  return " | ".join(parts)
+
+
+def execute(args, name, group, arguments, texts, lock) -> None:
+  command = [str(args.lesskv), "eval", arguments[0], "-m", MODEL, "-t", "1", "-o", "json", *substitute(arguments[1:], texts)]
+  begin = time.time()
+  # Threads that wait asleep: other work may share the machine.
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+  if done.returncode != 0:
+    print(f"{name}: {done.stderr.strip()}", file=sys.stderr)
+    return
+  rows = json.loads(done.stdout)
+  for row in rows:
+    if "texts" in row:
+      row["texts"] = [Path(t).name for t in row["texts"]]
+  record = {"key": run_key(group, arguments), "name": name, "arguments": arguments, "seconds": round(time.time() - begin, 1),
+            "machine": machine(), "rows": rows}
+  with lock, STORE.open("a") as store:
+    store.write(json.dumps(record) + "\n")
+  print(f"{name}: {record['seconds']} s", file=sys.stderr)
+
+
+def machine() -> str:
+  model = next((l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
+  return f"{model}, {os.cpu_count()} CPUs"
+
+
+def measure(args) -> None:
+  texts = prepare_texts(args.data)
+  store, lock = read_store(), threading.Lock()
+  missing = [r for r in plan() if args.only in (None, r[1]) and run_key(r[1], r[2]) not in store]
+  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    for future in [pool.submit(execute, args, *run, texts, lock) for run in missing]:
+      future.result()
+
+
+# -- the page
+
+
+def with_error(row, key, digits):
+  error = row.get(key + "_se")
+  return f"{row[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def kib(n) -> str:
+  return f"{n / 1024:.0f}"
+
+
+def label(row) -> str:
+  spec = f"`{row['kv_spec']}`"
+  return f"{spec} ({row['match']})" if row.get("match") else spec
+
+
+def table(head, rows) -> str:
+  lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+  return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows]) + "\n"
+
+
+def divergence_table(rows) -> str:
+  head = ["cache", "perplexity", "ratio to full", "word perplexity", "bits/byte", "KL mean", "95 %", "99 %", "max", "same top-1 %",
+          "rows", "KiB", "peak KiB", "tokens/s"]
+  body = [[label(r), with_error(r, "perplexity", 2), with_error(r, "perplexity_ratio", 4), f"{r['word_perplexity']:.1f}",
+           f"{r['bits_per_byte']:.4f}", with_error(r, "kl_mean", 4), f"{r['kl_p95']:.3f}", f"{r['kl_p99']:.3f}", f"{r['kl_max']:.2f}",
+           f"{100 * r['same_top1']:.1f}", f"{r['tokens_resident']:.0f}", kib(r["kv_bytes"]), kib(r["kv_bytes_peak"]),
+           f"{r['tokens_per_second']:.0f}"] for r in rows]
+  return table(head, body)
+
+
+def recall_table(rows) -> str:
+  columns = sorted({(r["task"], r["length"]) for r in rows})
+  by_spec = {}
+  for r in rows:
+    by_spec.setdefault(label(r), {})[r["task"], r["length"]] = r
+  head = ["cache", *[f"{t}, {n}" for t, n in columns], "rows", "KiB"]
+  body = []
+  for spec, cells in by_spec.items():
+    last = cells[columns[0][0], max(n for _, n in columns)]
+    body.append([spec, *[f"{100 * cells[c]['accuracy']:.0f}" for c in columns], f"{last['tokens_resident']:.0f}", kib(last["kv_bytes"])])
+  return table(head, body)
+
+
+def recovered_table(rows) -> str:
+  """How much of the perplexity (as log ratio) that the bare selector loses each rival wins back."""
+  import math
+  by_match = {}
+  for r in rows:
+    owner = r["matched_to"] or r["kv_spec"]
+    by_match.setdefault(owner, {})[r["match"] or "less"] = r
+  body = []
+  for owner, group in by_match.items():
+    if "bare selector" not in group:
+      continue
+    lost = math.log(group["bare selector"]["perplexity_ratio"])
+    won = lambda k: f"{100 * (1 - math.log(group[k]['perplexity_ratio']) / lost):.0f} %" if k in group else "-"
+    kl = lambda k: f"{group[k]['kl_mean']:.4f}" if k in group else "-"
+    names = ("rank/2 extra rows", "equal bytes", "less")
+    body.append([f"`{owner}`", f"{group['bare selector']['perplexity_ratio']:.4f}", *map(won, names), kl("bare selector"), *map(kl, names)])
+  head = ["cache", "bare selector's perplexity ratio", "won back: rank/2 extra rows", "won back: equal bytes in rows", "won back: LESS",
+          "KL: bare", "KL: rank/2 extra rows", "KL: equal bytes", "KL: LESS"]
+  return table(head, body)
+
+
+TEXTS = {"BOOKS": "twelve held-out books (authors that occur nowhere in training)", "WIKI": "WikiText-2 test (raw), out of domain"}
+
+
+def command_of(record) -> str:
+  arguments = record["arguments"]
+  return f"    lesskv eval {arguments[0]} -m {MODEL} -t 1 {shlex.join(arguments[1:])}\n"
+
+
+def render() -> None:
+  store = read_store()
+  records = {name: store[run_key(group, a)] for name, group, a in plan() if run_key(group, a) in store}
+  if not records:
+    sys.exit("nothing has been measured for this model yet")
+  text = (Path(__file__).resolve().parent / "results_head.md").read_text()
+  first = next(iter(records.values()))["rows"][0]
+  facts = f"Model {MODEL}, fingerprint {first['model_fingerprint']}, context {first['ctx']}; lesskv {first['version']}, " \
+          f"{first['compute']} on {first['isa']}, one thread; machine: {next(iter(records.values()))['machine']}, shared with other work, " \
+          "so speeds are a lower bound and only roughly comparable.\n"
+  out = [text.replace("{{facts}}", facts)]
+  for group, title in (("base", "Selectors"), ("less", "LESS")):
+    chosen = {n: r for n, r in records.items() if n.startswith(group)}
+    if not chosen:
+      continue
+    out.append(f"## {title}\n")
+    note = Path(__file__).resolve().parent / f"results_{group}.md"
+    if note.exists():
+      out.append(note.read_text())
+    for name, record in chosen.items():
+      out.append(section(group, name, record))
+  PAGE.write_text("\n".join(out))
+  print(f"{PAGE} written from {len(records)} runs", file=sys.stderr)
+
+
+def section(group, name, record) -> str:
+  rows = record["rows"]
+  if name.endswith("recall"):
+    body = "Share of questions answered right (every token), in %, by task and prompt length; 40 questions a cell, 5 depths.\n\n" + recall_table(rows)
+    heading = "Recall, asked after the prompt was compressed"
+  else:
+    mode, text = name.split()[1:]
+    how = "8 tokens a step, evicting in between" if mode == "stream" else "1,024 tokens at once, then one token a step"
+    heading = f"{mode}, {'books' if text == 'BOOKS' else 'WikiText-2'}"
+    body = f"{TEXTS[text]}: {rows[0]['windows']} windows of {rows[0]['ctx']} tokens, {how}; {rows[0]['tokens_scored']} tokens scored.\n\n"
+    body += (recovered_table(rows) + "\n" if group == "less" else "") + divergence_table(rows)
+  return f"### {heading}\n\n{body}\n{command_of(record)}"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--data", type=Path, help="folder with text/")
+  parser.add_argument("--lesskv", type=Path, default=ROOT / "build/release/apps/lesskv/lesskv")
+  parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+  parser.add_argument("--only", choices=["base", "less"])
+  parser.add_argument("--render", action="store_true", help="only write the page")
+  args = parser.parse_args()
+  if not args.render:
+    if args.data is None:
+      parser.error("--data is needed to measure")
+    args.lesskv = args.lesskv.resolve()
+    measure(args)
+  render()
+
+
+if __name__ == "__main__":
+  main()
