@@ -1,6 +1,7 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -214,6 +215,8 @@ struct Plan {
   size_t scratch_floats = 0;
 };
 
+bool IsDecode(const AttentionView& view) { return view.n_queries > 0 && view.n_queries <= kDecodeQueries; }
+
 size_t QueriesPerTask(size_t group) { return std::max<size_t>(1, kStackedQueries / group); }
 
 Plan PlanTasks(const AttentionKernels& kernels, const std::vector<AttentionView>& views) {
@@ -249,20 +252,24 @@ void Attend(std::span<const AttentionJob> jobs) {
   Workspace& workspace = ThreadWorkspace();
   float* scratch = workspace.scratch.Get(plan.scratch_floats * static_cast<size_t>(Threads()));
   float* partials = workspace.partials.Get(plan.partial_floats);
+  const auto n_splits = [&](size_t j) { return CeilDiv(views[j].n_rows, kSplitRows); };
+  const auto merge = [&](size_t j) { kernels.merge_splits(views[j], partials + plan.first_partial[j], n_splits(j)); };
+  // Whoever finishes a job's last split merges them all: a second parallel region would cost as much as 2,000 rows.
+  const auto splits_left = std::make_unique<std::atomic<size_t>[]>(views.size());
+  for (size_t j = 0; j < views.size(); ++j) {
+    splits_left[j].store(n_splits(j), std::memory_order_relaxed);
+    if (n_splits(j) == 0 && IsDecode(views[j])) merge(j);
+  }
   ParallelFor(plan.tasks.size(), [&](size_t t) {
     const Task& task = plan.tasks[t];
     const AttentionView& view = views[task.job];
     float* own = scratch + static_cast<size_t>(ThreadIndex()) * plan.scratch_floats;
-    if (view.n_queries <= kDecodeQueries) {
-      kernels.decode(view, task.index, own, partials + task.offset);
-    } else {
+    if (!IsDecode(view)) {
       kernels.prefill(view, task.index, std::min(QueriesPerTask(view.group), view.n_queries - task.index), own);
+      return;
     }
-  });
-  ParallelFor(views.size(), [&](size_t j) {
-    const AttentionView& view = views[j];
-    if (view.n_queries == 0 || view.n_queries > kDecodeQueries) return;
-    kernels.merge_splits(view, partials + plan.first_partial[j], CeilDiv(view.n_rows, kSplitRows));
+    kernels.decode(view, task.index, own, partials + task.offset);
+    if (splits_left[task.job].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(task.job);
   });
 }
 
