@@ -85,7 +85,7 @@ def measure_losses(model, ngrams, sets, token_bytes, limit: int) -> dict:
     row = {"tokens": count, "bytes": n_bytes, "nats_per_token": nats / count, "bits_per_byte": nats / n_bytes / LN2}
     for key, total in gram.items():
       row |= {f"{key}_nats_per_token": total / count, f"{key}_bits_per_byte": total / n_bytes / LN2}
-    out[name] = {k: round(v, 4) for k, v in row.items()}
+    out[name] = {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
     print(name, out[name], flush=True)
   return out
 
@@ -108,7 +108,7 @@ def context_curve(model, tokens, samples: int, targets: int = 64) -> list:
 def measure_recall(model, tasks, documents: int) -> dict:
   """Accuracy by task and length; for `kv` at the longest length also by depth (five equal parts of the list)."""
   n, out = model.cfg.context, {}
-  lengths = [c for c in (128, 256, 512, 1024, 2048, 4096) if c < n] + [n]
+  lengths = [c for c in (128, 256, 512, 1024, 1536, 1792, 2048, 3072, 4096) if c < n] + [n]
   for kind in ("kv", "kv_words", "needle", "variable"):
     out[kind] = {}
     for length in lengths:

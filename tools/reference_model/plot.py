@@ -23,7 +23,7 @@ def main() -> None:
   steps = [r for r in records if "loss" in r]
   evals = [r for r in records if r.get("eval")]
   fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-  left.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=0.8, label="training (weighted mix)")
+  left.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=0.6, label="training (weighted mix)")
   left.plot([r["tokens"] / 1e6 for r in evals], [r["valid_loss"] for r in evals], "o-", ms=3, label="books-valid")
   left.set(xlabel="million tokens", ylabel="nats per token", title="loss")
   left.set_ylim(top=6.5)
@@ -38,7 +38,7 @@ def main() -> None:
   if args.eval and args.eval.exists():
     curve = json.loads(args.eval.read_text()).get("curve", [])
     right.errorbar([c["context"] for c in curve], [c["perplexity"] for c in curve], fmt="o-", ms=4)
-  right.set(xscale="log", xlabel="tokens of context", ylabel="perplexity", title="same targets (books-test), more context")
+  right.set(xlabel="tokens of context", ylabel="perplexity", title="same targets (books-test), more context")
   right.set_xscale("log", base=2)
   fig.savefig(args.out, dpi=80)
   print(args.out, args.out.stat().st_size, "bytes")
