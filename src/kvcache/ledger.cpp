@@ -24,8 +24,23 @@ void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool s
   const size_t capacity = Capacity(std::max(rows, n_rows), fixed);
   if (capacity == 0 || positions_.size() == capacity * sizeof(Position)) return;
   CountedBuffer positions = Resized(counter, positions_, capacity * sizeof(Position));
-  if (scores) scores_ = Resized(counter, scores_, capacity * sizeof(float));
+  if (scores) {
+    CountedBuffer moved = Resized(counter, scores_, capacity * sizeof(float));
+    scores_ = std::move(moved);
+  }
   positions_ = std::move(positions);
+}
+
+void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, bool scores) {
+  if (n_rows == 0) {
+    positions_ = CountedBuffer();
+    scores_ = CountedBuffer();
+    return;
+  }
+  try {
+    Reserve(counter, n_rows, fixed, scores);
+  } catch (const Error&) {
+  }
 }
 
 void HeadLedger::AppendNew(size_t seen, size_t n) {

@@ -22,6 +22,9 @@ struct HeadLedger {
   // Room for `rows` rows: exactly `fixed` when that is not 0, else whole blocks.
   void Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool scores);
 
+  // Takes back a Reserve: room as for the rows that are there. Keeps the larger room when there is no memory to move.
+  void Shrink(ByteCounter& counter, size_t fixed, bool scores);
+
   // New tokens at positions seen, seen + 1, ... take the next slots.
   void AppendNew(size_t seen, size_t n);
 

@@ -94,8 +94,12 @@ struct SequenceCache::Impl {
   void Commit(size_t layer);
   LayerRows GatherRows(size_t layer, std::vector<HeadRows>& heads);
   void Absorb(size_t layer, const VictimLists& victims);
+  void ReserveLedgers(size_t n_tokens, bool step_evicts, const std::vector<size_t>& new_budgets);
+  void TakeBackRoom(const std::vector<size_t>& old_budgets);
   void End();
   void Cancel();
+  void CheckBudgets() const;
+  void CheckSets() const;
   void CountStep(size_t n_tokens, StepKind step_kind);
 };
 
@@ -112,20 +116,37 @@ void SequenceCache::Impl::Begin(size_t n_tokens, StepKind step_kind) {
 
   const bool step_evicts = selector.Rows() > 0 && selector.Evicts(step_kind);
   store->Reserve({n_tokens, step_evicts, step_kind == StepKind::kPrompt, new_budgets});
-  if (selector.Rows() > 0) {
-    for (size_t i = 0; i < ledgers.size(); ++i) {
-      const size_t all = ledgers[i].n_rows + n_tokens;
-      ledgers[i].Reserve(counter, step_evicts ? std::max(ledgers[i].n_rows, std::min(all, new_budgets[i])) : all,
-                         selector.Evicts(StepKind::kDecode) ? new_budgets[i] : 0, selector.KeepsScores());
-    }
+  try {
+    ReserveLedgers(n_tokens, step_evicts, new_budgets);
+    if (StateFloats() > 0 && states.size() == 0)
+      states = CountedBuffer(counter, ledgers.size() * StateFloats() * sizeof(float));
+  } catch (...) {
+    TakeBackRoom(budgets);
+    throw;
   }
-  if (StateFloats() > 0 && states.size() == 0)
-    states = CountedBuffer(counter, ledgers.size() * StateFloats() * sizeof(float));
   previous_budgets = std::exchange(budgets, std::move(new_budgets));
   n_step = n_tokens;
   kind = step_kind;
   evicts = step_evicts;
   in_step = true;
+}
+
+void SequenceCache::Impl::ReserveLedgers(size_t n_tokens, bool step_evicts, const std::vector<size_t>& new_budgets) {
+  if (selector.Rows() == 0) return;
+  for (size_t i = 0; i < ledgers.size(); ++i) {
+    const size_t all = ledgers[i].n_rows + n_tokens;
+    ledgers[i].Reserve(counter, step_evicts ? std::max(ledgers[i].n_rows, std::min(all, new_budgets[i])) : all,
+                       selector.Evicts(StepKind::kDecode) ? new_budgets[i] : 0, selector.KeepsScores());
+  }
+}
+
+// Frees what Begin reserved; `old_budgets` are those of the step before.
+void SequenceCache::Impl::TakeBackRoom(const std::vector<size_t>& old_budgets) {
+  store->CancelStep();
+  const bool fixed = selector.Evicts(StepKind::kDecode) && !old_budgets.empty();
+  for (size_t i = 0; i < ledgers.size(); ++i)
+    ledgers[i].Shrink(counter, fixed ? old_budgets[i] : 0, selector.KeepsScores());
+  if (tokens_seen == 0) states = CountedBuffer();
 }
 
 void SequenceCache::Impl::End() {
@@ -137,8 +158,8 @@ void SequenceCache::Impl::End() {
 
 void SequenceCache::Impl::Cancel() {
   CHECK(in_step, "no step is in progress");
-  store->CancelStep();
   budgets = std::move(previous_budgets);
+  TakeBackRoom(budgets);
   in_step = false;
 }
 
@@ -360,7 +381,12 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
     cache.CountStep(1, StepKind::kDecode);
   plan.bytes_end = cache.counter.now;
   plan.bytes_peak = cache.counter.peak;
-  plan.rows_end = static_cast<double>(cache.Rows()) / static_cast<double>(cache.ledgers.size());
+  size_t rows = cache.Rows();
+  for (size_t i = 0; bounded && n_decode > 1 && i < cache.ledgers.size(); ++i) {
+    const size_t held = cache.ledgers[i].n_rows;
+    rows += std::min(held + n_decode - 1, std::max(held, cache.budgets[i])) - held;
+  }
+  plan.rows_end = static_cast<double>(rows) / static_cast<double>(cache.ledgers.size());
   return plan;
 }
 
@@ -434,6 +460,33 @@ std::vector<std::byte> SequenceCache::Serialize() const {
   return std::move(out.bytes);
 }
 
+// Budgets read from a file: some division of what the configuration allows, with room for what always stays.
+void SequenceCache::Impl::CheckBudgets() const {
+  const size_t n_protected = config->protect_.CountFrom(static_cast<int32_t>(selector.Sinks()));
+  size_t total = 0, allowed = 0;
+  for (size_t budget : config->Budgets(shape.ctx)) allowed += budget;
+  for (size_t i = 0; i < budgets.size(); ++i) {
+    const size_t own = std::max(selector.Window(budgets[i]), selector.Sinks());
+    if (own + n_protected > budgets[i] || budgets[i] == 0)
+      Fail(ErrorCode::kBadFile, "saved cache: a budget of {} rows does not hold the {} that always stay", budgets[i],
+           own + n_protected);
+    if (selector.KeepsOneSetALayer() && budgets[i] != budgets[i / shape.n_kv_heads * shape.n_kv_heads])
+      Fail(ErrorCode::kBadFile, "saved cache: the heads of a layer have different budgets");
+    total += budgets[i];
+  }
+  if (total != allowed)
+    Fail(ErrorCode::kBadFile, "saved cache: budgets of {} rows in all where this spec has {}", total, allowed);
+}
+
+void SequenceCache::Impl::CheckSets() const {
+  if (!selector.KeepsOneSetALayer()) return;
+  for (size_t i = 0; i < ledgers.size(); ++i) {
+    const auto first = ledgers[i / shape.n_kv_heads * shape.n_kv_heads].Positions(), own = ledgers[i].Positions();
+    if (!std::equal(own.begin(), own.end(), first.begin(), first.end()))
+      Fail(ErrorCode::kBadFile, "saved cache: the heads of a layer hold different tokens");
+  }
+}
+
 void SequenceCache::Restore(const std::byte* data, size_t size) {
   auto fresh = std::make_unique<Impl>(impl_->config);
   ByteReader in{{data, size}};
@@ -445,6 +498,7 @@ void SequenceCache::Restore(const std::byte* data, size_t size) {
     Fail(ErrorCode::kBadFile, "saved cache: {} budgets do not fit this model and spec", n_budgets);
   for (size_t i = 0; i < n_budgets; ++i)
     fresh->budgets.push_back(in.Count(fresh->selector.Rows() * fresh->shape.n_layers, "a budget"));
+  if (n_budgets > 0) fresh->CheckBudgets();
   const std::vector<size_t> none(n_heads, 0);
   fresh->store->Load(in, n_budgets == 0 ? none : fresh->budgets, fresh->tokens_seen);
   for (size_t i = 0; i < n_heads; ++i) {
@@ -453,10 +507,12 @@ void SequenceCache::Restore(const std::byte* data, size_t size) {
     fresh->ledgers[i].Load(in, fresh->counter, bounded ? n_rows : 0, fixed, fresh->selector.KeepsScores(),
                            fresh->tokens_seen);
   }
+  if (bounded) fresh->CheckSets();
   in.Raw(fresh->has_absorbed.data(), fresh->has_absorbed.size());
   const size_t state_bytes = n_heads * fresh->StateFloats() * sizeof(float);
   const size_t saved = in.Count(state_bytes, "the residual state's bytes");
-  if (saved != 0 && saved != state_bytes) Fail(ErrorCode::kBadFile, "saved cache: a residual state of another size");
+  if (saved != (fresh->tokens_seen > 0 ? state_bytes : 0))
+    Fail(ErrorCode::kBadFile, "saved cache: a residual state of another size");
   if (saved > 0) {
     fresh->states = CountedBuffer(fresh->counter, state_bytes);
     in.Raw(fresh->states.data(), state_bytes);

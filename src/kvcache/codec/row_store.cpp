@@ -67,6 +67,19 @@ void RowStore::GrowTo(Head& head, size_t rows) {
   while (head.capacity() < rows) head.regions.emplace_back(*counter_, BytesFor(kBlockRows));
 }
 
+// The arena as it was before Reserve. Without memory for a smaller copy the larger one stays, which the next step uses.
+void RowStore::TakeBackArena(Head& head) {
+  if (head.rows_before == 0) {
+    head.regions.clear();
+    head.region_rows = 0;
+    return;
+  }
+  try {
+    ResizeArena(head, head.rows_before);
+  } catch (const Error&) {
+  }
+}
+
 // Gives back blocks beyond the resident rows.
 void RowStore::Trim(Head& head) {
   while (!head.regions.empty() && head.capacity() - head.region_rows >= head.n_rows) head.regions.pop_back();
@@ -74,19 +87,25 @@ void RowStore::Trim(Head& head) {
 
 void RowStore::Reserve(const StepRoom& room) {
   try {
+    for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
     for (size_t i = 0; i < heads_.size(); ++i) {
       Head& head = heads_[i];
       const size_t all = head.n_rows + room.n_step;
-      if (!room.evicts) GrowTo(head, all);
-      else if (options_.grows) GrowTo(head, std::max(head.n_rows, std::min(all, room.budgets[i])));
-      else if (head.capacity() < room.budgets[i]) ResizeArena(head, RoundUp(room.budgets[i], kTileRows));
+      if (!room.evicts)
+        GrowTo(head, all);
+      else if (options_.grows)
+        GrowTo(head, std::max(head.n_rows, std::min(all, room.budgets[i])));
+      else if (head.capacity() < room.budgets[i])
+        ResizeArena(head, RoundUp(room.budgets[i], kTileRows));
     }
     const size_t staging_rows = room.evicts ? RoundUp(room.n_step, kTileRows) : 0;
     for (Head& head : staging_) {
-      if (staging_rows == 0) head = Head{};
-      else if (head.capacity() != staging_rows) head = Head{}, ResizeArena(head, staging_rows);
+      if (staging_rows == 0)
+        head = Head{};
+      else if (head.capacity() != staging_rows)
+        head = Head{}, ResizeArena(head, staging_rows);
     }
-  } catch (const Error&) {
+  } catch (...) {
     CancelStep();
     throw;
   }
@@ -97,8 +116,12 @@ void RowStore::Reserve(const StepRoom& room) {
 }
 
 void RowStore::CancelStep() {
-  if (options_.grows)
-    for (Head& head : heads_) Trim(head);
+  for (Head& head : heads_) {
+    if (options_.grows)
+      Trim(head);
+    else
+      TakeBackArena(head);
+  }
   for (Head& head : staging_) head = Head{};
   n_step_ = 0;
 }
@@ -223,13 +246,30 @@ void RowStore::Commit(size_t layer, size_t kv_head, const Compaction& compaction
 void RowStore::EndStep() {
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
-    if (!evicts_) head.n_rows += n_step_;
-    else if (options_.grows) Trim(head);
-    else ResizeArena(head, RoundUp(budgets_[i], kTileRows));
+    if (!evicts_)
+      head.n_rows += n_step_;
+    else if (options_.grows)
+      Trim(head);
+    else
+      ResizeArena(head, RoundUp(budgets_[i], kTileRows));
   }
   if (is_prompt_)
     for (Head& head : staging_) head = Head{};
   n_step_ = 0;
+}
+
+// One tile of a region, slots from n_rows on written as zeros: what left the cache does not leave in a file.
+void RowStore::SaveTile(const CountedBuffer& region, const RowFormat& format, const std::byte* tile, size_t n_rows,
+                        ByteWriter& out) const {
+  const size_t bytes = TileBytes(format);
+  CHECK(tile >= region.data() && tile + bytes <= region.data() + region.size());
+  if (n_rows >= kTileRows) return out.Raw(tile, bytes);
+  ByteCounter scratch;
+  CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
+  std::memcpy(copy.data(), tile, bytes);
+  const std::vector<float> zeros(shape_.head_dim, 0.0f);
+  WriteRows(format, copy.data(), n_rows, kTileRows - n_rows, zeros.data(), 0);
+  out.Raw(copy.data(), bytes);
 }
 
 void RowStore::Save(ByteWriter& out) const {
@@ -239,8 +279,8 @@ void RowStore::Save(ByteWriter& out) const {
     for (size_t row = 0; row < head.n_rows; row += kTileRows) {
       const CountedBuffer& region = head.regions[row / head.region_rows];
       const size_t tile = row % head.region_rows / kTileRows;
-      out.Raw(Keys(region) + tile * key_tile, key_tile);
-      out.Raw(Values(region, head.region_rows) + tile * value_tile, value_tile);
+      SaveTile(region, key_format_, Keys(region) + tile * key_tile, head.n_rows - row, out);
+      SaveTile(region, value_format_, Values(region, head.region_rows) + tile * value_tile, head.n_rows - row, out);
     }
   }
 }
@@ -250,8 +290,10 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const size_t n_rows = in.Count(options_.grows ? max_rows : budgets[i], "a head's number of rows");
-    if (options_.grows) GrowTo(head, n_rows);
-    else ResizeArena(head, RoundUp(budgets[i], kTileRows));
+    if (options_.grows)
+      GrowTo(head, n_rows);
+    else
+      ResizeArena(head, RoundUp(budgets[i], kTileRows));
     for (size_t row = 0; row < n_rows; row += kTileRows) {
       const CountedBuffer& region = head.regions[row / head.region_rows];
       const size_t tile = row % head.region_rows / kTileRows;

@@ -46,6 +46,7 @@ class RowStore final : public KvStore {
     std::vector<CountedBuffer> regions;  // keys, then values, of region_rows rows each
     size_t region_rows = 0;
     size_t n_rows = 0;
+    size_t rows_before = 0;  // an arena's size before the step: what CancelStep goes back to
     size_t capacity() const { return regions.size() * region_rows; }
   };
   struct Place {  // where a row lies
@@ -62,6 +63,9 @@ class RowStore final : public KvStore {
   static std::byte* Keys(const CountedBuffer& region);
   std::byte* Values(const CountedBuffer& region, size_t region_rows) const;
   void ResizeArena(Head& head, size_t rows);
+  void TakeBackArena(Head& head);
+  void SaveTile(const CountedBuffer& region, const RowFormat& format, const std::byte* tile, size_t n_rows,
+                ByteWriter& out) const;
   void GrowTo(Head& head, size_t rows);
   void Trim(Head& head);
   void AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const;

@@ -24,8 +24,13 @@ template <typename Evictable, typename Value>
 void ChooseWorst(const HeadRows& head, size_t n_leave, Evictable&& evictable, Value&& value,
                  std::vector<uint32_t>& leave) {
   if (n_leave == 0) return;
+  // Not-a-number is below every number: the order stays total whatever was computed.
   const auto worse = [&](uint32_t a, uint32_t b) {
     const auto va = value(a), vb = value(b);
+    if (va != va || vb != vb) {
+      if ((va != va) != (vb != vb)) return va != va;
+      return ToInt(head.positions[a]) > ToInt(head.positions[b]);
+    }
     return va != vb ? va < vb : ToInt(head.positions[a]) > ToInt(head.positions[b]);
   };
   const auto n_rows = static_cast<uint32_t>(head.n_rows());

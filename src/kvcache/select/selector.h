@@ -66,6 +66,8 @@ class Selector {
 
   virtual Observation Observes(StepKind) const { return {}; }
   virtual bool KeepsScores() const { return false; }
+  // All heads of a layer keep the same rows in the same slots.
+  virtual bool KeepsOneSetALayer() const { return false; }
   // Keys are read at consecutive positions inside the cache instead of their true ones.
   virtual bool UsesCachePositions() const { return false; }
 

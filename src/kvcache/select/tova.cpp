@@ -16,6 +16,7 @@ class TovaSelector final : public Selector {
   explicit TovaSelector(size_t rows) : rows_(rows) {}
 
   bool Evicts(StepKind) const override { return true; }
+  bool KeepsOneSetALayer() const override { return true; }
   size_t Rows() const override { return rows_; }
   size_t Window(size_t) const override { return 0; }
   Observation Observes(StepKind) const override { return {Observation::Queries::kLast, 1}; }

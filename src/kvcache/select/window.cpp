@@ -19,6 +19,7 @@ class WindowSelector final : public Selector {
       : rows_(rows), sinks_(sinks), cache_positions_(cache_positions) {}
 
   bool Evicts(StepKind) const override { return true; }
+  bool KeepsOneSetALayer() const override { return true; }
   size_t Rows() const override { return rows_; }
   // The sinks and the newest token; how far the window reaches beyond it is what protected tokens may shorten.
   size_t Window(size_t budget) const override { return std::min(sinks_ + 1, budget); }

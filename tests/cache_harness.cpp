@@ -1,0 +1,225 @@
+#include "cache_harness.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+
+#include "base/check.h"
+#include "kvcache/registry.h"
+
+namespace lesskv::testing_support {
+
+std::string TinyShape::Name() const {
+  return fmt::format("{} layers, {}/{} heads of {}", n_layers, n_heads, n_kv_heads, head_dim);
+}
+
+CacheShape MakeCacheShape(const TinyShape& shape, size_t rotary_dims) {
+  return {.n_layers = shape.n_layers,
+          .n_heads = shape.n_heads,
+          .n_kv_heads = shape.n_kv_heads,
+          .head_dim = shape.head_dim,
+          .ctx = shape.ctx,
+          .rope = RopeTable({.n_dims = rotary_dims, .base = 100.0, .frequency_factors = {}}),
+          .compute = ComputeType::kF32};
+}
+
+CacheShape MakeCacheShape(const TinyShape& shape) { return MakeCacheShape(shape, shape.rotary_dims()); }
+
+Text RandomText(const TinyShape& shape, size_t n, uint64_t seed, float scale) {
+  Rng rng(seed);
+  const auto fill = [&](size_t heads) {
+    std::vector<float> x(n * heads * shape.head_dim);
+    for (float& value : x) value = rng.Normal() * scale;
+    return x;
+  };
+  Text text{n, {}, {}, {}};
+  for (size_t l = 0; l < shape.n_layers; ++l) {
+    text.q.push_back(fill(shape.n_heads));
+    text.k.push_back(fill(shape.n_kv_heads));
+    text.v.push_back(fill(shape.n_kv_heads));
+  }
+  return text;
+}
+
+namespace {
+
+Outputs RunLayersOf(SequenceCache& cache, size_t n_heads, size_t n_kv_heads, size_t head_dim, const Text& text,
+                    size_t first, size_t n) {
+  CHECK(first + n <= text.n, "the text has {} tokens", text.n);
+  Outputs outputs;
+  for (size_t l = 0; l < text.q.size(); ++l) {
+    // Copies, so that a cache that kept the pointers would read freed memory.
+    const size_t kv = n_kv_heads * head_dim, qs = n_heads * head_dim;
+    {
+      const std::vector<float> k(text.k[l].begin() + static_cast<ptrdiff_t>(first * kv),
+                                 text.k[l].begin() + static_cast<ptrdiff_t>((first + n) * kv));
+      const std::vector<float> v(text.v[l].begin() + static_cast<ptrdiff_t>(first * kv),
+                                 text.v[l].begin() + static_cast<ptrdiff_t>((first + n) * kv));
+      cache.Append(l, k.data(), v.data());
+    }
+    std::vector<float> out(n * qs, std::nanf(""));
+    cache.Attend(l, text.q[l].data() + first * qs, out.data());
+    outputs.push_back(std::move(out));
+  }
+  return outputs;
+}
+
+void AddOutputs(Outputs& all, const Outputs& part) {
+  all.resize(part.size());
+  for (size_t l = 0; l < part.size(); ++l) all[l].insert(all[l].end(), part[l].begin(), part[l].end());
+}
+
+}  // namespace
+
+Outputs RunLayers(SequenceCache& cache, const TinyShape& shape, const Text& text, size_t first, size_t n) {
+  return RunLayersOf(cache, shape.n_heads, shape.n_kv_heads, shape.head_dim, text, first, n);
+}
+
+Outputs Feed(SequenceCache& cache, const Text& text, size_t first, size_t n, StepKind kind) {
+  const CacheShape& shape = cache.config().shape();
+  cache.BeginStep(n, kind);
+  Outputs outputs = RunLayersOf(cache, shape.n_heads, shape.n_kv_heads, shape.head_dim, text, first, n);
+  cache.EndStep();
+  return outputs;
+}
+
+std::vector<LifeStep> UsualLife() {
+  std::vector<LifeStep> life{{45, StepKind::kPrompt}};
+  for (int i = 0; i < 20; ++i) life.push_back({1, StepKind::kDecode});
+  life.push_back({3, StepKind::kDecode});
+  life.push_back({18, StepKind::kPrompt});
+  for (int i = 0; i < 9; ++i) life.push_back({1, StepKind::kDecode});
+  return life;
+}
+
+size_t Tokens(const std::vector<LifeStep>& life) {
+  size_t n = 0;
+  for (const LifeStep& step : life) n += step.n;
+  return n;
+}
+
+Outputs Live(SequenceCache& cache, const Text& text, size_t first, const LifeStep& step) {
+  if (step.kind != StepKind::kPrompt) return Feed(cache, text, first, step.n, step.kind);
+  const size_t chunk = cache.config().prefill_chunk();
+  Outputs outputs;
+  if (chunk == 0) outputs = Feed(cache, text, first, step.n, StepKind::kPrompt);
+  for (size_t done = 0; chunk > 0 && done < step.n; done += chunk)
+    AddOutputs(outputs, Feed(cache, text, first + done, std::min(chunk, step.n - done), StepKind::kStream));
+  cache.EndPrompt();
+  return outputs;
+}
+
+TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
+  static std::atomic<int> count{0};
+  path_ = (std::filesystem::temp_directory_path() / fmt::format("lesskv-contract-{}-{}.less.gguf", getpid(), count++))
+              .string();
+  SidecarShape s;
+  s.n_layers = shape.n_layers;
+  s.n_heads = shape.n_heads;
+  s.n_kv_heads = shape.n_kv_heads;
+  s.head_dim = shape.head_dim;
+  s.rank = 8;
+  s.hidden = 32;
+  s.kind = kind;
+  sidecar_ = InitialSidecar(s, 7);
+  sidecar_.matrix_type = DType::kF32;
+  Rng rng(11);
+  for (LayerParams& layer : sidecar_.layers) {
+    for (float& d : layer.d) d = rng.UniformFloat(-2.0f, 2.0f);
+    for (float& d : layer.d2) d = rng.UniformFloat(-1.0f, 1.0f);
+    for (float& b : layer.psi.b2) b = rng.UniformFloat(-0.5f, 0.5f);
+  }
+  WriteSidecar(path_, sidecar_);
+}
+
+TempSidecar::~TempSidecar() { std::filesystem::remove(path_); }
+
+std::shared_ptr<const CacheConfig> MakeConfig(const std::string& spec, const TinyShape& shape,
+                                              const TempSidecar& sidecar, std::vector<ProtectedSpan> protect) {
+  return CacheConfig::Create(CacheSpec::Parse(spec), MakeCacheShape(shape), std::move(protect), sidecar.source());
+}
+
+namespace {
+
+// The example with a chunk that is small beside the texts of these tests.
+std::string Example(const Method& method) {
+  return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
+}
+
+bool TakesHeadSize(const std::string& spec, size_t head_dim) {
+  const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos;
+  return !blocks || head_dim % 32 == 0;
+}
+
+}  // namespace
+
+std::vector<std::string> LegalSpecs(const TinyShape& shape) {
+  std::vector<std::string> specs;
+  const auto add = [&](const std::string& text) {
+    if (TakesHeadSize(text, shape.head_dim)) specs.push_back(CacheSpec::Parse(text).ToString());
+  };
+  const Method& h2o = *FindMethod("h2o");
+  for (size_t i = 0; i < Methods().size(); ++i) {
+    const Method* a = Methods()[i];
+    const bool a_selects = a->stage == Stage::kSelect;
+    add(a_selects ? Example(*a) : "h2o(5%)+" + Example(*a));
+    for (const Method* b : Methods().subspan(i + 1)) {
+      if (Conflict(*a, *b)) continue;
+      const bool selects = a_selects || b->stage == Stage::kSelect;
+      if (!selects && (Conflict(*a, h2o) || Conflict(*b, h2o))) continue;
+      add((selects ? "" : "h2o(5%)+") + Example(*a) + "+" + Example(*b));
+    }
+  }
+  for (const char* more :
+       {"window(12, sinks=2, positions=cache)", "window(12, sinks=2, positions=cache)+f32+prefill(chunk=5)",
+        "window(12, sinks=0)+less+f32", "h2o(heavy=9, recent=3)+less+f32", "h2o(heavy=0, recent=11)+f32",
+        "h2o(heavy=11, recent=0)+f32", "h2o(11, extra=4)+pyramid(3)+less+bf16+prefill(chunk=9)",
+        "tova(10)+pyramid(5)+less+f32", "tova(1)+f32", "snapkv(14, window=4, kernel=3)+less+f32+pyramid",
+        "snapkv(14, window=4, pool=avg)+f32+prefill(chunk=6)", "full+f32+prefill(chunk=16)",
+        "h2o(12)+mix(k=f16, v=f32)+less", "h2o(16)+mix(k=q8, v=q4)+less"})
+    add(more);
+  std::sort(specs.begin(), specs.end());
+  specs.erase(std::unique(specs.begin(), specs.end()), specs.end());
+  return specs;
+}
+
+bool IsLossless(const std::string& spec) {
+  const CacheSpec parsed = CacheSpec::Parse(spec);
+  return parsed.Find("f32") != nullptr;
+}
+
+std::vector<int32_t> Resident(const SequenceCache& cache, size_t layer, size_t kv_head) {
+  std::vector<int32_t> positions;
+  for (Position p : cache.ResidentPositions(layer, kv_head)) positions.push_back(ToInt(p));
+  return positions;
+}
+
+std::vector<std::vector<int32_t>> AllResident(const SequenceCache& cache, const TinyShape& shape) {
+  std::vector<std::vector<int32_t>> all;
+  for (size_t l = 0; l < shape.n_layers; ++l)
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) all.push_back(Resident(cache, l, h));
+  return all;
+}
+
+double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
+  CHECK(a.size() == b.size());
+  double worst = 0, largest = 1e-30;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::fabs(double(a[i]) - b[i]);
+    if (!(difference <= worst)) worst = difference;  // NaN stays
+    largest = std::max(largest, std::fabs(double(b[i])));
+  }
+  return worst / largest;
+}
+
+std::string SharedFile(const std::string& relative) {
+  const char* root = std::getenv("LESSKV_SHARED_DIR");
+  const std::string path = (root != nullptr ? std::string(root) : LESSKV_SOURCE_DIR "/../shared") + "/" + relative;
+  return std::filesystem::exists(path) ? path : "";
+}
+
+}  // namespace lesskv::testing_support

@@ -1,0 +1,637 @@
+// What every cache promises, whatever its spec: tested for each registered method, alone and in every legal pair, on
+// tiny random texts with multi-head, grouped and multi-query attention and odd head sizes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <set>
+
+#include "base/error.h"
+#include "base/threads.h"
+#include "cache_harness.h"
+#include "kvcache/registry.h"
+
+namespace lesskv {
+namespace {
+
+using namespace testing_support;  // NOLINT
+
+// Calls test(spec, shape, sidecar) for all legal specs of all tiny shapes.
+void ForEachSpec(const std::function<void(const std::string&, const TinyShape&, const TempSidecar&)>& test) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    for (const std::string& spec : LegalSpecs(shape)) {
+      SCOPED_TRACE(spec + ", " + shape.Name());
+      test(spec, shape, sidecar);
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+bool Same(const Outputs& a, const Outputs& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t l = 0; l < a.size(); ++l)
+    if (a[l].size() != b[l].size() || std::memcmp(a[l].data(), b[l].data(), a[l].size() * sizeof(float)) != 0)
+      return false;
+  return true;
+}
+
+// Feeds a life from token `first` on; the outputs of each of its steps.
+std::vector<Outputs> LiveAll(SequenceCache& cache, const Text& text, const std::vector<LifeStep>& life,
+                             size_t first = 0) {
+  std::vector<Outputs> all;
+  for (const LifeStep& step : life) {
+    all.push_back(Live(cache, text, first, step));
+    first += step.n;
+  }
+  return all;
+}
+
+void ExpectSameLives(const std::vector<Outputs>& a, const std::vector<Outputs>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(Same(a[i], b[i])) << "step " << i;
+}
+
+bool Evicts(const std::string& spec) { return CacheSpec::Parse(spec).Find("full") == nullptr; }
+// Heads that do not grow while decoding.
+bool Bounded(const std::string& spec) { return Evicts(spec) && CacheSpec::Parse(spec).Find("snapkv") == nullptr; }
+
+// The machine's other cores are not ours: with one thread no test waits for a pool.
+class OneThread : public testing::Environment {
+ public:
+  void SetUp() override { SetThreads(1); }
+};
+const auto* const kOneThread = testing::AddGlobalTestEnvironment(new OneThread);
+
+TEST(Contract, ListCoversEveryMethod) {
+  const auto specs = LegalSpecs(kTinyShapes[3]);
+  EXPECT_GT(specs.size(), 60u);
+  for (const Method* method : Methods()) {
+    if (method->name == DefaultTerm(method->stage)) continue;  // left out of canonical specs
+    const bool used = std::any_of(specs.begin(), specs.end(), [&](const std::string& spec) {
+      return CacheSpec::Parse(spec).Find(method->name) != nullptr;
+    });
+    EXPECT_TRUE(used) << method->name;
+  }
+}
+
+// Rule 1 and the budget: resident tokens are tokens seen, none twice, none comes back; never more than the budget.
+TEST(Contract, NothingReturnsAndBudgetsHold) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const auto config = MakeConfig(spec, shape, sidecar);
+    SequenceCache cache(config);
+    const Text text = RandomText(shape, 120, 3);
+    std::vector<std::vector<int32_t>> before(shape.n_layers * shape.n_kv_heads);
+    size_t seen = 0;
+    for (const LifeStep& step : UsualLife()) {
+      for (const auto& layer : Live(cache, text, seen, step))
+        for (float x : layer) ASSERT_TRUE(std::isfinite(x));
+      const size_t had = seen;
+      seen += step.n;
+      ASSERT_EQ(cache.tokens_seen(), seen);
+      const auto now = AllResident(cache, shape);
+      const bool evicts = Bounded(spec) || (Evicts(spec) && step.kind != StepKind::kDecode);
+      const auto budgets = config->Budgets(config->prefill_chunk() > 0 || seen < 60 ? 45 : seen);
+      double rows = 0;
+      for (size_t i = 0; i < now.size(); ++i) {
+        ASSERT_TRUE(std::is_sorted(now[i].begin(), now[i].end()));
+        ASSERT_EQ(std::adjacent_find(now[i].begin(), now[i].end()), now[i].end());
+        for (int32_t p : now[i]) {
+          ASSERT_GE(p, 0);
+          ASSERT_LT(static_cast<size_t>(p), seen);
+          if (static_cast<size_t>(p) < had) {
+            ASSERT_TRUE(std::binary_search(before[i].begin(), before[i].end(), p)) << p << " came back";
+          }
+        }
+        rows += static_cast<double>(now[i].size());
+        if (!Evicts(spec)) {
+          ASSERT_EQ(now[i].size(), seen);
+        }
+        // A budgeter's shares depend on the prompt's length; the sum over layers does not.
+        if (evicts && spec.find("pyramid") == std::string::npos) {
+          ASSERT_EQ(now[i].size(), std::min(budgets[i], seen));
+        } else if (Evicts(spec) && !evicts) {
+          ASSERT_EQ(now[i].size(), before[i].size() + step.n);
+        }
+      }
+      if (evicts) {
+        size_t total = 0;
+        for (size_t b : budgets) total += b;
+        ASSERT_LE(rows, static_cast<double>(total));
+      }
+      ASSERT_DOUBLE_EQ(cache.Stats().tokens_resident, rows / static_cast<double>(now.size()));
+      ASSERT_EQ(cache.Stats().tokens_seen, seen);
+      ASSERT_EQ(cache.Stats().kv_bytes_full, seen * shape.n_layers * shape.n_kv_heads * shape.head_dim * 4);
+      before = now;
+    }
+  });
+}
+
+// The bytes a plan names are those that the same life then takes.
+TEST(Contract, PlanEqualsWhatIsTaken) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const auto config = MakeConfig(spec, shape, sidecar);
+    const Text text = RandomText(shape, 240, 4);
+    for (const auto& [n_prompt, n_decode] :
+         {std::pair<size_t, size_t>{45, 30}, {45, 0}, {3, 40}, {1, 1}, {0, 20}, {16, 1}, {200, 33}}) {
+      SCOPED_TRACE(testing::Message() << n_prompt << " + " << n_decode << " tokens");
+      const CachePlan plan = config->Plan(n_prompt, n_decode);
+      SequenceCache cache(config);
+      if (n_prompt > 0) Live(cache, text, 0, {n_prompt, StepKind::kPrompt});
+      EXPECT_EQ(cache.Stats().kv_bytes, plan.bytes_after_prompt);
+      for (size_t i = 0; i < n_decode; ++i) Feed(cache, text, n_prompt + i, 1, StepKind::kDecode);
+      EXPECT_EQ(cache.Stats().kv_bytes, plan.bytes_end);
+      EXPECT_EQ(cache.Stats().kv_bytes_peak, plan.bytes_peak);
+      EXPECT_DOUBLE_EQ(cache.Stats().tokens_resident, plan.rows_end);
+    }
+  });
+}
+
+// Rule 4. A budget that nothing exceeds changes no bit of what `full` computes with the same codec and steps.
+TEST(Contract, NothingEvictedEqualsFull) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 120, 5);
+    for (const Method* select : Methods()) {
+      if (select->stage != Stage::kSelect || select->name == "full") continue;
+      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)"}) {
+        const std::string spec = std::string(select->name) + "(200)" + rest;
+        SCOPED_TRACE(spec + ", " + shape.Name());
+        const CacheSpec parsed = CacheSpec::Parse(spec);
+        std::string full = "full";
+        for (const char* kept : {"f32", "f16", "bf16", "prefill"})
+          if (parsed.Find(kept) != nullptr)
+            full += std::string("+") + (std::string(kept) == "prefill" ? "prefill(chunk=7)" : kept);
+        SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
+        ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));
+      }
+    }
+    // Keys stored unrotated: to rounding.
+    SequenceCache a(MakeConfig("window(200, positions=cache)+f32", shape, sidecar)),
+        b(MakeConfig("full+f32", shape, sidecar));
+    const auto out_a = LiveAll(a, text, UsualLife()), out_b = LiveAll(b, text, UsualLife());
+    for (size_t i = 0; i < out_a.size(); ++i)
+      for (size_t l = 0; l < shape.n_layers; ++l) EXPECT_LT(RelativeError(out_a[i][l], out_b[i][l]), 1e-5) << i;
+  }
+}
+
+// How a text is cut into steps does not matter to the full cache, and not to a window whose tokens all stay.
+TEST(Contract, FullIsTheSameInAnySteps) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 150, 6);
+    const auto run = [&](const std::string& spec, size_t chunk, StepKind kind) {
+      SequenceCache cache(MakeConfig(spec, shape, sidecar));
+      Outputs all(shape.n_layers);
+      for (size_t first = 0; first < text.n; first += chunk) {
+        const Outputs part = Feed(cache, text, first, std::min(chunk, text.n - first), kind);
+        for (size_t l = 0; l < shape.n_layers; ++l) all[l].insert(all[l].end(), part[l].begin(), part[l].end());
+      }
+      return all;
+    };
+    const Outputs want = run("full+f32", text.n, StepKind::kPrompt);
+    for (const char* spec : {"full+f32", "window(200)+f32", "window(200, positions=cache)+f32", "h2o(200)+f32+less"})
+      for (const auto& [chunk, kind] : {std::pair{size_t{1}, StepKind::kDecode},
+                                        {7, StepKind::kStream},
+                                        {16, StepKind::kStream},
+                                        {64, StepKind::kDecode},
+                                        {150, StepKind::kStream}}) {
+        const Outputs got = run(spec, chunk, kind);
+        for (size_t l = 0; l < shape.n_layers; ++l)
+          EXPECT_LT(RelativeError(got[l], want[l]), 1e-5) << spec << " in steps of " << chunk;
+      }
+  }
+}
+
+// Prompt outputs are exact for every method: a prompt is attended in full before anything leaves.
+TEST(Contract, OneShotPromptIsAttendedInFull) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const CacheSpec parsed = CacheSpec::Parse(spec);
+    if (parsed.Find("prefill") != nullptr || spec.find("positions=cache") != std::string::npos) return;
+    std::string full = "full";
+    for (const SpecTerm& term : parsed.terms())
+      if (FindMethod(term.name)->stage == Stage::kCodec) full += spec.substr(spec.find("+" + term.name));
+    // Codecs come last but for prefill in canonical specs.
+    const Text text = RandomText(shape, 60, 8);
+    SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
+    EXPECT_TRUE(Same(Feed(a, text, 0, 60, StepKind::kPrompt), Feed(b, text, 0, 60, StepKind::kPrompt))) << full;
+  });
+}
+
+// Rule 6. With all scores equal no score can hold a protected token; only the set can.
+TEST(Contract, ProtectedTokensStay) {
+  const std::vector<ProtectedSpan> protect = {{17, 19}, {5, 6}};
+  ForEachSpec([&](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    if (!Evicts(spec)) return;
+    std::shared_ptr<const CacheConfig> config;
+    try {
+      config = MakeConfig(spec, shape, sidecar, protect);
+    } catch (const Error& error) {
+      // Refused where it does not fit: some layer has no three rows beside its window.
+      EXPECT_NE(std::string(error.what()).find("protected"), std::string::npos) << error.what();
+      EXPECT_TRUE(spec.find("pyramid") != std::string::npos || spec == "h2o(heavy=0, recent=11)+f32" ||
+                  spec == "tova(1)+f32")
+          << error.what();
+      return;
+    }
+    for (const bool one_by_one : {false, true}) {
+      SequenceCache cache(config);
+      Text text = RandomText(shape, 120, 9);
+      for (auto& k : text.k) std::fill(k.begin(), k.end(), 0.0f);
+      size_t seen = 0;
+      auto life = UsualLife();
+      if (one_by_one) life.assign(95, {1, StepKind::kStream});
+      for (const LifeStep& step : life) {
+        Live(cache, text, seen, step);
+        seen += step.n;
+        for (const auto& held : AllResident(cache, shape))
+          for (int32_t p : {5, 17, 18}) {
+            if (static_cast<size_t>(p) >= seen) continue;
+            ASSERT_TRUE(std::binary_search(held.begin(), held.end(), p)) << p << " after " << seen;
+          }
+      }
+    }
+  });
+}
+
+TEST(Contract, ProtectionThatDoesNotFitIsRefused) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  for (const auto& [spec, fits] : {std::pair<const char*, int>{"h2o(12)", 6},
+                                   {"h2o(heavy=9, recent=3)", 9},
+                                   {"tova(10)", 10},
+                                   {"window(12, sinks=2)", 9},
+                                   {"snapkv(14, window=4)", 10}}) {
+    EXPECT_NO_THROW(MakeConfig(spec, shape, sidecar, {{20, 20 + fits}})) << spec;
+    EXPECT_THROW(MakeConfig(spec, shape, sidecar, {{20, 21 + fits}}), Error) << spec;
+  }
+  EXPECT_NO_THROW(MakeConfig("full", shape, sidecar, {{0, 200}}));
+  EXPECT_THROW(MakeConfig("full", shape, sidecar, {{-1, 2}}), Error);
+  EXPECT_THROW(MakeConfig("full", shape, sidecar, {{5, 2}}), Error);
+  // Spans inside the window's own sinks cost nothing; overlapping spans count once.
+  EXPECT_NO_THROW(MakeConfig("window(12, sinks=4)", shape, sidecar, {{0, 4}, {2, 11}}));
+}
+
+// Everything fits exactly: with as many protected tokens as rows allow the cache still works to the end.
+TEST(Contract, ProtectionThatFitsExactlyWorks) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  for (const auto& [spec, fits] : {std::pair<const char*, int>{"h2o(12)+f32", 6},
+                                   {"tova(10)+f32", 10},
+                                   {"window(12, sinks=2)+f32", 9},
+                                   {"window(12, sinks=2, positions=cache)+f32", 9},
+                                   {"snapkv(14, window=4)+f32", 10}}) {
+    for (int begin : {0, 3, 30}) {
+      SCOPED_TRACE(testing::Message() << spec << " from " << begin);
+      if (begin == 0 && std::string(spec).starts_with("window")) continue;  // sinks are part of it
+      SequenceCache cache(MakeConfig(spec, shape, sidecar, {{begin, begin + fits}}));
+      LiveAll(cache, RandomText(shape, 120, 10), UsualLife());
+      for (const auto& held : AllResident(cache, shape))
+        for (int p = begin; p < begin + fits; ++p) EXPECT_TRUE(std::binary_search(held.begin(), held.end(), p)) << p;
+    }
+  }
+}
+
+// Rule 9.
+TEST(Contract, InterleavedSequencesBehaveAsEachAlone) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const auto config = MakeConfig(spec, shape, sidecar);
+    const Text text_a = RandomText(shape, 120, 12), text_b = RandomText(shape, 120, 13);
+    const std::vector<LifeStep> life_a = UsualLife();
+    std::vector<LifeStep> life_b = {{23, StepKind::kPrompt}};
+    while (life_b.size() < life_a.size()) life_b.push_back({2, StepKind::kDecode});
+    SequenceCache alone_a(config), alone_b(config);
+    const auto want_a = LiveAll(alone_a, text_a, life_a), want_b = LiveAll(alone_b, text_b, life_b);
+
+    SequenceCache a(config), b(config);
+    std::vector<Outputs> got_a, got_b;
+    size_t at_a = 0, at_b = 0;
+    for (size_t i = 0; i < life_a.size(); ++i) {
+      if (life_a[i].kind == StepKind::kPrompt || life_b[i].kind == StepKind::kPrompt) {
+        got_a.push_back(Live(a, text_a, at_a, life_a[i]));
+        got_b.push_back(Live(b, text_b, at_b, life_b[i]));
+      } else {  // in one step, as the engine does: layer by layer, one sequence after the other
+        a.BeginStep(life_a[i].n, life_a[i].kind);
+        b.BeginStep(life_b[i].n, life_b[i].kind);
+        Outputs out_a, out_b;
+        for (size_t l = 0; l < shape.n_layers; ++l) {
+          const size_t kv = shape.n_kv_heads * shape.head_dim, qs = shape.n_heads * shape.head_dim;
+          out_a.emplace_back(life_a[i].n * qs);
+          a.Append(l, text_a.k[l].data() + at_a * kv, text_a.v[l].data() + at_a * kv);
+          a.Attend(l, text_a.q[l].data() + at_a * qs, out_a.back().data());
+          out_b.emplace_back(life_b[i].n * qs);
+          b.Append(l, text_b.k[l].data() + at_b * kv, text_b.v[l].data() + at_b * kv);
+          b.Attend(l, text_b.q[l].data() + at_b * qs, out_b.back().data());
+        }
+        b.EndStep();
+        a.EndStep();
+        got_a.push_back(out_a);
+        got_b.push_back(out_b);
+      }
+      at_a += life_a[i].n;
+      at_b += life_b[i].n;
+    }
+    ExpectSameLives(got_a, want_a);
+    ExpectSameLives(got_b, want_b);
+    EXPECT_TRUE(a.Serialize() == alone_a.Serialize());
+    EXPECT_TRUE(b.Serialize() == alone_b.Serialize());
+    EXPECT_EQ(a.Stats().kv_bytes, alone_a.Stats().kv_bytes);
+  });
+}
+
+// A clone goes on as the original, and neither notices the other.
+TEST(Contract, CloneGoesOnAsTheOriginal) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const auto config = MakeConfig(spec, shape, sidecar);
+    const Text text = RandomText(shape, 120, 14), other = RandomText(shape, 120, 15);
+    const std::vector<LifeStep> rest = {
+        {1, StepKind::kDecode}, {5, StepKind::kStream}, {11, StepKind::kPrompt}, {1, StepKind::kDecode}};
+    SequenceCache cache(config);
+    Live(cache, text, 0, {45, StepKind::kPrompt});
+    for (size_t i = 0; i < 4; ++i) Feed(cache, text, 45 + i, 1, StepKind::kDecode);
+    const auto saved = cache.Serialize();
+    const auto clone = cache.Clone();
+    EXPECT_TRUE(clone->Serialize() == saved);
+    EXPECT_EQ(clone->Stats().kv_bytes, cache.Stats().kv_bytes);
+    const auto strayed = cache.Clone();
+    LiveAll(*strayed, other, rest, 49);
+    EXPECT_TRUE(cache.Serialize() == saved);
+    const auto want = LiveAll(cache, text, rest, 49);
+    EXPECT_TRUE(clone->Serialize() == saved);
+    ExpectSameLives(LiveAll(*clone, text, rest, 49), want);
+    EXPECT_TRUE(clone->Serialize() == cache.Serialize());
+  });
+}
+
+// Rule 10, at several moments of a life.
+TEST(Contract, RestoredCacheGoesOnAsTheOriginal) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const auto config = MakeConfig(spec, shape, sidecar);
+    const Text text = RandomText(shape, 120, 16);
+    const std::vector<LifeStep> life = UsualLife();
+    SequenceCache whole(config);
+    std::vector<std::vector<std::byte>> saved;
+    std::vector<Outputs> want;
+    std::vector<size_t> at = {0};
+    for (const LifeStep& step : life) {
+      saved.push_back(whole.Serialize());
+      want.push_back(Live(whole, text, at.back(), step));
+      at.push_back(at.back() + step.n);
+    }
+    for (size_t moment : {size_t{0}, size_t{1}, size_t{2}, size_t{21}, size_t{22}, size_t{23}}) {
+      SequenceCache cache(config);
+      Live(cache, text, 50, {9, StepKind::kPrompt});  // what it held before is forgotten
+      cache.Restore(saved[moment].data(), saved[moment].size());
+      EXPECT_TRUE(cache.Serialize() == saved[moment]) << "moment " << moment;
+      EXPECT_EQ(cache.tokens_seen(), at[moment]);
+      for (size_t i = moment; i < life.size(); ++i)
+        ASSERT_TRUE(Same(Live(cache, text, at[i], life[i]), want[i])) << "moment " << moment << ", step " << i;
+      EXPECT_TRUE(cache.Serialize() == whole.Serialize());
+      EXPECT_EQ(cache.Stats().kv_bytes, whole.Stats().kv_bytes);
+    }
+  });
+}
+
+// Damaged bytes are refused, or give a cache that works; the cache that was to be restored stays as it was when they
+// are refused.
+TEST(Contract, DamagedBytesNeverCrash) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 160, 17);
+  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "h2o(11)+pyramid(3)", "tova(9)+f32", "window(9)",
+                           "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32"}) {
+    SCOPED_TRACE(spec);
+    const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
+    SequenceCache cache(config);
+    Live(cache, text, 0, {30, StepKind::kPrompt});
+    for (size_t i = 0; i < 3; ++i) Feed(cache, text, 30 + i, 1, StepKind::kDecode);
+    const auto good = cache.Serialize();
+    const auto before = cache.Serialize();
+
+    const auto refused = [&](const std::vector<std::byte>& bytes) {
+      // Memory of exactly this size, so that reading on would be seen.
+      const std::unique_ptr<std::byte[]> exact(new std::byte[bytes.size()]);
+      std::copy(bytes.begin(), bytes.end(), exact.get());
+      try {
+        SequenceCache other(config);
+        Live(other, text, 0, {5, StepKind::kPrompt});
+        const auto other_before = other.Serialize();
+        try {
+          other.Restore(exact.get(), bytes.size());
+        } catch (const Error&) {
+          EXPECT_TRUE(other.Serialize() == other_before);
+          throw;
+        }
+        if (other.tokens_seen() > 1000000) return false;  // sound, but its positions are beyond this test
+        for (size_t i = 0; i < 14; ++i) Feed(other, text, 100 + i, 1, StepKind::kDecode);
+        Live(other, text, 120, {20, StepKind::kPrompt});
+        return false;
+      } catch (const Error&) {
+        return true;
+      }
+    };
+    EXPECT_FALSE(refused(good));
+    const size_t step = std::max<size_t>(1, good.size() / 150);
+    for (size_t size = 0; size < good.size(); size += step) {
+      EXPECT_TRUE(refused({good.begin(), good.begin() + static_cast<ptrdiff_t>(size)})) << size << " bytes";
+    }
+    auto longer = good;
+    longer.push_back(std::byte{0});
+    EXPECT_TRUE(refused(longer));
+    Rng rng(18);
+    size_t n_refused = 0;
+    for (int i = 0; i < 400; ++i) {
+      auto bad = good;
+      const size_t flips = 1 + rng.Below(3);
+      for (size_t f = 0; f < flips; ++f) {
+        // Half of them in the header, where the counts are.
+        const size_t at = rng.Below(i % 2 == 0 ? std::min<size_t>(bad.size(), 80) : bad.size());
+        bad[at] ^= static_cast<std::byte>(1u << rng.Below(8));
+      }
+      n_refused += refused(bad);
+    }
+    EXPECT_GT(n_refused, 20u);
+    EXPECT_TRUE(cache.Serialize() == before);
+  }
+}
+
+// Bytes of another spec or shape are refused wherever they could not be told apart by luck alone.
+TEST(Contract, BytesOfAnotherShapeAreRefused) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape), other_sidecar(kTinyShapes[0]);
+  SequenceCache cache(MakeConfig("h2o(11)+f32", shape, sidecar));
+  LiveAll(cache, RandomText(shape, 120, 19), UsualLife());
+  const auto bytes = cache.Serialize();
+  for (const char* spec : {"full+f32", "h2o(11)", "tova(11)+f32", "h2o(11)+f32+less", "h2o(9)+f32"}) {
+    SequenceCache other(MakeConfig(spec, shape, sidecar));
+    EXPECT_THROW(other.Restore(bytes.data(), bytes.size()), Error) << spec;
+    EXPECT_EQ(other.tokens_seen(), 0u);
+  }
+  SequenceCache foreign(MakeConfig("h2o(11)+f32", kTinyShapes[0], other_sidecar));
+  EXPECT_THROW(foreign.Restore(bytes.data(), bytes.size()), Error);
+}
+
+TEST(Contract, ThreadsDoNotChangeABit) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 120, 20);
+  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16",
+                           "window(9, sinks=2, positions=cache)", "h2o(11)+f32+prefill(chunk=7)"}) {
+    SCOPED_TRACE(spec);
+    const auto config = MakeConfig(spec, shape, sidecar);
+    const std::vector<LifeStep> life = {{45, StepKind::kPrompt},
+                                        {1, StepKind::kDecode},
+                                        {1, StepKind::kDecode},
+                                        {18, StepKind::kPrompt},
+                                        {2, StepKind::kDecode}};
+    SetThreads(1);
+    SequenceCache one(config);
+    const auto want = LiveAll(one, text, life);
+    SetThreads(2);
+    SequenceCache two(config);
+    const auto got = LiveAll(two, text, life);
+    SetThreads(1);
+    ExpectSameLives(got, want);
+    EXPECT_TRUE(one.Serialize() == two.Serialize());
+  }
+}
+
+// A step that was begun and taken back never was: in no bit, and in no byte more.
+TEST(Contract, CancelledStepLeavesNothing) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    const auto config = MakeConfig(spec, shape, sidecar);
+    const Text text = RandomText(shape, 120, 21);
+    SequenceCache plain(config), cache(config);
+    const auto cancel = [&] {
+      const size_t bytes = cache.Stats().kv_bytes;
+      for (const auto& [n, kind] : {std::pair{size_t{1}, StepKind::kDecode},
+                                    {40, StepKind::kPrompt},
+                                    {170, StepKind::kStream},
+                                    {3, StepKind::kDecode}}) {
+        const auto before = cache.Serialize();
+        cache.BeginStep(n, kind);
+        cache.CancelStep();
+        EXPECT_TRUE(cache.Serialize() == before);
+        EXPECT_LE(cache.Stats().kv_bytes, bytes) << "after " << cache.tokens_seen();
+      }
+    };
+    size_t seen = 0;
+    for (const LifeStep& step : UsualLife()) {
+      cancel();
+      const Outputs want = Live(plain, text, seen, step), got = Live(cache, text, seen, step);
+      ASSERT_TRUE(Same(got, want)) << "after " << seen;
+      seen += step.n;
+    }
+    EXPECT_TRUE(cache.Serialize() == plain.Serialize());
+    EXPECT_EQ(cache.Stats().kv_bytes, plain.Stats().kv_bytes);
+  });
+}
+
+// Weights are >= 0 and sum to one, exact rows and residual state together: equal values come out as they are.
+TEST(Contract, EqualValuesComeOutAsTheyAre) {
+  ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
+    SequenceCache cache(MakeConfig(spec, shape, sidecar));
+    Text text = RandomText(shape, 120, 22);
+    for (auto& v : text.v) std::fill(v.begin(), v.end(), 0.75f);
+    const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos;
+    for (const Outputs& step : LiveAll(cache, text, UsualLife()))
+      for (const auto& layer : step)
+        for (float x : layer) ASSERT_NEAR(x, 0.75f, blocks ? 0.75 / 7 : 1e-5);
+  });
+}
+
+// Grouped heads equal as many KV heads that hold the same keys and values.
+TEST(Contract, GroupedEqualsRepeatedHeads) {
+  const TinyShape grouped{2, 6, 2, 5}, repeated{2, 6, 6, 5};
+  const TempSidecar grouped_sidecar(grouped), repeated_sidecar(repeated);
+  Text text = RandomText(grouped, 120, 23);
+  const size_t d = grouped.head_dim, group = grouped.group();
+  // Heads of a group ask the same, so that sums over the group rank rows as each head alone does.
+  for (auto& q : text.q)
+    for (size_t t = 0; t < text.n; ++t)
+      for (size_t h = 0; h < grouped.n_heads; ++h)
+        std::copy_n(q.begin() + static_cast<ptrdiff_t>((t * grouped.n_heads + h / group * group) * d), d,
+                    q.begin() + static_cast<ptrdiff_t>((t * grouped.n_heads + h) * d));
+  Text wide = text;
+  const auto widen = [&](std::vector<float>& x) {
+    std::vector<float> y;
+    for (size_t t = 0; t < text.n; ++t)
+      for (size_t h = 0; h < grouped.n_heads; ++h) {
+        const auto from = x.begin() + static_cast<ptrdiff_t>((t * grouped.n_kv_heads + h / group) * d);
+        y.insert(y.end(), from, from + static_cast<ptrdiff_t>(d));
+      }
+    x = y;
+  };
+  for (auto& k : wide.k) widen(k);
+  for (auto& v : wide.v) widen(v);
+  for (const char* spec :
+       {"full+f32", "window(9, sinks=2)+f32", "h2o(11)+f32", "tova(9)+f32", "snapkv(14, window=4)+f32",
+        "snapkv(14, window=4, pool=avg)+pyramid(3)", "window(9, sinks=2, positions=cache)"}) {
+    SCOPED_TRACE(spec);
+    SequenceCache a(MakeConfig(spec, grouped, grouped_sidecar)), b(MakeConfig(spec, repeated, repeated_sidecar));
+    const auto out_a = LiveAll(a, text, UsualLife()), out_b = LiveAll(b, wide, UsualLife());
+    for (size_t i = 0; i < out_a.size(); ++i)
+      for (size_t l = 0; l < 2; ++l) EXPECT_LT(RelativeError(out_a[i][l], out_b[i][l]), 1e-5) << "step " << i;
+    for (size_t l = 0; l < 2; ++l)
+      for (size_t h = 0; h < grouped.n_heads; ++h) EXPECT_EQ(Resident(b, l, h), Resident(a, l, h / group));
+  }
+}
+
+// Score-free or one set a layer: nothing but positions and the layer's queries may matter.
+TEST(Contract, TovaKeepsOneSetALayer) {
+  const TinyShape shape{2, 6, 3, 5};
+  const TempSidecar sidecar(shape);
+  SequenceCache cache(MakeConfig("tova(9)+f32", shape, sidecar));
+  const Text text = RandomText(shape, 120, 24);
+  size_t seen = 0;
+  for (const LifeStep& step : UsualLife()) {
+    Live(cache, text, seen, step);
+    seen += step.n;
+    for (size_t l = 0; l < 2; ++l)
+      for (size_t h = 1; h < 3; ++h) ASSERT_EQ(Resident(cache, l, h), Resident(cache, l, 0));
+  }
+  EXPECT_NE(Resident(cache, 0, 0), Resident(cache, 1, 0));
+}
+
+// Huge, tiny and zero keys.
+TEST(Contract, ExtremeKeysStayFinite) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  for (const float scale : {0.0f, 1e-30f, 1e-4f, 60.0f, 1e4f})
+    for (const char* spec :
+         {"full+f32", "h2o(11)+f32+less", "tova(9)+f32+less", "snapkv(14)+f32", "window(9)+f32+less"}) {
+      SequenceCache cache(MakeConfig(spec, shape, sidecar));
+      Text text = RandomText(shape, 120, 25, 1.0f);
+      for (auto& k : text.k)
+        for (float& x : k) x *= scale;
+      for (const Outputs& step : LiveAll(cache, text, UsualLife()))
+        for (const auto& layer : step)
+          for (float x : layer) ASSERT_TRUE(std::isfinite(x)) << spec << ", scale " << scale;
+    }
+}
+
+// Not-a-number in, not-a-number out, and no crash: selectors get scores that compare with nothing.
+TEST(Contract, NotANumberDoesNotCrash) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+f32", "snapkv(14)+f32", "window(9)+f32+less"}) {
+    SCOPED_TRACE(spec);
+    SequenceCache cache(MakeConfig(spec, shape, sidecar));
+    Text text = RandomText(shape, 120, 26);
+    Rng rng(27);
+    for (auto& k : text.k)
+      for (size_t i = 0; i < k.size(); i += 1 + rng.Below(90)) k[i] = std::nanf("");
+    size_t seen = 0;
+    for (const LifeStep& step : UsualLife()) {
+      Live(cache, text, seen, step);
+      seen += step.n;
+    }
+    for (const auto& held : AllResident(cache, shape))
+      EXPECT_EQ(std::adjacent_find(held.begin(), held.end()), held.end());
+  }
+}
+
+}  // namespace
+}  // namespace lesskv
