@@ -34,6 +34,9 @@ struct CommonOptions {
   bool match_bytes = false;
 };
 
+// For counts: a negative number would otherwise become a huge one.
+CLI::Range AtLeast(int64_t low) { return CLI::Range(low, int64_t{1} << 30); }
+
 struct ProtocolOptions {
   std::string mode = "stream";
   size_t step = 8;
@@ -110,7 +113,7 @@ void AddTextOptions(CLI::App& command, TextOptions& o) {
       ->option_text("FILE")
       ->allow_extra_args(false);
   command.add_option("--max-windows", o.max_windows, "Windows of --ctx tokens, evenly spaced over the texts; 0: all")
-      ->option_text("N")
+      ->check(AtLeast(0))->option_text("N")
       ->capture_default_str();
   command
       .add_option("--mode", o.protocol.mode,
@@ -119,10 +122,10 @@ void AddTextOptions(CLI::App& command, TextOptions& o) {
       ->option_text("MODE")
       ->capture_default_str();
   command.add_option("--step", o.protocol.step, "Tokens a step of --mode stream")
-      ->option_text("N")
+      ->check(AtLeast(1))->option_text("N")
       ->capture_default_str();
   command.add_option("--prompt", o.protocol.prompt, "Tokens that --mode continue reads before scoring")
-      ->option_text("N");
+      ->check(AtLeast(1))->option_text("N");
 }
 
 void AddPerplexity(CLI::App& parent) {
@@ -191,11 +194,11 @@ void AddRecall(CLI::App& parent) {
   command->add_option("--task", o->tasks, "kv, kv_words, needle or variable; several with commas")
       ->delimiter(',')->option_text("TASK,...")->capture_default_str();
   command->add_option("--length", o->lengths, "Prompt lengths in tokens, with commas (default: the context)")
-      ->delimiter(',')->option_text("N,...");
+      ->delimiter(',')->check(AtLeast(1))->option_text("N,...");
   command->add_option("--depths", o->depths, "Where the answer stands, 0 (first) to 1 (last), with commas")
       ->delimiter(',')->option_text("X,...")->capture_default_str();
   command->add_option("--samples", o->samples, "Questions of each task, length and depth")
-      ->option_text("N")->capture_default_str();
+      ->check(AtLeast(1))->option_text("N")->capture_default_str();
   command->add_option("--words", o->words, "File with the words of keys and values (default: a built-in list)")
       ->option_text("FILE");
   command->add_option("--text", o->text, "Real text in which needle tasks hide their sentence")->option_text("FILE");
@@ -203,16 +206,18 @@ void AddRecall(CLI::App& parent) {
       ->option_text("FILE");
   command->add_option("--mode", o->mode, "How prompts are read: continue (at once) or stream (--step tokens at a time)")
       ->option_text("MODE")->capture_default_str();
-  command->add_option("--step", o->step, "Tokens a step of --mode stream")->option_text("N")->capture_default_str();
+  command->add_option("--step", o->step, "Tokens a step of --mode stream")
+      ->check(AtLeast(1))->option_text("N")->capture_default_str();
   command->add_option("--ask", o->ask, "The question comes with the prompt, or after it was read and compressed")
       ->option_text("WHEN")->capture_default_str();
   command->callback([o] {
     const RecallOptions options = ReadRecallFlags(*o);
+    if (!o->heat_map.empty()) CheckHeatMapPath(o->heat_map);
     Session session(o->common, "recall");
     session.AddRivalsIfAsked(o->common, session.setup.ctx - std::min(session.setup.ctx, RecallOptions::kAnswerRoom));
     const Report report = EvaluateRecall(session.setup, options);
+    session.Print(report);  // first: the picture's file may turn out not to be writable
     if (!o->heat_map.empty()) WriteHeatMap(o->heat_map, report);
-    session.Print(report);
   });
 }
 
@@ -226,7 +231,7 @@ void AddFileOptions(CLI::App& command, FileFlags& o, const char* what) {
   AddCommonOptions(command, o.common);
   command.add_option("--file", o.file, what)->required()->option_text("FILE");
   command.add_option("--limit", o.limit, "At most N of them, evenly spaced; 0: all")
-      ->option_text("N")->capture_default_str();
+      ->check(AtLeast(0))->option_text("N")->capture_default_str();
 }
 
 void AddChoices(CLI::App& parent) {
@@ -238,7 +243,7 @@ void AddChoices(CLI::App& parent) {
   auto o = std::make_shared<Flags>();
   AddFileOptions(*command, *o, "JSON lines with q, choices and label");
   command->add_option("--shots", o->shots, "First questions of the file that stand solved before each other one")
-      ->option_text("N")->capture_default_str();
+      ->check(AtLeast(0))->option_text("N")->capture_default_str();
   command->add_option("--template", o->question_template, "Prompt of a question, {q} standing for it")
       ->option_text("TEXT");
   command->callback([o] {
@@ -262,7 +267,7 @@ void AddSummarize(CLI::App& parent) {
   auto o = std::make_shared<Flags>();
   AddFileOptions(*command, *o, "JSON lines with article (the whole prompt) and summary_gt");
   command->add_option("-n,--predict", o->options.max_tokens, "Tokens to generate")
-      ->option_text("N")->capture_default_str();
+      ->check(AtLeast(1))->option_text("N")->capture_default_str();
   command->add_option("--against", o->against, "reference: the file's summaries; full: what the full cache writes")
       ->option_text("WHAT")->capture_default_str();
   command->add_option("--temp", o->options.sampler.temperature, "Temperature; 0: always the likeliest token")

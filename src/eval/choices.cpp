@@ -141,6 +141,61 @@ std::string SolvedShots(const ChoicesOptions& options) {
   return text;
 }
 
+// Everything gathered about one subject.
+struct ChoicesTally {
+  ClusteredMean plain, normalised;
+  FeedCost cost;
+  StatsTally stats;
+  size_t tokens_scored = 0;
+
+  void Add(const TokenizedQuestion& question, std::vector<double> scores) {
+    plain.AddOne(Best(scores) == question.label);
+    for (size_t c = 0; c < scores.size(); ++c) scores[c] /= static_cast<double>(question.bytes[c]);
+    normalised.AddOne(Best(scores) == question.label);
+    for (const auto& ids : question.continuations) tokens_scored += ids.size();
+  }
+
+  void AddTo(Json& row) const {
+    row["accuracy"] = plain.Mean();
+    row["accuracy_se"] = plain.StandardError();
+    row["accuracy_normalised"] = normalised.Mean();
+    row["accuracy_normalised_se"] = normalised.StandardError();
+    row["tokens_scored"] = tokens_scored;
+  }
+};
+
+// The questions that are asked and fit the context; the others are counted.
+std::vector<TokenizedQuestion> ChooseQuestions(const EvalSetup& setup, const ChoicesOptions& options, size_t& skipped) {
+  if (options.questions.size() <= options.shots) {
+    Fail(ErrorCode::kInvalidArgument, "{}: {} questions leave none to ask behind {} shots", options.source,
+         options.questions.size(), options.shots);
+  }
+  const std::string shots = SolvedShots(options);
+  const size_t n_rest = options.questions.size() - options.shots;
+  std::vector<TokenizedQuestion> questions;
+  for (const size_t i : EvenlySpaced(n_rest, options.limit == 0 ? n_rest : options.limit)) {
+    TokenizedQuestion question = Tokenize(*setup.tokenizer, shots, options.questions[options.shots + i]);
+    if (question.LongestTokens() > setup.ctx || question.prompt.empty()) {
+      ++skipped;
+    } else {
+      questions.push_back(std::move(question));
+    }
+  }
+  if (questions.empty()) {
+    Fail(ErrorCode::kInvalidArgument, "{}: no question fits a context of {} tokens", options.source, setup.ctx);
+  }
+  return questions;
+}
+
+std::vector<Column> ChoicesColumns() {
+  std::vector<Column> columns = SubjectColumns();
+  columns.push_back({"questions", "questions", Column::Style::kCount});
+  columns.push_back({"accuracy", "right %", Column::Style::kPercent, 1, "accuracy_se"});
+  columns.push_back({"accuracy_normalised", "per byte %", Column::Style::kPercent, 1, "accuracy_normalised_se"});
+  AppendCacheColumns(columns);
+  return columns;
+}
+
 }  // namespace
 
 std::vector<ChoiceQuestion> ParseChoices(std::string_view json_lines, const std::string& name,
@@ -169,39 +224,13 @@ std::vector<ChoiceQuestion> ParseChoices(std::string_view json_lines, const std:
 }
 
 Report EvaluateChoices(const EvalSetup& setup, const ChoicesOptions& options) {
-  if (options.questions.size() <= options.shots) {
-    Fail(ErrorCode::kInvalidArgument, "{}: {} questions leave none to ask behind {} shots", options.source,
-         options.questions.size(), options.shots);
-  }
-  const std::string shots = SolvedShots(options);
-  const size_t n_rest = options.questions.size() - options.shots;
-  std::vector<TokenizedQuestion> questions;
-  size_t skipped = 0;
-  for (const size_t i : EvenlySpaced(n_rest, options.limit == 0 ? n_rest : options.limit)) {
-    TokenizedQuestion question = Tokenize(*setup.tokenizer, shots, options.questions[options.shots + i]);
-    if (question.LongestTokens() > setup.ctx || question.prompt.empty()) {
-      ++skipped;
-    } else {
-      questions.push_back(std::move(question));
-    }
-  }
-  if (questions.empty()) {
-    Fail(ErrorCode::kInvalidArgument, "{}: no question fits a context of {} tokens", options.source, setup.ctx);
-  }
-
+  size_t skipped = 0, done = 0;
+  const std::vector<TokenizedQuestion> questions = ChooseQuestions(setup, options, skipped);
   Report report;
-  size_t done = 0;
   for (const Subject& subject : setup.subjects) {
-    ClusteredMean plain, normalised;
-    FeedCost cost;
-    StatsTally stats;
-    size_t scored = 0;
+    ChoicesTally tally;
     for (const TokenizedQuestion& question : questions) {
-      std::vector<double> scores = ScoreChoices(setup, subject, question, cost, stats);
-      plain.AddOne(Best(scores) == question.label);
-      for (size_t c = 0; c < scores.size(); ++c) scores[c] /= static_cast<double>(question.bytes[c]);
-      normalised.AddOne(Best(scores) == question.label);
-      for (const auto& ids : question.continuations) scored += ids.size();
+      tally.Add(question, ScoreChoices(setup, subject, question, tally.cost, tally.stats));
       setup.Progress(++done, questions.size() * setup.subjects.size());
       setup.CheckStop();
     }
@@ -212,20 +241,12 @@ Report EvaluateChoices(const EvalSetup& setup, const ChoicesOptions& options) {
     row["shots"] = options.shots;
     row["questions"] = questions.size();
     row["skipped"] = skipped;
-    row["accuracy"] = plain.Mean();
-    row["accuracy_se"] = plain.StandardError();
-    row["accuracy_normalised"] = normalised.Mean();
-    row["accuracy_normalised_se"] = normalised.StandardError();
-    row["tokens_scored"] = scored;
-    AddCacheStats(row, stats.stats(), *subject.config);
-    AddCost(row, cost);
+    tally.AddTo(row);
+    AddCacheStats(row, tally.stats.stats(), *subject.config);
+    AddCost(row, tally.cost);
     report.rows.push_back(row);
   }
-  report.columns = SubjectColumns();
-  report.columns.push_back({"questions", "questions", Column::Style::kCount});
-  report.columns.push_back({"accuracy", "right %", Column::Style::kPercent, 1, "accuracy_se"});
-  report.columns.push_back({"accuracy_normalised", "per byte %", Column::Style::kPercent, 1, "accuracy_normalised_se"});
-  AppendCacheColumns(report.columns);
+  report.columns = ChoicesColumns();
   if (skipped > 0) {
     report.notes.push_back(fmt::format("{} questions are longer than the context and were left out", skipped));
   }

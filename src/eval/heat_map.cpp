@@ -130,14 +130,18 @@ std::string HeatMapSvg(const Report& report) {
       width, y + kGap, body, kGap, y + 4, Escaped(footer));
 }
 
+void CheckHeatMapPath(const std::string& path) {
+  if (path.ends_with(".svg") || path.ends_with(".html")) return;
+  Fail(ErrorCode::kInvalidArgument, "--heatmap: expected a file name ending in .svg or .html, found {}", path);
+}
+
 void WriteHeatMap(const std::string& path, const Report& report) {
+  CheckHeatMapPath(path);
   const std::string svg = HeatMapSvg(report);
   std::string text = svg;
   if (path.ends_with(".html")) {
     text = "<!DOCTYPE html>\n<html><head><meta charset=\"utf-8\"><title>lesskv recall</title></head><body>\n" + svg +
            "</body></html>\n";
-  } else if (!path.ends_with(".svg")) {
-    Fail(ErrorCode::kInvalidArgument, "--heatmap: expected a file name ending in .svg or .html, found {}", path);
   }
   AtomicFile file(path);
   file.Write(std::as_bytes(std::span(text)));

@@ -17,6 +17,7 @@ struct Prompt {
 };
 
 std::vector<Prompt> ReadPrompts(const EvalSetup& setup, const SummarizeOptions& options, size_t& skipped) {
+  if (options.tasks.empty()) Fail(ErrorCode::kInvalidArgument, "{}: no articles in it", options.source);
   std::vector<Prompt> prompts;
   const size_t limit = options.limit == 0 ? options.tasks.size() : options.limit;
   for (const size_t i : EvenlySpaced(options.tasks.size(), limit)) {

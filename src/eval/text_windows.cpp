@@ -1,6 +1,7 @@
 #include "eval/text_windows.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <utility>
@@ -33,6 +34,9 @@ TextWindow MakeWindow(const TokenizedText& text, size_t begin, size_t end, int32
 }  // namespace
 
 std::string ReadTextFile(const std::string& path) {
+  if (std::filesystem::is_directory(path)) {
+    Fail(ErrorCode::kInvalidArgument, "{}: expected a text file, found a directory", path);
+  }
   std::ifstream file(path, std::ios::binary);
   if (!file) Fail(ErrorCode::kNotFound, "{}: cannot be opened", path);
   std::string text{std::istreambuf_iterator<char>(file), {}};
