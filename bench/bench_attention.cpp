@@ -3,11 +3,13 @@
 // loop of nothing but multiply-adds. Every path is compared with the scalar one before it is timed.
 //
 //   bench_attention [--types f32,f16,bf16,q8,q4] [--rows 2048,8192,16384,32768] [--prefill 512,4096] [--threads N]
-//                   [--repeat 7] [--megabytes 160] [--shapes gqa,mha] [--no-decode] [--no-prefill]
+//                   [--repeat 7] [--megabytes 160] [--shapes gqa,mha] [--queries 1] [--block 256] [--no-decode]
+//                   [--no-prefill]
 //
 // gqa is a layer of a 1-billion-parameter Llama (8 KV heads of 64, group 4), mha of a 4096-wide model (32 KV heads of
-// 128, group 1). Layers are repeated until they no longer fit a last-level cache. Times are the best of the repeats, a
-// layer; the share is that of the plain read's best.
+// 128, group 1). Heads lie in regions of --block rows, as a growing cache keeps them (0: in one). Layers are repeated
+// until they no longer fit a last-level cache. Times are the best of the repeats, a layer; the share is that of the
+// plain read's best.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -41,6 +43,8 @@ struct Options {
   int threads = 0;
   int repeat = 7;
   size_t megabytes = 160;
+  size_t block = 256;
+  size_t queries = 1;
   bool decode = true, fill = true;
 };
 
@@ -60,18 +64,22 @@ RowType ParseType(const std::string& name) {
 
 // ---- Layers of random rows
 
+// Each head in regions of `block` rows, keys then values, like the cache's growing heads; 0: in one region.
 class Layer {
  public:
-  Layer(RowType type, const Shape& shape, size_t n_rows)
-      : keys_{type, RowSide::kKeys, shape.dim}, values_{type, RowSide::kValues, shape.dim} {
-    const size_t capacity = (n_rows + kTileRows - 1) / kTileRows * kTileRows;
-    key_bytes_ = RegionBytes(keys_, capacity);
-    head_bytes_ = key_bytes_ + RegionBytes(values_, capacity);
-    n_heads_ = shape.n_kv_heads;
-    data_.reset(static_cast<std::byte*>(::operator new (bytes(), std::align_val_t{kRegionAlign})));
-    spans_.resize(n_heads_);
-    for (size_t h = 0; h < n_heads_; ++h) {
-      spans_[h] = {data_.get() + h * head_bytes_, data_.get() + h * head_bytes_ + key_bytes_, 0, n_rows};
+  Layer(RowType type, const Shape& shape, size_t n_rows, size_t block)
+      : keys_{type, RowSide::kKeys, shape.dim}, values_{type, RowSide::kValues, shape.dim}, heads_(shape.n_kv_heads) {
+    const size_t rows = block > 0 ? block : n_rows;
+    const size_t capacity = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    const size_t key_bytes = RegionBytes(keys_, capacity), region_bytes = key_bytes + RegionBytes(values_, capacity);
+    const size_t n_regions = (n_rows + rows - 1) / rows;
+    bytes_ = region_bytes * n_regions * heads_.size();
+    data_.reset(static_cast<std::byte*>(::operator new (bytes_, std::align_val_t{kRegionAlign})));
+    const std::byte* region = data_.get();
+    for (std::vector<KvSpan>& spans : heads_) {
+      for (size_t r = 0; r < n_rows; r += rows, region += region_bytes) {
+        spans.push_back({region, region + key_bytes, 0, std::min(rows, n_rows - r)});
+      }
     }
   }
 
@@ -80,30 +88,32 @@ class Layer {
     Rng rng(seed);
     std::vector<float> x(kDistinct * keys_.head_dim);
     for (float& v : x) v = rng.Normal();
-    ParallelFor(n_heads_, [&](size_t h) {
-      for (size_t r = 0; r < spans_[h].n_rows; r += kDistinct) {
-        const size_t n = std::min(kDistinct, spans_[h].n_rows - r);
-        WriteRows(keys_, const_cast<std::byte*>(spans_[h].keys), r, n, x.data(), keys_.head_dim);
-        WriteRows(values_, const_cast<std::byte*>(spans_[h].values), r, n, x.data(), keys_.head_dim);
+    ParallelFor(heads_.size(), [&](size_t h) {
+      for (const KvSpan& span : heads_[h]) {
+        for (size_t r = 0; r < span.n_rows; r += kDistinct) {
+          const size_t n = std::min(kDistinct, span.n_rows - r);
+          WriteRows(keys_, const_cast<std::byte*>(span.keys), r, n, x.data(), keys_.head_dim);
+          WriteRows(values_, const_cast<std::byte*>(span.values), r, n, x.data(), keys_.head_dim);
+        }
       }
     });
   }
-  void CopyFrom(const Layer& other) { std::memcpy(data_.get(), other.data_.get(), bytes()); }
+  void CopyFrom(const Layer& other) { std::memcpy(data_.get(), other.data_.get(), bytes_); }
 
-  size_t bytes() const { return head_bytes_ * n_heads_; }
+  size_t bytes() const { return bytes_; }
   const std::byte* data() const { return data_.get(); }
   const RowFormat& keys() const { return keys_; }
   const RowFormat& values() const { return values_; }
-  const KvSpan& span(size_t head) const { return spans_[head]; }
+  const std::vector<KvSpan>& spans(size_t head) const { return heads_[head]; }
 
  private:
   struct Free {
     void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kRegionAlign}); }
   };
   RowFormat keys_, values_;
-  size_t n_heads_, key_bytes_, head_bytes_;
+  std::vector<std::vector<KvSpan>> heads_;
+  size_t bytes_;
   std::unique_ptr<std::byte, Free> data_;
-  std::vector<KvSpan> spans_;
 };
 
 struct Step {
@@ -122,7 +132,7 @@ struct Step {
       AttentionJob& job = jobs[h];
       job.key_format = layer.keys();
       job.value_format = layer.values();
-      job.spans = {&layer.span(h), 1};
+      job.spans = layer.spans(h);
       job.n_past = n_past;
       job.n_queries = n_queries;
       job.q = q.data() + h * shape.group * shape.dim;
@@ -228,8 +238,8 @@ double Sum(const std::vector<double>& x) {
 }
 
 void BenchDecode(const Options& options, const Shape& shape) {
-  std::printf("\nDecode, %s: %zu KV heads of %zu, group %zu\n\n", shape.name.c_str(), shape.n_kv_heads, shape.dim,
-              shape.group);
+  std::printf("\nDecode, %s: %zu KV heads of %zu, group %zu, queries %zu\n\n", shape.name.c_str(), shape.n_kv_heads,
+              shape.dim, shape.group, options.queries);
   std::printf(
       "| rows | type | us a layer | GB/s | plain read GB/s | share | time against f16 "
       "|\n|---|---|---|---|---|---|---|\n");
@@ -238,22 +248,22 @@ void BenchDecode(const Options& options, const Shape& shape) {
     std::vector<std::string> types = options.types;
     for (const std::string& name : types) {
       const RowType type = ParseType(name);
-      Step step(shape, 1);
+      Step step(shape, options.queries);
       std::vector<std::unique_ptr<Layer>> layers;
       size_t bytes = 0;
       while (bytes < options.megabytes << 20 || layers.size() < 2) {
-        layers.push_back(std::make_unique<Layer>(type, shape, n_rows));
+        layers.push_back(std::make_unique<Layer>(type, shape, n_rows, options.block));
         if (layers.size() == 1)
           layers[0]->FillRandom(n_rows);
         else
           layers.back()->CopyFrom(*layers[0]);
         bytes += layers.back()->bytes();
       }
-      Verify(step, step.Jobs(*layers[0], n_rows - 1, ComputeType::kF32), Bound(type));
+      Verify(step, step.Jobs(*layers[0], n_rows - options.queries, ComputeType::kF32), Bound(type));
       std::vector<double> ours(layers.size(), 1e9), plain(layers.size(), 1e9);
       for (int r = 0; r < options.repeat; ++r) {
         for (size_t l = 0; l < layers.size(); ++l) {
-          const std::vector<AttentionJob> jobs = step.Jobs(*layers[l], n_rows - 1, ComputeType::kF32);
+          const std::vector<AttentionJob> jobs = step.Jobs(*layers[l], n_rows - options.queries, ComputeType::kF32);
           const double start = Seconds();
           Attend(jobs);
           ours[l] = std::min(ours[l], Seconds() - start);
@@ -282,11 +292,11 @@ void BenchPrefill(const Options& options, const Shape& shape) {
       for (const std::string& name : options.types) {
         for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
           const RowType type = ParseType(name);
-          Layer layer(type, shape, past + n_queries);
+          Layer layer(type, shape, past + n_queries, options.block);
           layer.FillRandom(1);
           {
             Step small(shape, 33);
-            Layer few(type, shape, 333);
+            Layer few(type, shape, 333, options.block);
             few.FillRandom(1);
             Verify(small, small.Jobs(few, 300, compute), compute == ComputeType::kBF16 ? 3e-5 : Bound(type));
           }
@@ -374,6 +384,10 @@ Options Parse(int argc, char** argv) {
       options.threads = static_cast<int>(Number(name, value));
     else if (name == "--repeat")
       options.repeat = static_cast<int>(Number(name, value));
+    else if (name == "--queries")
+      options.queries = Number(name, value);
+    else if (name == "--block")
+      options.block = value == "0" ? 0 : Number(name, value);
     else if (name == "--megabytes")
       options.megabytes = Number(name, value);
     else

@@ -32,13 +32,41 @@ size_t PartialFloats(const AttentionView& view) {
   return view.n_queries * view.group * (kPartialHeader + Padded(view.head_dim));
 }
 
+// Fetches the first of rows [begin, end) of the keys while something else is computed.
+void FetchFirstKeys(const AttentionView& view, size_t begin, size_t end) {
+  const size_t row_bytes = TileBytes(view.key_format.type, view.head_dim) / kTileRows;
+  size_t left = kAhead;
+  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t) {
+    const size_t bytes = Min(left, n * row_bytes);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(span.keys + slot * row_bytes + i);
+    left -= bytes;
+  });
+}
+
+// What is read after `n` rows from `rows` on: the next span of the split, from row `next` on, and after its last keys
+// the values of its first row.
+Ahead AfterSpan(const AttentionView& view, RowSide side, const std::byte* rows, size_t n, size_t next, size_t begin,
+                size_t end) {
+  if (next >= end && side == RowSide::kValues) return kNothingAhead;
+  const bool keys = side == RowSide::kKeys && next < end;
+  const size_t row = next < end ? next : begin;
+  const RowFormat& format = side == RowSide::kKeys ? view.key_format : view.value_format;
+  const RowFormat& next_format = keys ? view.key_format : view.value_format;
+  const std::byte* stop = rows + n * TileBytes(format.type, format.head_dim) / kTileRows;
+  const std::byte* start = stop;
+  ForEachPiece(view, row, row + 1, [&](const KvSpan& span, size_t slot, size_t, size_t) {
+    start = (keys ? span.keys : span.values) + slot * TileBytes(next_format.type, view.head_dim) / kTileRows;
+  });
+  return {reinterpret_cast<const char*>(stop), start - stop};
+}
+
 // ---- Decode: scores of key tiles where they lie
 
 // scores[m, row] for MB queries and NT tiles. Channels of a tile are channel_stride elements apart, tiles tile_stride;
 // queries are [head_dim, stacked].
 template <typename Rows, int MB, int NT>
 inline void ScoreTiles(const typename Rows::T* keys, size_t tile_stride, size_t channel_stride, size_t dim,
-                       const float* queries, size_t stacked, float* scores, size_t stride) {
+                       const float* queries, size_t stacked, float* scores, size_t stride, Ahead ahead) {
   constexpr int kVectors = NT * static_cast<int>(kTileVectors);
   V sum[MB][kVectors];
   for (int m = 0; m < MB; ++m) {
@@ -46,7 +74,8 @@ inline void ScoreTiles(const typename Rows::T* keys, size_t tile_stride, size_t 
   }
   for (size_t c = 0; c < dim; ++c) {
     // NT tiles are dim such steps long.
-    if constexpr (Rows::kStreams) FetchAhead<NT * kTileRows * sizeof(typename Rows::T)>(keys + c * NT * kTileRows);
+    if constexpr (Rows::kStreams)
+      FetchAhead<NT * kTileRows * sizeof(typename Rows::T)>(keys + c * NT * kTileRows, ahead);
     V key[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       key[v] = Rows::Load1(keys + v / kTileVectors * tile_stride + c * channel_stride + v % kTileVectors * kW);
@@ -66,23 +95,23 @@ constexpr int ScoreTilesAtOnce(int mb) { return kW == 1 ? 1 : (kW == 16 ? (mb <=
 
 template <typename Rows, int MB>
 inline void ScoreTileRun(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, size_t channel_stride,
-                         size_t dim, const float* queries, size_t stacked, float* scores, size_t stride) {
+                         size_t dim, const float* queries, size_t stacked, float* scores, size_t stride, Ahead ahead) {
   constexpr int kNT = ScoreTilesAtOnce(MB);
   size_t t = 0;
   for (; t + kNT <= n_tiles; t += kNT) {
     ScoreTiles<Rows, MB, kNT>(keys + t * tile_stride, tile_stride, channel_stride, dim, queries, stacked,
-                              scores + t * kTileRows, stride);
+                              scores + t * kTileRows, stride, ahead);
   }
   for (; t < n_tiles; ++t) {
     ScoreTiles<Rows, MB, 1>(keys + t * tile_stride, tile_stride, channel_stride, dim, queries, stacked,
-                            scores + t * kTileRows, stride);
+                            scores + t * kTileRows, stride, ahead);
   }
 }
 
 // All stacked queries against n_tiles tiles.
 template <typename Rows>
 void ScoreAll(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, size_t channel_stride, size_t dim,
-              const float* queries, size_t stacked, float* scores, size_t stride) {
+              const float* queries, size_t stacked, float* scores, size_t stride, Ahead ahead) {
   // A few tiles at a time, so that they are still in the nearest cache for the next queries.
   constexpr size_t kRun = 4;
   for (size_t t = 0; t < n_tiles; t += kRun) {
@@ -93,45 +122,48 @@ void ScoreAll(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, 
       float* s = scores + m * stride + t * kTileRows;
       switch (Min(kScoreQueries, stacked - m)) {
         case 1:
-          ScoreTileRun<Rows, 1>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 1>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         case 2:
-          ScoreTileRun<Rows, 2>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 2>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         case 3:
-          ScoreTileRun<Rows, 3>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 3>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         case 4:
-          ScoreTileRun<Rows, 4>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 4>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         case 5:
-          ScoreTileRun<Rows, 5>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 5>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         case 6:
-          ScoreTileRun<Rows, 6>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 6>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         case 7:
-          ScoreTileRun<Rows, 7>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 7>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
         default:
-          ScoreTileRun<Rows, 8>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride);
+          ScoreTileRun<Rows, 8>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
           break;
       }
     }
   }
 }
 
-// Calls whole(tiles, n_tiles, first row) and part(tile, first lane, n, first row) over the tiles of rows [begin, end).
+// Calls whole(tiles, n_tiles, first row, what to fetch ahead) and part(tile, first lane, n, first row) over the tiles
+// of rows [begin, end).
 template <typename Whole, typename Part>
 inline void ForEachKeyTile(const AttentionView& view, size_t begin, size_t end, Whole whole, Part part) {
   const size_t tile_bytes = TileBytes(view.key_format.type, view.head_dim);
   ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+    const size_t row_bytes = tile_bytes / kTileRows;
+    const Ahead ahead = AfterSpan(view, RowSide::kKeys, span.keys + slot * row_bytes, n, row + n, begin, end);
     while (n > 0) {
       const std::byte* tile = span.keys + slot / kTileRows * tile_bytes;
       const size_t lane = slot % kTileRows;
       size_t count = n / kTileRows * kTileRows;
       if (lane == 0 && count > 0) {
-        whole(tile, count / kTileRows, row);
+        whole(tile, count / kTileRows, row, ahead);
       } else {
         count = Min(n, kTileRows - lane);
         part(tile, lane, count, row);
@@ -156,13 +188,13 @@ void ScoresInPlace(const AttentionView& view, const DecodeScratch& s, size_t beg
   const size_t dim = view.head_dim, tile = kTileRows * dim;
   ForEachKeyTile(
       view, begin, end,
-      [&](const std::byte* keys, size_t n_tiles, size_t row) {
+      [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
         ScoreAll<Rows>(reinterpret_cast<const T*>(keys), n_tiles, tile, kTileRows, dim, s.queries, stacked,
-                       s.scores + (row - begin), kSplitStride);
+                       s.scores + (row - begin), kSplitStride, ahead);
       },
       [&](const std::byte* keys, size_t lane, size_t n, size_t row) {
-        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), 1, tile, kTileRows, dim, s.queries, stacked, s.edge,
-                       kTileRows);
+        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), 1, tile, kTileRows, dim, s.queries, stacked, s.edge, kTileRows,
+                       kNothingAhead);
         CopyEdge(s, lane, n, row - begin, stacked);
       });
 }
@@ -172,7 +204,7 @@ void ScoresExpanded(const AttentionView& view, const DecodeScratch& s, size_t be
     const size_t n = Min(kBlockRows, end - b);
     ExpandKeys(view, s.rows, b, b + n);
     ScoreAll<ExpandedRows>(s.rows.keys, Padded(n) / kTileRows, kTileRows, kKeyStride, view.head_dim, s.queries, stacked,
-                           s.scores + (b - begin), kSplitStride);
+                           s.scores + (b - begin), kSplitStride, kNothingAhead);
   }
 }
 
@@ -199,13 +231,13 @@ void SplitScores(const AttentionView& view, const DecodeScratch& s, size_t begin
 // out[m, NV vectors] += sum over rows, in order, of p[m, row] * values[row].
 template <typename Rows, int MB, int NV>
 inline void AddRows(const typename Rows::T* values, size_t row_stride, size_t n, const float* p, size_t p_stride,
-                    float* out, size_t out_stride) {
+                    float* out, size_t out_stride, Ahead ahead) {
   V sum[MB][NV];
   for (int m = 0; m < MB; ++m) {
     for (int v = 0; v < NV; ++v) sum[m][v] = Load(out + m * out_stride + v * kW);
   }
   for (size_t i = 0; i < n; ++i) {
-    if constexpr (Rows::kStreams) FetchAhead<NV * kW * sizeof(typename Rows::T)>(values + i * row_stride);
+    if constexpr (Rows::kStreams) FetchAhead<NV * kW * sizeof(typename Rows::T)>(values + i * row_stride, ahead);
     V value[NV];
     for (int v = 0; v < NV; ++v) value[v] = Rows::Load1(values + i * row_stride + v * kW);
     for (int m = 0; m < MB; ++m) {
@@ -223,20 +255,20 @@ constexpr size_t kAddVectors = kW == 16 ? 4 : 2;
 
 template <typename Rows, int MB>
 inline void AddRowsOfQueries(const typename Rows::T* values, size_t dim, size_t row_stride, size_t n, const float* p,
-                             size_t p_stride, float* out, size_t out_stride) {
+                             size_t p_stride, float* out, size_t out_stride, Ahead ahead) {
   for (size_t c = 0; c < dim; c += kAddVectors * kW) {
     switch (Min(kAddVectors, (dim - c + kW - 1) / kW)) {
       case 1:
-        AddRows<Rows, MB, 1>(values + c, row_stride, n, p, p_stride, out + c, out_stride);
+        AddRows<Rows, MB, 1>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
         break;
       case 2:
-        AddRows<Rows, MB, 2>(values + c, row_stride, n, p, p_stride, out + c, out_stride);
+        AddRows<Rows, MB, 2>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
         break;
       case 3:
-        AddRows<Rows, MB, 3>(values + c, row_stride, n, p, p_stride, out + c, out_stride);
+        AddRows<Rows, MB, 3>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
         break;
       default:
-        AddRows<Rows, MB, 4>(values + c, row_stride, n, p, p_stride, out + c, out_stride);
+        AddRows<Rows, MB, 4>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
         break;
     }
   }
@@ -244,7 +276,7 @@ inline void AddRowsOfQueries(const typename Rows::T* values, size_t dim, size_t 
 
 template <typename Rows>
 void AddAll(const typename Rows::T* values, size_t dim, size_t row_stride, size_t n, const float* p, size_t p_stride,
-            size_t stacked, float* out) {
+            size_t stacked, float* out, Ahead ahead) {
   constexpr size_t kRun = 32;  // rows that stay in the nearest cache while all queries and channels use them
   const size_t out_stride = Padded(dim);
   for (size_t i = 0; i < n; i += kRun) {
@@ -255,16 +287,16 @@ void AddAll(const typename Rows::T* values, size_t dim, size_t row_stride, size_
       float* o = out + m * out_stride;
       switch (Min(kAddQueries, stacked - m)) {
         case 1:
-          AddRowsOfQueries<Rows, 1>(v, dim, row_stride, run, w, p_stride, o, out_stride);
+          AddRowsOfQueries<Rows, 1>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
           break;
         case 2:
-          AddRowsOfQueries<Rows, 2>(v, dim, row_stride, run, w, p_stride, o, out_stride);
+          AddRowsOfQueries<Rows, 2>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
           break;
         case 3:
-          AddRowsOfQueries<Rows, 3>(v, dim, row_stride, run, w, p_stride, o, out_stride);
+          AddRowsOfQueries<Rows, 3>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
           break;
         default:
-          AddRowsOfQueries<Rows, 4>(v, dim, row_stride, run, w, p_stride, o, out_stride);
+          AddRowsOfQueries<Rows, 4>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
           break;
       }
     }
@@ -275,8 +307,10 @@ template <typename Rows>
 void ValuesInPlace(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   const size_t dim = view.head_dim;
   ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    AddAll<Rows>(reinterpret_cast<const typename Rows::T*>(span.values) + slot * dim, dim, dim, n,
-                 s.scores + (row - begin), kSplitStride, stacked, s.out);
+    const auto* values = reinterpret_cast<const typename Rows::T*>(span.values) + slot * dim;
+    const Ahead ahead =
+        AfterSpan(view, RowSide::kValues, reinterpret_cast<const std::byte*>(values), n, row + n, begin, end);
+    AddAll<Rows>(values, dim, dim, n, s.scores + (row - begin), kSplitStride, stacked, s.out, ahead);
   });
 }
 
@@ -296,7 +330,7 @@ void SplitValues(const AttentionView& view, const DecodeScratch& s, size_t begin
     const size_t n = Min(kBlockRows, end - b);
     ExpandValues(view, b, b + n, s.rows.values);
     AddAll<ExpandedRows>(s.rows.values, view.head_dim, Padded(view.head_dim), n, s.scores + (b - begin), kSplitStride,
-                         stacked, s.out);
+                         stacked, s.out, kNothingAhead);
   }
 }
 
@@ -313,29 +347,16 @@ float ExpAndSum(float* scores, size_t visible, size_t n, float largest) {
   return ReduceAdd(sum);
 }
 
-// Fetches the start of the split's keys or values while something else is computed.
-void FetchFirst(const AttentionView& view, const RowFormat& format, size_t begin, size_t end) {
-  const size_t row_bytes = TileBytes(format.type, format.head_dim) / kTileRows;
-  size_t left = kAhead;
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t) {
-    const std::byte* rows = (format.side == RowSide::kKeys ? span.keys : span.values) + slot * row_bytes;
-    const size_t bytes = Min(left, n * row_bytes);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows + i);
-    left -= bytes;
-  });
-}
-
 void Decode(const AttentionView& view, size_t split, float* scratch, float* partial) {
   const DecodeScratch s = CarveDecode(view, scratch);
   const size_t dim = view.head_dim, stacked = view.n_queries * view.group;
   const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows), n = end - begin;
-  FetchFirst(view, view.key_format, begin, end);
+  FetchFirstKeys(view, begin, end);
   for (size_t m = 0; m < stacked; ++m) {
     const float* q = view.q + m / view.group * view.q_stride + m % view.group * dim;
     for (size_t c = 0; c < dim; ++c) s.queries[c * stacked + m] = q[c] * view.scale;
   }
   SplitScores(view, s, begin, end, stacked);
-  FetchFirst(view, view.value_format, begin, end);
   const size_t partial_stride = kPartialHeader + Padded(dim);
   for (size_t m = 0; m < stacked; ++m) {
     float* scores = s.scores + m * kSplitStride;

@@ -67,7 +67,7 @@ inline __m512i Broadcast4(const int8_t* p) {
 // scores[m, row] of MB queries, from number m on, and NT tiles.
 template <RowType kType, int MB, int NT>
 inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, const CodedQueries& q, size_t stacked,
-                       size_t m0, float* scores, size_t stride) {
+                       size_t m0, float* scores, size_t stride, Ahead ahead) {
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
   constexpr size_t kGroups = kBlockBytes / 64;
   const size_t scale_bytes = TileScaleBytes(dim);
@@ -94,7 +94,7 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
       __m512i code[NT];
       for (int t = 0; t < NT; ++t) {
         const std::byte* p = codes + t * tile_bytes + g * 64;
-        __builtin_prefetch(p + kAhead);
+        FetchAhead<64>(p, ahead);
         code[t] = _mm512_loadu_si512(p);
       }
       if constexpr (kType == RowType::kQ8) {
@@ -123,20 +123,23 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
 
 template <RowType kType, int MB>
 inline void ScoreCodedTiles(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, size_t dim,
-                            const CodedQueries& q, size_t stacked, size_t m0, float* scores, size_t stride) {
+                            const CodedQueries& q, size_t stacked, size_t m0, float* scores, size_t stride,
+                            Ahead ahead) {
   constexpr size_t kNT = 2;
   size_t t = 0;
   for (; t + kNT <= n_tiles; t += kNT) {
-    ScoreCodes<kType, MB, kNT>(tiles + t * tile_bytes, tile_bytes, dim, q, stacked, m0, scores + t * kTileRows, stride);
+    ScoreCodes<kType, MB, kNT>(tiles + t * tile_bytes, tile_bytes, dim, q, stacked, m0, scores + t * kTileRows, stride,
+                               ahead);
   }
   if (t < n_tiles) {
-    ScoreCodes<kType, MB, 1>(tiles + t * tile_bytes, tile_bytes, dim, q, stacked, m0, scores + t * kTileRows, stride);
+    ScoreCodes<kType, MB, 1>(tiles + t * tile_bytes, tile_bytes, dim, q, stacked, m0, scores + t * kTileRows, stride,
+                             ahead);
   }
 }
 
 template <RowType kType>
 void ScoreAllCoded(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, size_t dim, const CodedQueries& q,
-                   size_t stacked, float* scores, size_t stride) {
+                   size_t stacked, float* scores, size_t stride, Ahead ahead) {
   constexpr size_t kRun = 4;  // tiles that stay in the nearest cache for the next queries
   for (size_t t = 0; t < n_tiles; t += kRun) {
     const std::byte* p = tiles + t * tile_bytes;
@@ -145,16 +148,16 @@ void ScoreAllCoded(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, si
       float* to = scores + m * stride + t * kTileRows;
       switch (Min(4, stacked - m)) {
         case 1:
-          ScoreCodedTiles<kType, 1>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          ScoreCodedTiles<kType, 1>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
           break;
         case 2:
-          ScoreCodedTiles<kType, 2>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          ScoreCodedTiles<kType, 2>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
           break;
         case 3:
-          ScoreCodedTiles<kType, 3>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          ScoreCodedTiles<kType, 3>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
           break;
         default:
-          ScoreCodedTiles<kType, 4>(p, n, tile_bytes, dim, q, stacked, m, to, stride);
+          ScoreCodedTiles<kType, 4>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
           break;
       }
     }
@@ -168,11 +171,11 @@ void CodedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
   CodeQueries(view, stacked, kType == RowType::kQ8 ? 128 : 8, q);
   ForEachKeyTile(
       view, begin, end,
-      [&](const std::byte* keys, size_t n_tiles, size_t row) {
-        ScoreAllCoded<kType>(keys, n_tiles, tile_bytes, dim, q, stacked, s.scores + (row - begin), kSplitStride);
+      [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
+        ScoreAllCoded<kType>(keys, n_tiles, tile_bytes, dim, q, stacked, s.scores + (row - begin), kSplitStride, ahead);
       },
       [&](const std::byte* keys, size_t lane, size_t n, size_t row) {
-        ScoreAllCoded<kType>(keys, 1, tile_bytes, dim, q, stacked, s.edge, kTileRows);
+        ScoreAllCoded<kType>(keys, 1, tile_bytes, dim, q, stacked, s.edge, kTileRows, kNothingAhead);
         CopyEdge(s, lane, n, row - begin, stacked);
       });
 }
@@ -194,7 +197,7 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
 // row on; first_block counts from the first channel.
 template <RowType kType, int MB, int NB>
 inline void AddCodes(const std::byte* tile, size_t n_tiles, size_t dim, size_t lane, size_t n, size_t first_block,
-                     const float* p, size_t p_stride, float* out, size_t out_stride) {
+                     const float* p, size_t p_stride, float* out, size_t out_stride, Ahead ahead) {
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 32 : 16;
   const size_t row_bytes = dim / kQuantBlock * kBlockBytes, tile_bytes = TileBytes(kType, dim);
   alignas(64) float weights[MB][NB][kTileRows];
@@ -212,7 +215,7 @@ inline void AddCodes(const std::byte* tile, size_t n_tiles, size_t dim, size_t l
     const uint8_t* codes = TileCodes(tile, dim) + lane * row_bytes + first_block * kBlockBytes;
     for (size_t i = 0; i < n; ++i, codes += row_bytes) {
       V value[2 * NB];
-      __builtin_prefetch(codes + kAhead);
+      FetchAhead<64>(codes, ahead);
       for (int b = 0; b < NB; ++b) {
         if constexpr (kType == RowType::kQ8) {
           value[2 * b] = SignedCodes(codes + b * 32);
@@ -238,14 +241,16 @@ inline void AddCodes(const std::byte* tile, size_t n_tiles, size_t dim, size_t l
 
 template <RowType kType, int MB>
 inline void AddCodedTiles(const std::byte* tile, size_t n_tiles, size_t dim, size_t lane, size_t n, const float* p,
-                          float* out) {
+                          float* out, Ahead ahead) {
   const size_t out_stride = Padded(dim);
   size_t block = 0;
   for (; block + 2 <= dim / kQuantBlock; block += 2) {
-    AddCodes<kType, MB, 2>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride);
+    AddCodes<kType, MB, 2>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride,
+                           ahead);
   }
   if (block < dim / kQuantBlock) {
-    AddCodes<kType, MB, 1>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride);
+    AddCodes<kType, MB, 1>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride,
+                           ahead);
   }
 }
 
@@ -254,6 +259,8 @@ void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin
   constexpr size_t kRun = 4;  // tiles that stay in the nearest cache for the next queries and channels
   const size_t dim = view.head_dim, out_stride = Padded(dim), tile_bytes = TileBytes(kType, dim);
   ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+    const std::byte* rows = span.values + slot * tile_bytes / kTileRows;
+    const Ahead ahead = AfterSpan(view, RowSide::kValues, rows, n, row + n, begin, end);
     while (n > 0) {
       const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
       const size_t n_tiles = count == kTileRows ? Min(kRun, n / kTileRows) : 1;
@@ -263,16 +270,16 @@ void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin
         float* out = s.out + m * out_stride;
         switch (Min(4, stacked - m)) {
           case 1:
-            AddCodedTiles<kType, 1>(tile, n_tiles, dim, lane, count, p, out);
+            AddCodedTiles<kType, 1>(tile, n_tiles, dim, lane, count, p, out, ahead);
             break;
           case 2:
-            AddCodedTiles<kType, 2>(tile, n_tiles, dim, lane, count, p, out);
+            AddCodedTiles<kType, 2>(tile, n_tiles, dim, lane, count, p, out, ahead);
             break;
           case 3:
-            AddCodedTiles<kType, 3>(tile, n_tiles, dim, lane, count, p, out);
+            AddCodedTiles<kType, 3>(tile, n_tiles, dim, lane, count, p, out, ahead);
             break;
           default:
-            AddCodedTiles<kType, 4>(tile, n_tiles, dim, lane, count, p, out);
+            AddCodedTiles<kType, 4>(tile, n_tiles, dim, lane, count, p, out, ahead);
             break;
         }
       }
