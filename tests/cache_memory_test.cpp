@@ -1,0 +1,217 @@
+// Bytes counted are bytes allocated: every cache buffer is a 64-byte aligned allocation, and this program counts those
+// itself. Also: memory that a method saves is really given back, and a reservation that fails changes nothing.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "base/error.h"
+#include "base/threads.h"
+#include "cache_harness.h"
+
+namespace {
+
+std::atomic<size_t> live_bytes{0}, peak_bytes{0};
+std::atomic<long> allocations_until_failure{-1};  // negative: none fails
+constexpr size_t kHeader = 64;
+
+void* CountedAllocate(size_t size) noexcept {
+  if (allocations_until_failure >= 0 && allocations_until_failure-- == 0) return nullptr;
+  void* memory = std::aligned_alloc(64, (size + kHeader + 63) / 64 * 64);
+  if (memory == nullptr) return nullptr;
+  std::memcpy(memory, &size, sizeof size);
+  const size_t now = live_bytes += size;
+  if (now > peak_bytes) peak_bytes = now;
+  return static_cast<std::byte*>(memory) + kHeader;
+}
+
+void CountedFree(void* pointer) noexcept {
+  if (pointer == nullptr) return;
+  void* memory = static_cast<std::byte*>(pointer) - kHeader;
+  size_t size;
+  std::memcpy(&size, memory, sizeof size);
+  live_bytes -= size;
+  std::free(memory);
+}
+
+}  // namespace
+
+// Only the aligned forms are replaced; ordinary memory is the library's.
+void* operator new(size_t size, std::align_val_t, const std::nothrow_t&) noexcept { return CountedAllocate(size); }
+void* operator new(size_t size, std::align_val_t) {
+  if (void* memory = CountedAllocate(size)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* pointer, std::align_val_t) noexcept { CountedFree(pointer); }
+void operator delete(void* pointer, size_t, std::align_val_t) noexcept { CountedFree(pointer); }
+void operator delete(void* pointer, std::align_val_t, const std::nothrow_t&) noexcept { CountedFree(pointer); }
+
+namespace lesskv {
+namespace {
+
+using namespace testing_support;  // NOLINT
+
+class CacheMemory : public testing::Test {
+ protected:
+  void SetUp() override { SetThreads(1); }
+};
+
+// Kernels keep work memory a thread, which no sequence owns: a first run takes it, so that the measured one does not.
+void WarmUp(const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar, const Text& text,
+            const std::vector<LifeStep>& life) {
+  SequenceCache cache(MakeConfig(spec, shape, sidecar));
+  size_t seen = 0;
+  for (const LifeStep& step : life) {
+    Live(cache, text, seen, step);
+    seen += step.n;
+  }
+}
+
+// At every moment of a life: inside steps, between them, with clones and restored caches beside.
+TEST_F(CacheMemory, CountedEqualsAllocated) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 120, 1);
+    for (const std::string& spec : LegalSpecs(shape)) {
+      SCOPED_TRACE(spec + ", " + shape.Name());
+      const auto config = MakeConfig(spec, shape, sidecar);
+      WarmUp(spec, shape, sidecar, text, UsualLife());
+      const size_t base = live_bytes;
+      peak_bytes = base;
+      {
+        SequenceCache cache(config);
+        ASSERT_EQ(cache.Stats().kv_bytes, 0u);
+        ASSERT_EQ(live_bytes, base);
+        size_t seen = 0;
+        for (const LifeStep& step : UsualLife()) {
+          const size_t chunk =
+              step.kind == StepKind::kPrompt && config->prefill_chunk() > 0 ? config->prefill_chunk() : step.n;
+          for (size_t done = 0; done < step.n; done += chunk) {
+            const size_t n = std::min(chunk, step.n - done);
+            const StepKind kind = chunk == step.n || step.kind != StepKind::kPrompt ? step.kind : StepKind::kStream;
+            cache.BeginStep(n, kind);
+            ASSERT_EQ(cache.Stats().kv_bytes, live_bytes - base) << "begun after " << seen;
+            RunLayers(cache, shape, text, seen, n);
+            ASSERT_EQ(cache.Stats().kv_bytes, live_bytes - base) << "attended after " << seen;
+            cache.EndStep();
+            seen += n;
+            ASSERT_EQ(cache.Stats().kv_bytes, live_bytes - base) << "ended after " << seen;
+          }
+          if (step.kind == StepKind::kPrompt) cache.EndPrompt();
+          ASSERT_EQ(cache.Stats().kv_bytes_peak, peak_bytes - base);
+        }
+        const auto clone = cache.Clone();
+        ASSERT_EQ(cache.Stats().kv_bytes + clone->Stats().kv_bytes, live_bytes - base);
+        SequenceCache restored(config);
+        const auto bytes = cache.Serialize();
+        restored.Restore(bytes.data(), bytes.size());
+        ASSERT_EQ(cache.Stats().kv_bytes + clone->Stats().kv_bytes + restored.Stats().kv_bytes, live_bytes - base);
+      }
+      ASSERT_EQ(live_bytes, base) << "something was not freed";
+    }
+  }
+}
+
+// Bytes that the rows of `rows` tokens take in all layers and heads, f32, without slack.
+size_t RowBytes(const TinyShape& shape, size_t layers, size_t rows) {
+  return layers * shape.n_kv_heads * rows * shape.head_dim * 2 * sizeof(float);
+}
+
+// After a long prompt only the budget is held, and never more than one layer in full beside it. Masking instead of
+// freeing would fail all three bounds.
+TEST_F(CacheMemory, EvictedRowsAreGivenBack) {
+  const TinyShape shape{6, 4, 2, 32, 4096};
+  const TempSidecar sidecar(shape);
+  const size_t n = 2000, budget = 100, slack_rows = 40;  // tiles, positions, scores
+  const Text text = RandomText(shape, n + 4, 2);
+  for (const char* policy :
+       {"h2o(100)+f32", "tova(100)+f32", "window(100)+f32", "snapkv(100)+f32", "h2o(100)+less+f32"}) {
+    SCOPED_TRACE(policy);
+    const size_t held = RowBytes(shape, 6, budget + slack_rows);
+    WarmUp(policy, shape, sidecar, text, {{n, StepKind::kPrompt}, {1, StepKind::kDecode}});
+    const size_t base = live_bytes;
+    peak_bytes = base;
+    {
+      SequenceCache one_shot(MakeConfig(policy, shape, sidecar));
+      Live(one_shot, text, 0, {n, StepKind::kPrompt});
+      EXPECT_LE(live_bytes - base, held);
+      EXPECT_GE(live_bytes - base, RowBytes(shape, 6, budget));
+      EXPECT_LE(peak_bytes - base, held + RowBytes(shape, 1, n + slack_rows));
+      EXPECT_GE(peak_bytes - base, RowBytes(shape, 1, n));
+      Feed(one_shot, text, n, 1, StepKind::kDecode);
+      EXPECT_LE(live_bytes - base, RowBytes(shape, 6, budget + 2 * slack_rows));
+    }
+    peak_bytes = live_bytes.load();
+    SequenceCache chunked(MakeConfig(std::string(policy) + "+prefill(chunk=64)", shape, sidecar));
+    Live(chunked, text, 0, {n, StepKind::kPrompt});
+    EXPECT_LE(peak_bytes - base, held + RowBytes(shape, 1, 64 + slack_rows));
+  }
+}
+
+// Memory and bytes are flat however long a bounded cache decodes.
+TEST_F(CacheMemory, BoundedCachesDoNotGrow) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 230, 3);
+  for (const char* spec : {"h2o(11)+less", "tova(9)+f32", "window(9, positions=cache)", "h2o(11)+pyramid(3)"}) {
+    SequenceCache cache(MakeConfig(spec, shape, sidecar));
+    Live(cache, text, 0, {30, StepKind::kPrompt});
+    Feed(cache, text, 30, 1, StepKind::kDecode);
+    const size_t bytes = live_bytes;
+    for (size_t i = 31; i < 230; ++i) {
+      Feed(cache, text, i, 1, StepKind::kDecode);
+      ASSERT_EQ(live_bytes, bytes) << spec;
+    }
+  }
+}
+
+// Whichever allocation of a step's reservation fails, the cache is as it was, and the step can be begun again.
+TEST_F(CacheMemory, FailedReservationLeavesTheCacheAsItWas) {
+  for (const TinyShape& shape : {kTinyShapes[1], kTinyShapes[2]}) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 240, 4);
+    for (const std::string& spec : LegalSpecs(shape)) {
+      SCOPED_TRACE(spec + ", " + shape.Name());
+      const auto config = MakeConfig(spec, shape, sidecar);
+      SequenceCache plain(config), cache(config);
+      size_t seen = 0, failures = 0;
+      for (const LifeStep step :
+           {LifeStep{30, StepKind::kPrompt}, LifeStep{1, StepKind::kDecode}, LifeStep{120, StepKind::kStream},
+            LifeStep{1, StepKind::kDecode}, LifeStep{60, StepKind::kPrompt}}) {
+        const auto before = cache.Serialize();
+        const size_t bytes = cache.Stats().kv_bytes;
+        for (long fail_at = 0;; ++fail_at) {
+          allocations_until_failure = fail_at;
+          bool failed = false;
+          try {
+            cache.BeginStep(step.n, step.kind);
+          } catch (const Error& error) {
+            failed = true;
+            EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
+          }
+          allocations_until_failure = -1;
+          if (!failed) break;
+          ++failures;
+          ASSERT_TRUE(cache.Serialize() == before) << "allocation " << fail_at;
+          ASSERT_LE(cache.Stats().kv_bytes, bytes);
+        }
+        plain.BeginStep(step.n, step.kind);
+        const Outputs got = RunLayers(cache, shape, text, seen, step.n);
+        const Outputs want = RunLayers(plain, shape, text, seen, step.n);
+        for (size_t l = 0; l < shape.n_layers; ++l)
+          ASSERT_EQ(std::memcmp(got[l].data(), want[l].data(), want[l].size() * sizeof(float)), 0);
+        cache.EndStep();
+        plain.EndStep();
+        seen += step.n;
+      }
+      EXPECT_GT(failures, 0u);
+      EXPECT_TRUE(cache.Serialize() == plain.Serialize());
+      EXPECT_EQ(cache.Stats().kv_bytes, plain.Stats().kv_bytes);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lesskv
