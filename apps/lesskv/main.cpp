@@ -41,6 +41,8 @@ int Run(int argc, char** argv) {
   app.set_version_flag("--version", "lesskv " + Version());
   app.require_subcommand(1);
   AddCommands(app);
+  if (argc > 1 && argv[1][0] != '-' && app.get_subcommand_no_throw(argv[1]) == nullptr)
+    return Complain(kBadUsage, fmt::format("there is no command \"{}\" (lesskv --help lists what there is)", argv[1]));
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {  // --help and --version

@@ -23,11 +23,10 @@ struct TinyFile {
   std::map<std::string, float> reals = {{"attention.layer_norm_rms_epsilon", 1e-5f}};
   std::map<std::string, std::string> texts;
   std::map<std::string, std::vector<size_t>> tensors = {
-      {"token_embd.weight", {8, 5}},       {"output_norm.weight", {8}},       {"blk.0.attn_norm.weight", {8}},
-      {"blk.0.ffn_norm.weight", {8}},      {"blk.0.attn_q.weight", {8, 8}},   {"blk.0.attn_k.weight", {8, 4}},
-      {"blk.0.attn_v.weight", {8, 4}},     {"blk.0.attn_output.weight", {8, 8}},
-      {"blk.0.ffn_gate.weight", {8, 12}},  {"blk.0.ffn_up.weight", {8, 12}},
-      {"blk.0.ffn_down.weight", {12, 8}}};
+      {"token_embd.weight", {8, 5}},    {"output_norm.weight", {8}},          {"blk.0.attn_norm.weight", {8}},
+      {"blk.0.ffn_norm.weight", {8}},   {"blk.0.attn_q.weight", {8, 8}},      {"blk.0.attn_k.weight", {8, 4}},
+      {"blk.0.attn_v.weight", {8, 4}},  {"blk.0.attn_output.weight", {8, 8}}, {"blk.0.ffn_gate.weight", {8, 12}},
+      {"blk.0.ffn_up.weight", {8, 12}}, {"blk.0.ffn_down.weight", {12, 8}}};
   std::map<std::string, DType> types;  // where not f32
 
   std::string Write() const {
@@ -93,14 +92,24 @@ const std::vector<BadFile> kBadFiles = {
     {"absurd width", [](TinyFile& f) { f.counts["embedding_length"] = 1u << 30; }, {"embedding_length"}},
     {"absurd context", [](TinyFile& f) { f.counts["context_length"] = 0xffffffffu; }, {"context_length"}},
     {"KV heads do not divide", [](TinyFile& f) { f.counts["attention.head_count_kv"] = 3; }, {"divisor", "found 3"}},
-    {"width no multiple of heads", [](TinyFile& f) { f.counts["attention.head_count"] = 3; f.counts.erase("attention.head_count_kv"); },
+    {"width no multiple of heads",
+     [](TinyFile& f) {
+       f.counts["attention.head_count"] = 3;
+       f.counts.erase("attention.head_count_kv");
+     },
      {"multiple of the 3 heads"}},
     {"odd head size", [](TinyFile& f) { f.counts["attention.key_length"] = 5; }, {"even number", "found 5"}},
     {"unequal value size", [](TinyFile& f) { f.counts["attention.value_length"] = 6; }, {"value_length", "found 6"}},
-    {"partial rotation", [](TinyFile& f) { f.counts["rope.dimension_count"] = 2; }, {"rope.dimension_count", "found 2"}},
+    {"partial rotation",
+     [](TinyFile& f) { f.counts["rope.dimension_count"] = 2; },
+     {"rope.dimension_count", "found 2"}},
     {"NaN epsilon", [](TinyFile& f) { f.reals["attention.layer_norm_rms_epsilon"] = NAN; }, {"epsilon", "nan"}},
     {"negative rope base", [](TinyFile& f) { f.reals["rope.freq_base"] = -1; }, {"rope.freq_base", "found -1"}},
-    {"infinite scale", [](TinyFile& f) { f.texts["rope.scaling.type"] = "linear"; f.reals["rope.scaling.factor"] = INFINITY; },
+    {"infinite scale",
+     [](TinyFile& f) {
+       f.texts["rope.scaling.type"] = "linear";
+       f.reals["rope.scaling.factor"] = INFINITY;
+     },
      {"rope.scaling.factor", "inf"}},
     {"other scaling", [](TinyFile& f) { f.texts["rope.scaling.type"] = "yarn"; }, {"rope.scaling.type", "yarn"}},
     {"experts", [](TinyFile& f) { f.counts["expert_count"] = 8; }, {"expert_count"}},
@@ -108,15 +117,24 @@ const std::vector<BadFile> kBadFiles = {
     {"no embedding", [](TinyFile& f) { f.tensors.erase("token_embd.weight"); }, {"token_embd.weight is missing"}},
     {"no norm", [](TinyFile& f) { f.tensors.erase("output_norm.weight"); }, {"output_norm.weight is missing"}},
     {"no matrix", [](TinyFile& f) { f.tensors.erase("blk.0.ffn_up.weight"); }, {"blk.0.ffn_up.weight is missing"}},
-    {"wrong shape", [](TinyFile& f) { f.tensors["blk.0.attn_k.weight"] = {8, 8}; },
+    {"wrong shape",
+     [](TinyFile& f) {
+       f.tensors["blk.0.attn_k.weight"] = {8, 8};
+     },
      {"blk.0.attn_k.weight", "expected shape [8, 4]", "found [8, 8]"}},
-    {"transposed", [](TinyFile& f) { f.tensors["blk.0.ffn_down.weight"] = {8, 12}; }, {"blk.0.ffn_down.weight", "[12, 8]"}},
+    {"transposed",
+     [](TinyFile& f) {
+       f.tensors["blk.0.ffn_down.weight"] = {8, 12};
+     },
+     {"blk.0.ffn_down.weight", "[12, 8]"}},
     {"wrong norm", [](TinyFile& f) { f.tensors["blk.0.attn_norm.weight"] = {7}; }, {"attn_norm.weight", "[8]", "[7]"}},
     {"norm in f16", [](TinyFile& f) { f.types["output_norm.weight"] = DType::kF16; }, {"expected type F32", "F16"}},
     {"integer matrix", [](TinyFile& f) { f.types["blk.0.attn_q.weight"] = DType::kI32; }, {"attn_q.weight", "I32"}},
     {"unknown tensor", [](TinyFile& f) { f.tensors["blk.0.attn_q_norm.weight"] = {4}; }, {"blk.0.attn_q_norm.weight"}},
     {"tensor of a layer too many", [](TinyFile& f) { f.tensors["blk.1.attn_norm.weight"] = {8}; }, {"blk.1.attn_norm"}},
-    {"rope factors of another size", [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {3}; }, {"rope_freqs.weight", "[2]"}},
+    {"rope factors of another size",
+     [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {3}; },
+     {"rope_freqs.weight", "[2]"}},
     {"rope factors of zero", [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {2}; }, {"factor"}},
     {"qwen2 without biases", [](TinyFile& f) { f.architecture = "qwen2"; }, {"blk.0.attn_q.bias is missing"}},
 };

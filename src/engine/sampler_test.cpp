@@ -1,0 +1,125 @@
+#include "engine/sampler.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+
+#include "base/error.h"
+
+namespace lesskv {
+namespace {
+
+// Everything off: the distribution is the softmax itself.
+SamplerOptions Plain(float temperature = 1) {
+  return {.temperature = temperature, .top_k = 0, .top_p = 1, .min_p = 0, .repeat_penalty = 1, .seed = 3};
+}
+
+std::vector<float> LogitsOf(const std::vector<double>& probabilities) {
+  std::vector<float> logits;
+  for (const double p : probabilities) logits.push_back(static_cast<float>(std::log(p)));
+  return logits;
+}
+
+std::map<int32_t, double> Shares(const SamplerOptions& options, const std::vector<float>& logits, int n = 20000) {
+  Sampler sampler(options);
+  std::map<int32_t, double> shares;
+  for (int i = 0; i < n; ++i) shares[sampler.Sample(logits, {})] += 1.0 / n;
+  return shares;
+}
+
+TEST(Sampler, GreedyTakesTheLargestAndTheLowerTokenOfEquals) {
+  Sampler sampler(Plain(0));
+  EXPECT_EQ(sampler.Sample(std::vector<float>{1, 3, 2}, {}), 1);
+  EXPECT_EQ(sampler.Sample(std::vector<float>{1, 3, 3}, {}), 1);
+  EXPECT_EQ(sampler.Sample(std::vector<float>{NAN, -3, -2}, {}), 2);
+}
+
+TEST(Sampler, DrawsFollowTheProbabilities) {
+  auto shares = Shares(Plain(), LogitsOf({0.5, 0.3, 0.2}));
+  EXPECT_NEAR(shares[0], 0.5, 0.015);
+  EXPECT_NEAR(shares[1], 0.3, 0.015);
+  shares = Shares(Plain(0.5f), LogitsOf({0.5, 0.3, 0.2}));  // squared: 25 : 9 : 4
+  EXPECT_NEAR(shares[0], 25.0 / 38, 0.015);
+  EXPECT_NEAR(shares[2], 4.0 / 38, 0.015);
+}
+
+TEST(Sampler, EachCutKeepsWhatItSays) {
+  const auto logits = LogitsOf({0.1, 0.4, 0.2, 0.3});
+  SamplerOptions options = Plain();
+  options.top_k = 2;
+  auto shares = Shares(options, logits);
+  EXPECT_EQ(shares.size(), 2u);
+  EXPECT_NEAR(shares[1], 4.0 / 7, 0.015);
+  options = Plain();
+  options.top_p = 0.65f;  // 0.4 does not reach it, 0.4 + 0.3 does
+  EXPECT_EQ(Shares(options, logits).size(), 2u);
+  options.top_p = 0.75f;
+  EXPECT_EQ(Shares(options, logits).size(), 3u);
+  options.top_p = 0;  // one token always stays
+  EXPECT_EQ(Shares(options, logits).size(), 1u);
+  options = Plain();
+  options.min_p = 0.45f;  // 0.2 / 0.4 stays, 0.1 / 0.4 goes
+  EXPECT_EQ(Shares(options, logits).size(), 3u);
+}
+
+TEST(Sampler, RepetitionPenaltyWeakensSeenTokensOnceAndOnlyInsideItsWindow) {
+  SamplerOptions options = Plain(0);
+  options.repeat_penalty = 2;
+  options.repeat_last_n = 2;
+  const std::vector<float> logits = {4, 3, -1, -1.5f};
+  EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 0}), 1);     // 4 / 2 < 3; not divided twice below
+  EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 3, 3}), 0);  // token 0 is out of the window
+  EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 1, 1}), 0);
+  EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 1}), 0);  // 2 against 1.5
+  options.repeat_last_n = -1;
+  EXPECT_EQ(Sampler(options).Sample(std::vector<float>{-1, -1.5f}, std::vector<int32_t>{0, 1, 1}), 0);  // -2 : -3
+  EXPECT_EQ(Sampler(options).Sample(std::vector<float>{-1, -1.5f}, std::vector<int32_t>{0}), 1);        // -2 : -1.5
+}
+
+TEST(Sampler, SeedFixesTheText) {
+  const auto logits = LogitsOf({0.25, 0.25, 0.25, 0.25});
+  const auto text = [&](uint64_t seed) {
+    SamplerOptions options = Plain();
+    options.seed = seed;
+    Sampler sampler(options);
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < 30; ++i) tokens.push_back(sampler.Sample(logits, tokens));
+    return tokens;
+  };
+  EXPECT_EQ(text(5), text(5));
+  EXPECT_NE(text(5), text(6));
+}
+
+TEST(Sampler, OptionsOutOfRangeAreRefusedByName) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto refusal = [](auto change) -> std::string {
+    SamplerOptions options;
+    change(options);
+    try {
+      Validate(options);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_NE(refusal([&](auto& o) { o.temperature = nan; }).find("--temp"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.temperature = -1; }).find("--temp"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.temperature = INFINITY; }).find("--temp"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.top_p = 1.5f; }).find("--top-p"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.min_p = nan; }).find("--min-p"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.top_k = -1; }).find("--top-k"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.repeat_penalty = 0; }).find("--repeat-penalty"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.repeat_last_n = -2; }).find("--repeat-last-n"), std::string::npos);
+  EXPECT_EQ(refusal([](auto&) {}), "");
+}
+
+TEST(Sampler, DamagedLogitsAreAnErrorNotACrash) {
+  EXPECT_THROW(Sampler(Plain(0)).Sample(std::vector<float>{NAN, NAN}, {}), Error);
+  EXPECT_THROW(Sampler(Plain(1)).Sample(std::vector<float>{INFINITY, 1}, {}), Error);
+  EXPECT_EQ(Sampler(Plain(1)).Sample(std::vector<float>{-INFINITY, 1}, {}), 1);
+}
+
+}  // namespace
+}  // namespace lesskv

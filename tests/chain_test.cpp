@@ -1,0 +1,309 @@
+// The whole chain, file to logits, through the real cache: against golden logits, against itself in other step shapes,
+// in batches, when stopped, when refused, and as text.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+#include "base/error.h"
+#include "engine/engine.h"
+#include "engine/generate.h"
+#include "kernels/basic.h"
+
+namespace lesskv {
+namespace {
+
+const std::string kSource = LESSKV_SOURCE_DIR;
+const char* const kTinyModels[] = {"llama-gqa-tied", "llama-mha-untied", "llama-rope-scaled", "qwen2-bias"};
+std::string TinyModel(const std::string& name) { return kSource + "/tests/data/models/" + name; }
+
+struct Golden {
+  std::vector<int32_t> tokens;
+  std::vector<float> logits;  // [tokens, n_vocab]
+};
+
+Golden LoadGolden(const std::string& name) {
+  const auto file = GgufFile::Open(TinyModel(name + ".expected.gguf"));
+  const GgufTensor& tokens = *file.FindTensor("tokens");
+  const GgufTensor& logits = *file.FindTensor("logits");
+  Golden golden{std::vector<int32_t>(tokens.Elements()), std::vector<float>(logits.Elements())};
+  std::memcpy(golden.tokens.data(), tokens.data.data(), tokens.data.size());
+  std::memcpy(golden.logits.data(), logits.data.data(), logits.data.size());
+  return golden;
+}
+
+Engine MakeEngine(const std::string& path, ComputeChoice compute = ComputeChoice::kF32) {
+  return Engine(Model::Load(path), {.threads = 2, .compute = compute});
+}
+
+// Collects the logits of every item, rows one after the other.
+struct Collector {
+  std::vector<std::vector<float>> logits;
+  explicit Collector(size_t n_items) : logits(n_items) {}
+  LogitsSink Sink() {
+    return [this](std::span<const LogitsRow> tile) {
+      for (const LogitsRow& row : tile) {
+        EXPECT_EQ(row.row * row.logits.size(), logits[row.item].size());  // in order, none left out
+        logits[row.item].insert(logits[row.item].end(), row.logits.begin(), row.logits.end());
+      }
+    };
+  }
+};
+
+std::vector<float> PrefillAll(Engine& engine, const std::string& spec, std::span<const int32_t> tokens) {
+  Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse(spec)));
+  Collector collector(1);
+  EXPECT_TRUE(engine.Prefill({{&sequence, tokens, LogitsRows::kAll}}, collector.Sink()));
+  return collector.logits[0];
+}
+
+// Feeds the text in steps of n tokens as if it had been generated.
+std::vector<float> StepAll(Engine& engine, const std::string& spec, std::span<const int32_t> tokens, size_t n) {
+  Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse(spec)));
+  std::vector<float> logits;
+  for (size_t i = 0; i < tokens.size(); i += n)
+    engine.Decode({{&sequence, tokens.subspan(i, std::min(n, tokens.size() - i)), LogitsRows::kAll}},
+                  [&](std::span<const LogitsRow> tile) {
+                    for (const LogitsRow& row : tile) logits.insert(logits.end(), row.logits.begin(), row.logits.end());
+                  });
+  return logits;
+}
+
+double Range(const std::vector<float>& x) {
+  const auto [low, high] = std::minmax_element(x.begin(), x.end());
+  return double{*high} - *low;
+}
+
+double MaxDifference(const std::vector<float>& a, const std::vector<float>& b) {
+  EXPECT_EQ(a.size(), b.size());
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(double{a[i]} - b[i]));
+  return worst;
+}
+
+TEST(Chain, LogitsMatchTheGoldenOnesAtEveryPosition) {
+  for (const char* name : kTinyModels) {
+    Engine engine = MakeEngine(TinyModel(std::string(name) + ".gguf"));
+    const Golden golden = LoadGolden(name);
+    const std::vector<float> got = PrefillAll(engine, "full+f32", golden.tokens);
+    EXPECT_LE(MaxDifference(got, golden.logits), 1e-5 * Range(golden.logits)) << name;
+    const size_t n_vocab = engine.model().config().n_vocab;
+    for (size_t t = 0; t < golden.tokens.size(); ++t)
+      EXPECT_EQ(ArgMax(&got[t * n_vocab], n_vocab), ArgMax(&golden.logits[t * n_vocab], n_vocab)) << name << " " << t;
+    // The default cache stores halves: 11 bits of keys and values.
+    EXPECT_LE(MaxDifference(PrefillAll(engine, "full", golden.tokens), golden.logits), 1e-3 * Range(golden.logits));
+  }
+}
+
+TEST(Chain, TokenByTokenEqualsOneShot) {
+  for (const char* name : kTinyModels) {
+    Engine engine = MakeEngine(TinyModel(std::string(name) + ".gguf"));
+    const Golden golden = LoadGolden(name);
+    for (const char* spec : {"full", "full+f32"}) {
+      const std::vector<float> whole = PrefillAll(engine, spec, golden.tokens);
+      for (const size_t n : {size_t{1}, size_t{5}, size_t{11}})
+        EXPECT_LE(MaxDifference(StepAll(engine, spec, golden.tokens, n), whole), 1e-4 * Range(whole))
+            << name << " " << spec << " in steps of " << n;
+      EXPECT_LE(MaxDifference(PrefillAll(engine, std::string(spec) + "+prefill(chunk=7)", golden.tokens), whole),
+                1e-4 * Range(whole))
+          << name;
+    }
+  }
+}
+
+// Prompts of different lengths in one step, then three generated tokens each: the same bits as each alone. With chunks,
+// a sequence's last one has so few tokens that alone they are multiplied in another order: the same up to rounding.
+TEST(Chain, SequencesOfABatchBehaveAsEachAlone) {
+  Engine engine = MakeEngine(TinyModel("llama-gqa-tied.gguf"));
+  const Golden golden = LoadGolden("llama-gqa-tied");
+  const std::span<const int32_t> text = golden.tokens;
+  const std::vector<std::span<const int32_t>> prompts = {text.subspan(0, 20), text.subspan(5, 9), text.subspan(2, 14)};
+  for (const char* spec : {"full", "h2o(12)", "window(10)+prefill(chunk=9)"}) {
+    const auto config = engine.MakeCacheConfig(CacheSpec::Parse(spec), 64);
+    const auto run = [&](std::vector<size_t> which) {
+      std::vector<Sequence> sequences;
+      std::vector<std::vector<float>> logits(which.size());
+      const LogitsSink sink = [&](std::span<const LogitsRow> tile) {
+        for (const LogitsRow& row : tile)
+          logits[row.item].insert(logits[row.item].end(), row.logits.begin(), row.logits.end());
+      };
+      for (size_t i = 0; i < which.size(); ++i) sequences.emplace_back(config);
+      std::vector<StepItem> items;
+      for (size_t i = 0; i < which.size(); ++i) items.push_back({&sequences[i], prompts[which[i]], LogitsRows::kAll});
+      EXPECT_TRUE(engine.Prefill(items, sink));
+      for (size_t step = 0; step < 3; ++step) {
+        for (size_t i = 0; i < which.size(); ++i)
+          items[i] = {&sequences[i], text.subspan(22 + step + which[i], 1), LogitsRows::kLast};
+        EXPECT_TRUE(engine.Decode(items, sink));
+      }
+      return logits;
+    };
+    const auto together = run({0, 1, 2});
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      EXPECT_EQ(together[i].size(), (prompts[i].size() + 3) * 272);
+      const std::vector<float> alone = run({i})[0];
+      const bool chunked = config->prefill_chunk() != 0;
+      EXPECT_LE(MaxDifference(together[i], alone), chunked ? 1e-5 * Range(alone) : 0) << spec << ", sequence " << i;
+    }
+  }
+}
+
+TEST(Chain, ARefusedStepChangesNothing) {
+  Engine engine = MakeEngine(TinyModel("llama-gqa-tied.gguf"));
+  const auto config = engine.MakeCacheConfig(CacheSpec(), 16);
+  Sequence first(config), second(config);
+  const std::vector<int32_t> short_text = {1, 5, 9}, long_text(17, 4), bad_text = {3, 272};
+  const auto refused = [&](std::span<const int32_t> tokens, const char* word) {
+    try {
+      engine.Step({{&first, short_text}, {&second, tokens}}, StepKind::kDecode);
+      ADD_FAILURE() << "accepted: " << word;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << error.what();
+    }
+    EXPECT_EQ(first.tokens().size(), 0u);
+    EXPECT_EQ(first.cache().tokens_seen(), 0u);
+  };
+  refused(long_text, "context of 16");
+  refused(bad_text, "vocabulary of 272");
+  refused({}, "at least one token");
+  EXPECT_TRUE(engine.Step({{&first, short_text}, {&second, short_text}}, StepKind::kDecode));
+  EXPECT_EQ(first.tokens(), short_text);
+}
+
+TEST(Chain, StopBetweenChunksLeavesTheSequenceSoundAndInsideAStepDoesNot) {
+  Engine engine = MakeEngine(TinyModel("llama-gqa-tied.gguf"));
+  std::atomic<bool> stop{false};
+  const std::vector<int32_t> text(600, 7);
+  Sequence chunked(engine.MakeCacheConfig(CacheSpec::Parse("full+prefill(chunk=100)"), 1000));
+  EXPECT_FALSE(engine.Prefill({{&chunked, text}}, {}, {.stop = &stop, .progress = [&](double done) {
+                                                         if (done > 0.3) stop = true;
+                                                       }}));
+  EXPECT_FALSE(chunked.interrupted());
+  EXPECT_EQ(chunked.tokens().size(), 200u);
+  stop = false;
+  Sequence whole(engine.MakeCacheConfig(CacheSpec(), 1000));
+  EXPECT_FALSE(engine.Prefill({{&whole, text}}, {}, {.stop = &stop, .progress = [&](double) { stop = true; }}));
+  EXPECT_TRUE(whole.interrupted());
+}
+
+TEST(Chain, ProgressRisesToOne) {
+  Engine engine = MakeEngine(TinyModel("llama-gqa-tied.gguf"));
+  const std::vector<int32_t> text(50, 7);
+  for (const char* spec : {"full", "full+prefill(chunk=20)"}) {
+    Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse(spec)));
+    double last = 0;
+    EXPECT_TRUE(engine.Prefill({{&sequence, text}}, {}, {.progress = [&](double done) {
+                                 EXPECT_GT(done, last);
+                                 last = done;
+                               }}));
+    EXPECT_NEAR(last, 1, 1e-9);
+  }
+}
+
+TEST(Chain, CloneGoesOnLikeTheOriginal) {
+  Engine engine = MakeEngine(TinyModel("qwen2-bias.gguf"));
+  const Golden golden = LoadGolden("qwen2-bias");
+  const std::span<const int32_t> text = golden.tokens;
+  Sequence original(engine.MakeCacheConfig(CacheSpec::Parse("h2o(8)")));
+  engine.Prefill({{&original, text.first(20)}});
+  Sequence clone = original.Clone();
+  EXPECT_EQ(clone.tokens(), original.tokens());
+  Collector a(1), b(1);
+  engine.Decode({{&original, text.subspan(20, 1), LogitsRows::kAll}}, a.Sink());
+  engine.Decode({{&clone, text.subspan(20, 1), LogitsRows::kAll}}, b.Sink());
+  EXPECT_EQ(a.logits, b.logits);
+}
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// bf16 against f32 on the bundled model, both ways of multiplying: many tokens (bfloat16) and few (int8 activations).
+TEST(Chain, ReducedComputeStaysCloseToF32) {
+  const std::string path = kSource + "/models/lesskv-small.gguf";
+  Engine exact = MakeEngine(path), reduced = MakeEngine(path, ComputeChoice::kBF16);
+  const auto tokenizer = Tokenizer::Create(LoadVocabulary(exact.model().file()));
+  std::vector<int32_t> tokens = tokenizer->Encode(ReadFile(kSource + "/docs/sample.txt"), true, false);
+  tokens.resize(std::min<size_t>(tokens.size(), 512));
+  const size_t n_vocab = exact.model().config().n_vocab;
+  for (const size_t step : {tokens.size(), size_t{4}}) {
+    const std::vector<float> p = StepAll(exact, "full", tokens, step), q = StepAll(reduced, "full", tokens, step);
+    size_t same = 0;
+    double kl = 0;
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      const float *a = &p[t * n_vocab], *b = &q[t * n_vocab];
+      same += ArgMax(a, n_vocab) == ArgMax(b, n_vocab);
+      const double mass_a = LogSumExp(a, n_vocab), mass_b = LogSumExp(b, n_vocab);
+      for (size_t i = 0; i < n_vocab; ++i)
+        kl += std::exp(a[i] - mass_a) * ((a[i] - mass_a) - (b[i] - mass_b)) / static_cast<double>(tokens.size());
+    }
+    EXPECT_GE(static_cast<double>(same) / static_cast<double>(tokens.size()), 0.98) << "steps of " << step;
+    EXPECT_LE(kl, 0.002) << "steps of " << step;
+    EXPECT_GT(MaxDifference(p, q), 0) << "the compute type changes nothing";
+  }
+}
+
+// Where the optional data lies: LESSKV_SHARED_DIR, or `shared` beside the checkout.
+std::string SharedFile(const std::string& name) {
+  const char* folder = std::getenv("LESSKV_SHARED_DIR");
+  return (folder != nullptr ? std::string(folder) : kSource + "/../shared") + "/" + name;
+}
+
+TEST(Chain, ARealModelTellsItsStory) {
+  const std::string path = SharedFile("data/models/stories260Ktok512.gguf");
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << path << " is not there";
+  for (const ComputeChoice compute : {ComputeChoice::kF32, ComputeChoice::kBF16}) {
+    Engine engine = MakeEngine(path, compute);
+    const auto tokenizer = Tokenizer::Create(LoadVocabulary(engine.model().file()));
+    Sequence sequence(engine.MakeCacheConfig(CacheSpec()));
+    GenerateOptions options;
+    options.sampler.temperature = 0;
+    options.max_tokens = 30;
+    std::string streamed;
+    options.on_text = [&](std::string_view piece) { streamed += piece; };
+    const std::vector<int32_t> prompt = {tokenizer->bos()};
+    const GenerateResult result = Generate(engine, *tokenizer, sequence, prompt, options);
+    EXPECT_EQ(result.text.substr(0, 54), "Once upon a time, there was a little girl named Lily. ");
+    EXPECT_EQ(streamed, result.text);
+    EXPECT_EQ(result.generated_tokens, 30u);
+    EXPECT_EQ(sequence.tokens().size(), 30u);  // BOS, and all but the last generated token
+  }
+}
+
+TEST(Chain, GenerationEndsAtALengthAStopStringOrAFullContext) {
+  Engine engine = MakeEngine(TinyModel("llama-gqa-tied.gguf"));
+  const auto tokenizer = Tokenizer::Create(LoadVocabulary(engine.model().file()));
+  const std::vector<int32_t> prompt = tokenizer->Encode("the sea", true, false);
+  const auto generate = [&](size_t max_tokens, std::vector<std::string> stops) {
+    GenerateOptions options;
+    options.sampler.temperature = 0;
+    options.max_tokens = max_tokens;
+    options.stops = std::move(stops);
+    Sequence sequence(engine.MakeCacheConfig(CacheSpec(), 40));
+    return Generate(engine, *tokenizer, sequence, prompt, options);
+  };
+  const GenerateResult all = generate(0, {});
+  ASSERT_EQ(all.reason, FinishReason::kContext);
+  EXPECT_EQ(all.generated_tokens, 40 - prompt.size() + 1);
+  EXPECT_EQ(generate(4, {}).generated_tokens, 4u);
+  ASSERT_GE(all.text.size(), 8u);
+  const std::string stop = all.text.substr(4, 3);
+  const GenerateResult stopped = generate(0, {stop});
+  EXPECT_EQ(stopped.reason, FinishReason::kStopString);
+  EXPECT_EQ(stopped.text, all.text.substr(0, all.text.find(stop)));
+  EXPECT_THROW(
+      {
+        Sequence sequence(engine.MakeCacheConfig(CacheSpec(), prompt.size()));
+        Generate(engine, *tokenizer, sequence, prompt, {});
+      },
+      Error);
+}
+
+}  // namespace
+}  // namespace lesskv

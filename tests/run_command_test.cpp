@@ -1,0 +1,192 @@
+// lesskv as a user calls it: results on standard output, one sentence on standard error for what cannot be done, the
+// right exit status, on a tiny model with random weights.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "engine/run_info.h"
+
+namespace lesskv {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Result {
+  int status;
+  std::string out, err;
+};
+
+std::string Read(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+class RunCommand : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / fmt::format("lesskv_run_{}", ::getpid());
+    fs::create_directories(folder_);
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  std::string Path(const std::string& name) const { return (folder_ / name).string(); }
+  void Write(const std::string& name, const std::string& text) const { std::ofstream(Path(name)) << text; }
+
+  // A shell command line; $L is the program, $M the model. Redirections of its own come after ours and win.
+  Result Shell(const std::string& command) const {
+    const std::string line = fmt::format("L='{}' M='{}'; cd '{}' && {{ {} ; }} >'{}' 2>'{}'", LESSKV_PROGRAM, kModel,
+                                         folder_.string(), command, Path("out"), Path("err"));
+    const int status = std::system(line.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, Read(Path("out")), Read(Path("err"))};
+  }
+
+  static constexpr const char* kModel = LESSKV_SOURCE_DIR "/tests/data/models/llama-gqa-tied.gguf";
+  fs::path folder_;
+};
+
+TEST_F(RunCommand, TextGoesToOutputAndTheReportToErr) {
+  const Result result = Shell("$L run -m $M -p 'the sea' -n 5 --temp 0");
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_NE(result.err.find("tokens/s"), std::string::npos);
+  EXPECT_EQ(result.out.find("tokens/s"), std::string::npos);
+  EXPECT_TRUE(result.out.ends_with('\n'));
+}
+
+TEST_F(RunCommand, JsonHasTheStableKeys) {
+  const Result result =
+      Shell("$L run -m $M -p 'the sea' -n 5 --temp 0 --json --kv 'h2o(50%)' --seed 7 -t 1 --compute f32");
+  ASSERT_EQ(result.status, 0) << result.err;
+  const auto json = nlohmann::json::parse(result.out);
+  for (const char* key : {"text",
+                          "prompt_tokens",
+                          "generated_tokens",
+                          "prefill_seconds",
+                          "decode_seconds",
+                          "prefill_tokens_per_second",
+                          "decode_tokens_per_second",
+                          "kv_spec",
+                          "tokens_seen",
+                          "tokens_resident",
+                          "kv_bytes",
+                          "kv_bytes_peak",
+                          "kv_bytes_full",
+                          "sidecar_bytes",
+                          "model",
+                          "model_fingerprint",
+                          "seed",
+                          "threads",
+                          "isa",
+                          "compute",
+                          "version"})
+    EXPECT_TRUE(json.contains(key)) << key;
+  EXPECT_EQ(json["generated_tokens"], 5);
+  EXPECT_EQ(json["tokens_seen"], json["prompt_tokens"].get<size_t>() + 4);
+  EXPECT_EQ(json["seed"], 7);
+  EXPECT_EQ(json["threads"], 1);
+  EXPECT_EQ(json["compute"], "f32");
+  EXPECT_EQ(json["version"], Version());
+  // Two layers, two KV heads of 8, keys and values, two bytes each.
+  EXPECT_EQ(json["kv_bytes_full"], json["tokens_seen"].get<size_t>() * 2 * 2 * 8 * 2 * 2);
+}
+
+TEST_F(RunCommand, APromptFromAFileOrAPipeIsThePrompt) {
+  Write("prompt.txt", "the sea\n");  // the last newline is not part of it
+  const std::string rest = " -m $M -n 9 --temp 0";
+  const Result direct = Shell("$L run -p 'the sea'" + rest);
+  EXPECT_EQ(direct.status, 0) << direct.err;
+  EXPECT_EQ(Shell("$L run -f prompt.txt" + rest).out, direct.out);
+  EXPECT_EQ(Shell("cat prompt.txt | $L run" + rest).out, direct.out);
+  EXPECT_EQ(Shell("cat prompt.txt | $L run -f -" + rest).out, direct.out);
+  EXPECT_NE(Shell("$L run -p 'a different one'" + rest).out, direct.out);
+}
+
+TEST_F(RunCommand, AnEmptyPromptBeginsAText) {
+  const Result result = Shell("$L run -m $M -p '' -n 3 --json");
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_EQ(nlohmann::json::parse(result.out)["prompt_tokens"], 1);
+}
+
+TEST_F(RunCommand, SamplingFollowsTheSeed) {
+  const std::string rest = " -m " LESSKV_SOURCE_DIR "/models/lesskv-small.gguf -p 'The sea' -n 20 --temp 1";
+  EXPECT_EQ(Shell("$L run --seed 1" + rest).out, Shell("$L run --seed 1" + rest).out);
+  EXPECT_NE(Shell("$L run --seed 1" + rest).out, Shell("$L run --seed 2" + rest).out);
+}
+
+TEST_F(RunCommand, KeepAndProtectHoldTokens) {
+  const std::string rest = " -m $M -p 'the sea in a storm and the rain on the harbour' -n 3 --temp 0 --json --ctx 64";
+  EXPECT_EQ(Shell("$L run --kv 'window(12, sinks=0)' --keep 4" + rest).status, 0);
+  EXPECT_EQ(Shell("$L run --kv 'window(12, sinks=0)' --protect 2:6" + rest).status, 0);
+  const Result much = Shell("$L run --kv 'window(12, sinks=0)' --keep -1" + rest);
+  EXPECT_EQ(much.status, 2);
+  EXPECT_NE(much.err.find("protect"), std::string::npos) << much.err;
+}
+
+TEST_F(RunCommand, VersionAndHelp) {
+  EXPECT_EQ(Shell("$L --version").out, "lesskv " + Version() + "\n");
+  const Result help = Shell("$L run --help");
+  EXPECT_EQ(help.status, 0);
+  EXPECT_NE(help.out.find("--repeat-penalty"), std::string::npos);
+}
+
+struct BadCall {
+  const char* name;
+  const char* command;
+  int status;
+  const char* said;
+};
+
+const BadCall kBadCalls[] = {
+    {"missing file", "$L run -m nowhere.gguf -p x", 2, "nowhere.gguf"},
+    {"a folder", "$L run -m . -p x", 2, "."},
+    {"truncated file", "head -c 30000 $M > short.gguf; $L run -m short.gguf -p x", 2, "short.gguf"},
+    {"empty file", ": > empty.gguf; $L run -m empty.gguf -p x", 2, "empty.gguf"},
+    {"text named .gguf", "echo this is no model at all > text.gguf; $L run -m text.gguf -p x", 2, "text.gguf"},
+    {"no vocabulary", "$L run -m \"${M%/*}/qwen2-bias.gguf\" -p x", 2, "tokenizer.ggml"},
+    {"no command", "$L", 2, "subcommand"},
+    {"unknown command", "$L dance", 2, "dance"},
+    {"unknown option", "$L run -m $M -p x --fast", 2, "--fast"},
+    {"no model", "$L run -p x", 2, "--model"},
+    {"number that is none", "$L run -m $M -p x -n many", 2, "many"},
+    {"-n 0", "$L run -m $M -p x -n 0", 2, "-n"},
+    {"-n -2", "$L run -m $M -p x -n -2", 2, "-2"},
+    {"NaN temperature", "$L run -m $M -p x --temp nan", 2, "--temp"},
+    {"negative top-k", "$L run -m $M -p x --top-k -3", 2, "--top-k"},
+    {"too many threads", "$L run -m $M -p x -t 100000", 2, "--threads"},
+    {"unknown compute", "$L run -m $M -p x --compute f8", 2, "f8"},
+    {"huge context", "$L run -m $M -p x --ctx 99999999999", 2, "--ctx"},
+    {"prompt too long", "$L run -m $M -p 'a much longer prompt' --ctx 5", 2, "context of 5"},
+    {"bad spec", "$L run -m $M -p x --kv 'h2o(5%'", 2, "h2o"},
+    {"unknown term", "$L run -m $M -p x --kv nonsense", 2, "nonsense"},
+    {"no sidecar", "$L run -m $M -p x --kv 'h2o(50%)+less'", 2, "less"},
+    {"empty stop", "$L run -m $M -p x --stop ''", 2, "--stop"},
+    {"reversed span", "$L run -m $M -p x --protect 3:1", 2, "--protect"},
+    {"two prompts", "$L run -m $M -p x -f y", 2, "both"},
+    {"missing prompt file", "$L run -m $M -f nowhere.txt", 2, "nowhere.txt"},
+    {"no prompt", "$L run -m $M < /dev/null", 2, "prompt"},
+    {"unwritable output", "$L run -m $M -p x -n 3 > /dev/full", 1, "standard output"},
+    {"unwritable JSON", "$L run -m $M -p x -n 3 --json > /dev/full", 1, "standard output"},
+};
+
+TEST_F(RunCommand, WhatCannotBeDoneIsOneSentence) {
+  for (const BadCall& call : kBadCalls) {
+    const Result result = Shell(call.command);
+    EXPECT_EQ(result.status, call.status) << call.name << ": " << result.err;
+    EXPECT_NE(result.err.find(call.said), std::string::npos) << call.name << ": " << result.err;
+    EXPECT_EQ(result.out, "") << call.name;
+    std::string sentence = result.err;
+    if (const size_t warning = sentence.find("warning:"); warning == 0) sentence.erase(0, sentence.find('\n') + 1);
+    EXPECT_EQ(sentence.find('\n'), sentence.size() - 1) << call.name << ": " << result.err;
+    EXPECT_TRUE(sentence.starts_with("lesskv: ")) << call.name << ": " << result.err;
+  }
+}
+
+}  // namespace
+}  // namespace lesskv
