@@ -281,6 +281,21 @@ TEST(MatchBytesTest, RivalsTakeAtMostTheBytesAndNearlyAllOfThem) {
   }
 }
 
+TEST(MatchBytesTest, LessMeetsItsSelectorThreeTimes) {
+  if (!std::filesystem::exists(LESSKV_SOURCE_DIR "/models/lesskv-small.less.gguf")) GTEST_SKIP() << "no sidecar";
+  EvalSetup setup = Bundled().Setup({"h2o(64, extra=2)+less"}, 512);
+  AddRivals(setup, 0, 512);
+  ASSERT_EQ(setup.subjects.size(), 5u);
+  const auto spec = [&](size_t i) { return setup.subjects[i].config->spec().ToString(); };
+  EXPECT_EQ(setup.subjects[2].match, "bare selector");
+  EXPECT_EQ(spec(2), "h2o(64, extra=2)");
+  EXPECT_EQ(setup.subjects[3].match, "rank/2 extra rows");  // rank 8
+  EXPECT_EQ(spec(3), "h2o(64, extra=6)");
+  EXPECT_EQ(setup.subjects[4].match, "equal bytes");
+  // The state is 8 * 65 floats, a row 2 * 64 halves and its share of positions and scores: 7 or 8 rows at least.
+  EXPECT_GE(setup.subjects[4].config->Plan(0, 512).rows_end, 66 + 7);
+}
+
 TEST(MatchBytesTest, NothingIsAddedTwice) {
   EvalSetup setup = Bundled().Setup({"full", "h2o(64)"}, 512);
   AddRivals(setup, 0, 512);

@@ -110,8 +110,23 @@ class RivalMaker {
     Add(rivals, TryConfig(BareSpec(0)), "bare selector");
     if (!TakesExtra()) return rivals;
     Add(rivals, TryConfig(BareSpec(Rank(less) / 2)), "rank/2 extra rows");
-    Add(rivals, LargestThatFits(1, [&](size_t extra) { return BareSpec(extra); }), "equal bytes");
+    const auto bare = [&](size_t extra) { return BareSpec(extra); };
+    const Config fitting = LargestThatFits(1, bare), bought = TryConfig(BareSpec(RowsForState()));
+    const bool more = fitting != nullptr && (bought == nullptr || RowsEnd(fitting) > RowsEnd(bought));
+    Add(rivals, more ? fitting : bought, "equal bytes");
     return rivals;
+  }
+
+  double RowsEnd(const Config& config) const { return config->Plan(n_prompt_, n_decode_).rows_end; }
+
+  // Arenas are rounded up, so the rows that fit may be fewer than the state's bytes pay for; the rival gets the better
+  // of both. A row's price, scores and positions included, is that of many rows, where rounding does not count.
+  size_t RowsForState() const {
+    const size_t many = setup_.ctx;
+    const Config bare = TryConfig(BareSpec(0)), large = TryConfig(BareSpec(many));
+    if (bare == nullptr || large == nullptr || Bytes(large) <= Bytes(bare) || bytes_ <= Bytes(bare)) return 0;
+    const double row_bytes = static_cast<double>(Bytes(large) - Bytes(bare)) / static_cast<double>(many);
+    return static_cast<size_t>(static_cast<double>(bytes_ - Bytes(bare)) / row_bytes);
   }
 
   std::vector<Subject> PlainRivals() const {

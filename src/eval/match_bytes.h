@@ -14,7 +14,7 @@ namespace lesskv {
 //   SELECTOR+less   SELECTOR alone ("bare selector"); SELECTOR with rank / 2 extra rows ("rank/2 extra rows": the
 //   paper's
 //                   Baseline+, equal in numbers stored at equal precision); SELECTOR with as many extra rows as the
-//                   state's real bytes buy ("equal bytes")
+//                   state's real bytes buy ("equal bytes"), the rounding up of arenas never to its disadvantage
 //   anything else   window and h2o in f16 with as many rows as its bytes buy ("equal bytes")
 //
 // The last two of +less are left out for a selector without the parameter `extra`.
