@@ -35,13 +35,18 @@ void AddCommands(CLI::App& app) {
   AddTrainCommand(app);
 }
 
+bool HasCommand(const CLI::App& app, const std::string& name) {
+  const auto named = [&](const CLI::App* command) { return command->get_name() == name; };
+  return !app.get_subcommands(named).empty();
+}
+
 // Parsing runs the chosen command's callback.
 int Run(int argc, char** argv) {
   CLI::App app("Runs large language models with a key-value cache that stays small.", "lesskv");
   app.set_version_flag("--version", "lesskv " + Version());
   app.require_subcommand(1);
   AddCommands(app);
-  if (argc > 1 && argv[1][0] != '-' && app.get_subcommand_no_throw(argv[1]) == nullptr)
+  if (argc > 1 && argv[1][0] != '-' && !HasCommand(app, argv[1]))
     return Complain(kBadUsage, fmt::format("there is no command \"{}\" (lesskv --help lists what there is)", argv[1]));
   try {
     app.parse(argc, argv);
