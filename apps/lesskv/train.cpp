@@ -134,6 +134,8 @@ void AddLess(CLI::App& train) {
   less->add_option("--dropout", o.dropout, "Of hidden units (the paper: 0.3)")->capture_default_str();
   less->add_option("--seed", o.seed)->capture_default_str();
   less->add_option("--layers", c->layers, "Train these layers only, A-B; merge the parts later")->option_text("A-B");
+  less->add_option("--from", o.from, "Sidecar to start from; texts then pass the model compressed with it")
+      ->option_text("SIDECAR");
   less->add_option("--work", o.work_folder, "Folder of captures and states (default: SIDECAR.work, removed at the end)");
   less->add_flag("--keep", c->keep, "Keep the default work folder");
   less->add_flag("--resume", o.resume, "Continue what lies in the work folder");

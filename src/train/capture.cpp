@@ -178,4 +178,22 @@ void CaptureCache::AddMasses(const std::vector<std::vector<int32_t>>& resident, 
   }
 }
 
+void RecordingCache::Append(size_t layer, const float* keys, const float* values) {
+  const size_t n = n_step_ * shape_.n_kv_heads * shape_.head_dim;
+  layers_[layer].k.insert(layers_[layer].k.end(), keys, keys + n);
+  layers_[layer].v.insert(layers_[layer].v.end(), values, values + n);
+  inner_.Append(layer, keys, values);
+}
+
+void RecordingCache::Attend(size_t layer, const float* queries, float* out) {
+  layers_[layer].q.insert(layers_[layer].q.end(), queries, queries + n_step_ * shape_.n_heads * shape_.head_dim);
+  inner_.Attend(layer, queries, out);
+}
+
+void RecordingCache::Replay(size_t layer, CaptureCache& capture) const {
+  std::vector<float> out(layers_[layer].q.size());
+  capture.Append(layer, layers_[layer].k.data(), layers_[layer].v.data());
+  capture.Attend(layer, layers_[layer].q.data(), out.data());
+}
+
 }  // namespace lesskv::train

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kvcache/kv_cache.h"
+#include "kvcache/sequence_cache.h"
 #include "train/capture_record.h"
 
 namespace lesskv::train {
@@ -50,6 +51,30 @@ class CaptureCache final : public KvCache {
   std::shared_ptr<const CacheConfig> full_;
   std::vector<float> keys_, values_, queries_;  // of the present layer, unrotated
   CaptureRecord record_;
+};
+
+// Records the unrotated queries, keys and values that pass to another cache, over all its steps: what a compressed model
+// really sees. They then go through a CaptureCache layer by layer.
+class RecordingCache final : public KvCache {
+ public:
+  RecordingCache(SequenceCache& inner, const CacheShape& shape) : inner_(inner), shape_(shape), layers_(shape.n_layers) {}
+
+  // Before each step of the inner cache.
+  void SetStep(size_t n_tokens) { n_step_ = n_tokens; }
+  void Append(size_t layer, const float* keys, const float* values) override;
+  void Attend(size_t layer, const float* queries, float* out) override;
+
+  // Gives layer `layer` to `capture` as if the text had come in one step.
+  void Replay(size_t layer, CaptureCache& capture) const;
+
+ private:
+  struct Layer {
+    std::vector<float> q, k, v;
+  };
+  SequenceCache& inner_;
+  const CacheShape& shape_;
+  std::vector<Layer> layers_;
+  size_t n_step_ = 0;
 };
 
 }  // namespace lesskv::train

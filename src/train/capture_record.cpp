@@ -116,11 +116,7 @@ LessExample ReadExample(const std::string& path, size_t view, size_t n_heads, si
   e.leave.resize(n_kv_heads * e.n_tokens);
   const GgufTensor& leave = Tensor(file, ViewName(view, "leave"), DType::kI32, n_kv_heads, e.n_tokens);
   std::memcpy(e.leave.data(), leave.data.data(), leave.data.size());
-  if (plus_out != nullptr) {
-    plus_out->clear();
-    if (file.FindTensor(ViewName(view, "plus")) != nullptr)
-      *plus_out = Halves(file, ViewName(view, "plus"), e.n_tokens, q_dim);
-  }
+  if (plus_out != nullptr) *plus_out = Halves(file, ViewName(view, "plus"), e.n_tokens, q_dim);
   return e;
 }
 

@@ -34,7 +34,7 @@ std::string RecordPath(const std::string& folder, size_t sequence, size_t layer)
 // Throws Error when a value does not fit half precision, or kIo.
 void WriteRecord(const std::string& path, const CaptureRecord& record, size_t n_heads, size_t n_kv_heads);
 
-// Reads one view as an example. `plus_out` (may be null) receives Baseline+'s output, empty where the record has none.
+// Reads one view as an example. `plus_out`, when given, receives Baseline+'s output. Throws Error when the file lacks it.
 LessExample ReadExample(const std::string& path, size_t view, size_t n_heads, size_t n_kv_heads,
                         std::vector<float>* plus_out = nullptr);
 

@@ -99,13 +99,13 @@ class Trainer {
 
   TrainLessReport Run() {
     TrainLessReport result;
+    result.sidecar = o_.from.empty() ? InitialSidecar(shape_, o_.seed) : StartingSidecar();
     PrepareFolder();
     const auto start = Clock::now();
     Capture();
     result.capture_seconds = Seconds(start);
     result.capture_bytes = CaptureBytes();
     const auto trained = Clock::now();
-    result.sidecar = InitialSidecar(shape_, o_.seed);
     for (size_t layer = 0; layer < shape_.n_layers; ++layer) {
       LayerParams& params = result.sidecar.layers[layer];
       if (layer >= o_.first_layer && layer < o_.end_layer) TrainLayer(layer, params, result);
@@ -145,6 +145,7 @@ class Trainer {
     std::string key = fmt::format("model {:016x}\nctx {}\nsequences {}\nviews {}\nvalidation {}\nseed {}\nrank {}\n",
                                   engine_.model().fingerprint(), o_.ctx, o_.sequences, o_.views, n_validation_, o_.seed,
                                   o_.rank);
+    if (!o_.from.empty()) key += fmt::format("from {}\n", FingerprintString(GgufFile::Open(o_.from).Fingerprint()));
     for (const std::string& policy : o_.policies) key += "policy " + policy + "\n";
     for (size_t step : o_.steps) key += fmt::format("step {}\n", step);
     for (const std::string& text : o_.texts)
@@ -204,6 +205,33 @@ class Trainer {
     return true;
   }
 
+  Sidecar StartingSidecar() const {
+    Sidecar from = ReadSidecar(o_.from);
+    CheckModel(from, o_.from, engine_.model().fingerprint());
+    if (!(from.shape == shape_))
+      Fail(ErrorCode::kMismatch, "{}: expected {}, found {}", o_.from, shape_.ToString(), from.shape.ToString());
+    for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer)
+      if (from.layers[layer].empty()) Fail(ErrorCode::kMismatch, "{}: layer {} is missing", o_.from, layer);
+    return from;
+  }
+
+  // The text through the model compressed under `view` with the maps of --from, step by step.
+  void CaptureCompressed(const CacheShape& shape, const ViewRequest& view, const std::vector<int32_t>& tokens,
+                         CaptureCache& capture, ForwardWorkspace& workspace) const {
+    const CacheSpec spec = CacheSpec::Parse(view.spec + "+less(file=\"" + o_.from + "\")");
+    SequenceCache cache(CacheConfig::Create(spec, shape, {}, {"", engine_.model().fingerprint()}));
+    RecordingCache recorder(cache, shape);
+    for (size_t seen = 0; seen < tokens.size(); seen += view.step) {
+      const size_t n = std::min(view.step, tokens.size() - seen);
+      cache.BeginStep(n, StepKind::kStream);
+      recorder.SetStep(n);
+      const ForwardItem item{&recorder, std::span(tokens).subspan(seen, n)};
+      Forward(engine_.model(), {&item, 1}, engine_.compute(), workspace);
+      cache.EndStep();
+    }
+    for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer) recorder.Replay(layer, capture);
+  }
+
   void Capture() {
     const CropSource crops(tokenizer_, o_.texts);
     const CacheShape shape = engine_.model().MakeCacheShape(o_.ctx, engine_.compute());
@@ -220,9 +248,13 @@ class Trainer {
                          [&](size_t layer, const CaptureRecord& record) {
                            WriteRecord(RecordPath(o_.work_folder, s, layer), record, shape_.n_heads, shape_.n_kv_heads);
                          });
-      const ForwardItem item{&cache, tokens};
-      Forward(engine_.model(), {&item, 1}, engine_.compute(), workspace,
-              [&](size_t layers_done) { return layers_done < o_.end_layer; });
+      if (!o_.from.empty()) {
+        CaptureCompressed(shape, Views(s)[0], tokens, cache, workspace);
+      } else {
+        const ForwardItem item{&cache, tokens};
+        Forward(engine_.model(), {&item, 1}, engine_.compute(), workspace,
+                [&](size_t layers_done) { return layers_done < o_.end_layer; });
+      }
       ++captured;
       TrainProgress p;
       p.phase = "capture";

@@ -34,6 +34,9 @@ struct TrainLessOptions {
   double dropout = 0;
   uint64_t seed = 0;
   size_t first_layer = 0, end_layer = 0;         // half-open; end 0: all
+  // A sidecar from an earlier training: training texts then pass the model compressed with it (each under its first
+  // view's policy), so that maps learn from what a compressed model sees; and its maps are where training starts.
+  std::string from;
   std::string work_folder;                       // captures and states
   bool resume = false;
 };

@@ -204,6 +204,36 @@ TEST_F(TrainLessTest, LayersTrainedApartMergeToTheWhole) {
   EXPECT_TRUE(Same(whole, MergeSidecars(parts)));
 }
 
+// A second round on what the compressed model sees starts from the first round's maps and is never worse than they are
+// on its own texts.
+TEST_F(TrainLessTest, GoesOnFromASidecarWithCompressedTexts) {
+  const TrainLessReport first = Run();
+  const std::string path = folder_ + "/first.less.gguf";
+  WriteSidecar(path, first.sidecar);
+  options_.from = path;
+  options_.work_folder += "2";
+  options_.rate = 1e-3;
+  const TrainLessReport second = Run();
+  for (size_t l = 0; l < kLayers; ++l) {
+    EXPECT_LT(second.validation[l], 0.95 * second.baseline[l]) << l;
+    // Layer 0 sees the same texts either way, later ones what the compressed model makes of them.
+    if (l == 0) {
+      EXPECT_NEAR(second.baseline[l], first.baseline[l], 1e-3 * first.baseline[l]);
+    } else {
+      EXPECT_NE(second.baseline[l], first.baseline[l]);
+    }
+  }
+  Sidecar other = first.sidecar;
+  other.model_fingerprint ^= 1;
+  WriteSidecar(path, other);
+  options_.work_folder += "3";
+  EXPECT_THROW(Run(), Error);
+  WriteSidecar(path, first.sidecar);
+  options_.rank = 5;
+  options_.work_folder += "4";
+  EXPECT_THROW(Run(), Error);
+}
+
 TEST_F(TrainLessTest, RefusesOptionsThatMakeNoSense) {
   auto refuses = [&](auto change) {
     const TrainLessOptions kept = options_;
