@@ -4,6 +4,9 @@
 BUILD ?= build/release
 JOBS ?= $(shell nproc)
 
+# Two tests run beside each other, each with all CPUs: threads that wait must sleep, not spin.
+CTEST := OMP_WAIT_POLICY=passive ctest -j 2 --output-on-failure
+
 .PHONY: run test bench build sanitize packages clean
 
 packages:
@@ -17,13 +20,13 @@ run: build
 	@tools/demo.sh $(BUILD)/apps/lesskv/lesskv
 
 test: build
-	ctest --test-dir $(BUILD) -j 2 --output-on-failure
+	$(CTEST) --test-dir $(BUILD)
 
 # Unit tests once more under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: packages
 	cmake --preset sanitize
 	cmake --build build/sanitize -j $(JOBS)
-	ctest --test-dir build/sanitize -j 2 --output-on-failure -LE slow
+	$(CTEST) --test-dir build/sanitize -LE slow
 
 bench: build
 	@for program in $(BUILD)/bench/*_bench; do [ ! -x $$program ] || $$program || exit 1; done
