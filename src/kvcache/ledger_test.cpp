@@ -1,0 +1,74 @@
+#include "kvcache/ledger.h"
+
+#include <gtest/gtest.h>
+
+namespace lesskv {
+namespace {
+
+std::vector<int> Ints(std::span<const Position> positions) {
+  std::vector<int> ints;
+  for (Position p : positions) ints.push_back(ToInt(p));
+  return ints;
+}
+
+// Two rows leave, one comes: positions and scores follow the same compaction.
+TEST(Ledger, FollowsCompactions) {
+  ByteCounter counter;
+  HeadLedger ledger;
+  ledger.Reserve(counter, 5, 5, true);
+  EXPECT_EQ(counter.now, 5 * (sizeof(Position) + sizeof(float)));
+  ledger.AppendNew(10, 5);
+  std::vector<Position> positions;
+  std::vector<float> scores;
+  ledger.Gather(15, 1, true, positions, scores);
+  EXPECT_EQ(Ints(positions), (std::vector<int>{10, 11, 12, 13, 14, 15}));
+  scores = {1, 2, 3, 4, 5, 6};
+  const uint32_t victims[] = {1, 3};
+  ledger.Apply(PlanCompaction(5, 1, victims), positions, scores);
+  EXPECT_EQ(Ints(ledger.Positions()), (std::vector<int>{10, 15, 12, 14}));
+  ledger.Gather(16, 0, true, positions, scores);
+  EXPECT_EQ(scores, (std::vector<float>{1, 6, 3, 5}));
+}
+
+TEST(Ledger, SavedAndLoaded) {
+  ByteCounter counter;
+  HeadLedger ledger;
+  ledger.Reserve(counter, 3, 0, true);
+  EXPECT_EQ(counter.now, 128 * (sizeof(Position) + sizeof(float)));
+  ledger.AppendNew(2, 3);
+  ByteWriter out;
+  ledger.Save(out);
+  const auto load = [&](std::vector<std::byte> bytes, size_t rows, size_t seen) {
+    ByteReader in{bytes};
+    HeadLedger loaded;
+    loaded.Load(in, counter, rows, 0, true, seen);
+    return Ints(loaded.Positions());
+  };
+  EXPECT_EQ(load(out.bytes, 3, 5), (std::vector<int>{2, 3, 4}));
+  EXPECT_THROW(load(out.bytes, 3, 4), Error);  // a position that was not seen
+  EXPECT_THROW(load(out.bytes, 2, 5), Error);
+  auto twice = out.bytes;
+  twice[8] = std::byte{3};  // positions 3, 3, 4
+  EXPECT_THROW(load(twice, 3, 5), Error);
+  out.bytes.pop_back();
+  EXPECT_THROW(load(out.bytes, 3, 5), Error);
+  EXPECT_EQ(counter.now, 128 * (sizeof(Position) + sizeof(float)));
+}
+
+TEST(Ledger, ShrinkGoesBack) {
+  ByteCounter counter;
+  HeadLedger ledger;
+  ledger.Reserve(counter, 7, 7, false);
+  ledger.Shrink(counter, 0, false);
+  EXPECT_EQ(counter.now, 0u);
+  ledger.Reserve(counter, 100, 0, false);
+  ledger.AppendNew(0, 100);
+  ledger.Reserve(counter, 300, 0, false);
+  EXPECT_EQ(counter.now, 384 * sizeof(Position));
+  ledger.Shrink(counter, 0, false);
+  EXPECT_EQ(counter.now, 128 * sizeof(Position));
+  EXPECT_EQ(ToInt(ledger.Positions()[99]), 99);
+}
+
+}  // namespace
+}  // namespace lesskv
