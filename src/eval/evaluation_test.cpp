@@ -288,6 +288,7 @@ TEST(MatchBytesTest, LessMeetsItsSelectorThreeTimes) {
   ASSERT_EQ(setup.subjects.size(), 5u);
   const auto spec = [&](size_t i) { return setup.subjects[i].config->spec().ToString(); };
   EXPECT_EQ(setup.subjects[2].match, "bare selector");
+  EXPECT_EQ(setup.subjects[2].matched_to, setup.subjects[1].config->spec_text());
   EXPECT_EQ(spec(2), "h2o(64, extra=2)");
   EXPECT_EQ(setup.subjects[3].match, "rank/2 extra rows");  // rank 8
   EXPECT_EQ(spec(3), "h2o(64, extra=6)");

@@ -145,7 +145,7 @@ class RivalMaker {
   }
 
   void Add(std::vector<Subject>& rivals, const Config& config, const char* match) const {
-    if (config != nullptr) rivals.push_back({config, config_->spec().ToString(), match});
+    if (config != nullptr) rivals.push_back({config, config_->spec_text(), match});
   }
 
   const EvalSetup& setup_;

@@ -20,7 +20,7 @@ namespace lesskv {
 // One cache under test. Rivals that --match-bytes added say whose they are (match_bytes.h).
 struct Subject {
   std::shared_ptr<const CacheConfig> config;
-  std::string matched_to = {};  // canonical spec whose rival this is; empty when the caller asked for it
+  std::string matched_to = {};  // kv_spec of the row whose rival this is; empty when the caller asked for it
   std::string match = {};       // "full", "bare selector", "rank/2 extra rows", "equal bytes"
 };
 

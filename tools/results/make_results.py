@@ -52,9 +52,9 @@ def plan():
       runs.append((f"{group} stream {text}", group, ["divergence", "--mode", "stream", "--step", "8", *common]))
       if group == "base":
         runs.append((f"{group} continue {text}", group, ["divergence", "--mode", "continue", "--prompt", "1024", *common]))
-    tasks, lengths = ("kv,kv_words,needle", "512,1024") if group == "base" else ("kv,needle", "1024")
+    tasks, lengths = ("kv,kv_words,needle", "512,1024") if group == "base" else ("kv,needle", "512")
     recall = ["recall", "--task", tasks, "--length", lengths, "--depths", "0.1,0.3,0.5,0.7,0.9",
-              "--samples", "8", "--text", "BOOK", "--ask", "after", *kv, *extra]
+              "--samples", "8" if group == "base" else "6", "--text", "BOOK", "--ask", "after", *kv, *extra]
     runs.append((f"{group} recall", group, recall))
   return runs
 
@@ -108,7 +108,7 @@ def run_key(group: str, arguments) -> str:
 
 def execute(args, name, group, arguments, texts, lock) -> None:
   command = [str(args.lesskv), "eval", arguments[0], "-m", MODEL, "-t", "1", "-o", "json", *substitute(arguments[1:], texts)]
-  begin = time.time()
+  begin, key = time.time(), run_key(group, arguments)  # the key of what is read now
   # Threads that wait asleep: other work may share the machine.
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
   if done.returncode != 0:
@@ -118,7 +118,7 @@ def execute(args, name, group, arguments, texts, lock) -> None:
   for row in rows:
     if "texts" in row:
       row["texts"] = [Path(t).name for t in row["texts"]]
-  record = {"key": run_key(group, arguments), "name": name, "arguments": arguments, "seconds": round(time.time() - begin, 1),
+  record = {"key": key, "name": name, "arguments": arguments, "seconds": round(time.time() - begin, 1),
             "machine": machine(), "rows": rows}
   with lock, STORE.open("a") as store:
     store.write(json.dumps(record) + "\n")
@@ -193,7 +193,7 @@ def recovered_table(rows) -> str:
   """How much of the perplexity that the bare selector loses each rival wins back."""
   by_match = {}
   for r in rows:
-    owner = r["matched_to"] or r["kv_spec"]
+    owner = short(r["matched_to"] or r["kv_spec"])
     by_match.setdefault(owner, {})[r["match"] or "less"] = r
   body = []
   for owner, group in by_match.items():
@@ -203,7 +203,7 @@ def recovered_table(rows) -> str:
     won = lambda k: f"{100 * (bare - group[k]['perplexity_ratio']) / (bare - 1):.0f} %" if k in group else "-"
     kl = lambda k: f"{group[k]['kl_mean']:.4f}" if k in group else "-"
     names = ("rank/2 extra rows", "equal bytes", "less")
-    body.append([f"`{short(owner)}`", f"{group['bare selector']['perplexity_ratio']:.4f}", *map(won, names), kl("bare selector"), *map(kl, names)])
+    body.append([f"`{owner}`", f"{group['bare selector']['perplexity_ratio']:.4f}", *map(won, names), kl("bare selector"), *map(kl, names)])
   head = ["cache", "bare selector's perplexity ratio", "won back: rank/2 extra rows", "won back: equal bytes in rows", "won back: LESS",
           "KL: bare", "KL: rank/2 extra rows", "KL: equal bytes", "KL: LESS"]
   return table(head, body)
@@ -245,7 +245,8 @@ def render() -> None:
 def section(group, name, record) -> str:
   rows = record["rows"]
   if name.endswith("recall"):
-    body = "Share of questions answered right (every token), in %, by task and prompt length; 40 questions a cell, 5 depths.\n\n" + recall_table(rows)
+    body = "Share of questions answered right (every token), in %, by task and prompt length; " \
+           f"{rows[0]['samples']} questions a cell, 5 depths.\n\n" + recall_table(rows)
     heading = "Recall, asked after the prompt was compressed"
   else:
     mode, text = name.split()[1:]
