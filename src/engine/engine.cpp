@@ -156,6 +156,7 @@ bool Engine::Prefill(std::span<const StepItem> items, const LogitsSink& sink, co
   const size_t chunk = items[0].sequence->config().prefill_chunk();
   for (const StepItem& item : items)
     CHECK(item.sequence->config().prefill_chunk() == chunk, "all sequences of a prefill have the same chunk");
+  RequirePrefillMemory(items, chunk);
   const bool done = chunk == 0 ? RunStep(items, StepKind::kPrompt, sink, control, {})
                                : PrefillChunks(items, chunk, longest, sink, control);
   if (!done) return false;
@@ -165,6 +166,22 @@ bool Engine::Prefill(std::span<const StepItem> items, const LogitsSink& sink, co
     reserved_rows_ = 0;
   }
   return true;
+}
+
+// Refuses a prompt that cannot fit before it has begun: work memory of the largest step, and what new caches reach.
+void Engine::RequirePrefillMemory(std::span<const StepItem> items, size_t chunk) const {
+  size_t work_rows = 0, prompt_tokens = 0, cache_bytes = 0;
+  for (const StepItem& item : items) {
+    const size_t n = item.tokens.size();
+    prompt_tokens += n;
+    work_rows += chunk == 0 ? n : std::min(n, chunk);
+    if (item.sequence->tokens().empty()) cache_bytes += item.sequence->config().Plan(n, 0).bytes_peak;
+  }
+  const size_t work_bytes = work_rows > reserved_rows_ ? WorkBytes(work_rows) : 0;
+  if (work_bytes + cache_bytes <= kSmallWork) return;
+  RequireMemory(work_bytes + cache_bytes,
+                fmt::format("a prompt of {} tokens ({} of work memory, {} of cache; prefill(chunk=N) bounds the work)",
+                            prompt_tokens, HumanBytes(work_bytes), HumanBytes(cache_bytes)));
 }
 
 bool Engine::PrefillChunks(std::span<const StepItem> items, size_t chunk, size_t longest, const LogitsSink& sink,

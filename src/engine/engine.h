@@ -140,6 +140,7 @@ class Engine {
   };
 
   void Reserve(size_t n_rows);
+  void RequirePrefillMemory(std::span<const StepItem> items, size_t chunk) const;
   bool RunStep(std::span<const StepItem> items, StepKind kind, const LogitsSink& sink, const StepControl& control,
                const Share& share);
   bool PrefillChunks(std::span<const StepItem> items, size_t chunk, size_t longest, const LogitsSink& sink,
