@@ -186,8 +186,11 @@ void SequenceCache::Impl::Attend(size_t layer, const float* queries, float* out)
   if (selector.UsesCachePositions()) ComputeReadPositions(layer);
   if (evicts && selector.Observes(kind).queries != Observation::Queries::kNone) {
     Work().attention.resize(shape.n_kv_heads);
-    for (size_t h = 0; h < shape.n_kv_heads; ++h)
-      Work().attention[h].assign(shape.group() * (store->n_rows(layer, h) + n_step), 0.0f);
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) {
+      const size_t n = shape.group() * (store->n_rows(layer, h) + n_step);
+      if (n_step > kTileQueries) Work().attention[h].assign(n, 0.0f);  // tiles add to it
+      else Work().attention[h].resize(n);                              // the only tile overwrites it
+    }
   }
   const size_t stride = shape.n_heads * shape.head_dim;
   for (size_t first = 0; first < n_step; first += kTileQueries) {

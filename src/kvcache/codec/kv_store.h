@@ -68,7 +68,7 @@ class KvStore {
   virtual void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) = 0;
   virtual void Attend(const StoreQuery& query) const = 0;
   // Attention received from those queries of `query`, which Attend has just answered, whose index in it is `first` or
-  // more: added to sums, for each KV head [group, n_resident + n_step].
+  // more: added to sums, for each KV head [group, n_resident + n_step]. A query of the whole step overwrites them.
   virtual void AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const = 0;
 
   // Rows of one KV head as stored, decoded: keys, values [rows.size(), head_dim].

@@ -193,20 +193,22 @@ void RowStore::Attend(const StoreQuery& query) const {
 void RowStore::AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const {
   const size_t n_kv = shape_.n_kv_heads, group = shape_.group();
   const auto tile_rows = [&](size_t h) { return At(query.layer, h).n_rows + query.first_query + query.n_queries; };
+  const bool whole_step = query.n_queries == n_step_;  // nothing to add to: written in place
   std::vector<std::vector<KvSpan>> spans;
   std::vector<std::vector<float>> tile_sums;
   std::vector<ColumnSumJob> jobs;
   for (size_t h = 0; h < n_kv; ++h) {
     spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
-    tile_sums.emplace_back(group * tile_rows(h));
+    tile_sums.emplace_back(whole_step ? 0 : group * tile_rows(h));
     ColumnSumJob job;
     job.attention = Job(query, h, spans.back());
     job.lse = job.attention.lse;
     job.first_query = first;
-    job.sums = tile_sums.back().data();
+    job.sums = whole_step ? sums[h] : tile_sums.back().data();
     jobs.push_back(job);
   }
   ColumnSums(jobs);
+  if (whole_step) return;
   ParallelFor(shape_.n_heads, [&](size_t i) {
     const size_t h = i / group, g = i % group, n_rows = At(query.layer, h).n_rows + n_step_;
     Add(sums[h] + g * n_rows, tile_sums[h].data() + g * tile_rows(h), tile_rows(h));
