@@ -52,9 +52,9 @@ void RowStore::ResizeArena(Head& head, size_t rows) {
   const size_t old_rows = head.region_rows;
   if (old_rows == rows && !head.regions.empty()) return;
   CountedBuffer arena(*counter_, BytesFor(rows));
-  if (!head.regions.empty() && arena.data() != nullptr) {
+  const size_t common = head.regions.empty() ? 0 : std::min(rows, old_rows);
+  if (common > 0 && arena.data() != nullptr) {
     const CountedBuffer& from = head.regions[0];
-    const size_t common = std::min(rows, old_rows);
     std::memcpy(arena.data(), from.data(), RegionBytes(key_format_, common));
     std::memcpy(Values(arena, rows), Values(from, old_rows), RegionBytes(value_format_, common));
   }
