@@ -2,6 +2,7 @@
 // numbers, on text that a real model reads.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <iterator>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "format/safetensors.h"
 #include "tokenizer/tokenizer.h"
 
 namespace lesskv {
@@ -133,6 +135,32 @@ TEST(BundledModelFull, EvictionChangesWhatTheModelSays) {
   Sequence full(Shared().engine.MakeCacheConfig(CacheSpec())), small(Shared().engine.MakeCacheConfig(CacheSpec::Parse("h2o(2%)")));
   EXPECT_EQ(Prompt(full), Prompt(small));  // a one-shot prompt is attended in full
   EXPECT_NE(DecodeAll(full), DecodeAll(small));
+}
+
+// The independent float64 forward pass of tools/reference_model/make_logits_golden.py over the same file.
+TEST(BundledModelFull, LogitsEqualThoseOfTheIndependentImplementation) {
+  const SafetensorsFile golden = SafetensorsFile::Open(LESSKV_SOURCE_DIR "/models/lesskv-small.logits.safetensors");
+  const size_t n_vocab = Shared().model->config().n_vocab;
+  const auto ids = golden.Values<int32_t>("ids", std::vector<size_t>{64});
+  const auto argmax = golden.Values<int32_t>("argmax", std::vector<size_t>{64});
+  const auto positions = golden.Values<int32_t>("positions", std::vector<size_t>{16});
+  const auto expected = golden.Values<float>("logits", std::vector<size_t>{16, n_vocab});
+
+  Engine engine(Shared().model, {.threads = 1, .compute = ComputeChoice::kF32});
+  Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse("full+f32")));
+  std::vector<Logits> got;
+  engine.Prefill({{&sequence, ids, LogitsRows::kAll}}, [&](std::span<const LogitsRow> tile) {
+    for (const LogitsRow& row : tile) got.emplace_back(row.logits.begin(), row.logits.end());
+  });
+  ASSERT_EQ(got.size(), ids.size());
+  for (size_t i = 0; i < got.size(); ++i)
+    EXPECT_EQ(std::max_element(got[i].begin(), got[i].end()) - got[i].begin(), argmax[i]) << i;
+  const auto [low, high] = std::minmax_element(expected.begin(), expected.end());
+  float worst = 0;
+  for (size_t i = 0; i < positions.size(); ++i)
+    for (size_t v = 0; v < n_vocab; ++v)
+      worst = std::max(worst, std::abs(got[static_cast<size_t>(positions[i])][v] - expected[i * n_vocab + v]));
+  EXPECT_LE(worst, 1e-3f * (*high - *low));
 }
 
 }  // namespace
