@@ -77,9 +77,8 @@ int Main(int argc, char** argv) {
 }
 
 // Idle threads of GNU's OpenMP spin for milliseconds before they sleep, which starves the thread that still computes
-// when other programs want the CPUs too: two CPUs shared with six busy processes generated 18 tokens a second with the
-// default and 406 with this short spin, which is still long enough to bridge two products. The library reads the
-// variable before main begins, so the program starts itself once more; if that fails, it goes on as it is.
+// when other programs want the CPUs too. A short spin is still long enough to bridge two products. The library
+// reads the variable before main begins, so the program starts itself once more; if that fails, it goes on as it is.
 void SpinBriefly(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
   setenv("GOMP_SPINCOUNT", "1000", 1);

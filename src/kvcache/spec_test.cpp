@@ -93,7 +93,7 @@ TEST(Spec, Refusals) {
 
 // A trained artefact is named by its fingerprint, never by a path.
 TEST(Spec, FingerprintInPlaceOfThePath) {
-  const CacheSpec spec = CacheSpec::Parse("h2o(5%)+less(file=\"/home/me/k.gguf\")+f32");
+  const CacheSpec spec = CacheSpec::Parse("h2o(5%)+less(file=\"/maps/k.gguf\")+f32");
   EXPECT_EQ(spec.ToString("less", "0123456789abcdef"), "h2o(5%)+less(sidecar=\"0123456789abcdef\")+f32");
   EXPECT_NO_THROW(CacheSpec::Parse(spec.ToString("less", "0123456789abcdef")));
 }
