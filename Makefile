@@ -4,8 +4,7 @@
 BUILD ?= build/release
 JOBS ?= $(shell nproc)
 
-# Two tests run beside each other, each with all CPUs: threads that wait must sleep, not spin.
-CTEST := OMP_WAIT_POLICY=passive ctest -j 2 --output-on-failure
+CTEST := ctest -j 2 --output-on-failure
 
 .PHONY: run test bench build sanitize packages clean
 

@@ -1,9 +1,7 @@
 # What lesskv stands on; tools/install_packages.sh lists the Debian packages.
 find_package(PkgConfig REQUIRED)
 find_package(Threads REQUIRED)
-if(NOT LESSKV_PLAIN_THREADS)
-  find_package(OpenMP REQUIRED)
-endif()
+find_package(OpenMP REQUIRED)  # the pool inside oneDNN; lesskv has its own, base/threads.h
 find_package(fmt REQUIRED)
 find_package(spdlog REQUIRED)
 find_package(nlohmann_json REQUIRED)

@@ -1,11 +1,9 @@
 // The lesskv program: parse, call, print. Exit status: 0 done, 1 failed while running, 2 bad usage or bad input.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <new>
 #include <string>
 
@@ -76,19 +74,7 @@ int Main(int argc, char** argv) {
   }
 }
 
-// Idle threads of GNU's OpenMP spin for milliseconds before they sleep, which starves the thread that still computes
-// when other programs want the CPUs too. A short spin is still long enough to bridge two products. The library
-// reads the variable before main begins, so the program starts itself once more; if that fails, it goes on as it is.
-void SpinBriefly(char** argv) {
-  if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
-  setenv("GOMP_SPINCOUNT", "1000", 1);
-  execv("/proc/self/exe", argv);
-}
-
 }  // namespace
 }  // namespace lesskv
 
-int main(int argc, char** argv) {
-  lesskv::SpinBriefly(argv);
-  return lesskv::Main(argc, argv);
-}
+int main(int argc, char** argv) { return lesskv::Main(argc, argv); }

@@ -1,5 +1,8 @@
-// The process's worker threads: one pool, the one oneDNN also uses (OpenMP). With LESSKV_PLAIN_THREADS it is built on
-// std::thread instead, for ThreadSanitizer and fuzzers. Nothing may throw inside a parallel region.
+// The process's worker threads: one pool, started when it is first needed. Nothing may throw inside a parallel region.
+//
+// Made for regions of microseconds that follow one another thousands of times a second, on machines that other
+// programs use too: idle workers watch for the next region for about kSpinMicroseconds and then sleep, and a caller
+// waits only for workers that have begun a task, never for one that the system has not yet let run.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +11,7 @@
 
 namespace lesskv {
 
-// Number of threads of later parallel regions, 1 or more. Set once at start-up. `n` = 0: one a physical CPU available.
+// Number of threads of later parallel regions, 1 or more. Set once at start-up. `n` = 0: one a CPU available.
 void SetThreads(int n);
 int Threads();
 
@@ -18,7 +21,8 @@ void RunTasks(size_t n_tasks, TaskFunction task, void* context);
 }  // namespace internal
 
 // Calls task(i) once for each i in [0, n), in any order, on up to Threads() threads; returns when all are done.
-// Tasks are handed out one at a time, so they may be of unequal length. Nested calls run serially.
+// Tasks are handed out one at a time, so they may be of unequal length. Nested calls run serially, and so does a call
+// from a second thread while the pool is busy with another's.
 template <typename Task>
 void ParallelFor(size_t n, Task&& task) {
   using Plain = std::remove_reference_t<Task>;

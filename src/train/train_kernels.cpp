@@ -1,6 +1,7 @@
 #include "train/train_kernels.h"
 
 #include <dnnl.h>
+#include <omp.h>
 
 #include <cmath>
 
@@ -173,6 +174,9 @@ const Kernels& Active() {
 void Gemm(bool transpose_a, bool transpose_b, size_t m, size_t n, size_t k, const float* a, size_t lda, const float* b,
           size_t ldb, float* c, size_t ldc, bool accumulate) {
   if (m == 0 || n == 0) return;
+  // oneDNN's own threads would come on top of the pool's, from which this is called.
+  thread_local const bool on_this_thread = (omp_set_num_threads(1), true);
+  static_cast<void>(on_this_thread);
   const dnnl_status_t status = dnnl_sgemm(
       transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', static_cast<dnnl_dim_t>(m), static_cast<dnnl_dim_t>(n),
       static_cast<dnnl_dim_t>(k), 1.0f, a, static_cast<dnnl_dim_t>(lda), b, static_cast<dnnl_dim_t>(ldb),

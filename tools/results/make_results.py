@@ -110,7 +110,7 @@ def execute(args, name, group, arguments, texts, lock) -> None:
   command = [str(args.lesskv), "eval", arguments[0], "-m", MODEL, "-t", "1", "-o", "json", *substitute(arguments[1:], texts)]
   begin, key = time.time(), run_key(group, arguments)  # the key of what is read now
   # Threads that wait asleep: other work may share the machine.
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   if done.returncode != 0:
     print(f"{name}: {done.stderr.strip()}", file=sys.stderr)
     return
