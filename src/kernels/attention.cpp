@@ -106,7 +106,7 @@ class RotationAngles {
 };
 
 struct Workspace {
-  WorkMemory scratch, partials, angle_memory;
+  WorkMemory scratch, partials, probabilities, angle_memory;
   RotationAngles angles;
   std::vector<size_t> span_rows;
 };
@@ -125,7 +125,7 @@ void CheckJob(const AttentionJob& job, size_t n_rows) {
   CHECK(job.n_queries == 0 || (job.q && job.out && job.lse));
   CHECK(n_rows == job.n_past || n_rows == job.n_past + job.n_queries, "{} rows, {} past, {} queries", n_rows,
         job.n_past, job.n_queries);
-  CHECK(!job.scores || job.n_queries == 1, "scores are kept for one query, not {}", job.n_queries);
+  CHECK(!job.received || job.n_queries == 1, "sums are made beside one query, not {}", job.n_queries);
   CHECK(!job.read_positions || job.rope, "read positions without a rotation");
   CHECK(!job.read_positions || job.rope->n_dims() <= dim, "rotation of {} of {} channels", job.rope->n_dims(), dim);
 }
@@ -150,7 +150,8 @@ AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
   view.out = job.out;
   view.out_stride = job.out_stride;
   view.lse = job.lse;
-  view.scores = job.scores;
+  view.received = job.received;
+  view.probability_stride = RoundUp(n_rows, kTileRows);
   return view;
 }
 
@@ -241,15 +242,28 @@ Plan PlanTasks(const AttentionKernels& kernels, const std::vector<AttentionView>
   return plan;
 }
 
+// Memory for the probabilities of the views that want to know what their rows received.
+void GiveProbabilities(WorkMemory& memory, std::vector<AttentionView>& views) {
+  size_t floats = 0;
+  for (const AttentionView& view : views) floats += view.received ? view.group * view.probability_stride : 0;
+  float* next = floats > 0 ? memory.Get(floats) : nullptr;
+  for (AttentionView& view : views) {
+    if (!view.received) continue;
+    view.probabilities = next;
+    next += view.group * view.probability_stride;
+  }
+}
+
 }  // namespace
 
 void Attend(std::span<const AttentionJob> jobs) {
   if (jobs.empty()) return;
   const AttentionKernels& kernels = Kernels();
-  const std::vector<AttentionView> views = MakeViews(
+  std::vector<AttentionView> views = MakeViews(
       jobs.size(), [&](size_t j) -> auto& { return jobs[j]; });
   const Plan plan = PlanTasks(kernels, views);
   Workspace& workspace = ThreadWorkspace();
+  GiveProbabilities(workspace.probabilities, views);
   float* scratch = workspace.scratch.Get(plan.scratch_floats * static_cast<size_t>(Threads()));
   float* partials = workspace.partials.Get(plan.partial_floats);
   const auto n_splits = [&](size_t j) { return CeilDiv(views[j].n_rows, kSplitRows); };
@@ -290,11 +304,7 @@ void ColumnSums(std::span<const ColumnSumJob> jobs) {
   ParallelFor(tasks.size(), [&](size_t t) {
     const ColumnSumJob& job = jobs[tasks[t].job];
     const ColumnView view = {views[tasks[t].job], job.lse, job.first_query, job.weights, job.sums};
-    if (view.attention.scores && view.first_query == 0) {
-      kernels.column_sums_kept(view, tasks[t].index);
-    } else {
-      kernels.column_sums(view, tasks[t].index, scratch + static_cast<size_t>(ThreadIndex()) * scratch_floats);
-    }
+    kernels.column_sums(view, tasks[t].index, scratch + static_cast<size_t>(ThreadIndex()) * scratch_floats);
   });
 }
 

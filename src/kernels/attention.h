@@ -55,21 +55,22 @@ struct AttentionJob {
   float* out = nullptr;
   size_t out_stride = 0;
   float* lse = nullptr;
-  // Optional, for n_queries == 1: the scaled scores [group, n_rows], row-major with stride n_rows.
-  float* scores = nullptr;
+  // Optional, for n_queries == 1: the attention each row received, summed over the group, [n_rows]. The
+  // probabilities that weigh the values are used once more, so this costs no second softmax.
+  float* received = nullptr;
 };
 
 // Runs all jobs (the KV heads of a layer, of one or several sequences) in one parallel region.
 void Attend(std::span<const AttentionJob> jobs);
 
-// Attention received, by column: sums[g * n_rows + r] = sum over queries m in [first_query, n_queries) of
-// weights[m - first_query] * exp(scale * q_m . k_r - lse[m, g]), over visible (m, r) only.
+// Attention received, by column: sums[r] = sum over queries m in [first_query, n_queries) and heads g of the group of
+// weights[m - first_query] * exp(scale * q_mg . k_r - lse[m, g]), over visible (m, r) only. A second pass over the keys.
 struct ColumnSumJob {
-  AttentionJob attention;      // as given to Attend, which must have run: lse (and scores, when kept) are read
+  AttentionJob attention;      // as given to Attend, which must have run: lse is read
   const float* lse = nullptr;  // [n_queries, group] normalisers; usually attention.lse
   size_t first_query = 0;
   const float* weights = nullptr;  // null: all 1
-  float* sums = nullptr;           // [group, n_rows], overwritten
+  float* sums = nullptr;           // [n_rows], overwritten
 };
 void ColumnSums(std::span<const ColumnSumJob> jobs);
 

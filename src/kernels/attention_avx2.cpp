@@ -67,7 +67,7 @@ bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, siz
 }  // namespace
 
 const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,        MergeSplits,
-                                            Prefill,       ColumnSums,    ColumnSumsKept};
+                                            Prefill,       ColumnSums};
 
 }  // namespace lesskv::avx2
 

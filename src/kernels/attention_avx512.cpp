@@ -51,7 +51,7 @@ inline V HighCodes(const uint8_t* p) { return FourBitValues(_mm512_srli_epi32(_m
 }  // namespace
 
 const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,        MergeSplits,
-                                            Prefill,       ColumnSums,    ColumnSumsKept};
+                                            Prefill,       ColumnSums};
 
 }  // namespace lesskv::avx512
 

@@ -360,13 +360,11 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
   const size_t partial_stride = kPartialHeader + Padded(dim);
   for (size_t m = 0; m < stacked; ++m) {
     float* scores = s.scores + m * kSplitStride;
-    if (view.scores) {
-      for (size_t i = 0; i < n; ++i) view.scores[m * view.n_rows + begin + i] = scores[i];
-    }
     const size_t seen = VisibleRows(view, m / view.group), visible = seen > begin ? Min(n, seen - begin) : 0;
     float* header = partial + m * partial_stride;
     header[0] = MaxScore(scores, visible);
     header[1] = ExpAndSum(scores, visible, n, header[0]);
+    if (view.received) Copy(view.probabilities + m * view.probability_stride + begin, scores, Padded(n));
   }
   Fill(s.out, stacked * Padded(dim), 0);
   SplitValues(view, s, begin, end, stacked);
@@ -376,11 +374,32 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
   }
 }
 
-void MergeSplits(const AttentionView& view, const float* partials, size_t n_splits) {
+// received[r] = sum over the group of probability times its split's factor, which MergeSplits has left in the header.
+void SumReceived(const AttentionView& view, const float* partials, size_t n_splits) {
+  const size_t stride = kPartialHeader + Padded(view.head_dim), split_stride = PartialFloats(view);
+  for (size_t split = 0; split < n_splits; ++split) {
+    const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows);
+    const float* factors = partials + split * split_stride + 2;
+    for (size_t r = begin; r < end; r += kW) {
+      V sum = Zero();
+      for (size_t g = 0; g < view.group; ++g)
+        sum = Fma(Splat(factors[g * stride]), Load(view.probabilities + g * view.probability_stride + r), sum);
+      if (r + kW <= end) {
+        Store(view.received + r, sum);
+        continue;
+      }
+      alignas(64) float rest[kW];
+      Store(rest, sum);
+      for (size_t i = r; i < end; ++i) view.received[i] = rest[i - r];
+    }
+  }
+}
+
+void MergeSplits(const AttentionView& view, float* partials, size_t n_splits) {
   const size_t dim = view.head_dim, stride = kPartialHeader + Padded(dim);
   const size_t split_stride = PartialFloats(view);
   for (size_t m = 0; m < view.n_queries * view.group; ++m) {
-    const float* first = partials + m * stride;
+    float* first = partials + m * stride;
     float* out = view.out + m / view.group * view.out_stride + m % view.group * dim;
     float largest = -kInfinity, sum = 0;
     for (size_t i = 0; i < n_splits; ++i) {
@@ -389,9 +408,10 @@ void MergeSplits(const AttentionView& view, const float* partials, size_t n_spli
     }
     Fill(out, dim, 0);
     for (size_t i = 0; i < n_splits; ++i) {
-      const float* from = first + i * split_stride;
+      float* from = first + i * split_stride;
+      from[2] = 0;
       if (from[1] == 0) continue;  // nothing visible
-      const float weight = __builtin_expf(from[0] - largest);
+      const float weight = from[2] = __builtin_expf(from[0] - largest);
       sum += weight * from[1];
       for (size_t c = 0; c < dim; ++c) out[c] += weight * from[kPartialHeader + c];
     }
@@ -399,5 +419,7 @@ void MergeSplits(const AttentionView& view, const float* partials, size_t n_spli
       for (size_t c = 0; c < dim; ++c) out[c] /= sum;
     }
     view.lse[m] = sum != 0 ? largest + __builtin_logf(sum) : -kInfinity;
+    for (size_t i = 0; view.received && sum != 0 && i < n_splits; ++i) first[i * split_stride + 2] /= sum;
   }
+  if (view.received) SumReceived(view, partials, n_splits);
 }

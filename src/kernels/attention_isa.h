@@ -36,7 +36,9 @@ struct AttentionView {
   float* out;
   size_t out_stride;
   float* lse;
-  float* scores;
+  float* received;       // [n_rows], or null
+  float* probabilities;  // work memory of a view with `received`: [group, probability_stride], relative to a split's largest
+  size_t probability_stride;
 };
 
 struct ColumnView {
@@ -48,21 +50,20 @@ struct ColumnView {
 };
 
 // What a decode task leaves for the merge, for each of n_queries * group stacked queries: PartialFloats floats, namely
-// the largest score, the sum of exp(score - largest), 14 unused, then the outputs before normalisation.
+// the largest score, the sum of exp(score - largest), the split's factor in the merge (written there), 13 unused, then
+// the outputs before normalisation.
 inline constexpr size_t kPartialHeader = 16;
 
 struct AttentionKernels {
   size_t (*scratch_floats)(const AttentionView& view);  // work memory of any one task below
   size_t (*partial_floats)(const AttentionView& view);  // of one split: n_queries * group * (header + head_dim, padded)
   void (*decode)(const AttentionView& view, size_t split, float* scratch, float* partial);
-  // Merges the partials of all splits, in order, into out and lse.
-  void (*merge_splits)(const AttentionView& view, const float* partials, size_t n_splits);
+  // Merges the partials of all splits, in order, into out and lse, and the probabilities into what rows received.
+  void (*merge_splits)(const AttentionView& view, float* partials, size_t n_splits);
   // Queries [first_query, first_query + n).
   void (*prefill)(const AttentionView& view, size_t first_query, size_t n, float* scratch);
   // Rows [block * kBlockRows, ...) of one ColumnSumJob.
   void (*column_sums)(const ColumnView& view, size_t block, float* scratch);
-  // The same from kept scores, of the row block.
-  void (*column_sums_kept)(const ColumnView& view, size_t block);
 };
 
 namespace scalar {

@@ -18,7 +18,7 @@ struct PrefillScratch {
   float* out;      // [stacked, padded head_dim]
   float* largest;  // [stacked]
   float* sum;      // [stacked]
-  float* columns;  // [group, kBlockRows]
+  float* columns;  // [kBlockRows]
   Expansion rows;
   // The same in bfloat16, two values along the summed-up dimension in 32 bits.
   uint32_t* pair_queries;  // [stacked, pairs of head_dim]
@@ -37,7 +37,7 @@ PrefillScratch CarvePrefill(const AttentionView& view, float* base) {
   s.out = arena.Take(stacked * Padded(dim));
   s.largest = arena.Take(stacked);
   s.sum = arena.Take(stacked);
-  s.columns = arena.Take(view.group * kBlockRows);
+  s.columns = arena.Take(kBlockRows);
   s.rows = TakeExpansion(view, arena);
   auto take_pairs = [&](size_t n) { return reinterpret_cast<uint32_t*>(arena.Take(view.bf16 ? n : 0)); };
   const size_t pairs = (dim + 1) / 2;
@@ -287,7 +287,7 @@ void ChunkColumns(const ColumnView& job, const PrefillScratch& s, size_t first, 
     const size_t visible = Min(n, seen - begin);
     for (size_t r = visible; r < Padded(visible); ++r) scores[r] = -kInfinity;
     const float weight = job.weights ? job.weights[query - job.first_query] : 1;
-    AddWeights(scores, visible, job.lse[query * view.group + head] * kLog2E, weight, s.columns + head * kBlockRows);
+    AddWeights(scores, visible, job.lse[query * view.group + head] * kLog2E, weight, s.columns);
   }
 }
 
@@ -295,7 +295,7 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
   const AttentionView& view = job.attention;
   const PrefillScratch s = CarvePrefill(view, scratch);
   const size_t begin = block * kBlockRows, end = Min(view.n_rows, begin + kBlockRows);
-  Fill(s.columns, view.group * kBlockRows, 0);
+  Fill(s.columns, kBlockRows, 0);
   LoadKeys(view, s, begin, end - begin);
   const size_t step = QueriesPerTile(view.group);
   for (size_t first = job.first_query; first < view.n_queries; first += step) {
@@ -307,24 +307,7 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
       ChunkColumns(job, s, first, m, count, begin, rows);
     });
   }
-  for (size_t g = 0; g < view.group; ++g) {
-    for (size_t r = begin; r < end; ++r) job.sums[g * view.n_rows + r] = s.columns[g * kBlockRows + (r - begin)];
-  }
-}
-
-void ColumnSumsKept(const ColumnView& job, size_t block) {
-  const AttentionView& view = job.attention;
-  const size_t begin = block * kBlockRows, n = Min(kBlockRows, view.n_rows - begin);
-  const float weight = job.weights ? job.weights[0] : 1;
-  alignas(64) float scores[kBlockRows], sums[kBlockRows];
-  for (size_t g = 0; g < view.group; ++g) {
-    for (size_t i = 0; i < Padded(n); ++i) {
-      scores[i] = i < n ? view.scores[g * view.n_rows + begin + i] * kLog2E : -kInfinity;
-      sums[i] = 0;
-    }
-    AddWeights(scores, n, job.lse[g] * kLog2E, weight, sums);
-    for (size_t i = 0; i < n; ++i) job.sums[g * view.n_rows + begin + i] = sums[i];
-  }
+  for (size_t r = begin; r < end; ++r) job.sums[r] = s.columns[r - begin];
 }
 
 size_t ScratchFloats(const AttentionView& view) {

@@ -49,6 +49,6 @@ bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, siz
 }  // namespace
 
 const AttentionKernels kAttentionKernels = {ScratchFloats, PartialFloats, Decode,        MergeSplits,
-                                            Prefill,       ColumnSums,    ColumnSumsKept};
+                                            Prefill,       ColumnSums};
 
 }  // namespace lesskv::scalar

@@ -131,6 +131,11 @@ void Fill(float* x, size_t n, float value) {
   for (size_t i = 0; i < n; ++i) x[i] = value;
 }
 
+// Whole vectors.
+void Copy(float* to, const float* from, size_t n) {
+  for (size_t i = 0; i < n; i += kW) Store(to + i, Load(from + i));
+}
+
 // Rows that query m sees: a prefix.
 size_t VisibleRows(const AttentionView& view, size_t m) {
   return view.n_rows > view.n_past ? view.n_past + m + 1 : view.n_past;

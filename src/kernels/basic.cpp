@@ -49,6 +49,23 @@ HWY_INLINE void StoreFirst(V v, size_t count, float* out) {
   std::memcpy(out, data, count * sizeof(float));
 }
 
+// The rule of LowestRow, a row at a time.
+struct LowestRowSearch {
+  const float* values;
+  const int32_t* positions;
+  size_t lowest;  // starts as the number of rows: none yet
+  int32_t begin, end;
+  bool found = false;
+
+  void Consider(size_t r) {
+    if (positions[r] < begin || positions[r] >= end) return;
+    const auto value = [&](size_t i) { return values[i] == values[i] ? values[i] : kNegativeInfinity; };
+    if (found && !(value(r) < value(lowest) || (value(r) == value(lowest) && positions[r] > positions[lowest]))) return;
+    lowest = r;
+    found = true;
+  }
+};
+
 // x[i] = f(x[i]) for every element; f maps vectors.
 template <typename F>
 HWY_INLINE void Map(float* x, size_t n, F&& f) {
@@ -104,6 +121,31 @@ float SimdMax(const float* x, size_t n) {
   // x86's maximum gives its second operand when the first is NaN: in this order NaN entries are skipped.
   return hn::GetLane(
       hn::MaxOfLanes(d, Reduce(x, x, n, kNegativeInfinity, [](V acc, V a, V) HWY_ATTR { return hn::Max(a, acc); })));
+}
+
+// Two passes: the lowest value, then the rows that have it, which are few.
+size_t SimdLowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end) {
+  const D d;
+  const hn::RebindToSigned<D> di;
+  const size_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
+  const V high = hn::Set(d, -kNegativeInfinity);
+  const auto value = [&](size_t i) HWY_ATTR {  // of rows outside the range: infinite
+    const auto p = hn::LoadU(di, positions + i);
+    const auto inside = hn::AndNot(hn::Lt(p, hn::Set(di, begin)), hn::Lt(p, hn::Set(di, end)));
+    const V v = hn::LoadU(d, values + i);
+    const V ordered = hn::IfThenElse(hn::IsNaN(v), hn::Set(d, kNegativeInfinity), v);
+    return hn::IfThenElse(hn::RebindMask(d, inside), ordered, high);
+  };
+  V lowest = high;
+  for (size_t i = 0; i < whole; i += lanes) lowest = hn::Min(lowest, value(i));
+  const V least = hn::MinOfLanes(d, lowest);
+  LowestRowSearch search{values, positions, n, begin, end};
+  for (size_t i = 0; i < whole; i += lanes) {
+    if (hn::AllFalse(d, hn::Eq(value(i), least))) continue;
+    for (size_t r = i; r < i + lanes; ++r) search.Consider(r);
+  }
+  for (size_t r = whole; r < n; ++r) search.Consider(r);
+  return search.lowest;
 }
 
 void SimdRmsNorm(const float* x, const float* weight, float eps, size_t n, float* out) {
@@ -266,6 +308,7 @@ namespace {
 HWY_EXPORT(SimdDot);
 HWY_EXPORT(SimdSum);
 HWY_EXPORT(SimdMax);
+HWY_EXPORT(SimdLowestRow);
 HWY_EXPORT(SimdRmsNorm);
 HWY_EXPORT(SimdSiluMul);
 HWY_EXPORT(SimdExp);
@@ -415,6 +458,13 @@ size_t ArgMax(const float* x, size_t n) {
     if (x[i] == max) return i;
   }
   return 0;
+}
+
+size_t LowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdLowestRow)(values, positions, n, begin, end);
+  HWY_NAMESPACE::LowestRowSearch search{values, positions, n, begin, end};
+  for (size_t r = 0; r < n; ++r) search.Consider(r);
+  return search.lowest;
 }
 
 void F32ToF16(const float* x, size_t n, uint16_t* out) {

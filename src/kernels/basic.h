@@ -35,6 +35,10 @@ void Axpy(float* y, float a, const float* x, size_t n);  // y += a * x
 // Index of the largest value, the lowest one among equals; 0 when all are NaN. NaN never wins. n >= 1.
 size_t ArgMax(const float* x, size_t n);
 
+// Row of the lowest value among the rows at positions in [begin, end); of equal values the one at the highest position.
+// NaN is below every number. n when no row lies there. values, positions [n]; positions are distinct.
+size_t LowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end);
+
 // Half and bfloat16 as raw bits. Rounded to nearest even; NaN stays NaN; beyond the largest half becomes infinity.
 void F32ToF16(const float* x, size_t n, uint16_t* out);
 void F16ToF32(const uint16_t* x, size_t n, float* out);

@@ -187,6 +187,42 @@ TEST_P(BasicTest, ArgMaxTakesTheFirstOfEqualsAndSkipsNaN) {
   EXPECT_EQ(ArgMax(x.data(), 40), 7u);
 }
 
+TEST_P(BasicTest, LowestRowInARangeOfPositions) {
+  const float nan = std::nanf("");
+  const auto lowest = [](std::vector<float> values, std::vector<int32_t> positions, int32_t begin, int32_t end) {
+    return LowestRow(values.data(), positions.data(), values.size(), begin, end);
+  };
+  EXPECT_EQ(lowest({}, {}, 0, 9), 0u);
+  EXPECT_EQ(lowest({5}, {3}, 0, 3), 1u);
+  EXPECT_EQ(lowest({5}, {3}, 3, 4), 0u);
+  EXPECT_EQ(lowest({2, 1, 1, 1, 0}, {4, 7, 9, 8, 10}, 0, 10), 2u);  // of equals the highest position
+  EXPECT_EQ(lowest({2, nan, 1}, {0, 1, 2}, 0, 3), 1u);
+  EXPECT_EQ(lowest({nan, nan, -1}, {1, 0, 2}, 0, 3), 0u);
+  const float inf = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(lowest({inf, 0, inf}, {0, 7, 1}, 0, 5), 2u);  // infinite values are values
+  Rng rng(5);
+  for (size_t n : {15, 16, 17, 100, 1000}) {
+    for (int round = 0; round < 20; ++round) {
+      std::vector<float> values(n);
+      std::vector<int32_t> positions(n);
+      for (size_t i = 0; i < n; ++i) {
+        values[i] = static_cast<float>(rng.Below(round < 10 ? 5 : 1000));
+        positions[i] = static_cast<int32_t>(i * 7919 % n);
+        if (n == 100 || n == 1000) positions[i] = static_cast<int32_t>(i * 7 % n);
+      }
+      const int32_t begin = static_cast<int32_t>(rng.Below(n)), end = static_cast<int32_t>(rng.Below(n + 1));
+      size_t expected = n;
+      for (size_t i = 0; i < n; ++i) {
+        if (positions[i] < begin || positions[i] >= end) continue;
+        if (expected == n || values[i] < values[expected] ||
+            (values[i] == values[expected] && positions[i] > positions[expected]))
+          expected = i;
+      }
+      EXPECT_EQ(lowest(values, positions, begin, end), expected) << n;
+    }
+  }
+}
+
 TEST_P(BasicTest, HalfRoundsToNearestEvenAndBack) {
   const std::vector<std::pair<float, uint16_t>> cases = {
       {1.0f, 0x3c00},        {-2.0f, 0xc000},       {65504.0f, 0x7bff},  {65519.9f, 0x7bff},

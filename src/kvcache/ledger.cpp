@@ -10,7 +10,7 @@
 namespace lesskv {
 namespace {
 
-size_t Capacity(size_t rows, size_t fixed) { return fixed > 0 ? std::max(fixed, rows) : RoundUp(rows, kBlockRows); }
+size_t Capacity(size_t rows, size_t fixed) { return fixed > 0 ? std::max(fixed, rows) + 1 : RoundUp(rows, kBlockRows); }
 
 CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t bytes) {
   CountedBuffer to(counter, bytes);
@@ -50,27 +50,34 @@ void HeadLedger::AppendNew(size_t seen, size_t n) {
   n_rows += n;
 }
 
-void HeadLedger::Gather(size_t seen, size_t n, bool with_scores, std::vector<Position>& positions,
-                        std::vector<float>& scores) const {
-  const std::span<const Position> held = Positions();
-  positions.assign(held.begin(), held.end());
-  for (size_t i = 0; i < n; ++i) positions.push_back(Position(static_cast<int32_t>(seen + i)));
-  scores.clear();
-  if (!with_scores) return;
-  const std::span<const float> old = scores_.As<float>().first(n_rows);
-  scores.assign(old.begin(), old.end());
-  scores.resize(n_rows + n, 0.0f);
+LedgerRows HeadLedger::Gather(size_t seen, size_t n, bool with_scores, LedgerSpill& spill) {
+  const size_t all = n_rows + n;
+  std::span<Position> positions = positions_.As<Position>();
+  std::span<float> scores = with_scores ? scores_.As<float>() : std::span<float>();
+  if (all > positions.size()) {
+    spill.positions.assign(positions.begin(), positions.begin() + static_cast<ptrdiff_t>(n_rows));
+    spill.positions.resize(all);
+    positions = spill.positions;
+    if (with_scores) {
+      spill.scores.assign(scores.begin(), scores.begin() + static_cast<ptrdiff_t>(n_rows));
+      spill.scores.resize(all);
+      scores = spill.scores;
+    }
+  }
+  for (size_t i = 0; i < n; ++i) positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
+  if (with_scores) std::fill_n(scores.begin() + static_cast<ptrdiff_t>(n_rows), n, 0.0f);
+  return {positions.first(all), with_scores ? scores.first(all) : scores};
 }
 
-void HeadLedger::Apply(const Compaction& compaction, std::span<const Position> positions,
-                       std::span<const float> scores) {
+void HeadLedger::Apply(const Compaction& compaction, const LedgerRows& rows) {
   const std::span<Position> held = positions_.As<Position>();
   const std::span<float> held_scores = scores_.As<float>();
   CHECK(compaction.n_rows <= held.size(), "{} rows in a ledger of {}", compaction.n_rows, held.size());
-  if (!scores.empty()) std::copy_n(scores.begin(), std::min(n_rows, held_scores.size()), held_scores.begin());
+  if (!rows.scores.empty() && rows.scores.data() != held_scores.data())
+    std::copy_n(rows.scores.begin(), std::min(n_rows, held_scores.size()), held_scores.begin());
   for (const RowMove& move : compaction.moves) {
-    held[move.to] = positions[move.from];
-    if (!scores.empty()) held_scores[move.to] = scores[move.from];
+    held[move.to] = rows.positions[move.from];
+    if (!rows.scores.empty()) held_scores[move.to] = rows.scores[move.from];
   }
   n_rows = compaction.n_rows;
 }

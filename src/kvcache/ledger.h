@@ -14,12 +14,22 @@
 
 namespace lesskv {
 
+struct LedgerRows {
+  std::span<const Position> positions;
+  std::span<float> scores;  // empty where none are kept
+};
+
+struct LedgerSpill {
+  std::vector<Position> positions;
+  std::vector<float> scores;
+};
+
 struct HeadLedger {
   size_t n_rows = 0;
 
   std::span<const Position> Positions() const { return positions_.As<Position>().first(n_rows); }
 
-  // Room for `rows` rows: exactly `fixed` when that is not 0, else whole blocks.
+  // Room for `rows` rows: `fixed` and a newcomer when that is not 0, else whole blocks.
   void Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool scores);
 
   // Takes back a Reserve: room as for the rows that are there. Keeps the larger room when there is no memory to move.
@@ -28,12 +38,12 @@ struct HeadLedger {
   // New tokens at positions seen, seen + 1, ... take the next slots.
   void AppendNew(size_t seen, size_t n);
 
-  // Rows as a step sees them: resident ones, then n new ones with score 0.
-  void Gather(size_t seen, size_t n, bool with_scores, std::vector<Position>& positions,
-              std::vector<float>& scores) const;
+  // Rows as a step sees them: resident ones, then n new ones with score 0. They lie in the ledger itself when it has
+  // room for the new ones (a single token, the steady state), else as a copy in `spill`.
+  LedgerRows Gather(size_t seen, size_t n, bool with_scores, LedgerSpill& spill);
 
   // Takes over the gathered (and re-scored) rows in the places that the compaction gives them.
-  void Apply(const Compaction& compaction, std::span<const Position> positions, std::span<const float> scores);
+  void Apply(const Compaction& compaction, const LedgerRows& rows);
 
   HeadLedger Clone(ByteCounter& counter) const;
   void Save(ByteWriter& out) const;

@@ -28,10 +28,10 @@ struct Workspace {
   std::vector<float> rotated;                  // keys or queries of a tile
   std::vector<float> lse;                      // [n_kv_heads][n_tile, group]
   std::vector<float> residual_out, residual_lse;  // [n_tile, n_heads, head_dim], [n_tile, n_heads]
-  std::vector<std::vector<float>> scores, attention;  // a KV head: [group, n_rows]
+  std::vector<std::vector<float>> attention;  // a KV head: [n_rows]
   std::vector<int32_t> positions, read_positions;
-  std::vector<std::vector<Position>> row_positions;  // a KV head: [n_rows]
-  std::vector<std::vector<float>> row_scores;        // a KV head: [n_rows]
+  std::vector<LedgerSpill> spills;  // a KV head
+  std::vector<LedgerRows> rows;     // a KV head
   VictimLists victims;
 };
 
@@ -187,7 +187,7 @@ void SequenceCache::Impl::Attend(size_t layer, const float* queries, float* out)
   if (evicts && selector.Observes(kind).queries != Observation::Queries::kNone) {
     Work().attention.resize(shape.n_kv_heads);
     for (size_t h = 0; h < shape.n_kv_heads; ++h) {
-      const size_t n = shape.group() * (store->n_rows(layer, h) + n_step);
+      const size_t n = store->n_rows(layer, h) + n_step;
       if (n_step > kTileQueries) Work().attention[h].assign(n, 0.0f);  // tiles add to it
       else Work().attention[h].resize(n);                              // the only tile overwrites it
     }
@@ -235,20 +235,14 @@ void SequenceCache::Impl::AttendTile(size_t layer, const float* queries, size_t 
   query.read_positions = relative ? work.read_positions.data() : nullptr;
   query.out = out;
   query.lse = work.lse.data();
-  std::vector<float*> scores, sums;
+  std::vector<float*> sums;
   const size_t first_observed = FirstObserved();
-  if (first_observed < first + n) {
-    work.scores.resize(shape.n_kv_heads);
-    for (size_t h = 0; h < shape.n_kv_heads; ++h) {
-      sums.push_back(work.attention[h].data());
-      if (n_step > 1) continue;
-      work.scores[h].resize(work.attention[h].size());
-      scores.push_back(work.scores[h].data());
-    }
-  }
-  query.scores = scores;
+  if (first_observed < first + n)
+    for (auto& attention : work.attention) sums.push_back(attention.data());
+  if (n_step == 1) query.received = sums;
   store->Attend(query);
-  if (!sums.empty()) store->AddColumnSums(query, first_observed > first ? first_observed - first : 0, sums);
+  if (n_step > 1 && !sums.empty())
+    store->AddColumnSums(query, first_observed > first ? first_observed - first : 0, sums);
   if (residual != nullptr && has_absorbed[layer]) MergeResidual(layer, work.rotated.data(), n, out);
 }
 
@@ -296,30 +290,32 @@ void SequenceCache::Impl::Commit(size_t layer) {
   for (auto& list : work.victims) list.clear();
   selector.Choose(rows, work.victims);
   if (residual != nullptr) Absorb(layer, work.victims);
-  ParallelFor(shape.n_kv_heads, [&](size_t h) {
+  const auto commit = [&](size_t h) {
     const auto& victims = work.victims[h];
     CHECK(victims.size() == heads[h].n_leaving(), "{} rows leave where {} must", victims.size(), heads[h].n_leaving());
     HeadLedger& ledger = Ledger(layer, h);
     const Compaction compaction = PlanCompaction(ledger.n_rows, n_step, victims);
     store->Commit(layer, h, compaction);
-    ledger.Apply(compaction, work.row_positions[h], work.row_scores[h]);
-  });
+    ledger.Apply(compaction, work.rows[h]);
+  };
+  if (n_step > 1) return ParallelFor(shape.n_kv_heads, commit);
+  for (size_t h = 0; h < shape.n_kv_heads; ++h) commit(h);  // a row each: less than waking a thread
 }
 
 LayerRows SequenceCache::Impl::GatherRows(size_t layer, std::vector<HeadRows>& heads) {
   Workspace& work = Work();
   const size_t n_kv = shape.n_kv_heads;
   heads.resize(n_kv);
-  work.row_positions.resize(n_kv);
-  work.row_scores.resize(n_kv);
+  work.spills.resize(n_kv);
+  work.rows.resize(n_kv);
   const bool observed = selector.Observes(kind).queries != Observation::Queries::kNone;
-  ParallelFor(n_kv, [&](size_t h) {
-    Ledger(layer, h).Gather(tokens_seen, n_step, selector.KeepsScores(), work.row_positions[h], work.row_scores[h]);
+  for (size_t h = 0; h < n_kv; ++h) {
+    work.rows[h] = Ledger(layer, h).Gather(tokens_seen, n_step, selector.KeepsScores(), work.spills[h]);
     heads[h].budget = budgets[layer * n_kv + h];
-    heads[h].positions = work.row_positions[h];
-    heads[h].scores = work.row_scores[h];
+    heads[h].positions = work.rows[h].positions;
+    heads[h].scores = work.rows[h].scores;
     if (observed) heads[h].attention = work.attention[h];
-  });
+  }
   LayerRows rows;
   rows.layer = layer;
   rows.kind = kind;

@@ -52,8 +52,9 @@ struct StoreQuery {
   const int32_t* read_positions = nullptr;
   float* out = nullptr;  // [n_queries, n_heads, head_dim]
   float* lse = nullptr;  // [n_heads, n_queries]: grouped by KV head as [n_kv_heads][n_queries, group]
-  // Optional, n_queries == 1: for each KV head the scaled scores [group, n_resident + n_step]. Empty: not kept.
-  std::span<float* const> scores = {};
+  // Optional, n_queries == 1: receives for each KV head the attention its rows received, summed over the group,
+  // [n_resident + n_step]. Empty: not wanted.
+  std::span<float* const> received = {};
 };
 
 class KvStore {
@@ -68,7 +69,8 @@ class KvStore {
   virtual void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) = 0;
   virtual void Attend(const StoreQuery& query) const = 0;
   // Attention received from those queries of `query`, which Attend has just answered, whose index in it is `first` or
-  // more: added to sums, for each KV head [group, n_resident + n_step]. A query of the whole step overwrites them.
+  // more, summed over the group: added to sums, for each KV head [n_resident + n_step]. A query of the whole step
+  // overwrites them.
   virtual void AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const = 0;
 
   // Rows of one KV head as stored, decoded: keys, values [rows.size(), head_dim].

@@ -176,7 +176,7 @@ AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, std::span<co
   job.out = query.out + kv_head * group * d;
   job.out_stride = job.q_stride;
   job.lse = query.lse + kv_head * query.n_queries * group;
-  if (!query.scores.empty()) job.scores = query.scores[kv_head];
+  if (!query.received.empty()) job.received = query.received[kv_head];
   return job;
 }
 
@@ -191,7 +191,7 @@ void RowStore::Attend(const StoreQuery& query) const {
 }
 
 void RowStore::AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const {
-  const size_t n_kv = shape_.n_kv_heads, group = shape_.group();
+  const size_t n_kv = shape_.n_kv_heads;
   const auto tile_rows = [&](size_t h) { return At(query.layer, h).n_rows + query.first_query + query.n_queries; };
   const bool whole_step = query.n_queries == n_step_;  // nothing to add to: written in place
   std::vector<std::vector<KvSpan>> spans;
@@ -199,7 +199,7 @@ void RowStore::AddColumnSums(const StoreQuery& query, size_t first, std::span<fl
   std::vector<ColumnSumJob> jobs;
   for (size_t h = 0; h < n_kv; ++h) {
     spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
-    tile_sums.emplace_back(whole_step ? 0 : group * tile_rows(h));
+    tile_sums.emplace_back(whole_step ? 0 : tile_rows(h));
     ColumnSumJob job;
     job.attention = Job(query, h, spans.back());
     job.lse = job.attention.lse;
@@ -209,10 +209,7 @@ void RowStore::AddColumnSums(const StoreQuery& query, size_t first, std::span<fl
   }
   ColumnSums(jobs);
   if (whole_step) return;
-  ParallelFor(shape_.n_heads, [&](size_t i) {
-    const size_t h = i / group, g = i % group, n_rows = At(query.layer, h).n_rows + n_step_;
-    Add(sums[h] + g * n_rows, tile_sums[h].data() + g * tile_rows(h), tile_rows(h));
-  });
+  for (size_t h = 0; h < n_kv; ++h) Add(sums[h], tile_sums[h].data(), tile_rows(h));
 }
 
 RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const {

@@ -6,6 +6,7 @@
 //   keep { j >= seen - recent } and the `heavy` largest c_j among the rest
 #include <algorithm>
 
+#include "kernels/basic.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
@@ -25,12 +26,9 @@ class H2oSelector final : public Selector {
 
  protected:
   void ChooseHead(const LayerRows& layer, const HeadRows& head, std::vector<uint32_t>& victims) const override {
-    AddOverGroup(head.attention, layer.group, head.scores);
+    Add(head.scores.data(), head.attention.data(), head.n_rows());
     const auto recent_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(Window(head.budget));
-    const auto evictable = [&](uint32_t r) {
-      return ToInt(head.positions[r]) < recent_from && !layer.protect->Contains(head.positions[r]);
-    };
-    ChooseWorst(head, head.n_leaving(), evictable, [&](uint32_t r) { return head.scores[r]; }, victims);
+    ChooseWorst(head, head.scores, {0, recent_from}, *layer.protect, head.n_leaving(), victims);
   }
 
  private:

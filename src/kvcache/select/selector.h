@@ -28,7 +28,7 @@ struct HeadRows {
   size_t budget = 0;                    // rows that may stay
   std::span<const Position> positions;  // [n_rows]
   std::span<float> scores;              // [n_rows], 0 for new rows; empty unless KeepsScores
-  // Column sums of the exact softmax over the observed queries, [group, n_rows]; empty unless observed.
+  // Column sums of the exact softmax over the observed queries and the group's heads, [n_rows]; empty unless observed.
   std::span<const float> attention;
 
   size_t n_rows() const { return positions.size(); }

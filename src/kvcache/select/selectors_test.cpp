@@ -79,9 +79,8 @@ TEST(Selectors, SlotsAreNotPositions) {
 
 TEST(Selectors, H2oAccumulatesOverTheGroup) {
   std::vector<float> scores = {5, 1, 2, 0};
-  // Two heads: rows get 1+0, 1+3, 0+0, 1+1.
-  EXPECT_EQ(Leaving("h2o(heavy=2, recent=1)", 100, 3, {0, 1, 2, 3}, {1, 1, 0, 1, 0, 3, 0, 1}, 4, StepKind::kDecode,
-                    &scores, 2),
+  // Rows get 1, 4, 0 and 2 from the two heads of the group together.
+  EXPECT_EQ(Leaving("h2o(heavy=2, recent=1)", 100, 3, {0, 1, 2, 3}, {1, 4, 0, 2}, 4, StepKind::kDecode, &scores, 2),
             (std::vector<int>{2}));
   EXPECT_EQ(scores, (std::vector<float>{6, 5, 2, 2}));
   // Recent ones stay whatever their score.
@@ -102,8 +101,7 @@ TEST(Selectors, ChooseWorstTakesOneOrMany) {
   const float nan = std::nanf("");
   const auto worst = [&](size_t n, const std::vector<float>& values) {
     std::vector<uint32_t> leave;
-    ChooseWorst(
-        head, n, [](uint32_t) { return true; }, [&](uint32_t r) { return values[r]; }, leave);
+    ChooseWorst(head, values, {}, ProtectedSet(), n, leave);
     return leave;
   };
   EXPECT_EQ(worst(1, {1, 1, 1, 1}), (std::vector<uint32_t>{0}));
@@ -112,6 +110,25 @@ TEST(Selectors, ChooseWorstTakesOneOrMany) {
   EXPECT_EQ(worst(3, {1, nan, 2, 3}), (std::vector<uint32_t>{0, 1, 2}));
   EXPECT_EQ(worst(1, {1, nan, nan, 3}), (std::vector<uint32_t>{2}));
   EXPECT_EQ(worst(0, {1, 1, 1, 1}), (std::vector<uint32_t>{}));
+}
+
+TEST(Selectors, ChooseWorstPassesOverProtectedRowsAndThoseOutsideItsRange) {
+  std::vector<Position> positions;
+  for (int p : {4, 9, 0, 7, 2, 5, 8, 1}) positions.push_back(Position(p));
+  HeadRows head;
+  head.positions = positions;
+  const std::vector<float> values = {3, 0, 0, 1, 5, 2, 1, 4};
+  const ProtectedSet protect({{0, 1}, {7, 8}});
+  const auto worst = [&](size_t n, PositionRange range) {
+    std::vector<uint32_t> leave;
+    ChooseWorst(head, values, range, protect, n, leave);
+    return leave;
+  };
+  EXPECT_EQ(worst(1, {}), (std::vector<uint32_t>{1}));
+  EXPECT_EQ(worst(1, {0, 9}), (std::vector<uint32_t>{6}));
+  EXPECT_EQ(worst(1, {0, 8}), (std::vector<uint32_t>{5}));
+  EXPECT_EQ(worst(1, {0, 3}), (std::vector<uint32_t>{7}));
+  EXPECT_EQ(worst(3, {0, 9}), (std::vector<uint32_t>{0, 5, 6}));
 }
 
 }  // namespace

@@ -33,17 +33,13 @@ class SnapkvSelector final : public Selector {
     if (head.n_leaving() == 0) return;
     const auto window_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(Window(head.budget));
     const std::vector<float> votes = PooledVotes(layer, head, window_from);
-    const auto evictable = [&](uint32_t r) {
-      return ToInt(head.positions[r]) < window_from && !layer.protect->Contains(head.positions[r]);
-    };
-    ChooseWorst(head, head.n_leaving(), evictable, [&](uint32_t r) { return votes[r]; }, victims);
+    ChooseWorst(head, votes, {0, window_from}, *layer.protect, head.n_leaving(), victims);
   }
 
  private:
   // Votes of the rows before the window, pooled along increasing position; 0 for the window's own rows.
   std::vector<float> PooledVotes(const LayerRows& layer, const HeadRows& head, int32_t window_from) const {
-    std::vector<float> sums(head.n_rows(), 0.0f);
-    AddOverGroup(head.attention, layer.group, sums);
+    const std::span<const float> sums = head.attention;
     std::vector<uint32_t> order;
     for (uint32_t r = 0; r < head.n_rows(); ++r)
       if (ToInt(head.positions[r]) < window_from) order.push_back(r);

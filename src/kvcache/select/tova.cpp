@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels/basic.h"
+#include "kernels/basic.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
@@ -28,10 +29,9 @@ class TovaSelector final : public Selector {
     std::vector<float> mean(first.n_rows(), 0.0f);
     for (const HeadRows& head : layer.heads) {
       CHECK(head.n_rows() == first.n_rows() && head.budget == first.budget);
-      AddOverGroup(head.attention, layer.group, mean);
+      Add(mean.data(), head.attention.data(), mean.size());
     }
-    const auto evictable = [&](uint32_t r) { return !layer.protect->Contains(first.positions[r]); };
-    ChooseWorst(first, first.n_leaving(), evictable, [&](uint32_t r) { return mean[r]; }, victims[0]);
+    ChooseWorst(first, mean, {}, *layer.protect, first.n_leaving(), victims[0]);
     for (size_t h = 1; h < victims.size(); ++h) victims[h] = victims[0];
   }
 

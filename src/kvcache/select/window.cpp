@@ -31,7 +31,19 @@ class WindowSelector final : public Selector {
     const auto evictable = [&](uint32_t r) {
       return ToInt(head.positions[r]) >= static_cast<int32_t>(sinks_) && !layer.protect->Contains(head.positions[r]);
     };
-    ChooseWorst(head, head.n_leaving(), evictable, [&](uint32_t r) { return ToInt(head.positions[r]); }, victims);
+    const auto older = [&](uint32_t a, uint32_t b) { return ToInt(head.positions[a]) < ToInt(head.positions[b]); };
+    const auto n_rows = static_cast<uint32_t>(head.n_rows());
+    if (head.n_leaving() == 1) {
+      uint32_t oldest = n_rows;
+      for (uint32_t r = 0; r < n_rows; ++r)
+        if ((oldest == n_rows || older(r, oldest)) && evictable(r)) oldest = r;
+      CHECK(oldest < n_rows, "no row may leave");
+      return victims.push_back(oldest);
+    }
+    std::vector<uint32_t> rows;
+    for (uint32_t r = 0; r < n_rows; ++r)
+      if (evictable(r)) rows.push_back(r);
+    TakeFirst(rows, head.n_leaving(), older, victims);
   }
 
  private:
