@@ -26,6 +26,7 @@ const AttentionKernels& Kernels() {
       return avx2::kAttentionKernels;
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
+    case Isa::kAmx:
       return avx512::kAttentionKernels;
   }
 #endif
@@ -146,7 +147,7 @@ AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
   view.q = job.q;
   view.q_stride = job.q_stride;
   view.scale = job.scale;
-  view.bf16 = job.compute == ComputeType::kBF16 && ActiveIsa() == Isa::kAvx512Bf16;
+  view.bf16 = job.compute == ComputeType::kBF16 && ActiveIsa() >= Isa::kAvx512Bf16;
   view.out = job.out;
   view.out_stride = job.out_stride;
   view.lse = job.lse;

@@ -2,6 +2,14 @@
 
 #include <hwy/targets.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 
@@ -10,9 +18,26 @@
 namespace lesskv {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 constexpr int kUnset = -1;
 std::atomic<int> g_isa{kUnset};
+
+#if defined(__x86_64__)
+// Whether the processor multiplies bfloat16 tiles and the system lets this process use them: Linux wants to be asked,
+// because the tiles' 8 KiB are saved at every change of threads that use them.
+bool HasAmx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa DetectIsa() {
 #if defined(__x86_64__)
@@ -24,7 +49,8 @@ Isa DetectIsa() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))) {
     return Isa::kAvx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return HasAmx() ? Isa::kAmx : Isa::kAvx512Bf16;
 #else
   return Isa::kScalar;
 #endif
@@ -100,6 +126,8 @@ std::string_view IsaName(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
   }
   return "?";
 }
@@ -110,7 +138,7 @@ Isa ParseIsa(std::string_view name) {
   for (Isa isa : kAllIsas) {
     if (name == IsaName(isa)) return isa;
   }
-  Fail(ErrorCode::kInvalidArgument, "instruction set \"{}\" is unknown; it can be scalar, avx2, avx512 or avx512bf16",
+  Fail(ErrorCode::kInvalidArgument, "instruction set \"{}\" is unknown; it can be scalar, avx2, avx512, avx512bf16 or amx",
        name);
 }
 

@@ -1,5 +1,5 @@
 // What the processor can do, and which set of kernels is in use. The choice is made once, at the first kernel call; the
-// environment variable LESSKV_ISA (scalar, avx2, avx512, avx512bf16) lowers it, so that every path can be tested on one
+// environment variable LESSKV_ISA (scalar, avx2, avx512, avx512bf16, amx) lowers it, so that every path can be tested on one
 // machine.
 #pragma once
 
@@ -15,6 +15,7 @@ enum class Isa {
   kAvx2,        // AVX2, FMA, F16C
   kAvx512,      // AVX-512 F, BW, DQ, VL and VNNI
   kAvx512Bf16,  // and AVX512_BF16: products of bfloat16 pairs
+  kAmx,         // and AMX-BF16: the same in tiles of 16 x 16 sums
 };
 
 // The highest level this processor and its operating system support.
@@ -31,7 +32,7 @@ void ForceIsa(Isa isa);
 // Every level this processor can run, lowest first.
 std::vector<Isa> AvailableIsas();
 
-std::string_view IsaName(Isa isa);  // "scalar", "avx2", "avx512", "avx512bf16"
+std::string_view IsaName(Isa isa);  // "scalar", "avx2", "avx512", "avx512bf16", "amx"
 std::string IsaName();              // of the active level
 
 // The level of that name; throws Error listing the names otherwise.

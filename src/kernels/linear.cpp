@@ -20,14 +20,12 @@ using internal::kMaxTileRows;
 using internal::kTokenLanes;
 using internal::LinearKernels;
 using internal::RowBlock;
+using internal::TileShape;
 
 constexpr size_t kMaxPackedTokens = 512;   // activations packed at once; longer calls unpack the weights again
 constexpr size_t kTaskBytes = 48 << 10;    // weights a task of the few-token path reads
-constexpr size_t kPanelBytes = 256 << 10;  // unpacked rows of a task of the many-token path: a share of the L2
-constexpr size_t kTileDepth = 2048;        // elements of a row multiplied before moving to the next rows
-constexpr size_t kPanelRowStep = 24;       // a multiple of every tile height
 
-const LinearKernels& Kernels() {
+const LinearKernels& Kernels([[maybe_unused]] size_t n_in) {
   switch (ActiveIsa()) {
     case Isa::kScalar:
       return internal::ScalarLinearKernels();
@@ -38,6 +36,10 @@ const LinearKernels& Kernels() {
       return internal::Avx512LinearKernels();
     case Isa::kAvx512Bf16:
       return internal::Avx512Bf16LinearKernels();
+    case Isa::kAmx:
+      // Rows that do not fill its tiles go the other way.
+      return n_in % internal::AmxLinearKernels().shape_bf16.multiple == 0 ? internal::AmxLinearKernels()
+                                                                          : internal::Avx512Bf16LinearKernels();
 #else
     default:
       break;
@@ -146,7 +148,7 @@ struct TileF32 {
                    float* acc, bool first) {
     k.tile_f32(rows, units, group, vectors, acc, first);
   }
-  static const size_t* TileRows(const LinearKernels& k) { return k.tile_rows_f32; }
+  static const TileShape& Shape(const LinearKernels& k) { return k.shape_f32; }
 };
 
 struct TileBf16 {
@@ -165,7 +167,7 @@ struct TileBf16 {
                    size_t vectors, float* acc, bool first) {
     k.tile_bf16(rows, units, group, vectors, acc, first);
   }
-  static const size_t* TileRows(const LinearKernels& k) { return k.tile_rows_bf16; }
+  static const TileShape& Shape(const LinearKernels& k) { return k.shape_bf16; }
 };
 
 // Packed activations: groups of up to group_vectors vectors of tokens, one after the other.
@@ -181,25 +183,19 @@ Group GroupAt(size_t index, size_t n_tokens, size_t group_vectors) {
   return {first, n, CeilDiv(n, kTokenLanes)};
 }
 
-void StoreTransposed(const float* acc, size_t width, size_t n_rows, const Group& group, float* y, size_t y_stride) {
-  for (size_t t = 0; t < group.n_tokens; ++t) {
-    float* out = y + (group.first_token + t) * y_stride;
-    for (size_t r = 0; r < n_rows; ++r) out[r] = acc[r * width + t];
-  }
-}
-
 // One task: `block` (unpacked in `panel`, or used in place) times every group.
 template <typename Kind>
 void MultiplyPanel(const Call& call, size_t n_rows, const typename Kind::Element* panel, size_t panel_stride,
                    const typename Kind::Element* packed, float* acc, float* y) {
   using Element = typename Kind::Element;
   const size_t n_units = CeilDiv(call.w.n_in, Kind::kUnitElements);
-  const size_t group_vectors = call.kernels.group_vectors;
-  const size_t depth = kTileDepth / Kind::kUnitElements;
+  const TileShape& shape = Kind::Shape(call.kernels);
+  const size_t group_vectors = shape.group_vectors;
+  const size_t depth = shape.depth / Kind::kUnitElements;
   for (size_t g = 0; g * group_vectors * kTokenLanes < call.n_tokens; ++g) {
     const Group group = GroupAt(g, call.n_tokens, group_vectors);
     const size_t width = group.vectors * kTokenLanes;
-    const size_t tile_rows = Kind::TileRows(call.kernels)[group.vectors - 1];
+    const size_t tile_rows = shape.rows[group.vectors - 1];
     const Element* x = packed + group.first_token * n_units * Kind::kUnitElements;
     for (size_t unit = 0; unit < n_units; unit += depth) {
       for (size_t row = 0; row < n_rows; row += tile_rows) {
@@ -211,16 +207,16 @@ void MultiplyPanel(const Call& call, size_t n_rows, const typename Kind::Element
                    group.vectors, acc + row * width, unit == 0);
       }
     }
-    StoreTransposed(acc, width, n_rows, group, y, call.y_stride);
+    call.kernels.store(acc, width, n_rows, group.n_tokens, y + group.first_token * call.y_stride, call.y_stride);
   }
 }
 
 // Rows of a task: what fits the panel, and no more than leaves every thread several tasks. A fixed rule, so that the
 // split does not depend on the number of threads.
-size_t PanelRows(const Call& call, size_t element_bytes) {
-  const size_t fit = kPanelBytes / (call.w.n_in * element_bytes) / kPanelRowStep * kPanelRowStep;
-  const size_t share = RoundUp(CeilDiv(call.w.n_out, 8), kPanelRowStep);
-  return std::clamp<size_t>(share, kPanelRowStep, std::max(fit, kPanelRowStep));
+size_t PanelRows(const Call& call, size_t element_bytes, const TileShape& shape) {
+  const size_t fit = shape.panel_bytes / (call.w.n_in * element_bytes) / shape.row_step * shape.row_step;
+  const size_t share = RoundUp(CeilDiv(call.w.n_out, 8), shape.row_step);
+  return std::clamp<size_t>(share, shape.row_step, std::max(fit, shape.row_step));
 }
 
 template <typename Kind>
@@ -228,15 +224,16 @@ void ManyTokensBlock(const Call& call) {
   using Element = typename Kind::Element;
   const LinearKernels& kernels = call.kernels;
   const size_t padded = RoundUp(call.w.n_in, Kind::kUnitElements);
-  const size_t group_tokens = kernels.group_vectors * kTokenLanes;
+  const TileShape& shape = Kind::Shape(kernels);
+  const size_t group_tokens = shape.group_vectors * kTokenLanes;
   thread_local Workspace packed_workspace;
   Element* packed = packed_workspace.Get<Element>(RoundUp(call.n_tokens, kTokenLanes) * padded);
   ParallelFor(CeilDiv(call.n_tokens, group_tokens), [&](size_t g) {
-    const Group group = GroupAt(g, call.n_tokens, kernels.group_vectors);
+    const Group group = GroupAt(g, call.n_tokens, shape.group_vectors);
     Kind::Pack(kernels, call.x + group.first_token * call.x_stride, call.x_stride, group.n_tokens, call.w.n_in,
                group.vectors, packed + group.first_token * padded);
   });
-  const size_t step = PanelRows(call, sizeof(Element));
+  const size_t step = PanelRows(call, sizeof(Element), shape);
   // Rows one cache line longer than a power of two: a tile reads many at once, and they must not share a cache set.
   const size_t panel_stride = RoundUp(padded * sizeof(Element), 64) / sizeof(Element) + 64 / sizeof(Element);
   const size_t panel_size = step * panel_stride;
@@ -269,7 +266,7 @@ void ManyTokens(Call call) {
 
 std::string_view ComputeTypeName(ComputeType compute) { return compute == ComputeType::kF32 ? "f32" : "bf16"; }
 
-ComputeType AutoCompute() { return ActiveIsa() == Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
+ComputeType AutoCompute() { return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
 
 bool IsLinearType(DType type) {
   switch (type) {
@@ -296,7 +293,7 @@ void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_token
   CHECK(n_tokens <= 1 || (x_stride >= w.n_in && y_stride >= w.n_out), "strides {} and {} of a [{}, {}] matrix",
         x_stride, y_stride, w.n_out, w.n_in);
   if (n_tokens == 0 || w.n_out == 0) return;
-  const Call call{Kernels(), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
+  const Call call{Kernels(w.n_in), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
   const bool fast = compute == ComputeType::kBF16;
   if (n_tokens <= kFewTokens) {
     fast&& IsQuantized(w.type) ? FewTokensInt8(call) : FewTokensF32(call);

@@ -514,9 +514,9 @@ const LinearKernels& Avx2LinearKernels() {
       .pack_bf16 = nullptr,
       .tile_f32 = TileF32,
       .tile_bf16 = nullptr,
-      .group_vectors = 1,
-      .tile_rows_f32 = {kTileRows, kTileRows, kTileRows, kTileRows},
-      .tile_rows_bf16 = {0, 0, 0, 0},
+      .shape_f32 = {.group_vectors = 1, .rows = {kTileRows}},
+      .shape_bf16 = {},
+      .store = ScalarStore,
   };
   return kKernels;
 }

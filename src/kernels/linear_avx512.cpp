@@ -247,6 +247,42 @@ void TileF32(const float* const* rows, size_t n, const float* group, size_t vect
   }
 }
 
+// 16 rows of 16 tokens become 16 tokens of 16 rows: pairs, fours and then 128-bit lanes change places.
+void StoreSquare(const float* acc, size_t width, size_t n_tokens, float* y, size_t y_stride) {
+  __m512 x[16], z[16];
+#pragma GCC unroll 16
+  for (size_t r = 0; r < 16; ++r) x[r] = _mm512_loadu_ps(acc + r * width);
+#pragma GCC unroll 8
+  for (size_t r = 0; r < 16; r += 2) {
+    z[r] = _mm512_unpacklo_ps(x[r], x[r + 1]);
+    z[r + 1] = _mm512_unpackhi_ps(x[r], x[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (size_t r = 0; r < 16; r += 4) {  // x[r + i]: tokens i, i + 4, i + 8, i + 12 of four rows
+    x[r] = _mm512_shuffle_ps(z[r], z[r + 2], 0x44);
+    x[r + 1] = _mm512_shuffle_ps(z[r], z[r + 2], 0xee);
+    x[r + 2] = _mm512_shuffle_ps(z[r + 1], z[r + 3], 0x44);
+    x[r + 3] = _mm512_shuffle_ps(z[r + 1], z[r + 3], 0xee);
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x44), b = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xee);
+    const __m512 c = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x44), d = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xee);
+    const __m512 tokens[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
+                              _mm512_shuffle_f32x4(b, d, 0x88), _mm512_shuffle_f32x4(b, d, 0xdd)};
+    for (size_t j = 0; j < 4 && i + 4 * j < n_tokens; ++j) _mm512_storeu_ps(y + (i + 4 * j) * y_stride, tokens[j]);
+  }
+}
+
+void Store(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride) {
+  const size_t squares = n_rows / 16 * 16;
+  for (size_t t = 0; t < n_tokens; t += 16) {
+    const size_t count = n_tokens - t < 16 ? n_tokens - t : 16;
+    for (size_t r = 0; r < squares; r += 16)
+      StoreSquare(acc + r * width + t, width, count, y + t * y_stride + r, y_stride);
+  }
+  ScalarStore(acc + squares * width, width, n_rows - squares, n_tokens, y + squares, y_stride);
+}
+
 }  // namespace
 
 const LinearKernels& Avx512LinearKernels() {
@@ -260,9 +296,9 @@ const LinearKernels& Avx512LinearKernels() {
       .pack_bf16 = nullptr,
       .tile_f32 = TileF32,
       .tile_bf16 = nullptr,
-      .group_vectors = kMaxGroupVectors,
-      .tile_rows_f32 = {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3]},
-      .tile_rows_bf16 = {0, 0, 0, 0},
+      .shape_f32 = {.group_vectors = kMaxGroupVectors, .rows = {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3]}},
+      .shape_bf16 = {},
+      .store = Store,
   };
   return kKernels;
 }

@@ -122,7 +122,8 @@ const LinearKernels& Avx512Bf16LinearKernels() {
     k.unpack_bf16 = UnpackBf16;
     k.pack_bf16 = PackBf16;
     k.tile_bf16 = TileBf16;
-    for (size_t v = 0; v < kMaxGroupVectors; ++v) k.tile_rows_bf16[v] = kTileRows[v];
+    k.shape_bf16.group_vectors = kMaxGroupVectors;
+    for (size_t v = 0; v < kMaxGroupVectors; ++v) k.shape_bf16.rows[v] = kTileRows[v];
     return k;
   }();
   return kernels;

@@ -6,8 +6,7 @@
 //   Dot   few tokens: each row of weights is unpacked in registers and multiplied with every token.
 //   Tile  many tokens: activations are packed once with the tokens side by side, `lanes` of them in a vector, so that a
 //         weight is broadcast and needs no transposition: row-major rows, unpacked to float32 or bfloat16, serve as
-//         they are. A group is up to `group_vectors` vectors of tokens; `tile_rows[v - 1]` rows are multiplied at once
-//         with a group of v vectors, chosen to fill the registers with accumulators.
+//         they are. What is multiplied at once is a TileShape, chosen to fill the registers with accumulators.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +18,7 @@ namespace lesskv::internal {
 
 inline constexpr size_t kTokenLanes = 16;      // tokens in a vector of packed activations
 inline constexpr size_t kMaxGroupVectors = 4;  // vectors in a group
-inline constexpr size_t kMaxTileRows = 24;
+inline constexpr size_t kMaxTileRows = 32;
 
 // Activations as int8, for products with quantised rows. Element order inside a block of 256 (128 for blocks of 32) is
 // private to the table that wrote it.
@@ -40,6 +39,15 @@ struct RowBlock {
   size_t n;  // elements a row
 };
 
+struct TileShape {
+  size_t group_vectors = 0;            // most vectors of tokens in a group; 0: the table has no such tile
+  size_t rows[kMaxGroupVectors] = {};  // rows at once with a group of 1, 2, ... vectors
+  size_t row_step = 24;                // rows of a panel are a multiple of it, and it of all `rows`
+  size_t depth = 2048;                 // elements of a row multiplied before moving to the next rows
+  size_t panel_bytes = 256 << 10;      // unpacked rows that all groups pass by: a share of the L2
+  size_t multiple = 1;                 // rows must be a multiple of so many elements long
+};
+
 struct LinearKernels {
   // Rows to float32 / bfloat16 (as bits, rounded to nearest even), n elements each, rows out_stride elements apart.
   void (*unpack_f32)(const RowBlock& block, float* out, size_t out_stride);
@@ -56,14 +64,19 @@ struct LinearKernels {
   void (*pack_bf16)(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, uint16_t* out);
 
   // acc[r][vectors * kTokenLanes] (+)= rows[r][0, n) x group; adds to what acc holds unless `first`.
-  // `rows` holds tile_rows[vectors - 1] pointers, which may repeat. For bfloat16 n counts pairs.
+  // `rows` holds as many pointers as the shape has rows for `vectors`. They are equally far apart, but for the last rows
+  // of a panel, which repeat its last one; behind it there is memory up to the row_step. For bfloat16 n counts pairs.
   void (*tile_f32)(const float* const* rows, size_t n, const float* group, size_t vectors, float* acc, bool first);
   void (*tile_bf16)(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group, size_t vectors, float* acc,
                     bool first);
-  size_t group_vectors;
-  size_t tile_rows_f32[kMaxGroupVectors];
-  size_t tile_rows_bf16[kMaxGroupVectors];
+  TileShape shape_f32, shape_bf16;
+
+  // y[t * y_stride + r] = acc[r][t] for t < n_tokens, r < n_rows; rows of acc are `width` apart.
+  void (*store)(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);
 };
+
+// Plain loops for tables that have no better one.
+void ScalarStore(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);
 
 // Entries a level does not have are null: bfloat16 tiles below kAvx512Bf16 (the scalar ones exist, as the reference).
 const LinearKernels& ScalarLinearKernels();
@@ -71,6 +84,7 @@ const LinearKernels& ScalarLinearKernels();
 const LinearKernels& Avx2LinearKernels();
 const LinearKernels& Avx512LinearKernels();
 const LinearKernels& Avx512Bf16LinearKernels();
+const LinearKernels& AmxLinearKernels();
 
 // Entries of the AVX-512 table that have a translation unit of their own.
 void Avx512QuantizeActivations(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);

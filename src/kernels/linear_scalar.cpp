@@ -121,6 +121,12 @@ void TileBf16(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group
 
 }  // namespace
 
+void ScalarStore(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride) {
+  for (size_t t = 0; t < n_tokens; ++t) {
+    for (size_t r = 0; r < n_rows; ++r) y[t * y_stride + r] = acc[r * width + t];
+  }
+}
+
 const LinearKernels& ScalarLinearKernels() {
   static const LinearKernels kernels = {
       .unpack_f32 = UnpackF32,
@@ -132,9 +138,9 @@ const LinearKernels& ScalarLinearKernels() {
       .pack_bf16 = PackBf16,
       .tile_f32 = TileF32,
       .tile_bf16 = TileBf16,
-      .group_vectors = 1,
-      .tile_rows_f32 = {1, 1, 1, 1},
-      .tile_rows_bf16 = {1, 1, 1, 1},
+      .shape_f32 = {.group_vectors = 1, .rows = {1}},
+      .shape_bf16 = {.group_vectors = 1, .rows = {1}},
+      .store = ScalarStore,
   };
   return kernels;
 }
