@@ -32,6 +32,7 @@ void AddCommands(CLI::App& app) {
   AddInfoCommand(app);
   AddQuantizeCommand(app);
   AddEvalCommand(app);
+  AddBenchCommand(app);
   AddMethodsCommand(app);
   AddPlanCommand(app);
   AddTrainCommand(app);
