@@ -44,7 +44,7 @@ void AddBenchOptions(CLI::App& command, BenchOptions& o) {
   command.add_option("-r,--repetitions", o.speed.repeat, "Times that each test is run, after one to warm up")
       ->check(CLI::Range(1, 1000))->option_text("N")->capture_default_str();
   command.add_option("-c,--ctx", o.speed.ctx, "Context length that percentages of a cache spec refer to (default: "
-                                              "depth and tokens of each test)")->check(numbers)->option_text("N");
+                                              "what the longest test needs)")->check(numbers)->option_text("N");
   list("-t,--threads", o.threads, "Threads; 0 for all CPUs")->check(CLI::Range(0, 1024));
   command.add_option("--compute", o.compute, "Arithmetic of products: auto, f32, bf16")->option_text("TYPE");
   command.add_flag("--random-sidecar", o.random_sidecar, "Give less feature maps with random weights: for speed only");

@@ -62,11 +62,12 @@ class Bench {
       for (const size_t n : options_.predicts) AddTests({.predict = n, .depth = depth});
     }
     if (tests_.empty()) Fail(ErrorCode::kInvalidArgument, "nothing to measure: both -p and -n are 0");
-    for (const CacheSpec& spec : options_.specs)  // refuses what cannot be before anything takes time
-      for (const Test& test : tests_) MakeConfig(spec, test);
+    for (const CacheSpec& spec : options_.specs) MakeConfig(spec);  // refuses what cannot be before it takes time
     for (const CacheSpec& spec : options_.specs) Verify(spec);
-    for (const CacheSpec& spec : options_.specs)
-      for (const Test& test : tests_) Measure(spec, test);
+    for (size_t i = 0; i < options_.specs.size(); ++i) {
+      difference_ = verified_[i];
+      for (const Test& test : tests_) Measure(options_.specs[i], test);
+    }
   }
 
  private:
@@ -86,25 +87,22 @@ class Bench {
     return less != nullptr && sidecar_.has_value();
   }
 
-  std::shared_ptr<const CacheConfig> MakeConfig(const CacheSpec& spec, const Test& test) const {
+  std::shared_ptr<const CacheConfig> MakeConfig(const CacheSpec& spec) const {
     const Model& model = engine_.model();
-    const size_t ctx = options_.ctx > 0 ? options_.ctx : test.depth + test.tokens();
+    size_t ctx = options_.ctx;
+    for (const Test& test : tests_) ctx = std::max(ctx, test.depth + test.tokens());
     return CacheConfig::Create(spec, model.MakeCacheShape(ctx, engine_.compute()), {},
                                UsesRandomMaps(spec) ? sidecar_->source() : model.Sidecar());
   }
 
-  // With the largest of the tests' contexts.
   void Verify(const CacheSpec& spec) {
     CheckStop();
-    const auto longest = std::max_element(tests_.begin(), tests_.end(), [](const Test& a, const Test& b) {
-      return a.depth + a.tokens() < b.depth + b.tokens();
-    });
-    verified_.push_back(VerifyAgainstScalar(engine_, MakeConfig(spec, *longest), options_.seed));
+    verified_.push_back(VerifyAgainstScalar(engine_, MakeConfig(spec), options_.seed));
     Progress(0.1 * static_cast<double>(verified_.size()) / static_cast<double>(options_.specs.size()));
   }
 
   void Measure(const CacheSpec& spec, Test test) {
-    const auto config = MakeConfig(spec, test);
+    const auto config = MakeConfig(spec);
     const CachePlan plan = config->Plan(test.depth + test.prompt, test.predict);
     if (options_.memory_bytes > 0) {
       test.batch = options_.memory_bytes / plan.bytes_end;
@@ -216,6 +214,7 @@ class Bench {
     row["n_predict"] = test.predict;
     row["depth"] = test.depth;
     row["batch"] = test.batch;
+    row["difference_from_scalar"] = difference_;
     row["memory_limit"] = options_.memory_bytes > 0 ? Json(options_.memory_bytes) : Json();
     AddSpeed(row, config, test, samples);
     AddBytes(row, config, test, plan, samples);
@@ -278,6 +277,7 @@ class Bench {
   std::optional<RandomSidecar> sidecar_;
   std::vector<Test> tests_;
   std::vector<double> verified_;  // a spec: difference from the scalar kernels
+  double difference_ = 0;         // of the spec being measured
   size_t runs_done_ = 0;
 };
 
