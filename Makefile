@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 # Two tests run beside each other, each with all CPUs: threads that wait must sleep, not spin.
 CTEST := OMP_WAIT_POLICY=passive ctest -j 2 --output-on-failure
 
-.PHONY: run test bench build sanitize packages clean
+.PHONY: run test bench bench-check build sanitize packages clean
 
 packages:
 	@tools/install_packages.sh
@@ -30,6 +30,12 @@ sanitize: packages
 
 bench: build
 	@for program in $(BUILD)/bench/*_bench; do [ ! -x $$program ] || $$program || exit 1; done
+
+# Hot kernels against their scalar references in one run; fails when one has become much slower.
+bench-check: packages
+	cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD) -j $(JOBS) --target bench_check
+	@$(BUILD)/bench/bench_check
 
 clean:
 	rm -rf build
