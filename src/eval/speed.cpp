@@ -19,6 +19,7 @@ namespace {
 
 constexpr size_t kWarmUpPrompt = 512;
 constexpr size_t kWarmUpTokens = 2;
+constexpr size_t kLeastContext = 64;  // room to verify in, also when the tests are shorter
 
 // One row of the report: a prompt (predict is 0) or generated tokens (prompt is 0).
 struct Test {
@@ -89,7 +90,7 @@ class Bench {
 
   std::shared_ptr<const CacheConfig> MakeConfig(const CacheSpec& spec) const {
     const Model& model = engine_.model();
-    size_t ctx = options_.ctx;
+    size_t ctx = options_.ctx > 0 ? options_.ctx : kLeastContext;
     for (const Test& test : tests_) ctx = std::max(ctx, test.depth + test.tokens());
     return CacheConfig::Create(spec, model.MakeCacheShape(ctx, engine_.compute()), {},
                                UsesRandomMaps(spec) ? sidecar_->source() : model.Sidecar());

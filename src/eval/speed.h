@@ -33,7 +33,7 @@ struct SpeedOptions {
   std::vector<size_t> batches = {1};     // sequences processed together
   size_t memory_bytes = 0;               // not 0: as many sequences as fit into it instead of `batches`
   size_t repeat = 3;
-  size_t ctx = 0;  // context length that percentages refer to; 0: what the longest test needs
+  size_t ctx = 0;  // context length that percentages refer to; 0: what the longest test needs, at least 64
   uint64_t seed = 0;
   std::optional<RandomMaps> random_maps = {};
   const std::atomic<bool>* stop = nullptr;    // set from anywhere: Error kRuntime; rows finished so far are in the report
