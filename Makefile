@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 
 CTEST := ctest -j 2 --output-on-failure
 
-.PHONY: run test bench build sanitize packages clean
+.PHONY: run test bench bench-check build sanitize packages clean
 
 packages:
 	@tools/install_packages.sh
@@ -29,6 +29,12 @@ sanitize: packages
 
 bench: build
 	@for program in $(BUILD)/bench/*_bench; do [ ! -x $$program ] || $$program || exit 1; done
+
+# Hot kernels against their scalar references in one run; fails when one has become much slower.
+bench-check: packages
+	cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD) -j $(JOBS) --target bench_check
+	@$(BUILD)/bench/bench_check
 
 clean:
 	rm -rf build

@@ -30,6 +30,7 @@ void AddCommands(CLI::App& app) {
   AddInfoCommand(app);
   AddQuantizeCommand(app);
   AddEvalCommand(app);
+  AddBenchCommand(app);
   AddMethodsCommand(app);
   AddPlanCommand(app);
   AddTrainCommand(app);

@@ -128,22 +128,31 @@ bool Engine::RunStep(std::span<const StepItem> items, StepKind kind, const Logit
   return true;
 }
 
+// Tiles go across items: the output matrix is read once for the tokens of many sequences.
 void Engine::EmitLogits(std::span<const StepItem> items, const LogitsSink& sink, size_t row_offset) {
   const size_t n_vocab = model_->config().n_vocab;
   std::vector<LogitsRow> tile;
+  std::vector<size_t> rows;
+  const auto emit = [&] {
+    if (tile.empty()) return;
+    const float* logits = ComputeLogits(*model_, workspace_, rows, compute_);
+    for (size_t i = 0; i < tile.size(); ++i) tile[i].logits = {logits + i * n_vocab, n_vocab};
+    sink(tile);
+    tile.clear();
+    rows.clear();
+  };
   size_t first = 0;
   for (size_t i = 0; i < items.size(); ++i) {
     const size_t n = items[i].tokens.size();
     const size_t begin = items[i].logits == LogitsRows::kAll ? 0 : items[i].logits == LogitsRows::kLast ? n - 1 : n;
-    for (size_t row = begin; row < n; row += kLogitsTile) {
-      const size_t count = std::min(kLogitsTile, n - row);
-      const float* logits = ComputeLogits(*model_, workspace_, first + row, count, compute_);
-      tile.clear();
-      for (size_t r = 0; r < count; ++r) tile.push_back({i, row_offset + row + r, {logits + r * n_vocab, n_vocab}});
-      sink(tile);
+    for (size_t row = begin; row < n; ++row) {
+      tile.push_back({i, row_offset + row, {}});
+      rows.push_back(first + row);
+      if (tile.size() == kLogitsTile) emit();
     }
     first += n;
   }
+  emit();
 }
 
 bool Engine::Prefill(std::span<const StepItem> items, const LogitsSink& sink, const StepControl& control) {

@@ -1,6 +1,8 @@
 #include "engine/memory.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <limits>
 #include <string_view>
@@ -93,6 +95,21 @@ std::string HumanBytes(size_t bytes) {
     ++unit;
   }
   return fmt::format("{:.{}f} {}", value, value < 10 ? 2 : 1, kUnits[unit]);
+}
+
+size_t ParseBytes(const std::string& text, const std::string& option) {
+  constexpr std::string_view kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  const char* begin = text.c_str();
+  char* end = nullptr;
+  double value = std::strtod(begin, &end);
+  std::string_view unit(end);
+  while (unit.starts_with(' ')) unit.remove_prefix(1);
+  const auto* found = std::find(std::begin(kUnits), std::end(kUnits), unit);
+  if (end != begin && (found != std::end(kUnits) || unit.empty())) {
+    if (!unit.empty()) value = std::ldexp(value, 10 * static_cast<int>(found - kUnits));
+    if (value >= 1 && value <= std::ldexp(1.0, 60)) return static_cast<size_t>(value);
+  }
+  Fail(ErrorCode::kInvalidArgument, "{}: expected a number of bytes such as 256MiB, found \"{}\"", option, text);
 }
 
 }  // namespace lesskv

@@ -46,6 +46,13 @@ class SequenceCache final : public KvCache {
   void EndStep();
   void EndPrompt();
 
+  // For measurements: brings a new cache into the state it has after a prompt of n_tokens >= 1, without a prompt.
+  // Budgets, rows, positions, scores and bytes are what the spec's own rules give (fill_random.cpp says how); keys,
+  // values and the tokens that happen to stay are random, and only a sample of those that left is absorbed. Going on
+  // from there costs what it costs after a real prompt; what is generated means nothing. Throws Error like BeginStep
+  // when memory is short; the cache can then only be destroyed.
+  void FillRandom(size_t n_tokens, uint64_t seed);
+
   const CacheConfig& config() const;
   size_t tokens_seen() const;
   CacheStats Stats() const;

@@ -36,6 +36,7 @@ struct Pass {
   ComputeType compute;
   ForwardWorkspace& w;
   size_t n_rows;
+  std::vector<size_t> first_rows;  // of each item
 
   void Embed() {
     const WeightView& table = model.token_embedding();
@@ -64,11 +65,15 @@ struct Pass {
       Product(l.k, l.k_bias, w.h.data(), n, w.k.data() + row * l.k.n_out, compute);
       Product(l.v, l.v_bias, w.h.data(), n, w.v.data() + row * l.v.n_out, compute);
     });
-    size_t first = 0;
-    for (const ForwardItem& item : items) {
-      item.cache->Append(index, w.k.data() + first * l.k.n_out, w.v.data() + first * l.v.n_out);
-      item.cache->Attend(index, w.q.data() + first * l.q.n_out, w.out.data() + first * l.q.n_out);
-      first += item.tokens.size();
+    const auto attend = [&](size_t i) {
+      const size_t first = first_rows[i];
+      items[i].cache->Append(index, w.k.data() + first * l.k.n_out, w.v.data() + first * l.v.n_out);
+      items[i].cache->Attend(index, w.q.data() + first * l.q.n_out, w.out.data() + first * l.q.n_out);
+    };
+    if (ManySequences()) {
+      ParallelFor(items.size(), attend);  // what a cache would do in parallel, nested, then runs on one thread
+    } else {
+      for (size_t i = 0; i < items.size(); ++i) attend(i);
     }
     ForTiles([&](size_t row, size_t n) {
       float* x = w.x.data() + row * d_model;
@@ -85,6 +90,12 @@ struct Pass {
   }
 
  private:
+  // Enough sequences of one token each to keep all threads busy: a cache opens half a dozen parallel regions a layer,
+  // which hundreds of sequences one after the other would wait for. Bits do not depend on it.
+  bool ManySequences() const {
+    return n_rows == items.size() && items.size() >= 4 * static_cast<size_t>(Threads());
+  }
+
   void Gate(size_t n) {
     const size_t d = model.config().d_ffn;
     ParallelFor(n, [&](size_t row) { SiluMul(w.gate.data() + row * d, w.up.data() + row * d, d); });
@@ -132,7 +143,8 @@ bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType
   size_t n_rows = 0;
   for (const ForwardItem& item : items) n_rows += item.tokens.size();
   workspace.Reserve(model.config(), n_rows);
-  Pass pass{model, items, compute, workspace, n_rows};
+  Pass pass{model, items, compute, workspace, n_rows, {}};
+  for (size_t i = 0, first = 0; i < items.size(); first += items[i++].tokens.size()) pass.first_rows.push_back(first);
   pass.Embed();
   for (size_t layer = 0; layer < model.config().n_layers; ++layer) {
     pass.Layer(layer);
@@ -141,13 +153,16 @@ bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType
   return true;
 }
 
-const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, size_t first_row, size_t n_rows,
+const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, std::span<const size_t> rows,
                            ComputeType compute) {
-  CHECK(n_rows <= kLogitsTile);
+  CHECK(rows.size() <= kLogitsTile);
   const size_t d_model = model.config().d_model;
-  NormRows(workspace.x.data() + first_row * d_model, model.output_norm(), model.config().norm_eps, n_rows,
-           workspace.h.data());
-  Linear(model.output(), workspace.h.data(), d_model, n_rows, workspace.logits.data(), model.config().n_vocab, compute);
+  ParallelFor(rows.size(), [&](size_t i) {
+    RmsNorm(workspace.x.data() + rows[i] * d_model, model.output_norm().data(), model.config().norm_eps, d_model,
+            workspace.h.data() + i * d_model);
+  });
+  Linear(model.output(), workspace.h.data(), d_model, rows.size(), workspace.logits.data(), model.config().n_vocab,
+         compute);
   return workspace.logits.data();
 }
 

@@ -6,7 +6,6 @@
 // kTileTokens rows. Work memory: 4 n (d_model + 2 q_dim + 2 kv_dim) bytes for n tokens, plus the tiles.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -48,9 +47,9 @@ using LayerHook = std::function<bool(size_t layers_done)>;
 bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType compute, ForwardWorkspace& workspace,
              const LayerHook& hook = {});
 
-// Logits of `n_rows` <= kLogitsTile consecutive rows of workspace.x from first_row on: workspace.logits
-// [n_rows, n_vocab]. Needs the x of a finished Forward.
-const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, size_t first_row, size_t n_rows,
+// Logits of up to kLogitsTile rows of workspace.x, named by their indices: workspace.logits [rows.size(), n_vocab].
+// Needs the x of a finished Forward.
+const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, std::span<const size_t> rows,
                            ComputeType compute);
 
 }  // namespace lesskv

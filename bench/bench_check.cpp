@@ -1,0 +1,135 @@
+// A regression guard for the hot kernels, run by `make bench-check`: each is timed in turns with its scalar reference
+// in the same run, and the ratio of the best times must stay above a bound. Ratios hold on a busy machine where times do
+// not. Bounds are about half of what was seen with AVX-512 and apply where the processor has AVX-512; elsewhere every
+// kernel must at least not be slower than its reference. Exit status 1 when a bound is broken.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/rng.h"
+#include "base/threads.h"
+#include "kernels/attention.h"
+#include "kernels/basic.h"
+#include "kernels/cpu.h"
+#include "kernels/linear.h"
+#include "kernels/quants.h"
+
+namespace lesskv {
+namespace {
+
+constexpr int kRounds = 7;
+
+double Seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+struct Guard {
+  bool broken = false;
+
+  // Times the work with the active kernels and with the scalar ones, in turns.
+  void Check(const std::string& name, double bound, const std::function<void()>& work) {
+    const Isa active = ActiveIsa();
+    double ours = 1e9, reference = 1e9;
+    for (int i = 0; i < kRounds; ++i) {
+      for (const bool scalar : {false, true}) {
+        ForceIsa(scalar ? Isa::kScalar : active);
+        double& best = scalar ? reference : ours;
+        const double start = Seconds();
+        work();
+        best = std::min(best, Seconds() - start);
+      }
+    }
+    ForceIsa(active);
+    const double ratio = reference / ours, wanted = active >= Isa::kAvx512 ? bound : 1.0;
+    const bool ok = active == Isa::kScalar || ratio >= wanted;
+    broken |= !ok;
+    std::printf("%-34s %8.1f times the scalar kernel, at least %4.1f expected  %s\n", name.c_str(), ratio, wanted,
+                ok ? "ok" : "BROKEN");
+    std::fflush(stdout);
+  }
+};
+
+std::vector<float> Normals(size_t n, uint64_t seed) {
+  Rng rng(seed);
+  std::vector<float> x(n);
+  for (float& v : x) v = rng.Normal();
+  return x;
+}
+
+void CheckProducts(Guard& guard, DType type, size_t n_tokens, double bound) {
+  constexpr size_t kOut = 512, kIn = 1024;
+  const std::vector<float> row = Normals(kIn, 1), x = Normals(n_tokens * kIn, 2);
+  std::vector<std::byte> weights(kOut * RowBytes(type, kIn));
+  for (size_t o = 0; o < kOut; ++o) QuantizeRow(type, row.data(), kIn, weights.data() + o * RowBytes(type, kIn));
+  std::vector<float> y(n_tokens * kOut);
+  const WeightView view{type, kOut, kIn, weights.data()};
+  guard.Check(fmt::format("product {}, {} tokens", Traits(type).name, n_tokens), bound,
+              [&] { Linear(view, x.data(), kIn, n_tokens, y.data(), kOut, AutoCompute()); });
+}
+
+void CheckAttention(Guard& guard, RowType type, size_t n_queries, double bound, double sums_bound) {
+  constexpr size_t kRows = 2048, kDim = 64, kGroup = 4;
+  const RowFormat keys{type, RowSide::kKeys, kDim}, values{type, RowSide::kValues, kDim};
+  const size_t bytes = RegionBytes(keys, kRows) + RegionBytes(values, kRows);
+  std::vector<std::byte> memory(bytes + kRegionAlign);
+  void* aligned = memory.data();
+  size_t space = memory.size();
+  std::byte* const region = static_cast<std::byte*>(std::align(kRegionAlign, bytes, aligned, space));
+  const std::vector<float> rows = Normals(kRows * kDim, 3), q = Normals(n_queries * kGroup * kDim, 4);
+  WriteRows(keys, region, 0, kRows, rows.data(), kDim);
+  WriteRows(values, region + RegionBytes(keys, kRows), 0, kRows, rows.data(), kDim);
+  const KvSpan span{region, region + RegionBytes(keys, kRows), 0, kRows};
+  std::vector<float> out(q.size()), lse(n_queries * kGroup), sums(kGroup * kRows);
+  AttentionJob job;
+  job.key_format = keys;
+  job.value_format = values;
+  job.spans = {&span, 1};
+  job.n_past = kRows - n_queries;
+  job.n_queries = n_queries;
+  job.q = q.data();
+  job.q_stride = job.out_stride = kGroup * kDim;
+  job.group = kGroup;
+  job.scale = 0.125f;
+  job.compute = AutoCompute();
+  job.out = out.data();
+  job.lse = lse.data();
+  guard.Check(fmt::format("attention {}, {} queries", Name(type), n_queries), bound, [&] { Attend({&job, 1}); });
+  ColumnSumJob column;
+  column.attention = job;
+  column.lse = lse.data();
+  column.sums = sums.data();
+  guard.Check(fmt::format("column sums {}, {} queries", Name(type), n_queries), sums_bound,
+              [&] { ColumnSums({&column, 1}); });
+}
+
+}  // namespace
+}  // namespace lesskv
+
+int main() {
+  using namespace lesskv;  // NOLINT
+  SetThreads(1);
+  Guard guard;
+  const struct {
+    DType type;
+    double one, many;  // bounds for one token and for 64
+  } products[] = {{DType::kF16, 10, 3.5}, {DType::kBF16, 6, 3.5}, {DType::kQ8_0, 9, 3.5},
+                  {DType::kQ4_0, 15, 3.5}, {DType::kQ4_K, 10, 3.5}, {DType::kQ6_K, 40, 4}};
+  for (const auto& product : products) {
+    CheckProducts(guard, product.type, 1, product.one);
+    CheckProducts(guard, product.type, 64, product.many);
+  }
+  const struct {
+    RowType type;
+    double one, one_sums;
+  } rows[] = {{RowType::kF16, 10, 2.5}, {RowType::kQ8, 12, 4.5}, {RowType::kQ4, 15, 5}};
+  for (const auto& row : rows) {
+    CheckAttention(guard, row.type, 1, row.one, row.one_sums);
+    CheckAttention(guard, row.type, 64, 5, 3);
+  }
+  return guard.broken ? 1 : 0;
+}

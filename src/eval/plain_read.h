@@ -1,0 +1,23 @@
+// How fast this machine reads memory: the limit that decoding is compared with.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace lesskv {
+
+// A buffer larger than last-level caches, read from end to end on all threads. Other programs come and go, so it is
+// read beside each thing that is timed.
+class PlainRead {
+ public:
+  explicit PlainRead(size_t bytes = size_t{256} << 20);
+
+  // Reads the whole buffer once; bytes a second.
+  double Measure();
+
+ private:
+  std::vector<uint64_t> data_;
+};
+
+}  // namespace lesskv
