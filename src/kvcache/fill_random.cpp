@@ -94,15 +94,14 @@ struct SequenceCache::Impl::RandomFill {
     const size_t stay = std::min(n, tokens[head].size() - held);
     std::vector<uint32_t> leave;
     for (size_t i = stay; i < n; ++i) leave.push_back(static_cast<uint32_t>(held + i));
-    std::vector<Position> positions;
-    std::vector<float> scores;
-    ledger.Gather(0, n, cache.selector.KeepsScores(), positions, scores);
+    LedgerSpill spill;
+    const LedgerRows rows = ledger.Gather(0, n, cache.selector.KeepsScores(), spill);
     std::copy_n(tokens[head].begin() + static_cast<ptrdiff_t>(held), stay,
-                positions.begin() + static_cast<ptrdiff_t>(held));
-    for (size_t i = held; i < scores.size(); ++i) scores[i] = rng.UniformFloat(0.01f, 1.0f);
+                rows.positions.begin() + static_cast<ptrdiff_t>(held));
+    for (size_t i = held; i < rows.scores.size(); ++i) rows.scores[i] = rng.UniformFloat(0.01f, 1.0f);
     const Compaction compaction = PlanCompaction(held, n, leave);
     cache.store->Commit(layer, h, compaction);
-    ledger.Apply(compaction, positions, scores);
+    ledger.Apply(compaction, rows);
   }
 
   void Absorb(size_t layer) {

@@ -15,7 +15,7 @@
 namespace lesskv {
 
 struct LedgerRows {
-  std::span<const Position> positions;
+  std::span<Position> positions;
   std::span<float> scores;  // empty where none are kept
 };
 
