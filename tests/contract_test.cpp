@@ -542,6 +542,25 @@ TEST(Contract, EqualValuesComeOutAsTheyAre) {
   });
 }
 
+// Rows stored transformed are untransformed for everybody else: what is absorbed, merged and read anew is as without.
+TEST(Contract, RotatedRowsAnswerAsExactOnesToTheirPrecision) {
+  const TinyShape& shape = kTinyShapes[3];
+  ASSERT_EQ(shape.head_dim % 32, 0u);
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 120, 24);
+  for (const std::string select : {"full", "window(12, sinks=2)", "window(12, sinks=2)+less", "snapkv(200)",
+                                   "window(12, sinks=2, positions=cache)", "window(12)+less+prefill(chunk=7)"}) {
+    SCOPED_TRACE(select);
+    const auto live = [&](const std::string& codec) {
+      SequenceCache cache(MakeConfig(select + "+" + codec, shape, sidecar));
+      return LiveAll(cache, text, UsualLife());
+    };
+    const auto exact = live("f32"), rotated = live("q8(rotate=true)");
+    for (size_t i = 0; i < exact.size(); ++i)
+      for (size_t l = 0; l < shape.n_layers; ++l) EXPECT_LT(RelativeError(rotated[i][l], exact[i][l]), 0.05) << i;
+  }
+}
+
 // Grouped heads equal as many KV heads that hold the same keys and values.
 TEST(Contract, GroupedEqualsRepeatedHeads) {
   const TinyShape grouped{2, 6, 2, 5}, repeated{2, 6, 6, 5};

@@ -52,6 +52,22 @@ class RunCommand : public testing::Test {
   fs::path folder_;
 };
 
+// Told before anything is computed, not when the text is there and the cache is lost.
+TEST_F(RunCommand, SessionThatCannotBeSavedIsRefusedFirst) {
+  const Result result = Shell("$L run -m $M -p 'the sea' -n 5 --session nowhere/s.bin");
+  EXPECT_EQ(result.status, 2);
+  EXPECT_EQ(result.out, "");
+  EXPECT_NE(result.err.find("nowhere"), std::string::npos) << result.err;
+}
+
+TEST_F(RunCommand, UnknownSubcommandIsNamed) {
+  for (const char* command : {"$L foo", "$L eval foo", "$L train foo"}) {
+    const Result result = Shell(command);
+    EXPECT_EQ(result.status, 2);
+    EXPECT_NE(result.err.find("\"foo\""), std::string::npos) << result.err;
+  }
+}
+
 TEST_F(RunCommand, TextGoesToOutputAndTheReportToErr) {
   const Result result = Shell("$L run -m $M -p 'the sea' -n 5 --temp 0");
   EXPECT_EQ(result.status, 0) << result.err;

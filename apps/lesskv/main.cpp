@@ -36,9 +36,15 @@ void AddCommands(CLI::App& app) {
   AddTrainCommand(app);
 }
 
-bool HasCommand(const CLI::App& app, const std::string& name) {
-  const auto named = [&](const CLI::App* command) { return command->get_name() == name; };
-  return !app.get_subcommands(named).empty();
+// The first words name a command and, where it has them, one of its own; the word that names none, or null.
+const char* UnknownCommand(const CLI::App* app, int argc, char** argv) {
+  for (int i = 1; i < argc && argv[i][0] != '-' && !app->get_subcommands({}).empty(); ++i) {
+    const auto named = [&](const CLI::App* command) { return command->get_name() == argv[i]; };
+    const auto found = app->get_subcommands(named);
+    if (found.empty()) return argv[i];
+    app = found.front();
+  }
+  return nullptr;
 }
 
 // Parsing runs the chosen command's callback.
@@ -47,8 +53,8 @@ int Run(int argc, char** argv) {
   app.set_version_flag("--version", "lesskv " + Version());
   app.require_subcommand(1);
   AddCommands(app);
-  if (argc > 1 && argv[1][0] != '-' && !HasCommand(app, argv[1]))
-    return Complain(kBadUsage, fmt::format("there is no command \"{}\" (lesskv --help lists what there is)", argv[1]));
+  if (const char* unknown = UnknownCommand(&app, argc, argv))
+    return Complain(kBadUsage, fmt::format("there is no command \"{}\" (lesskv --help lists what there is)", unknown));
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {  // --help and --version

@@ -1,5 +1,6 @@
 // lesskv run: a prompt in, text out.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <memory>
@@ -129,8 +130,20 @@ std::vector<ProtectedSpan> ProtectedSpans(const RunOptions& options, size_t n_pr
   return spans;
 }
 
+// A session is written at the very end: a place that takes no file is refused before anything is computed.
+void CheckSessionPath(const std::string& path) {
+  std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (folder.empty()) folder = ".";
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(folder, ignored))
+    Fail(ErrorCode::kInvalidArgument, "--session {}: there is no folder {}", path, folder.string());
+  if (::access(folder.c_str(), W_OK) != 0)
+    Fail(ErrorCode::kInvalidArgument, "--session {}: the folder {} cannot be written", path, folder.string());
+}
+
 Start MakeStart(const RunOptions& options, const OpenedModel& opened, const CacheSpec& spec, const std::string& text) {
   const Engine& engine = *opened.engine;
+  if (!options.session.empty()) CheckSessionPath(options.session);
   if (options.session.empty() || !std::filesystem::exists(options.session)) {
     std::vector<int32_t> tokens = PromptTokens(*opened.tokenizer, text);
     return {Sequence(engine.MakeCacheConfig(spec, opened.ctx, ProtectedSpans(options, tokens.size()))), tokens};

@@ -129,6 +129,7 @@ void CheckJob(const AttentionJob& job, size_t n_rows) {
   CHECK(!job.received || job.n_queries == 1, "sums are made beside one query, not {}", job.n_queries);
   CHECK(!job.read_positions || job.rope, "read positions without a rotation");
   CHECK(!job.read_positions || job.rope->n_dims() <= dim, "rotation of {} of {} channels", job.rope->n_dims(), dim);
+  CHECK(job.key_hadamard_block == 0 || (job.read_positions && dim % job.key_hadamard_block == 0));
 }
 
 AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
@@ -198,6 +199,9 @@ std::vector<AttentionView> MakeViews(size_t n, JobAt&& job_at) {
     const size_t i = source(j);
     views[j].angles = memory + first[i];
     views[j].rotary_pairs = job.rope->n_dims() / 2;
+    views[j].hadamard_block = job.key_hadamard_block;
+    if (job.key_hadamard_block > 0)
+      views[j].hadamard_scale = static_cast<float>(1 / std::sqrt(static_cast<double>(job.key_hadamard_block)));
     views[j].interleaved = job.rope->style() == RopeStyle::kInterleaved;
     if (i == j) workspace.angles.Fill(*job.rope, job.read_positions, views[j].n_rows, memory + first[j]);
   }

@@ -47,6 +47,9 @@ struct AttentionJob {
   // stored rotated.
   const RopeTable* rope = nullptr;
   const int32_t* read_positions = nullptr;
+  // With read positions only: keys were stored transformed in blocks of this many channels (hadamard.h) and are taken
+  // back before they are rotated. 0: as they are.
+  size_t key_hadamard_block = 0;
 
   ComputeType compute = ComputeType::kF32;
 

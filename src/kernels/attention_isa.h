@@ -32,6 +32,8 @@ struct AttentionView {
   const float* angles;
   size_t rotary_pairs;
   bool interleaved;  // pairs are (2 i, 2 i + 1); else (i, i + rotary_pairs)
+  size_t hadamard_block;  // 0, or blocks of channels in which stored keys are transformed: taken back before the rotation
+  float hadamard_scale;   // 1 / sqrt(hadamard_block)
   bool bf16;         // products of the prefill in bfloat16, where the instruction set has them
   float* out;
   size_t out_stride;

@@ -229,6 +229,23 @@ void ExpandStoredKeys(const AttentionView& view, size_t begin, size_t end, float
   });
 }
 
+// Takes n expanded keys back from the Hadamard transform they were stored in.
+void RestoreKeys(const AttentionView& view, size_t n, float* keys) {
+  const size_t block = view.hadamard_block;
+  const auto butterfly = [&](float* a, float* b, V factor) {
+    for (size_t i = 0; i < n; i += kW) {
+      const V x = Load(a + i), y = Load(b + i);
+      Store(a + i, Mul(Add(x, y), factor));
+      Store(b + i, Mul(Sub(x, y), factor));
+    }
+  };
+  for (size_t apart = 1; apart < block; apart *= 2) {
+    const V factor = Splat(apart * 2 == block ? view.hadamard_scale : 1.0f);
+    for (size_t c = 0; c < view.head_dim; ++c)
+      if ((c & apart) == 0) butterfly(keys + c * kKeyStride, keys + (c + apart) * kKeyStride, factor);
+  }
+}
+
 // Rotates n expanded keys, the first of which is row `begin`, a multiple of the tile.
 void RotateKeys(const AttentionView& view, size_t begin, size_t n, float* keys) {
   const size_t pairs = view.rotary_pairs;
@@ -252,6 +269,7 @@ void RotateKeys(const AttentionView& view, size_t begin, size_t n, float* keys) 
 // Rows [begin, end) of the keys, rotated, to e.keys.
 void ExpandKeys(const AttentionView& view, const Expansion& e, size_t begin, size_t end) {
   ExpandStoredKeys(view, begin, end, e.tile, e.keys);
+  if (view.hadamard_block > 0) RestoreKeys(view, end - begin, e.keys);
   if (view.angles) RotateKeys(view, begin, end - begin, e.keys);
 }
 

@@ -82,7 +82,7 @@ struct MethodTraits {
 struct RowTypes {
   RowType keys = RowType::kF16;
   RowType values = RowType::kF16;
-  bool rotate = false;  // orthonormal Hadamard transform before encoding
+  bool rotate = false;  // keys and values are stored transformed by hadamard.h
 };
 
 // A residual, and what identifies the trained artefact it reads (a fingerprint; empty: none).

@@ -64,6 +64,14 @@ struct Rows {
   size_t ctx, rows, window;
 };
 
+TEST(Registry, RotationIsForLowBitRows) {
+  EXPECT_EQ(CacheSpec::Parse("q4(rotate=true)").ToString(), "full+q4(rotate=true)");
+  EXPECT_EQ(CacheSpec::Parse("q8(rotate=false)").ToString(), CacheSpec::Parse("q8").ToString());
+  EXPECT_NO_THROW(CacheSpec::Parse("mix(v=q4, rotate=true)"));
+  for (const char* spec : {"mix(rotate=true)", "mix(k=f32, v=bf16, rotate=true)", "f16(rotate=true)", "q8(rotate=yes)"})
+    EXPECT_THROW(CacheSpec::Parse(spec), Error) << spec;
+}
+
 // less.md, sections 6 and 13, fact 10; base-policies.
 TEST(Registry, BudgetsByHand) {
   for (const Rows& want :

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures the tables of docs/results.md with `lesskv eval` and writes the page.
 
-  make_results.py --data DIR [--lesskv build/release/apps/lesskv/lesskv] [--jobs 2] [--only base|less]
+  make_results.py --data DIR [--lesskv build/release/apps/lesskv/lesskv] [--jobs 2] [--only base|less|codec|codec_less]
   make_results.py --render
 
 DIR holds text/books-test.tar.xz (held-out books) and text/wikitext-2/wiki.test.raw. Every finished run is one line of results.jsonl beside
@@ -32,6 +32,7 @@ SELECTORS = ["window", "h2o", "tova", "snapkv"]
 BUDGETS = ["2%", "5%", "10%", "20%"]
 LESS_SELECTORS = ["h2o", "window", "tova"]
 LESS_BUDGETS = ["2%", "5%", "10%"]
+CODECS = [("q8", "q8(rotate=true)"), ("q4", "q4(rotate=true)"), ("mix(k=q8, v=q4)", "mix(k=q8, v=q4, rotate=true)")]
 
 
 def base_specs():
@@ -42,16 +43,31 @@ def less_specs():
   return [f"{s}({b})+less" for s in LESS_SELECTORS for b in LESS_BUDGETS]
 
 
+def codec_specs(selectors):
+  """Each selector in f16, then in every low-bit codec, plain and rotated."""
+  return [f"{s}+{c}" if c else s for s in selectors for c in ("", *[c for pair in CODECS for c in pair])]
+
+
+GROUPS = (  # name, specs, more arguments, windows
+  ("base", base_specs(), [], "24"),
+  ("less", less_specs(), ["--match-bytes"], "12"),
+  ("codec", codec_specs(["full", "h2o(5%)"]), [], "12"),
+  ("codec_less", codec_specs(["h2o(5%)+less"]), [], "12"),
+)
+
+
 def plan():
   """(name, group, arguments) of every run; BOOKS, BOOK and WIKI stand for files."""
   runs = []
-  for group, specs, extra in (("base", base_specs(), []), ("less", less_specs(), ["--match-bytes"])):
+  for group, specs, extra, windows in GROUPS:
     kv = [a for s in specs for a in ("--kv", s)]
     for text in ("BOOKS", "WIKI"):
-      common = ["--text", text, "--max-windows", "24" if group == "base" else "12", *kv, *extra]
+      common = ["--text", text, "--max-windows", windows, *kv, *extra]
       runs.append((f"{group} stream {text}", group, ["divergence", "--mode", "stream", "--step", "8", *common]))
       if group == "base":
         runs.append((f"{group} continue {text}", group, ["divergence", "--mode", "continue", "--prompt", "1024", *common]))
+    if group.startswith("codec"):
+      continue
     tasks, lengths = ("kv,kv_words,needle", "512,1024") if group == "base" else ("kv,needle", "512")
     recall = ["recall", "--task", tasks, "--length", lengths, "--depths", "0.1,0.3,0.5,0.7,0.9",
               "--samples", "8" if group == "base" else "6", "--text", "BOOK", "--ask", "after", *kv, *extra]
@@ -101,7 +117,7 @@ def run_key(group: str, arguments) -> str:
   """What makes a run the same: its arguments, the model, and the sidecar where one is read."""
   model = ROOT / MODEL
   parts = [shlex.join(arguments), file_hash(model)]
-  if group == "less":
+  if group in ("less", "codec_less"):
     parts.append(file_hash(model.with_suffix(".less.gguf")))
   return " | ".join(parts)
 
@@ -228,8 +244,8 @@ def render() -> None:
           f"{first['compute']} on {first['isa']}, one thread; machine: {next(iter(records.values()))['machine']}, shared with other work, " \
           "so speeds are a lower bound and only roughly comparable.\n"
   out = [text.replace("{{facts}}", facts)]
-  for group, title in (("base", "Selectors"), ("less", "LESS")):
-    chosen = {n: r for n, r in records.items() if n.startswith(group)}
+  for group, title in (("base", "Selectors"), ("less", "LESS"), ("codec", "Low-bit rows"), ("codec_less", "Low-bit rows with LESS")):
+    chosen = {n: r for n, r in records.items() if n.split()[0] == group}
     if not chosen:
       continue
     out.append(f"## {title}\n")
@@ -262,7 +278,7 @@ def main() -> None:
   parser.add_argument("--data", type=Path, help="folder with text/")
   parser.add_argument("--lesskv", type=Path, default=ROOT / "build/release/apps/lesskv/lesskv")
   parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-  parser.add_argument("--only", choices=["base", "less"])
+  parser.add_argument("--only", choices=[group[0] for group in GROUPS])
   parser.add_argument("--render", action="store_true", help="only write the page")
   args = parser.parse_args()
   if not args.render:

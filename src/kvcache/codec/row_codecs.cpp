@@ -4,7 +4,16 @@
 namespace lesskv {
 namespace {
 
-RowTypes Both(RowType type) { return {type, type, false}; }
+RowTypes Both(RowType type, bool rotate = false) { return {type, type, rotate}; }
+
+constexpr Parameter kRotate = {.name = "rotate", .kind = Parameter::Kind::kWord, .default_value = "false",
+                               .help = "rows are stored rotated by an orthonormal Hadamard transform along the head "
+                                       "(in blocks of its largest power of two), so that a channel that stands out "
+                                       "does not cost its neighbours their precision",
+                               .choices = "true|false"};
+constexpr Parameter kLowBitParameters[] = {kRotate};
+
+bool Rotates(const Arguments& arguments) { return arguments.Text("rotate") == "true"; }
 
 RowType ParseRowType(std::string_view name) {
   for (RowType type : {RowType::kF32, RowType::kF16, RowType::kBF16, RowType::kQ8, RowType::kQ4})
@@ -17,7 +26,16 @@ constexpr Parameter kMixParameters[] = {
      .choices = "f32|f16|bf16|q8|q4"},
     {.name = "v", .kind = Parameter::Kind::kWord, .default_value = "f16", .help = "how values are stored",
      .choices = "f32|f16|bf16|q8|q4"},
+    kRotate,
 };
+
+void ValidateMix(const Arguments& a) {
+  const auto low_bit = [&](std::string_view side) { return a.Text(side) == "q8" || a.Text(side) == "q4"; };
+  if (Rotates(a) && !low_bit("k") && !low_bit("v"))
+    Fail(ErrorCode::kInvalidArgument,
+         "cache spec: rotate=true is for rows of 8 or 4 bits, but mix stores keys as {} and values as {}", a.Text("k"),
+         a.Text("v"));
+}
 
 }  // namespace
 
@@ -50,7 +68,8 @@ extern const Method kQ8Method{
     .stage = Stage::kCodec,
     .summary = "8 bits in blocks of 32 channels with one scale (the content of q8_0)",
     .reference = "",
-    .row_types = [](const Arguments&) { return Both(RowType::kQ8); },
+    .parameters = kLowBitParameters,
+    .row_types = [](const Arguments& a) { return Both(RowType::kQ8, Rotates(a)); },
 };
 
 extern const Method kQ4Method{
@@ -58,7 +77,8 @@ extern const Method kQ4Method{
     .stage = Stage::kCodec,
     .summary = "4 bits in blocks of 32 channels with one scale (the content of q4_0)",
     .reference = "",
-    .row_types = [](const Arguments&) { return Both(RowType::kQ4); },
+    .parameters = kLowBitParameters,
+    .row_types = [](const Arguments& a) { return Both(RowType::kQ4, Rotates(a)); },
 };
 
 extern const Method kMixMethod{
@@ -67,7 +87,9 @@ extern const Method kMixMethod{
     .summary = "keys and values stored each in their own way",
     .reference = "",
     .parameters = kMixParameters,
-    .row_types = [](const Arguments& a) { return RowTypes{ParseRowType(a.Text("k")), ParseRowType(a.Text("v")), false}; },
+    .validate = ValidateMix,
+    .row_types =
+        [](const Arguments& a) { return RowTypes{ParseRowType(a.Text("k")), ParseRowType(a.Text("v")), Rotates(a)}; },
     .example = "mix(k=f32, v=bf16)",
 };
 

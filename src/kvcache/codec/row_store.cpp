@@ -8,8 +8,22 @@
 #include "base/checked.h"
 #include "base/threads.h"
 #include "kernels/basic.h"
+#include "kernels/hadamard.h"
 
 namespace lesskv {
+namespace {
+
+// Transformed copies of the calling thread: nothing in them outlives a call.
+struct TransformedRows {
+  std::vector<float> keys, values, queries;
+};
+
+TransformedRows& Work() {
+  thread_local TransformedRows rows;
+  return rows;
+}
+
+}  // namespace
 
 RowStore::RowStore(ByteCounter& counter, const CacheShape& shape, const RowStoreOptions& options)
     : counter_(&counter),
@@ -17,6 +31,7 @@ RowStore::RowStore(ByteCounter& counter, const CacheShape& shape, const RowStore
       options_(options),
       key_format_{options.types.keys, RowSide::kKeys, shape.head_dim},
       value_format_{options.types.values, RowSide::kValues, shape.head_dim},
+      hadamard_block_(options.types.rotate ? HadamardBlock(shape.head_dim) : 0),
       heads_(shape.n_layers * shape.n_kv_heads),
       staging_(shape.n_kv_heads) {
   if (!options.grows) return;
@@ -128,6 +143,15 @@ void RowStore::CancelStep() {
 
 void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
   const size_t d = shape_.head_dim, stride = shape_.n_kv_heads * d;
+  if (hadamard_block_ > 0) {
+    const auto transformed = [&](const float* rows, std::vector<float>& copy) {
+      copy.assign(rows, rows + n * stride);
+      HadamardRows(copy.data(), n * shape_.n_kv_heads);
+      return copy.data();
+    };
+    keys = transformed(keys, Work().keys);
+    values = transformed(values, Work().values);
+  }
   ParallelFor(shape_.n_kv_heads, [&](size_t h) {
     Head& head = evicts_ ? staging_[h] : At(layer, h);
     const size_t first_row = (evicts_ ? 0 : head.n_rows) + first;
@@ -140,6 +164,14 @@ void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, c
       WriteRows(value_format_, Values(region, head.region_rows), slot, run, values + offset, stride);
       done += run;
     }
+  });
+}
+
+void RowStore::HadamardRows(float* rows, size_t n) const {
+  constexpr size_t kRowsATask = 256;
+  ParallelFor((n + kRowsATask - 1) / kRowsATask, [&](size_t task) {
+    const size_t first = task * kRowsATask, count = std::min(kRowsATask, n - first);
+    Hadamard(rows + first * shape_.head_dim, count * shape_.head_dim, hadamard_block_);
   });
 }
 
@@ -172,6 +204,7 @@ AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, std::span<co
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
   job.rope = query.read_positions == nullptr ? nullptr : &shape_.rope;
   job.read_positions = query.read_positions;
+  if (query.read_positions != nullptr) job.key_hadamard_block = hadamard_block_;
   job.compute = shape_.compute;
   job.out = query.out + kv_head * group * d;
   job.out_stride = job.q_stride;
@@ -180,7 +213,20 @@ AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, std::span<co
   return job;
 }
 
-void RowStore::Attend(const StoreQuery& query) const {
+StoreQuery RowStore::Transformed(const StoreQuery& query) const {
+  StoreQuery stored = query;
+  if (shape_.rope.n_dims() == 0) stored.read_positions = nullptr;  // then nothing depends on where a row is read
+  if (hadamard_block_ == 0 || stored.read_positions != nullptr) return stored;
+  std::vector<float>& queries = Work().queries;
+  const size_t n = query.n_queries * shape_.n_heads;
+  queries.assign(query.queries, query.queries + n * shape_.head_dim);
+  HadamardRows(queries.data(), n);
+  stored.queries = queries.data();
+  return stored;
+}
+
+void RowStore::Attend(const StoreQuery& given) const {
+  const StoreQuery query = Transformed(given);
   std::vector<std::vector<KvSpan>> spans;
   std::vector<AttentionJob> jobs;
   for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
@@ -188,9 +234,11 @@ void RowStore::Attend(const StoreQuery& query) const {
     jobs.push_back(Job(query, h, spans.back()));
   }
   lesskv::Attend(jobs);
+  if (hadamard_block_ > 0) HadamardRows(query.out, query.n_queries * shape_.n_heads);
 }
 
-void RowStore::AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const {
+void RowStore::AddColumnSums(const StoreQuery& given, size_t first, std::span<float* const> sums) const {
+  const StoreQuery query = Transformed(given);
   const size_t n_kv = shape_.n_kv_heads;
   const auto tile_rows = [&](size_t h) { return At(query.layer, h).n_rows + query.first_query + query.n_queries; };
   const bool whole_step = query.n_queries == n_step_;  // nothing to add to: written in place
@@ -228,6 +276,9 @@ void RowStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> 
     lesskv::ReadRows(key_format_, Keys(*at.region), at.slot, 1, keys + i * d, d);
     lesskv::ReadRows(value_format_, Values(*at.region, at.region_rows), at.slot, 1, values + i * d, d);
   }
+  if (hadamard_block_ == 0) return;
+  Hadamard(keys, rows.size() * d, hadamard_block_);
+  Hadamard(values, rows.size() * d, hadamard_block_);
 }
 
 void RowStore::Commit(size_t layer, size_t kv_head, const Compaction& compaction) {

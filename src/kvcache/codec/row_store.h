@@ -3,6 +3,11 @@
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows. Where rows may leave after a step, the step's own rows wait in a staging area that all
 // layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk.
+//
+// Types that rotate store H k and H v for keys and values, H the Hadamard transform of hadamard.h. Scores are those of
+// H q, and outputs come back by H, its own inverse: once a query rather than once a row. Everything outside the store
+// (queries, outputs, ReadRows) is untransformed. Unrotated keys (read positions) are taken back row by row instead, in
+// cache, because RoPE does not commute with H.
 #pragma once
 
 #include <memory>
@@ -71,11 +76,15 @@ class RowStore final : public KvStore {
   void AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const;
   std::vector<KvSpan> Spans(size_t layer, size_t kv_head, size_t n_step_rows) const;
   AttentionJob Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const;
+  // The query as attention of the stored rows takes it; transformed queries lie in the calling thread's memory.
+  StoreQuery Transformed(const StoreQuery& query) const;
+  void HadamardRows(float* rows, size_t n) const;  // n rows of head_dim floats, in place
 
   ByteCounter* counter_;
   CacheShape shape_;
   RowStoreOptions options_;
   RowFormat key_format_, value_format_;
+  size_t hadamard_block_ = 0;  // 0: rows are stored as they are
   std::vector<Head> heads_;    // [n_layers, n_kv_heads]
   std::vector<Head> staging_;  // [n_kv_heads], empty regions outside evicting steps
   // The step in progress.

@@ -1,0 +1,118 @@
+// A store that transforms its rows answers as one that does not: with float32 rows, to rounding.
+#include "kvcache/codec/row_store.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "base/rng.h"
+
+namespace lesskv {
+namespace {
+
+CacheShape Shape(size_t head_dim, RopeStyle style) {
+  return {.n_layers = 1,
+          .n_heads = 4,
+          .n_kv_heads = 2,
+          .head_dim = head_dim,
+          .ctx = 400,
+          .rope = RopeTable({.n_dims = head_dim / 2, .style = style, .base = 100.0, .frequency_factors = {}})};
+}
+
+std::vector<float> Random(size_t n, uint64_t seed) {
+  Rng rng(seed);
+  std::vector<float> x(n);
+  for (float& v : x) v = rng.Normal();
+  return x;
+}
+
+void ExpectNear(const std::vector<float>& a, const std::vector<float>& b, double tolerance, const char* what) {
+  ASSERT_EQ(a.size(), b.size());
+  double error = 0, size = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    error += std::pow(double(a[i]) - b[i], 2);
+    size += double(b[i]) * b[i];
+  }
+  EXPECT_LE(std::sqrt(error / size), tolerance) << what;  // NaN fails
+}
+
+struct Answer {
+  std::vector<float> out, lse, sums, keys, values;
+};
+
+// 300 rows, then a step of n_queries that may evict, so that its rows wait apart.
+Answer Ask(const CacheShape& shape, RowTypes types, size_t n_queries, bool evicts, bool cache_positions) {
+  const size_t d = shape.head_dim, n_past = 300, n_rows = n_past + n_queries, n_kv = shape.n_kv_heads;
+  ByteCounter counter;
+  RowStore store(counter, shape, {types, true});
+  const std::vector<float> keys = Random(n_rows * n_kv * d, 1), values = Random(n_rows * n_kv * d, 2),
+                           queries = Random(n_queries * shape.n_heads * d, 3);
+  const std::vector<size_t> budgets(n_kv, n_past);
+  store.Reserve({n_past, false, false, {}});
+  store.Append(0, 0, n_past, keys.data(), values.data());
+  store.EndStep();
+  store.Reserve({n_queries, evicts, false, budgets});
+  store.Append(0, 0, n_queries, keys.data() + n_past * n_kv * d, values.data() + n_past * n_kv * d);
+
+  std::vector<int32_t> positions(n_rows);
+  for (size_t i = 0; i < n_rows; ++i) positions[i] = static_cast<int32_t>(i * 7 % n_rows);
+  Answer answer;
+  answer.out.resize(queries.size());
+  answer.lse.resize(n_queries * shape.n_heads);
+  answer.sums.resize(shape.n_heads * n_rows);
+  StoreQuery query;
+  query.queries = queries.data();
+  query.n_queries = n_queries;
+  query.read_positions = cache_positions ? positions.data() : nullptr;
+  query.out = answer.out.data();
+  query.lse = answer.lse.data();
+  store.Attend(query);
+  std::vector<float*> sums;
+  for (size_t h = 0; h < n_kv; ++h) sums.push_back(answer.sums.data() + h * shape.group() * n_rows);
+  store.AddColumnSums(query, 0, sums);
+  const uint32_t rows[] = {0, 17, 299, static_cast<uint32_t>(n_rows - 1)};
+  answer.keys.resize(std::size(rows) * d);
+  answer.values.resize(std::size(rows) * d);
+  store.ReadRows(0, 1, rows, answer.keys.data(), answer.values.data());
+  return answer;
+}
+
+void ExpectSame(const Answer& a, const Answer& b, double tolerance) {
+  ExpectNear(a.out, b.out, tolerance, "outputs");
+  ExpectNear(a.lse, b.lse, tolerance, "log-masses");
+  ExpectNear(a.sums, b.sums, tolerance, "column sums");
+  ExpectNear(a.keys, b.keys, tolerance, "keys read");
+  ExpectNear(a.values, b.values, tolerance, "values read");
+}
+
+TEST(RowStore, TransformedRowsAnswerAsPlainOnes) {
+  for (size_t head_dim : {64, 96, 80, 20})
+    for (RopeStyle style : {RopeStyle::kInterleaved, RopeStyle::kHalves})
+      for (size_t n_queries : {1, 3, 20})
+        for (bool evicts : {false, true})
+          for (bool cache_positions : {false, true}) {
+            SCOPED_TRACE(testing::Message() << "heads of " << head_dim << ", " << n_queries << " queries, evicts "
+                                            << evicts << ", cache positions " << cache_positions);
+            const CacheShape shape = Shape(head_dim, style);
+            const auto ask = [&](bool rotate) {
+              return Ask(shape, {RowType::kF32, RowType::kF32, rotate}, n_queries, evicts, cache_positions);
+            };
+            ExpectSame(ask(true), ask(false), 2e-6);
+          }
+}
+
+TEST(RowStore, TransformedLowBitRowsAnswerAsExactOnesToTheirPrecision) {
+  for (size_t head_dim : {64, 96})
+    for (size_t n_queries : {1, 20})
+      for (bool cache_positions : {false, true}) {
+        SCOPED_TRACE(testing::Message() << "heads of " << head_dim << ", " << n_queries << " queries, cache positions "
+                                        << cache_positions);
+        const CacheShape shape = Shape(head_dim, RopeStyle::kInterleaved);
+        const Answer exact = Ask(shape, {RowType::kF32, RowType::kF32, false}, n_queries, true, cache_positions);
+        ExpectSame(Ask(shape, {RowType::kQ8, RowType::kQ8, true}, n_queries, true, cache_positions), exact, 0.02);
+        ExpectSame(Ask(shape, {RowType::kQ4, RowType::kQ4, true}, n_queries, true, cache_positions), exact, 0.25);
+      }
+}
+
+}  // namespace
+}  // namespace lesskv
