@@ -132,6 +132,13 @@ void CheckJob(const AttentionJob& job, size_t n_rows) {
   CHECK(job.key_hadamard_block == 0 || (job.read_positions && dim % job.key_hadamard_block == 0));
 }
 
+PrefillShape ShapeOf(const AttentionJob& job) {
+  if (job.compute != ComputeType::kBF16 || ActiveIsa() < Isa::kAvx512Bf16) return {};
+  if (ActiveIsa() == Isa::kAmx && job.key_format.head_dim % 32 == 0)
+    return {.stacked = 768, .chunk = 32, .padding = 16, .multiply_pairs = amx::MultiplyPairs};
+  return {.multiply_pairs = avx512bf16::MultiplyPairs};
+}
+
 AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
   const size_t n_rows = span_rows[job.spans.size()];
   AttentionView view = {};
@@ -148,7 +155,7 @@ AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
   view.q = job.q;
   view.q_stride = job.q_stride;
   view.scale = job.scale;
-  view.bf16 = job.compute == ComputeType::kBF16 && ActiveIsa() >= Isa::kAvx512Bf16;
+  view.prefill = ShapeOf(job);
   view.out = job.out;
   view.out_stride = job.out_stride;
   view.lse = job.lse;
@@ -223,7 +230,7 @@ struct Plan {
 
 bool IsDecode(const AttentionView& view) { return view.n_queries > 0 && view.n_queries <= kDecodeQueries; }
 
-size_t QueriesPerTask(size_t group) { return std::max<size_t>(1, kStackedQueries / group); }
+size_t QueriesPerTask(const AttentionView& view) { return std::max<size_t>(1, view.prefill.stacked / view.group); }
 
 Plan PlanTasks(const AttentionKernels& kernels, const std::vector<AttentionView>& views) {
   Plan plan;
@@ -234,7 +241,7 @@ Plan PlanTasks(const AttentionKernels& kernels, const std::vector<AttentionView>
     plan.scratch_floats = std::max(plan.scratch_floats, kernels.scratch_floats(view));
     if (view.n_queries > kDecodeQueries) {
       // The last queries see the most rows: the longest tasks start first.
-      const size_t step = QueriesPerTask(view.group);
+      const size_t step = QueriesPerTask(view);
       for (size_t tile = CeilDiv(view.n_queries, step); tile-- > 0;) plan.tasks.push_back({j, tile * step, 0});
       continue;
     }
@@ -284,7 +291,7 @@ void Attend(std::span<const AttentionJob> jobs) {
     const AttentionView& view = views[task.job];
     float* own = scratch + static_cast<size_t>(ThreadIndex()) * plan.scratch_floats;
     if (!IsDecode(view)) {
-      kernels.prefill(view, task.index, std::min(QueriesPerTask(view.group), view.n_queries - task.index), own);
+      kernels.prefill(view, task.index, std::min(QueriesPerTask(view), view.n_queries - task.index), own);
       return;
     }
     kernels.decode(view, task.index, own, partials + task.offset);

@@ -15,7 +15,19 @@ namespace lesskv {
 inline constexpr size_t kDecodeQueries = 4;
 inline constexpr size_t kSplitRows = 1024;      // rows of one decode task, counted from row 0
 inline constexpr size_t kBlockRows = 256;       // rows that are expanded to float32 at a time, counted from row 0
-inline constexpr size_t kStackedQueries = 192;  // queries times group of one prefill task
+// c[m, n] (+)= sum over pairs of a[m, pairs] b[pairs, n], of bfloat16 pairs along the summed-up dimension, which share 32
+// bits. n is rounded up to whole vectors of 16, which b and c must have.
+using MultiplyPairsFunction = void (*)(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride,
+                                       const uint32_t* b, size_t b_stride, float* c, size_t c_stride, bool add);
+
+// How prefill is cut: expanding a block of rows costs the same for few and for many queries, so a task takes as many as
+// its products are worth.
+struct PrefillShape {
+  size_t stacked = 192;  // queries times group of one task
+  size_t chunk = 24;     // of them, whose scores are computed, weighted and used before the next ones'
+  size_t padding = 1;    // rows of a, and pairs, that multiply_pairs takes beyond m and pairs, to a multiple; zero pairs
+  MultiplyPairsFunction multiply_pairs = nullptr;  // products in bfloat16; null: in float32
+};
 
 // An AttentionJob as the kernels see it.
 struct AttentionView {
@@ -34,7 +46,7 @@ struct AttentionView {
   bool interleaved;  // pairs are (2 i, 2 i + 1); else (i, i + rotary_pairs)
   size_t hadamard_block;  // 0, or blocks of channels in which stored keys are transformed: taken back before the rotation
   float hadamard_scale;   // 1 / sqrt(hadamard_block)
-  bool bf16;         // products of the prefill in bfloat16, where the instruction set has them
+  PrefillShape prefill;
   float* out;
   size_t out_stride;
   float* lse;
@@ -78,9 +90,14 @@ namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
 }
 
-// Products of bfloat16 for views that ask for them; two values along the summed-up dimension share 32 bits.
+namespace amx {
+// A MultiplyPairsFunction that reads a and writes c up to a multiple of 16 rows; pairs must be a multiple of 16.
+void MultiplyPairs(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride, const uint32_t* b,
+                   size_t b_stride, float* c, size_t c_stride, bool add);
+}  // namespace amx
+
 namespace avx512bf16 {
-// c[m, n] (+)= sum over pairs of a[m, pairs] b[pairs, n]. n is rounded up to whole vectors, which b and c must have.
+// A MultiplyPairsFunction.
 void MultiplyPairs(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride, const uint32_t* b,
                    size_t b_stride, float* c, size_t c_stride, bool add);
 // x [n] to [(n + 1) / 2] pairs; an odd last one is joined with 0.

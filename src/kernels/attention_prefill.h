@@ -8,13 +8,11 @@
 #include "kernels/attention_decode.h"
 
 constexpr size_t kBlockStride = kBlockRows + 16;  // of the scores of a block
-constexpr size_t kChunk = 24;  // stacked queries whose scores are computed, weighted and used before the next ones'
-
-constexpr size_t QueriesPerTile(size_t group) { return Max(1, kStackedQueries / group); }
+size_t QueriesPerTile(const AttentionView& view) { return Max(1, view.prefill.stacked / view.group); }
 
 struct PrefillScratch {
   float* queries;  // [stacked, head_dim], times scale and log2(e)
-  float* scores;   // [kChunk, kBlockStride]
+  float* scores;   // [chunk, kBlockStride]
   float* out;      // [stacked, padded head_dim]
   float* largest;  // [stacked]
   float* sum;      // [stacked]
@@ -23,27 +21,29 @@ struct PrefillScratch {
   // The same in bfloat16, two values along the summed-up dimension in 32 bits.
   uint32_t* pair_queries;  // [stacked, pairs of head_dim]
   uint32_t* pair_keys;     // [pairs of head_dim, kKeyStride]
-  uint32_t* pair_weights;  // [kChunk, kBlockStride / 2]
+  uint32_t* pair_weights;  // [chunk, kBlockStride / 2]
   uint32_t* pair_values;   // [kBlockRows / 2, padded head_dim]
   size_t floats;
 };
 
 PrefillScratch CarvePrefill(const AttentionView& view, float* base) {
-  const size_t dim = view.head_dim, stacked = Min(view.n_queries, QueriesPerTile(view.group)) * view.group;
+  const PrefillShape& shape = view.prefill;
+  const size_t dim = view.head_dim;
+  const size_t stacked = Up(Min(view.n_queries, QueriesPerTile(view)) * view.group, shape.padding);
   Arena arena = {base, 0};
   PrefillScratch s;
   s.queries = arena.Take(stacked * dim);
-  s.scores = arena.Take(kChunk * kBlockStride);
+  s.scores = arena.Take(shape.chunk * kBlockStride);
   s.out = arena.Take(stacked * Padded(dim));
   s.largest = arena.Take(stacked);
   s.sum = arena.Take(stacked);
   s.columns = arena.Take(kBlockRows);
   s.rows = TakeExpansion(view, arena);
-  auto take_pairs = [&](size_t n) { return reinterpret_cast<uint32_t*>(arena.Take(view.bf16 ? n : 0)); };
+  auto take_pairs = [&](size_t n) { return reinterpret_cast<uint32_t*>(arena.Take(shape.multiply_pairs ? n : 0)); };
   const size_t pairs = (dim + 1) / 2;
   s.pair_queries = take_pairs(stacked * pairs);
   s.pair_keys = take_pairs(pairs * kKeyStride);
-  s.pair_weights = take_pairs(kChunk * kBlockStride / 2);
+  s.pair_weights = take_pairs(shape.chunk * kBlockStride / 2);
   s.pair_values = take_pairs(kBlockRows / 2 * Padded(dim));
   s.floats = arena.used;
   return s;
@@ -132,7 +132,7 @@ void LoadQueries(const AttentionView& view, size_t first, size_t n, const Prefil
     const float* q = view.q + (first + i) * view.q_stride;
     for (size_t c = 0; c < width; ++c) s.queries[i * width + c] = q[c] * scale;
   }
-  if (!view.bf16) return;
+  if (!view.prefill.multiply_pairs) return;
   for (size_t m = 0; m < n * view.group; ++m) {
     avx512bf16::RoundPairs(s.queries + m * dim, dim, s.pair_queries + m * ((dim + 1) / 2));
   }
@@ -140,7 +140,7 @@ void LoadQueries(const AttentionView& view, size_t first, size_t n, const Prefil
 
 void LoadKeys(const AttentionView& view, const PrefillScratch& s, size_t begin, size_t n) {
   ExpandKeys(view, s.rows, begin, begin + n);
-  if (!view.bf16) return;
+  if (!view.prefill.multiply_pairs) return;
   const size_t dim = view.head_dim;
   for (size_t c = 0; c < dim; c += 2) {
     const float* even = s.rows.keys + c * kKeyStride;
@@ -148,21 +148,26 @@ void LoadKeys(const AttentionView& view, const PrefillScratch& s, size_t begin, 
   }
 }
 
+// Pairs of n rows in a product that sums over rows.
+size_t ValuePairs(const AttentionView& view, size_t n) { return Up((n + 1) / 2, view.prefill.padding); }
+
 void LoadValues(const AttentionView& view, const PrefillScratch& s, size_t begin, size_t n) {
   ExpandValues(view, begin, begin + n, s.rows.values);
-  if (!view.bf16) return;
+  if (!view.prefill.multiply_pairs) return;
   const size_t width = Padded(view.head_dim);
   for (size_t i = 0; i < n; i += 2) {
     const float* even = s.rows.values + i * width;
     avx512bf16::JoinPairs(even, i + 1 < n ? even + width : nullptr, width, s.pair_values + i / 2 * width);
   }
+  for (size_t pair = (n + 1) / 2; pair < ValuePairs(view, n); ++pair)
+    for (size_t c = 0; c < width; ++c) s.pair_values[pair * width + c] = 0;
 }
 
 // Scores of stacked queries [m, m + count) and n loaded keys.
 void ChunkScores(const AttentionView& view, const PrefillScratch& s, size_t m, size_t count, size_t n) {
   const size_t dim = view.head_dim, pairs = (dim + 1) / 2;
-  if (view.bf16) {
-    avx512bf16::MultiplyPairs(count, n, pairs, s.pair_queries + m * pairs, pairs, s.pair_keys, kKeyStride, s.scores,
+  if (view.prefill.multiply_pairs) {
+    view.prefill.multiply_pairs(count, n, pairs, s.pair_queries + m * pairs, pairs, s.pair_keys, kKeyStride, s.scores,
                               kBlockStride, false);
   } else {
     MultiplyAll(count, n, dim, s.queries + m * dim, dim, s.rows.keys, kKeyStride, s.scores, kBlockStride, false);
@@ -171,12 +176,14 @@ void ChunkScores(const AttentionView& view, const PrefillScratch& s, size_t m, s
 
 // Adds the chunk's weights times n loaded values to what was summed up for stacked queries [m, m + count).
 void ChunkValues(const AttentionView& view, const PrefillScratch& s, size_t m, size_t count, size_t n) {
-  const size_t dim = view.head_dim, width = Padded(dim);
-  if (view.bf16) {
+  const size_t dim = view.head_dim, width = Padded(dim), pairs = ValuePairs(view, n);
+  if (view.prefill.multiply_pairs) {
     for (size_t i = 0; i < count; ++i) {
-      avx512bf16::RoundPairs(s.scores + i * kBlockStride, n, s.pair_weights + i * (kBlockStride / 2));
+      float* weights = s.scores + i * kBlockStride;
+      for (size_t r = n; r < 2 * pairs; ++r) weights[r] = 0;
+      avx512bf16::RoundPairs(weights, 2 * pairs, s.pair_weights + i * (kBlockStride / 2));
     }
-    avx512bf16::MultiplyPairs(count, dim, (n + 1) / 2, s.pair_weights, kBlockStride / 2, s.pair_values, width,
+    view.prefill.multiply_pairs(count, dim, pairs, s.pair_weights, kBlockStride / 2, s.pair_values, width,
                               s.out + m * width, width, true);
   } else {
     MultiplyAll(count, dim, n, s.scores, kBlockStride, s.rows.values, width, s.out + m * width, width, true);
@@ -186,8 +193,8 @@ void ChunkValues(const AttentionView& view, const PrefillScratch& s, size_t m, s
 // Calls f(m, count, n) for chunks of stacked queries that see the first n, at least one, of the rows [begin, end).
 template <typename F>
 inline void ForEachChunk(const AttentionView& view, size_t first, size_t stacked, size_t begin, size_t end, F f) {
-  for (size_t m = 0; m < stacked; m += kChunk) {
-    const size_t count = Min(kChunk, stacked - m);
+  for (size_t m = 0; m < stacked; m += view.prefill.chunk) {
+    const size_t count = Min(view.prefill.chunk, stacked - m);
     const size_t seen = VisibleRows(view, first + (m + count - 1) / view.group);
     if (seen > begin) f(m, count, Min(end, seen) - begin);
   }
@@ -297,7 +304,7 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
   const size_t begin = block * kBlockRows, end = Min(view.n_rows, begin + kBlockRows);
   Fill(s.columns, kBlockRows, 0);
   LoadKeys(view, s, begin, end - begin);
-  const size_t step = QueriesPerTile(view.group);
+  const size_t step = QueriesPerTile(view);
   for (size_t first = job.first_query; first < view.n_queries; first += step) {
     const size_t n = Min(step, view.n_queries - first);
     if (VisibleRows(view, first + n - 1) <= begin) continue;
