@@ -90,6 +90,10 @@ struct SequenceCache::Impl {
   void AttendTile(size_t layer, const float* queries, size_t first, size_t n, float* out);
   size_t FirstObserved() const;
   void ComputeReadPositions(size_t layer);
+  bool ReadsState(size_t layer) const {
+    if (residual == nullptr) return false;
+    return has_absorbed[layer] || (residual->ReadsEmptyState() && kind != StepKind::kPrompt && tokens_seen > 0);
+  }
   void MergeResidual(size_t layer, const float* rotated, size_t n, float* out);
   void Commit(size_t layer);
   LayerRows GatherRows(size_t layer, std::vector<HeadRows>& heads);
@@ -249,7 +253,7 @@ void SequenceCache::Impl::AttendTile(size_t layer, const float* queries, size_t 
   query.scores = scores;
   store->Attend(query);
   if (!sums.empty()) store->AddColumnSums(query, first_observed > first ? first_observed - first : 0, sums);
-  if (residual != nullptr && has_absorbed[layer]) MergeResidual(layer, work.rotated.data(), n, out);
+  if (ReadsState(layer)) MergeResidual(layer, work.rotated.data(), n, out);
 }
 
 // The rank by position of every resident row, then the step's own rows behind them.

@@ -148,8 +148,27 @@ def run_key(group: str, arguments) -> str:
   return " | ".join(parts)
 
 
+def earlier_rivals(group, arguments) -> list:
+  """Rows beside LESS (`full`, bare selectors, more rows) that the same run gave with another sidecar: they do not depend on it."""
+  if group != "less":
+    return []
+  same = " | ".join([shlex.join(arguments), file_hash(ROOT / MODEL)]) + " | "
+  return next((r["rows"] for k, r in read_store().items() if k.startswith(same) and k != run_key(group, arguments)), [])
+
+
+def splice(old, new):
+  """`old` with its LESS rows replaced; the rivals at equal bytes stand only while the state's bytes are the same."""
+  place = lambda r: (short(r["kv_spec"]), r.get("task"), r.get("length"), r.get("depth"))
+  fresh = {place(r): r for r in new}
+  for r in old:
+    if place(r) in fresh and r["kv_bytes"] != fresh[place(r)]["kv_bytes"]:
+      sys.exit(f"{r['kv_spec']}: the state has another size now; remove the old records of this run")
+  return [fresh.get(place(r), r) for r in old]
+
+
 def execute(args, name, group, arguments, texts, lock) -> None:
-  given = arguments
+  old = earlier_rivals(group, arguments)
+  given = [a for a in arguments if not old or a != "--match-bytes"]
   if group == "variants":
     training = VARIANTS[name.removeprefix("variants ")]
     path = train_variant(args, training)
@@ -161,7 +180,7 @@ def execute(args, name, group, arguments, texts, lock) -> None:
   if done.returncode != 0:
     print(f"{name}: {done.stderr.strip()}", file=sys.stderr)
     return
-  rows = json.loads(done.stdout)
+  rows = splice(old, json.loads(done.stdout)) if old else json.loads(done.stdout)
   for row in rows:
     if "texts" in row:
       row["texts"] = [Path(t).name for t in row["texts"]]
