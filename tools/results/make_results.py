@@ -42,7 +42,6 @@ VARIANT_BUDGETS = ["1%", "2%", "5%", "10%", "20%"]
 VARIANTS = {
   "mix": [], "h2o(2%)": ["--kv", "h2o(2%)"], "h2o(5%)": ["--kv", "h2o(5%)"], "h2o(10%)": ["--kv", "h2o(10%)"], "window(5%)": ["--kv", "window(5%)"],
   "rank 4": ["--rank", "4"], "rank 16": ["--rank", "16"], "rank 32": ["--rank", "32"], "hidden 64": ["--hidden", "64"], "hidden 512": ["--hidden", "512"],
-  "gelu": ["--features", "gelu"],
 }
 
 
