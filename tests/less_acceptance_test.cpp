@@ -243,6 +243,33 @@ TEST(LessAcceptance, ConstantValuesComeBack) {
       for (float o : layer) ASSERT_NEAR(o, 3.25f, 1e-5) << policy;
 }
 
+// The authors' clamps: a prompt is ordinary attention; afterwards even an empty state has a mass of 1e-6 and no value.
+TEST(LessAcceptance, ClampsActAfterThePromptEvenOnAnEmptyState) {
+  const TempSidecar sidecar(kShape);
+  const CacheShape shape = MakeCacheShape(kShape, 0);  // no rotation: every score is the same
+  Text text = RandomText(kShape, 9, 12);
+  const float score = -13;
+  for (size_t l = 0; l < kShape.n_layers; ++l) {
+    std::fill(text.k[l].begin(), text.k[l].end(), 1.0f);
+    std::fill(text.q[l].begin(), text.q[l].end(), score / std::sqrt(static_cast<float>(kShape.head_dim)));
+    std::fill(text.v[l].begin(), text.v[l].end(), 2.0f);
+  }
+  auto make = [&](const std::string& less) {
+    return CacheConfig::Create(CacheSpec::Parse("h2o(20)+f32" + less), shape, {}, sidecar.source());
+  };
+  SequenceCache plain(make("+less")), clamped(make("+less(clamp=true)"));
+  EXPECT_EQ(Feed(clamped, text, 0, 8, StepKind::kPrompt), Feed(plain, text, 0, 8, StepKind::kPrompt));
+  const Outputs a = Feed(plain, text, 8, 1, StepKind::kDecode), b = Feed(clamped, text, 8, 1, StepKind::kDecode);
+  const double mass = 9 * std::exp(static_cast<double>(score)), share = mass / (mass + 1e-6);
+  ASSERT_LT(share, 0.96);
+  for (size_t l = 0; l < kShape.n_layers; ++l) {
+    for (size_t i = 0; i < a[l].size(); ++i) {
+      EXPECT_NEAR(a[l][i], 2.0, 1e-5);
+      EXPECT_NEAR(b[l][i], 2.0 * share, 1e-4);
+    }
+  }
+}
+
 // Facts 10 and 12: budgets as fractions of the context; Baseline+ has rank / 2 rows more.
 TEST(LessAcceptance, BudgetsOfThePaper) {
   auto rows = [](const std::string& spec, size_t ctx) {

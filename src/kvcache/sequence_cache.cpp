@@ -179,7 +179,7 @@ void SequenceCache::Impl::AttendTile(size_t layer, const float* queries, size_t 
   store->Attend(query);
   if (n_step > 1 && !sums.empty())
     store->AddColumnSums(query, first_observed > first ? first_observed - first : 0, sums);
-  if (residual != nullptr && has_absorbed[layer]) MergeResidual(layer, work.rotated.data(), n, out);
+  if (ReadsState(layer)) MergeResidual(layer, work.rotated.data(), n, out);
 }
 
 // The rank by position of every resident row, then the step's own rows behind them.

@@ -62,6 +62,10 @@ struct SequenceCache::Impl {
   void AttendTile(size_t layer, const float* queries, size_t first, size_t n, float* out);
   size_t FirstObserved() const;
   void ComputeReadPositions(size_t layer);
+  bool ReadsState(size_t layer) const {
+    if (residual == nullptr) return false;
+    return has_absorbed[layer] || (residual->ReadsEmptyState() && kind != StepKind::kPrompt && tokens_seen > 0);
+  }
   void MergeResidual(size_t layer, const float* rotated, size_t n, float* out);
   void Commit(size_t layer);
   LayerRows GatherRows(size_t layer, std::vector<HeadRows>& heads);

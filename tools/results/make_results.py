@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measures the tables of docs/results.md with `lesskv eval` and writes the page.
 
-  make_results.py --data DIR [--lesskv build/release/apps/lesskv/lesskv] [--jobs 2] [--only base|less|codec|codec_less]
+  make_results.py --data DIR [--lesskv build/release/apps/lesskv/lesskv] [--jobs 2] [--only base|less|variants|codec|codec_less]
   make_results.py --render
 
-DIR holds text/books-test.tar.xz (held-out books) and text/wikitext-2/wiki.test.raw. Every finished run is one line of results.jsonl beside
+DIR holds text/books-test.tar.xz (held-out books), text/wikitext-2/wiki.test.raw and, for the group `variants`, which trains small sidecars of its own
+into a folder of the system's, text/books-train-core.tar.xz. Every finished run is one line of results.jsonl beside
 this script, under its command line and the model's bytes; running again does what is missing, so that it can be stopped at any time.
 --render only writes the page from what is there.
 """
@@ -16,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,6 +35,15 @@ BUDGETS = ["2%", "5%", "10%", "20%"]
 LESS_SELECTORS = ["h2o", "window", "tova"]
 LESS_BUDGETS = ["2%", "5%", "10%"]
 CODECS = [("q8", "q8(rotate=true)"), ("q4", "q4(rotate=true)"), ("mix(k=q8, v=q4)", "mix(k=q8, v=q4, rotate=true)")]
+# What `lesskv train less` is given for a sidecar of the group `variants`. All are trained alike and briefly: they compare with each other, not with
+# the bundled sidecar.
+VARIANT_TRAINING = ["--sequences", "80", "--views", "2", "--epochs", "4", "--batch", "2", "--lr", "5e-3", "--step", "8"]
+VARIANT_BOOKS = 60
+VARIANT_BUDGETS = ["1%", "2%", "5%", "10%", "20%"]
+VARIANTS = {
+  "mix": [], "h2o(2%)": ["--kv", "h2o(2%)"], "h2o(5%)": ["--kv", "h2o(5%)"], "h2o(10%)": ["--kv", "h2o(10%)"], "window(5%)": ["--kv", "window(5%)"],
+  "rank 4": ["--rank", "4"], "rank 16": ["--rank", "16"], "rank 32": ["--rank", "32"], "hidden 64": ["--hidden", "64"], "hidden 512": ["--hidden", "512"],
+}
 
 
 def base_specs():
@@ -72,23 +83,53 @@ def plan():
     recall = ["recall", "--task", tasks, "--length", lengths, "--depths", "0.1,0.3,0.5,0.7,0.9",
               "--samples", "8" if group == "base" else "6", "--text", "BOOK", "--ask", "after", *kv, *extra]
     runs.append((f"{group} recall", group, recall))
+  edges = [a for b in ("1%", "20%") for s in LESS_SELECTORS for a in ("--kv", f"{s}({b})+less")]
+  short_text = ["--text", "BOOKS", "--max-windows", "12"]
+  runs.append(("less continue BOOKS", "less", ["divergence", "--mode", "continue", "--prompt", "1024", *short_text,
+                                               *[a for s in less_specs() for a in ("--kv", s)], "--match-bytes"]))
+  runs.append(("less stream BOOKS, 1 % and 20 %", "less", ["divergence", "--mode", "stream", "--step", "8", *short_text, *edges, "--match-bytes"]))
+  for name, training in VARIANTS.items():
+    specs = [f'h2o({b})+less(file="{variant_file(training)}")' for b in VARIANT_BUDGETS] + [f'window(5%)+less(file="{variant_file(training)}")']
+    specs += ["full", *[f"h2o({b})" for b in VARIANT_BUDGETS], "window(5%)"] if name == "mix" else []
+    runs.append((f"variants {name}", "variants", ["perplexity", "--mode", "stream", "--step", "8", *short_text, *[a for s in specs for a in ("--kv", s)]]))
   return runs
+
+
+def variant_file(training) -> str:
+  """A name in the folder of variants, the same for the same training."""
+  return hashlib.sha256(shlex.join(VARIANT_TRAINING + training).encode()).hexdigest()[:12] + ".less.gguf"
 
 
 # -- running
 
 
-def prepare_texts(data: Path) -> dict:
-  """Argument lists for the names of plan(); the books are unpacked once, into a folder of the system's own."""
-  books = Path(tempfile.gettempdir()) / "lesskv-books-test"
+def unpack_books(data: Path, archive_name: str) -> list:
+  """The books of an archive, unpacked once, into a folder of the system's own."""
+  books = Path(tempfile.gettempdir()) / f"lesskv-{archive_name}"
   if not books.exists():
     scratch = Path(tempfile.mkdtemp(prefix="lesskv-books-"))
-    with tarfile.open(data / "text/books-test.tar.xz") as archive:
+    with tarfile.open(data / f"text/{archive_name}.tar.xz") as archive:
       for member in archive.getmembers():
         if member.isfile() and member.name.endswith(".txt"):
           (scratch / Path(member.name).name).write_bytes(archive.extractfile(member).read())
     scratch.rename(books)
-  files = sorted(str(p) for p in books.glob("*.txt"))
+  return sorted(str(p) for p in books.glob("*.txt"))
+
+
+def train_variant(args, training) -> Path:
+  path = Path(tempfile.gettempdir()) / "lesskv-variants" / variant_file(training)
+  if not path.exists():
+    path.parent.mkdir(exist_ok=True)
+    books = unpack_books(args.data, "books-train-core")[:VARIANT_BOOKS]
+    shutil.rmtree(f"{path}.work", ignore_errors=True)  # of a run that was stopped
+    subprocess.run([str(args.lesskv), "train", "less", "-m", MODEL, "-t", "1", *VARIANT_TRAINING, *training, "-o", str(path), "--text", *books],
+                   cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+  return path
+
+
+def prepare_texts(data: Path) -> dict:
+  """Argument lists for the names of plan()."""
+  files = unpack_books(data, "books-test")
   return {"BOOKS": files, "BOOK": files[:1], "WIKI": [str(data / "text/wikitext-2/wiki.test.raw")]}
 
 
@@ -122,15 +163,39 @@ def run_key(group: str, arguments) -> str:
   return " | ".join(parts)
 
 
+def earlier_rivals(group, arguments) -> list:
+  """Rows beside LESS (`full`, bare selectors, more rows) that the same run gave with another sidecar: they do not depend on it."""
+  if group != "less":
+    return []
+  same = " | ".join([shlex.join(arguments), file_hash(ROOT / MODEL)]) + " | "
+  return next((r["rows"] for k, r in read_store().items() if k.startswith(same) and k != run_key(group, arguments)), [])
+
+
+def splice(old, new):
+  """`old` with its LESS rows replaced; the rivals at equal bytes stand only while the state's bytes are the same."""
+  place = lambda r: (short(r["kv_spec"]), r.get("task"), r.get("length"), r.get("depth"))
+  fresh = {place(r): r for r in new}
+  for r in old:
+    if place(r) in fresh and r["kv_bytes"] != fresh[place(r)]["kv_bytes"]:
+      sys.exit(f"{r['kv_spec']}: the state has another size now; remove the old records of this run")
+  return [fresh.get(place(r), r) for r in old]
+
+
 def execute(args, name, group, arguments, texts, lock) -> None:
-  command = [str(args.lesskv), "eval", arguments[0], "-m", MODEL, "-t", "1", "-o", "json", *substitute(arguments[1:], texts)]
+  old = earlier_rivals(group, arguments)
+  given = [a for a in arguments if not old or a != "--match-bytes"]
+  if group == "variants":
+    training = VARIANTS[name.removeprefix("variants ")]
+    path = train_variant(args, training)
+    given = [a.replace(path.name, str(path)) for a in arguments]
+  command = [str(args.lesskv), "eval", given[0], "-m", MODEL, "-t", "1", "-o", "json", *substitute(given[1:], texts)]
   begin, key = time.time(), run_key(group, arguments)  # the key of what is read now
   # Threads that wait asleep: other work may share the machine.
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   if done.returncode != 0:
     print(f"{name}: {done.stderr.strip()}", file=sys.stderr)
     return
-  rows = json.loads(done.stdout)
+  rows = splice(old, json.loads(done.stdout)) if old else json.loads(done.stdout)
   for row in rows:
     if "texts" in row:
       row["texts"] = [Path(t).name for t in row["texts"]]
@@ -254,8 +319,28 @@ def render() -> None:
       out.append(note.read_text())
     for name, record in chosen.items():
       out.append(section(group, name, record))
+  variants = {n.removeprefix("variants "): r for n, r in records.items() if n.startswith("variants")}
+  if "mix" in variants:
+    out.append(variants_section(variants))
   PAGE.write_text("\n".join(out))
   print(f"{PAGE} written from {len(records)} runs", file=sys.stderr)
+
+
+def variants_section(variants) -> str:
+  """Share of the bare selector's lost perplexity that sidecars of different training win back."""
+  bare = {r["kv_spec"]: r["perplexity"] for r in variants["mix"]["rows"] if "less" not in r["kv_spec"]}
+  columns = [f"h2o({b})" for b in VARIANT_BUDGETS] + ["window(5%)"]
+  full, lost = bare["full"], list(bare.values())[1:]
+  body = []
+  for name, record in variants.items():
+    less = [r for r in record["rows"] if "less" in r["kv_spec"]]
+    cells = [f"{r['perplexity']:.2f} ({100 * (b - r['perplexity']) / (b - full):.0f} %)" for r, b in zip(less, lost)]
+    body.append([name, *cells, kib(less[1]["sidecar_bytes"]) if "sidecar_bytes" in less[1] else "-", kib(less[1]["kv_bytes"])])
+  rows = [["no state", *[f"{b:.2f}" for b in lost], "-", "-"], *body]
+  note = (Path(__file__).resolve().parent / "results_variants.md").read_text()
+  first = variants["mix"]["rows"][0]
+  return f"## LESS: training and shape\n\n{note}\nPerplexity (and share won back) on books, stream, {first['windows']} windows; `full`: {full:.2f}. " \
+         "KiB: of the sidecar in memory, and of the cache at `h2o(2%)`.\n\n" + table(["trained for / with", *[f"`{c}`" for c in columns], "maps KiB", "cache KiB"], rows)
 
 
 def section(group, name, record) -> str:
@@ -265,9 +350,9 @@ def section(group, name, record) -> str:
            f"{rows[0]['samples']} questions a cell, 5 depths.\n\n" + recall_table(rows)
     heading = "Recall, asked after the prompt was compressed"
   else:
-    mode, text = name.split()[1:]
+    mode, text = name.split(",")[0].split()[1:]
     how = "8 tokens a step, evicting in between" if mode == "stream" else "1,024 tokens at once, then one token a step"
-    heading = f"{mode}, {'books' if text == 'BOOKS' else 'WikiText-2'}"
+    heading = f"{mode}, {'books' if text == 'BOOKS' else 'WikiText-2'}" + ("" if "," not in name else "," + name.split(",", 1)[1])
     body = f"{TEXTS[text]}: {rows[0]['windows']} windows of {rows[0]['ctx']} tokens, {how}; {rows[0]['tokens_scored']} tokens scored.\n\n"
     body += (recovered_table(rows) + "\n" if group == "less" else "") + divergence_table(rows)
   return f"### {heading}\n\n{body}\n{command_of(record)}"

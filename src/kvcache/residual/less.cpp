@@ -22,6 +22,7 @@ class LessResidual final : public Residual {
 
   size_t StateFloats() const override { return LessStateFloats(rank(), head_dim()); }
   size_t WeightBytes() const override { return maps_->bytes(); }
+  bool ReadsEmptyState() const override { return clamp_; }
 
   void Absorb(size_t layer, std::span<const EvictedRows> evicted) const override {
     ParallelFor(evicted.size(), [&](size_t i) { AbsorbHead(layer, evicted[i]); });

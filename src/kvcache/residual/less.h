@@ -17,7 +17,7 @@ namespace lesskv {
 
 struct LessOptions {
   // The authors' decode code instead of the epsilon-free form: features and mass are clamped at 1e-6 when read, also
-  // while the state is still empty. The cache must then not read it in a prompt's own step.
+  // while the state is still empty (ReadsEmptyState). A prompt is ordinary attention in their code, without a clamp.
   bool clamp = false;
 };
 

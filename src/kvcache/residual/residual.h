@@ -35,6 +35,10 @@ class Residual {
   virtual void Attend(size_t layer, const float* queries, size_t n_queries, std::span<const float* const> states,
                       float* out, float* lse) const = 0;
 
+  // Whether a decode or stream step reads the state also while nothing has been absorbed (a clamp that gives an empty
+  // state some mass). A prompt's own step, and a text's first, never read an empty state.
+  virtual bool ReadsEmptyState() const { return false; }
+
   // Bytes of trained weights, shared by all sequences.
   virtual size_t WeightBytes() const = 0;
 };
