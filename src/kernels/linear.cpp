@@ -105,11 +105,15 @@ void FewTokensF32(const Call& call) {
   });
 }
 
-Int8Activations CarveInt8(Workspace& workspace, size_t n, size_t n_tokens) {
+size_t Int8Bytes(size_t n_padded, size_t n_tokens) {
+  const size_t count = n_padded * n_tokens;
+  return count + count * 4 / 4 + count * 4 / 16 + count * 4 / 32;
+}
+
+Int8Activations CarveInt8(char* data, size_t n_padded, size_t n_tokens) {
+  const size_t count = n_padded * n_tokens;
   Int8Activations out;
-  out.n_padded = RoundUp(n, 256);
-  const size_t count = out.n_padded * n_tokens;
-  char* data = workspace.Get<char>(count + count * 4 / 4 + count * 4 / 16 + count * 4 / 32);
+  out.n_padded = n_padded;
   out.q = reinterpret_cast<int8_t*>(data);
   out.init = reinterpret_cast<int32_t*>(data + count);
   out.scale = reinterpret_cast<float*>(data + count * 2);
@@ -117,17 +121,27 @@ Int8Activations CarveInt8(Workspace& workspace, size_t n, size_t n_tokens) {
   return out;
 }
 
+// A kernel takes kFewTokens at most. More pass in shares of about equal size, one after the other over the rows of a
+// task, which the first share has brought into the cache.
 void FewTokensInt8(const Call& call) {
+  constexpr size_t kMaxShares = CeilDiv(kFewTokensInt8, kFewTokens);
   thread_local Workspace workspace;
-  const Int8Activations q = CarveInt8(workspace, call.w.n_in, call.n_tokens);
+  const size_t n_padded = RoundUp(call.w.n_in, 256);
+  const size_t n_shares = CeilDiv(call.n_tokens, kFewTokens), share = CeilDiv(call.n_tokens, n_shares);
+  char* data = workspace.Get<char>(n_shares * Int8Bytes(n_padded, share));
+  Int8Activations q[kMaxShares];
+  for (size_t s = 0; s < n_shares; ++s) q[s] = CarveInt8(data + s * Int8Bytes(n_padded, share), n_padded, share);
   for (size_t t = 0; t < call.n_tokens; ++t) {
-    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t, q);
+    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t % share, q[t / share]);
   }
   const size_t step = FewTokensTaskRows(call);
   ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
     const size_t first = task * step;
-    call.kernels.dot_int8(call.Rows(first, std::min(step, call.w.n_out - first)), q, call.n_tokens, call.y + first,
-                          call.y_stride);
+    const RowBlock rows = call.Rows(first, std::min(step, call.w.n_out - first));
+    for (size_t s = 0; s < n_shares; ++s) {
+      call.kernels.dot_int8(rows, q[s], std::min(share, call.n_tokens - s * share),
+                            call.y + s * share * call.y_stride + first, call.y_stride);
+    }
   });
 }
 
@@ -295,8 +309,10 @@ void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_token
   if (n_tokens == 0 || w.n_out == 0) return;
   const Call call{Kernels(w.n_in), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
   const bool fast = compute == ComputeType::kBF16;
-  if (n_tokens <= kFewTokens) {
-    fast&& IsQuantized(w.type) ? FewTokensInt8(call) : FewTokensF32(call);
+  if (fast && IsQuantized(w.type) && n_tokens <= kFewTokensInt8) {
+    FewTokensInt8(call);
+  } else if (n_tokens <= kFewTokens) {
+    FewTokensF32(call);
   } else if (fast && call.kernels.tile_bf16 != nullptr) {
     ManyTokens<TileBf16>(call);
   } else {

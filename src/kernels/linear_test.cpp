@@ -129,7 +129,7 @@ TEST_P(LinearTest, FewTokensWithInt8ActivationsAreExactUpToSummation) {
     if (Traits(type).block_elements == 1) continue;
     for (size_t n_in : RowLengths(type)) {
       const Matrix m = MakeMatrix(type, 19, n_in, rng);
-      for (size_t n_tokens = 1; n_tokens <= kFewTokens; ++n_tokens) {
+      for (size_t n_tokens = 1; n_tokens <= kFewTokensInt8; ++n_tokens) {
         const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
         const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
         EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in), n_tokens), y), 1e-11)
@@ -157,7 +157,8 @@ TEST_P(LinearTest, ManyTokensInBf16AreExactUpToSummation) {
       const Matrix m = MakeMatrix(type, 29, n_in, rng);
       Matrix rounded = m;
       if (rounds) rounded.values = RoundToBf16(m.values);
-      for (size_t n_tokens : {9, 16, 17, 33, 49, 70}) {
+      const size_t least = Traits(type).block_elements > 1 ? kFewTokensInt8 + 1 : kFewTokens + 1;
+      for (size_t n_tokens : {least, size_t{16}, size_t{17}, size_t{33}, size_t{49}, size_t{70}}) {
         const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
         const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
         EXPECT_LT(NormalizedError(Product(rounded, rounds ? RoundToBf16(x) : x, n_tokens), y), 1e-10)
@@ -188,14 +189,16 @@ TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
     const std::vector<float> x = RandomVector(70 * 512, rng);
     for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
       SetThreads(1);
-      const std::vector<float> few = RunLinear(m.view, x, kFewTokens, compute);
+      const bool int8 = compute == ComputeType::kBF16 && type != DType::kF16;
+      const size_t most_few = int8 ? kFewTokensInt8 : kFewTokens;
+      const std::vector<float> few = RunLinear(m.view, x, most_few, compute);
       const std::vector<float> many = RunLinear(m.view, x, 70, compute);
       SetThreads(2);
-      for (size_t n : {size_t{1}, size_t{3}, size_t{5}, kFewTokens}) {
+      for (size_t n : {size_t{1}, size_t{3}, size_t{5}, kFewTokens, most_few}) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), few.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
       }
-      for (size_t n : {9, 16, 31, 40, 64, 70}) {
+      for (size_t n : {most_few + 1, size_t{16}, size_t{31}, size_t{40}, size_t{64}, size_t{70}}) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), many.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
       }
