@@ -8,21 +8,17 @@
 // The default specs answer two questions at a context of 81,920 tokens, 5 % of which are 4,096 rows: what h2o's score
 // bookkeeping costs beside a window of as many rows, and what LESS adds (random feature maps, written to a temporary
 // file).
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "base/rng.h"
 #include "base/threads.h"
+#include "cache_feeder.h"
 #include "kernels/cpu.h"
-#include "kvcache/residual/sidecar.h"
 #include "kvcache/sequence_cache.h"
 
 namespace lesskv {
@@ -46,35 +42,6 @@ struct Subject {
   std::vector<double> times;
 };
 
-class Feeder {
- public:
-  Feeder(const CacheShape& shape, size_t most_tokens) : shape_(shape), rng_(1) {
-    Fill(keys_, most_tokens * shape.n_kv_heads * shape.head_dim);
-    Fill(values_, most_tokens * shape.n_kv_heads * shape.head_dim);
-    Fill(queries_, most_tokens * shape.n_heads * shape.head_dim);
-    out_.resize(queries_.size());
-  }
-
-  void Step(SequenceCache& cache, size_t n, StepKind kind) {
-    cache.BeginStep(n, kind);
-    for (size_t layer = 0; layer < shape_.n_layers; ++layer) {
-      cache.Append(layer, keys_.data(), values_.data());
-      cache.Attend(layer, queries_.data(), out_.data());
-    }
-    cache.EndStep();
-  }
-
- private:
-  void Fill(std::vector<float>& x, size_t n) {
-    x.resize(n);
-    for (float& value : x) value = rng_.Normal();
-  }
-
-  CacheShape shape_;
-  Rng rng_;
-  std::vector<float> keys_, values_, queries_, out_;
-};
-
 double Median(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
   return values[values.size() / 2];
@@ -89,19 +56,13 @@ void Run(const Options& options) {
                    .ctx = options.ctx,
                    .rope = RopeTable({.n_dims = options.dim}),
                    .compute = AutoCompute()};
-  const std::string sidecar = fmt::format("{}/bench_cache_{}.less.gguf",
-                                          std::filesystem::temp_directory_path().string(), getpid());
-  WriteSidecar(sidecar, InitialSidecar({.n_layers = options.layers, .n_heads = shape.n_heads,
-                                        .n_kv_heads = shape.n_kv_heads, .head_dim = shape.head_dim,
-                                        .rank = options.rank, .hidden = options.hidden}, 1));
+  std::vector<std::unique_ptr<SequenceCache>> caches =
+      bench::MakeCaches(options.specs, shape, options.rank, options.hidden);
   std::vector<Subject> subjects;
-  for (const std::string& spec : options.specs)
-    subjects.push_back({spec, std::make_unique<SequenceCache>(
-                                  CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, {sidecar, 0})), {}});
-  std::filesystem::remove(sidecar);
+  for (size_t i = 0; i < caches.size(); ++i) subjects.push_back({options.specs[i], std::move(caches[i]), {}});
 
   constexpr size_t kChunk = 256;
-  Feeder feeder(shape, kChunk);
+  bench::Feeder feeder(shape, kChunk);
   std::printf("%zu layers, %zu query and %zu KV heads of %zu, context %zu, %d threads, %s\n\n", shape.n_layers,
               shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.ctx, Threads(), IsaName().c_str());
   std::printf("%-36s %10s %10s %14s %14s %10s\n", "cache", "seen", "rows", "us a step", "us a layer", "ratio");

@@ -1,7 +1,8 @@
 // A regression guard for the hot kernels, run by `make bench-check`: each is timed in turns with its scalar reference
 // in the same run, and the ratio of the best times must stay above a bound. Ratios hold on a busy machine where times do
 // not. Bounds are about half of what was seen with AVX-512 and apply where the processor has AVX-512; elsewhere every
-// kernel must at least not be slower than its reference. Exit status 1 when a bound is broken.
+// kernel must at least not be slower than its reference. Decode steps of whole caches are timed beside a window's of as
+// many rows: what score bookkeeping and the LESS state may cost. Exit status 1 when a bound is broken.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 
 #include "base/rng.h"
 #include "base/threads.h"
+#include "cache_feeder.h"
 #include "kernels/attention.h"
 #include "kernels/basic.h"
 #include "kernels/cpu.h"
@@ -107,6 +109,39 @@ void CheckAttention(Guard& guard, RowType type, size_t n_queries, double bound, 
               [&] { ColumnSums({&column, 1}); });
 }
 
+// What a decode step of a cache takes, beside a window of as many rows: 4,096 rows of 8 KV heads, as in bench_cache.
+void CheckSteps(Guard& guard) {
+  constexpr size_t kRows = 4096, kChunk = 256;
+  const struct {
+    const char* spec;
+    double most;  // times the window's
+  } bounds[] = {{"window(4096)", 1}, {"h2o(4096)", 1.10}, {"tova(4096)", 1.15}, {"h2o(4096)+less", 1.40}};
+  CacheShape shape{.n_layers = 2, .n_heads = 32, .n_kv_heads = 8, .head_dim = 64, .ctx = 2 * kRows,
+                   .rope = RopeTable({.n_dims = 64}), .compute = AutoCompute()};
+  std::vector<std::string> specs;
+  for (const auto& bound : bounds) specs.push_back(bound.spec);
+  const auto caches = bench::MakeCaches(specs, shape, 8, 128);
+  bench::Feeder feeder(shape, kChunk);
+  for (const auto& cache : caches)
+    while (cache->tokens_seen() < kRows + kChunk) feeder.Step(*cache, kChunk, StepKind::kStream);
+  std::vector<double> best(caches.size(), 1e9);
+  for (int i = 0; i < 5 * kRounds; ++i) {
+    for (size_t c = 0; c < caches.size(); ++c) {
+      feeder.Step(*caches[c], 1, StepKind::kDecode);  // warms what the others have driven out
+      const double start = Seconds();
+      feeder.Step(*caches[c], 1, StepKind::kDecode);
+      best[c] = std::min(best[c], Seconds() - start);
+    }
+  }
+  for (size_t c = 1; c < caches.size(); ++c) {
+    const double ratio = best[c] / best[0];
+    const bool ok = ratio <= bounds[c].most || ActiveIsa() < Isa::kAvx512;
+    guard.broken |= !ok;
+    std::printf("%-34s %8.2f times a window's step, at most  %4.2f expected  %s\n", bounds[c].spec, ratio, bounds[c].most,
+                ok ? "ok" : "BROKEN");
+  }
+}
+
 }  // namespace
 }  // namespace lesskv
 
@@ -131,5 +166,6 @@ int main() {
     CheckAttention(guard, row.type, 1, row.one, row.one_sums);
     CheckAttention(guard, row.type, 64, 5, 3);
   }
+  CheckSteps(guard);
   return guard.broken ? 1 : 0;
 }

@@ -23,7 +23,7 @@ using internal::RowBlock;
 using internal::TileShape;
 
 constexpr size_t kMaxPackedTokens = 512;   // activations packed at once; longer calls unpack the weights again
-constexpr size_t kTaskBytes = 48 << 10;    // weights a task of the few-token path reads
+constexpr size_t kTaskBytes = 1 << 20;    // weights a task of the few-token path reads: what is fetched ahead beyond its end is lost
 
 const LinearKernels& Kernels([[maybe_unused]] size_t n_in) {
   switch (ActiveIsa()) {

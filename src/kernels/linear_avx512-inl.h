@@ -278,7 +278,7 @@ constexpr size_t kDotTokens = 4;  // tokens multiplied with a row in one pass ov
 // How far ahead of the bytes in use memory is fetched: a few KB, and whole rows when several are read side by side,
 // since the rows of a task follow each other.
 inline size_t PrefetchAhead(size_t n_rows, size_t row_bytes) {
-  constexpr size_t kBytes = 4096;
+  constexpr size_t kBytes = 2048;
   const size_t step = n_rows * row_bytes;
   return n_rows == 1 ? kBytes : (kBytes + step - 1) / step * step;
 }

@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--generate", type=int, default=8, help="tokens decoded at depth")
-    parser.add_argument("--prompt", type=lambda s: [int(x) for x in s.split(",")], default=[512, 4096])
+    parser.add_argument("--prompt", type=lambda s: [int(x) for x in s.split(",") if x], default=[512, 4096])
     parser.add_argument("--depth", type=lambda s: [int(x) for x in s.split(",") if x], default=[16384, 32768])
     args = parser.parse_args()
     comparison = Comparison(args)
