@@ -74,7 +74,7 @@ TEST_P(HadamardTest, EqualsTheMatrixAndTheScalarLoop) {
       ForceIsa(Isa::kScalar);
       Hadamard(scalar.data(), n, block);
       ForceIsa(GetParam());
-      EXPECT_EQ(std::memcmp(y, scalar.data(), n * sizeof(float)), 0);
+      EXPECT_TRUE(n == 0 || std::memcmp(y, scalar.data(), n * sizeof(float)) == 0);
     }
   }
 }
