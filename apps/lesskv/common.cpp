@@ -40,10 +40,15 @@ void AddModelOptions(CLI::App& command, ModelOptions& options) {
       ->option_text("TYPE");
 }
 
+void AddNoMmap(CLI::App& command, bool& no_mmap) {
+  command.add_flag("--no-mmap", no_mmap, "Read the model into memory at once instead of mapping its file: slower to "
+                                         "start, quicker to decode where large pages can be had");
+}
+
 OpenedModel OpenModel(const ModelOptions& options) {
   const ComputeChoice compute = ParseComputeChoice(options.compute);
   OpenedModel opened;
-  opened.model = Model::Load(options.model);
+  opened.model = Model::Load(options.model, !options.no_mmap);
   opened.tokenizer = Tokenizer::Create(LoadVocabulary(opened.model->file()));
   const ModelConfig& config = opened.model->config();
   if (opened.tokenizer->size() > config.n_vocab)

@@ -33,6 +33,7 @@ struct RunOptions {
 
 void AddOptions(CLI::App& command, RunOptions& o) {
   AddModelOptions(command, o.model);
+  AddNoMmap(command, o.model.no_mmap);
   command.add_option("-p,--prompt", o.prompt, "Prompt")->option_text("TEXT");
   command.add_option("-f,--file", o.file, "File with the prompt, - for standard input; a last newline is left out")
       ->option_text("FILE");

@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
+
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -99,6 +101,18 @@ TEST_F(Files, UnwritableOutputIsAnError) {
   ExpectError(ErrorCode::kIo, "No such file", [&] { AtomicFile(Path("missing_folder/out")); });
   ExpectError(ErrorCode::kIo, "not a regular file", [&] { AtomicFile("/dev/full"); });
   ExpectError(ErrorCode::kIo, "not a regular file", [&] { AtomicFile(folder_.string()); });
+}
+
+TEST(MappedFile, ReadGivesTheBytesOfOpen) {
+  const std::string path = LESSKV_SOURCE_DIR "/models/lesskv-small.gguf";
+  const MappedFile mapped = MappedFile::Open(path);
+  MappedFile read = MappedFile::Read(path);
+  const std::byte* before = read.bytes().data();
+  const MappedFile moved = std::move(read);
+  EXPECT_EQ(moved.bytes().data(), before);
+  EXPECT_TRUE(std::ranges::equal(mapped.bytes(), moved.bytes()));
+  EXPECT_THROW(MappedFile::Read("/nowhere/at/all"), Error);
+  EXPECT_THROW(MappedFile::Read("/dev/null"), Error);
 }
 
 }  // namespace

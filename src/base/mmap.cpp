@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
@@ -21,6 +22,30 @@ struct Descriptor {
   ~Descriptor() { ::close(fd); }
 };
 
+int OpenForReading(const std::string& path) {
+  // O_NONBLOCK: opening a named pipe would otherwise wait for a writer; it has no effect on regular files.
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) Fail(ErrorCode::kNotFound, "cannot open {}: {}", path, std::strerror(errno));
+  return fd;
+}
+
+// Anonymous memory that begins at a large page, to be given back with munmap; null when there is none.
+std::byte* LargePages(size_t size) {
+  constexpr size_t kPage = size_t{2} << 20;
+  void* all = ::mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) return nullptr;
+  auto* begin = static_cast<std::byte*>(all);
+  const size_t before = (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
+  if (before > 0) ::munmap(begin, before);
+#ifdef MADV_HUGEPAGE
+  ::madvise(begin + before, size, MADV_HUGEPAGE);
+#endif
+  constexpr size_t kSmallPage = 4096;
+  const size_t used = RoundUp(size, kSmallPage);
+  if (kPage - before > used - size) ::munmap(begin + before + used, size + kPage - before - used);
+  return begin + before;
+}
+
 size_t RegularFileSize(int fd, const std::string& path) {
   struct stat info;
   if (::fstat(fd, &info) != 0) Fail(ErrorCode::kIo, "cannot examine {}: {}", path, std::strerror(errno));
@@ -32,10 +57,23 @@ size_t RegularFileSize(int fd, const std::string& path) {
 
 }  // namespace
 
+MappedFile MappedFile::Read(const std::string& path) {
+  const Descriptor file{OpenForReading(path)};
+  const size_t size = RegularFileSize(file.fd, path);
+  std::byte* data = LargePages(size);
+  if (data == nullptr) Fail(ErrorCode::kOutOfMemory, "no memory for the {} bytes of {}", size, path);
+  MappedFile result(data, size);
+  for (size_t done = 0; done < size;) {
+    const ssize_t n = ::pread(file.fd, data + done, size - done, static_cast<off_t>(done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) Fail(ErrorCode::kIo, "cannot read {}: {}", path, n < 0 ? std::strerror(errno) : "it became shorter");
+    done += static_cast<size_t>(n);
+  }
+  return result;
+}
+
 MappedFile MappedFile::Open(const std::string& path) {
-  // O_NONBLOCK: opening a named pipe would otherwise wait for a writer; it has no effect on regular files.
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-  if (file.fd < 0) Fail(ErrorCode::kNotFound, "cannot open {}: {}", path, std::strerror(errno));
+  const Descriptor file{OpenForReading(path)};
   const size_t size = RegularFileSize(file.fd, path);
   void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
   if (data == MAP_FAILED) Fail(ErrorCode::kIo, "cannot map {} ({} bytes): {}", path, size, std::strerror(errno));

@@ -98,8 +98,8 @@ std::string GgufTensor::ShapeString() const {
   return fmt::format("[{}]", fmt::join(ne.begin(), ne.begin() + n_dims, ", "));
 }
 
-GgufFile GgufFile::Open(const std::string& path) {
-  auto mapping = std::make_shared<const MappedFile>(MappedFile::Open(path));
+GgufFile GgufFile::Open(const std::string& path, bool map) {
+  auto mapping = std::make_shared<const MappedFile>(map ? MappedFile::Open(path) : MappedFile::Read(path));
   const std::span<const std::byte> bytes = mapping->bytes();
   return GgufParser(bytes, path, std::move(mapping)).Run();
 }

@@ -108,7 +108,8 @@ class GgufFile {
  public:
   // Maps and checks a file. Touches only the header's pages, so it is cheap however large the model is.
   // Throws Error: see MappedFile::Open, and kBadFile with a sentence naming what is wrong and where.
-  static GgufFile Open(const std::string& path);
+  // With map = false the whole file is read into memory at once (MappedFile::Read).
+  static GgufFile Open(const std::string& path, bool map = true);
 
   // The same checks on bytes in memory; `name` takes the path's place in messages.
   static GgufFile Parse(std::vector<std::byte> bytes, std::string name);

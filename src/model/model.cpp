@@ -111,8 +111,8 @@ RopeTable MakeRope(TensorReader& tensors, const ModelConfig& config) {
 Model::Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope)
     : file_(std::move(file)), config_(std::move(config)), rope_(std::move(rope)) {}
 
-std::shared_ptr<const Model> Model::Load(const std::string& path) {
-  auto file = std::make_shared<const GgufFile>(GgufFile::Open(path));
+std::shared_ptr<const Model> Model::Load(const std::string& path, bool map) {
+  auto file = std::make_shared<const GgufFile>(GgufFile::Open(path, map));
   const ModelConfig config = ReadModelConfig(*file);
   TensorReader tensors(*file);
   std::shared_ptr<Model> model(new Model(file, config, MakeRope(tensors, config)));

@@ -30,9 +30,9 @@ struct LayerWeights {
 
 class Model {
  public:
-  // Maps the file and checks it: a missing tensor, a tensor of the wrong shape or one that the architecture does not
+  // Maps the file (or reads it, GgufFile::Open) and checks it: a missing tensor, a tensor of the wrong shape or one that the architecture does not
   // know is an Error that names it.
-  static std::shared_ptr<const Model> Load(const std::string& path);
+  static std::shared_ptr<const Model> Load(const std::string& path, bool map = true);
 
   const std::string& path() const { return path_; }
   const GgufFile& file() const { return *file_; }
