@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "commands.h"
 #include "common.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 #include "eval/speed.h"
 
 namespace lesskv {
@@ -18,7 +18,8 @@ struct BenchOptions {
   std::vector<std::string> models, specs;
   std::vector<int> threads = {0};
   std::string compute = "auto", output = "md", memory;
-  bool random_sidecar = false, no_mmap = false;
+  bool random_sidecar = false;
+  ModelLoading loading = ModelLoading::kAuto;
   RandomMaps maps;
   SpeedOptions speed;
 };
@@ -47,7 +48,7 @@ void AddBenchOptions(CLI::App& command, BenchOptions& o) {
                                               "what the longest test needs)")->check(numbers)->option_text("N");
   list("-t,--threads", o.threads, "Threads; 0 for all CPUs")->check(CLI::Range(0, 1024));
   command.add_option("--compute", o.compute, "Arithmetic of products: auto, f32, bf16")->option_text("TYPE");
-  AddNoMmap(command, o.no_mmap);
+  AddModelLoading(command, o.loading);
   command.add_flag("--random-sidecar", o.random_sidecar, "Give less feature maps with random weights: for speed only");
   command.add_option("--rank", o.maps.rank, "Features of random maps")->check(CLI::Range(1, 64))->option_text("N")
       ->capture_default_str();
@@ -77,7 +78,7 @@ void RunBench(const CLI::App& command, BenchOptions& o) {
   const ComputeChoice compute = ParseComputeChoice(o.compute);
   CheckOptions(command, o);
   std::vector<std::shared_ptr<const Model>> models;
-  for (const std::string& path : o.models) models.push_back(Model::Load(path, !o.no_mmap));
+  for (const std::string& path : o.models) models.push_back(Model::Load(path, o.loading));
 
   ProgressBar bar("bench");
   Report report{.columns = SpeedColumns(), .rows = {}, .notes = {}};

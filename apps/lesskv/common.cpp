@@ -40,15 +40,21 @@ void AddModelOptions(CLI::App& command, ModelOptions& options) {
       ->option_text("TYPE");
 }
 
-void AddNoMmap(CLI::App& command, bool& no_mmap) {
-  command.add_flag("--no-mmap", no_mmap, "Read the model into memory at once instead of mapping its file: slower to "
-                                         "start, quicker to decode where large pages can be had");
+void AddModelLoading(CLI::App& command, ModelLoading& loading) {
+  const auto add = [&](const char* name, ModelLoading value, const char* text) {
+    return command.add_flag_callback(name, [&loading, value] { loading = value; }, text);
+  };
+  CLI::Option* map = add("--mmap", ModelLoading::kMap, "Map the model's file: starts at once, shares memory");
+  CLI::Option* read = add("--no-mmap", ModelLoading::kRead,
+                          "Read the model into memory in large pages: decodes faster (default: this for large files "
+                          "where memory allows)");
+  map->excludes(read);
 }
 
 OpenedModel OpenModel(const ModelOptions& options) {
   const ComputeChoice compute = ParseComputeChoice(options.compute);
   OpenedModel opened;
-  opened.model = Model::Load(options.model, !options.no_mmap);
+  opened.model = Model::Load(options.model, options.loading);
   opened.tokenizer = Tokenizer::Create(LoadVocabulary(opened.model->file()));
   const ModelConfig& config = opened.model->config();
   if (opened.tokenizer->size() > config.n_vocab)

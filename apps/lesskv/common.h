@@ -21,11 +21,11 @@ struct ModelOptions {
   size_t ctx = 0;  // 0: the trained context
   int threads = 0;
   std::string compute = "auto";
-  bool no_mmap = false;
+  ModelLoading loading = ModelLoading::kAuto;
 };
 void AddModelOptions(CLI::App& command, ModelOptions& options);
-// --no-mmap, for commands that compute with the weights.
-void AddNoMmap(CLI::App& command, bool& no_mmap);
+// --mmap and --no-mmap, for commands that compute with the weights.
+void AddModelLoading(CLI::App& command, ModelLoading& loading);
 
 struct OpenedModel {
   std::shared_ptr<const Model> model;

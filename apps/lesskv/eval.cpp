@@ -47,7 +47,7 @@ struct ProtocolOptions {
 
 void AddCommonOptions(CLI::App& command, CommonOptions& o) {
   AddModelOptions(command, o.model);
-  AddNoMmap(command, o.model.no_mmap);
+  AddModelLoading(command, o.model.loading);
   command.add_option("--kv", o.specs, "Cache spec, such as full or h2o(5%)+less; may be repeated (default: full)")
       ->option_text("SPEC")
       ->allow_extra_args(false);

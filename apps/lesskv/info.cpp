@@ -7,7 +7,7 @@
 
 #include "commands.h"
 #include "common.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 #include "engine/run_info.h"
 #include "format/gguf.h"
 

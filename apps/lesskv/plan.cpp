@@ -6,7 +6,7 @@
 #include "base/error.h"
 #include "commands.h"
 #include "common.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 #include "engine/run_info.h"
 
 namespace lesskv {
@@ -68,6 +68,7 @@ void Plan(PlanOptions& options) {
   for (const std::string& text : options.specs) specs.push_back(CacheSpec::Parse(text));
   if (specs.empty()) specs.emplace_back();
 
+  options.model.loading = ModelLoading::kMap;  // the weights are not read
   const OpenedModel opened = OpenModel(options.model);
   if (!options.has_prompt) options.prompt = opened.ctx - std::min(opened.ctx, options.predict);
   if (options.prompt < 1 || options.predict > opened.ctx || options.prompt > opened.ctx - options.predict)

@@ -14,7 +14,7 @@
 #include "base/threads.h"
 #include "commands.h"
 #include "common.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 #include "format/gguf_writer.h"
 #include "kernels/quants.h"
 

@@ -10,7 +10,7 @@
 #include "commands.h"
 #include "common.h"
 #include "engine/generate.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 #include "engine/run_info.h"
 #include "engine/session.h"
 
@@ -33,7 +33,7 @@ struct RunOptions {
 
 void AddOptions(CLI::App& command, RunOptions& o) {
   AddModelOptions(command, o.model);
-  AddNoMmap(command, o.model.no_mmap);
+  AddModelLoading(command, o.model.loading);
   command.add_option("-p,--prompt", o.prompt, "Prompt")->option_text("TEXT");
   command.add_option("-f,--file", o.file, "File with the prompt, - for standard input; a last newline is left out")
       ->option_text("FILE");

@@ -12,6 +12,7 @@
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "base/large_pages.h"
 
 namespace lesskv {
 namespace {
@@ -29,23 +30,6 @@ int OpenForReading(const std::string& path) {
   return fd;
 }
 
-// Anonymous memory that begins at a large page, to be given back with munmap; null when there is none.
-std::byte* LargePages(size_t size) {
-  constexpr size_t kPage = size_t{2} << 20;
-  void* all = ::mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (all == MAP_FAILED) return nullptr;
-  auto* begin = static_cast<std::byte*>(all);
-  const size_t before = (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
-  if (before > 0) ::munmap(begin, before);
-#ifdef MADV_HUGEPAGE
-  ::madvise(begin + before, size, MADV_HUGEPAGE);
-#endif
-  constexpr size_t kSmallPage = 4096;
-  const size_t used = RoundUp(size, kSmallPage);
-  if (kPage - before > used - size) ::munmap(begin + before + used, size + kPage - before - used);
-  return begin + before;
-}
-
 size_t RegularFileSize(int fd, const std::string& path) {
   struct stat info;
   if (::fstat(fd, &info) != 0) Fail(ErrorCode::kIo, "cannot examine {}: {}", path, std::strerror(errno));
@@ -60,7 +44,7 @@ size_t RegularFileSize(int fd, const std::string& path) {
 MappedFile MappedFile::Read(const std::string& path) {
   const Descriptor file{OpenForReading(path)};
   const size_t size = RegularFileSize(file.fd, path);
-  std::byte* data = LargePages(size);
+  std::byte* data = AllocateLargePages(size);
   if (data == nullptr) Fail(ErrorCode::kOutOfMemory, "no memory for the {} bytes of {}", size, path);
   MappedFile result(data, size);
   for (size_t done = 0; done < size;) {

@@ -5,7 +5,7 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/threads.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 
 namespace lesskv {
 namespace {

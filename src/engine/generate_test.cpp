@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "base/error.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 
 namespace lesskv {
 namespace {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "base/error.h"
+#include "base/large_pages.h"
 #include "base/threads.h"
 #include "eval/stopwatch.h"
 
@@ -14,7 +16,14 @@ std::atomic<uint64_t> g_sink;  // what is read must be used
 
 }  // namespace
 
-PlainRead::PlainRead(size_t bytes) : data_(bytes / sizeof(uint64_t), 1) {}
+PlainRead::PlainRead(size_t bytes) {
+  auto* data = reinterpret_cast<uint64_t*>(AllocateLargePages(bytes));
+  if (data == nullptr) Fail(ErrorCode::kOutOfMemory, "no memory for a buffer of {} bytes", bytes);
+  data_ = {data, bytes / sizeof(uint64_t)};
+  std::fill(data_.begin(), data_.end(), 1);
+}
+
+PlainRead::~PlainRead() { FreeLargePages(reinterpret_cast<std::byte*>(data_.data()), data_.size_bytes()); }
 
 double PlainRead::Measure() {
   const Stopwatch watch;

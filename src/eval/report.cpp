@@ -7,7 +7,7 @@
 #include <set>
 
 #include "base/error.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 
 namespace lesskv {
 namespace {

@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "base/rng.h"
 #include "base/threads.h"
-#include "engine/memory.h"
+#include "base/memory.h"
 #include "eval/metrics.h"
 #include "eval/random_sidecar.h"
 #include "eval/speed_verify.h"

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/large_pages.h"
 #include "kernels/rows.h"
 
 namespace lesskv {
@@ -20,7 +21,7 @@ struct ByteCounter {
   bool only_counts = false;  // for plans: buffers have a size but no memory
 };
 
-// One aligned allocation, counted while it lives. Move-only. The counter must outlive it.
+// One aligned allocation, counted while it lives; of 2 MiB and more in large pages. Move-only. The counter must outlive it.
 class CountedBuffer {
  public:
   CountedBuffer() = default;
@@ -39,7 +40,11 @@ class CountedBuffer {
   }
   ~CountedBuffer() {
     if (counter_ != nullptr) counter_->now -= size_;
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{kRegionAlign});
+    if (data_ == nullptr) return;
+    if (size_ >= kLargePage)
+      FreeLargePages(data_, size_);
+    else
+      ::operator delete(data_, std::align_val_t{kRegionAlign});
   }
 
   CountedBuffer Clone(ByteCounter& counter) const {
@@ -64,9 +69,11 @@ class CountedBuffer {
 
  private:
   void Allocate(size_t bytes) {
-    data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kRegionAlign}, std::nothrow));
+    const bool large = bytes >= kLargePage;
+    data_ = large ? AllocateLargePages(bytes)
+                  : static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kRegionAlign}, std::nothrow));
     if (data_ == nullptr) Fail(ErrorCode::kOutOfMemory, "the cache needs {} more bytes, which cannot be had", bytes);
-    std::memset(data_, 0, bytes);
+    if (!large) std::memset(data_, 0, bytes);
   }
 
   ByteCounter* counter_ = nullptr;

@@ -5,6 +5,8 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "base/large_pages.h"
+#include "base/memory.h"
 
 namespace lesskv {
 namespace {
@@ -106,13 +108,21 @@ RopeTable MakeRope(TensorReader& tensors, const ModelConfig& config) {
                     .frequency_factors = tensors.VectorIfPresent("rope_freqs.weight", config.head_dim / 2)});
 }
 
+bool ReadsAtOnce(const std::string& path, ModelLoading loading) {
+  if (loading != ModelLoading::kAuto) return loading == ModelLoading::kRead;
+  constexpr uintmax_t kLeastBytes = uintmax_t{64} << 20;  // smaller files stay in caches, or cost little either way
+  std::error_code unreadable;                             // left to GgufFile::Open
+  const uintmax_t bytes = std::filesystem::file_size(path, unreadable);
+  return !unreadable && bytes >= kLeastBytes && HasLargePages() && AvailableMemory().value_or(0) / 2 >= bytes;
+}
+
 }  // namespace
 
 Model::Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope)
     : file_(std::move(file)), config_(std::move(config)), rope_(std::move(rope)) {}
 
-std::shared_ptr<const Model> Model::Load(const std::string& path, bool map) {
-  auto file = std::make_shared<const GgufFile>(GgufFile::Open(path, map));
+std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading loading) {
+  auto file = std::make_shared<const GgufFile>(GgufFile::Open(path, !ReadsAtOnce(path, loading)));
   const ModelConfig config = ReadModelConfig(*file);
   TensorReader tensors(*file);
   std::shared_ptr<Model> model(new Model(file, config, MakeRope(tensors, config)));

@@ -28,11 +28,16 @@ struct LayerWeights {
   std::vector<float> ffn_gate_bias, ffn_up_bias, ffn_down_bias;
 };
 
+// Where the weights lie. kMap: in the mapped file, read when first used and shared by all processes. kRead: read at
+// once into memory in large pages, which decoding streams through faster. kAuto: kRead for a file of 64 MiB or more
+// where the system has large pages and twice the file's size is available memory, else kMap.
+enum class ModelLoading { kAuto, kMap, kRead };
+
 class Model {
  public:
-  // Maps the file (or reads it, GgufFile::Open) and checks it: a missing tensor, a tensor of the wrong shape or one that the architecture does not
-  // know is an Error that names it.
-  static std::shared_ptr<const Model> Load(const std::string& path, bool map = true);
+  // Opens the file as `loading` says and checks it: a missing tensor, a tensor of the wrong shape or one that the
+  // architecture does not know is an Error that names it.
+  static std::shared_ptr<const Model> Load(const std::string& path, ModelLoading loading = ModelLoading::kMap);
 
   const std::string& path() const { return path_; }
   const GgufFile& file() const { return *file_; }

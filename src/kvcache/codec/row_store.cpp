@@ -48,7 +48,10 @@ std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
     for (size_t i = 0; i < from.size(); ++i) {
       to[i].region_rows = from[i].region_rows;
       to[i].n_rows = from[i].n_rows;
-      for (const CountedBuffer& region : from[i].regions) to[i].regions.push_back(region.Clone(counter));
+      to[i].regions = Allocate(counter, from[i].regions.size(), from[i].region_rows);
+      for (size_t r = 0; r < to[i].regions.size(); ++r)
+        if (from[i].regions[r].data != nullptr)
+          std::memcpy(to[i].regions[r].data, from[i].regions[r].data, BytesFor(from[i].region_rows));
     }
   };
   clone(heads_, copy->heads_);
@@ -56,30 +59,45 @@ std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
   return copy;
 }
 
-std::byte* RowStore::Keys(const CountedBuffer& region) { return const_cast<std::byte*>(region.data()); }
-
-std::byte* RowStore::Values(const CountedBuffer& region, size_t region_rows) const {
+std::byte* RowStore::Values(const Region& region, size_t region_rows) const {
   return Keys(region) + RegionBytes(key_format_, region_rows);
+}
+
+std::vector<RowStore::Region> RowStore::Allocate(ByteCounter& counter, size_t n, size_t rows) const {
+  std::vector<Region> regions(n);
+  if (n == 0) return regions;
+  const size_t bytes = BytesFor(rows);
+  const auto memory = std::make_shared<CountedBuffer>(counter, CheckedMul(n, bytes, "bytes of rows"));
+  for (size_t i = 0; i < n; ++i)
+    regions[i] = {memory, memory->data() == nullptr ? nullptr : memory->data() + i * bytes};
+  return regions;
 }
 
 // A new arena of `rows` rows in place of the head's old one; rows in slots below both sizes keep their slots.
 void RowStore::ResizeArena(Head& head, size_t rows) {
   const size_t old_rows = head.region_rows;
   if (old_rows == rows && !head.regions.empty()) return;
-  CountedBuffer arena(*counter_, BytesFor(rows));
+  std::vector<Region> arena = Allocate(*counter_, 1, rows);
   const size_t common = head.regions.empty() ? 0 : std::min(rows, old_rows);
-  if (common > 0 && arena.data() != nullptr) {
-    const CountedBuffer& from = head.regions[0];
-    std::memcpy(arena.data(), from.data(), RegionBytes(key_format_, common));
-    std::memcpy(Values(arena, rows), Values(from, old_rows), RegionBytes(value_format_, common));
+  if (common > 0 && arena[0].data != nullptr) {
+    const Region& from = head.regions[0];
+    std::memcpy(arena[0].data, from.data, RegionBytes(key_format_, common));
+    std::memcpy(Values(arena[0], rows), Values(from, old_rows), RegionBytes(value_format_, common));
   }
-  head.regions.clear();
   head.region_rows = rows;
-  head.regions.push_back(std::move(arena));
+  head.regions = std::move(arena);
 }
 
-void RowStore::GrowTo(Head& head, size_t rows) {
-  while (head.capacity() < rows) head.regions.emplace_back(*counter_, BytesFor(kBlockRows));
+void RowStore::Grow(std::span<const size_t> rows) {
+  const auto missing = [&](size_t i) {
+    const size_t capacity = heads_[i].capacity();
+    return rows[i] > capacity ? (rows[i] - capacity + kBlockRows - 1) / kBlockRows : 0;
+  };
+  size_t n_blocks = 0;
+  for (size_t i = 0; i < heads_.size(); ++i) n_blocks += missing(i);
+  const std::vector<Region> blocks = Allocate(*counter_, n_blocks, kBlockRows);
+  for (size_t i = 0, next = 0; i < heads_.size(); ++i)
+    for (size_t n = missing(i); n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
 }
 
 // The arena as it was before Reserve. Without memory for a smaller copy the larger one stays, which the next step uses.
@@ -103,16 +121,18 @@ void RowStore::Trim(Head& head) {
 void RowStore::Reserve(const StepRoom& room) {
   try {
     for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
+    std::vector<size_t> grown(heads_.size());
     for (size_t i = 0; i < heads_.size(); ++i) {
       Head& head = heads_[i];
       const size_t all = head.n_rows + room.n_step;
       if (!room.evicts)
-        GrowTo(head, all);
+        grown[i] = all;
       else if (options_.grows)
-        GrowTo(head, std::max(head.n_rows, std::min(all, room.budgets[i])));
+        grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
       else if (head.capacity() < room.budgets[i])
         ResizeArena(head, RoundUp(room.budgets[i], kTileRows));
     }
+    Grow(grown);
     const size_t staging_rows = room.evicts ? RoundUp(room.n_step, kTileRows) : 0;
     for (Head& head : staging_) {
       if (staging_rows == 0)
@@ -158,7 +178,7 @@ void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, c
     for (size_t done = 0; done < n;) {
       const size_t row = first_row + done, slot = row % head.region_rows;
       const size_t run = std::min(n - done, head.region_rows - slot);
-      const CountedBuffer& region = head.regions[row / head.region_rows];
+      const Region& region = head.regions[row / head.region_rows];
       const size_t offset = done * stride + h * d;
       WriteRows(key_format_, Keys(region), slot, run, keys + offset, stride);
       WriteRows(value_format_, Values(region, head.region_rows), slot, run, values + offset, stride);
@@ -177,7 +197,7 @@ void RowStore::HadamardRows(float* rows, size_t n) const {
 
 void RowStore::AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const {
   for (size_t row = 0; row < n_rows; row += head.region_rows) {
-    const CountedBuffer& region = head.regions[row / head.region_rows];
+    const Region& region = head.regions[row / head.region_rows];
     spans.push_back({Keys(region), Values(region, head.region_rows), 0, std::min(head.region_rows, n_rows - row)});
   }
 }
@@ -285,7 +305,7 @@ void RowStore::Commit(size_t layer, size_t kv_head, const Compaction& compaction
   Head& head = At(layer, kv_head);
   for (const RowMove& move : compaction.moves) {
     const Place from = Find(layer, kv_head, move.from);
-    const CountedBuffer& to = head.regions[move.to / head.region_rows];
+    const Region& to = head.regions[move.to / head.region_rows];
     const size_t slot = move.to % head.region_rows;
     CopyRow(key_format_, Keys(*from.region), from.slot, Keys(to), slot);
     CopyRow(value_format_, Values(*from.region, from.region_rows), from.slot, Values(to, head.region_rows), slot);
@@ -309,10 +329,8 @@ void RowStore::EndStep() {
 }
 
 // One tile of a region, slots from n_rows on written as zeros: what left the cache does not leave in a file.
-void RowStore::SaveTile(const CountedBuffer& region, const RowFormat& format, const std::byte* tile, size_t n_rows,
-                        ByteWriter& out) const {
+void RowStore::SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const {
   const size_t bytes = TileBytes(format);
-  CHECK(tile >= region.data() && tile + bytes <= region.data() + region.size());
   if (n_rows >= kTileRows) return out.Raw(tile, bytes);
   ByteCounter scratch;
   CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
@@ -327,10 +345,10 @@ void RowStore::Save(ByteWriter& out) const {
   for (const Head& head : heads_) {
     out.Put<uint64_t>(head.n_rows);
     for (size_t row = 0; row < head.n_rows; row += kTileRows) {
-      const CountedBuffer& region = head.regions[row / head.region_rows];
+      const Region& region = head.regions[row / head.region_rows];
       const size_t tile = row % head.region_rows / kTileRows;
-      SaveTile(region, key_format_, Keys(region) + tile * key_tile, head.n_rows - row, out);
-      SaveTile(region, value_format_, Values(region, head.region_rows) + tile * value_tile, head.n_rows - row, out);
+      SaveTile(key_format_, Keys(region) + tile * key_tile, head.n_rows - row, out);
+      SaveTile(value_format_, Values(region, head.region_rows) + tile * value_tile, head.n_rows - row, out);
     }
   }
 }
@@ -341,11 +359,11 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
     Head& head = heads_[i];
     const size_t n_rows = in.Count(options_.grows ? max_rows : budgets[i], "a head's number of rows");
     if (options_.grows)
-      GrowTo(head, n_rows);
+      head.regions = Allocate(*counter_, (n_rows + kBlockRows - 1) / kBlockRows, kBlockRows);
     else
       ResizeArena(head, RoundUp(budgets[i], kTileRows));
     for (size_t row = 0; row < n_rows; row += kTileRows) {
-      const CountedBuffer& region = head.regions[row / head.region_rows];
+      const Region& region = head.regions[row / head.region_rows];
       const size_t tile = row % head.region_rows / kTileRows;
       in.Raw(Keys(region) + tile * key_tile, key_tile);
       in.Raw(Values(region, head.region_rows) + tile * value_tile, value_tile);

@@ -1,7 +1,8 @@
 // The store of codecs that keep each row by itself (f32, f16, bf16, q8, q4; keys and values may differ).
 //
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
-// blocks of kBlockRows rows. Where rows may leave after a step, the step's own rows wait in a staging area that all
+// blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
+// can hold them. Where rows may leave after a step, the step's own rows wait in a staging area that all
 // layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk.
 //
 // Types that rotate store H k and H v for keys and values, H the Hadamard transform of hadamard.h. Scores are those of
@@ -47,15 +48,19 @@ class RowStore final : public KvStore {
   void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
 
  private:
+  struct Region {  // keys, then values, of a number of rows; in a plan `data` is null
+    std::shared_ptr<CountedBuffer> memory;
+    std::byte* data = nullptr;
+  };
   struct Head {
-    std::vector<CountedBuffer> regions;  // keys, then values, of region_rows rows each
+    std::vector<Region> regions;  // of region_rows rows each
     size_t region_rows = 0;
     size_t n_rows = 0;
     size_t rows_before = 0;  // an arena's size before the step: what CancelStep goes back to
     size_t capacity() const { return regions.size() * region_rows; }
   };
   struct Place {  // where a row lies
-    const CountedBuffer* region;
+    const Region* region;
     size_t region_rows;
     size_t slot;
   };
@@ -65,13 +70,14 @@ class RowStore final : public KvStore {
   Place Find(size_t layer, size_t kv_head, uint32_t row) const;
 
   size_t BytesFor(size_t rows) const;  // keys and values of a region
-  static std::byte* Keys(const CountedBuffer& region);
-  std::byte* Values(const CountedBuffer& region, size_t region_rows) const;
+  static std::byte* Keys(const Region& region) { return region.data; }
+  std::byte* Values(const Region& region, size_t region_rows) const;
+  // `n` regions of `rows` rows side by side in one allocation.
+  std::vector<Region> Allocate(ByteCounter& counter, size_t n, size_t rows) const;
   void ResizeArena(Head& head, size_t rows);
   void TakeBackArena(Head& head);
-  void SaveTile(const CountedBuffer& region, const RowFormat& format, const std::byte* tile, size_t n_rows,
-                ByteWriter& out) const;
-  void GrowTo(Head& head, size_t rows);
+  void SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const;
+  void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void Trim(Head& head);
   void AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const;
   std::vector<KvSpan> Spans(size_t layer, size_t kv_head, size_t n_step_rows) const;
