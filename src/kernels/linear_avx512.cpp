@@ -76,10 +76,12 @@ struct FloatRowDot {
   }
 };
 
-// Two rows of a float type at once, so that each activation is loaded once for both; the same sums as row by row.
+// Two rows of a float type at once, `apart` rows from each other, so that each activation is loaded once for both; the
+// same sums as row by row.
 template <DType kType, size_t kTokens>
-void DotF32Pair(const uint8_t* row, size_t row_bytes, size_t n, const float* x, size_t x_stride, float* y,
+void DotF32Pair(const uint8_t* row, size_t row_bytes, size_t apart, size_t n, const float* x, size_t x_stride, float* y,
                 size_t y_stride) {
+  const uint8_t* other = row + apart * row_bytes;
   DotSink<kTokens> first, second;
   first.x = second.x = x;
   first.x_stride = second.x_stride = x_stride;
@@ -88,14 +90,14 @@ void DotF32Pair(const uint8_t* row, size_t row_bytes, size_t n, const float* x, 
     first.acc[t][0] = first.acc[t][1] = second.acc[t][0] = second.acc[t][1] = _mm512_setzero_ps();
   }
   constexpr size_t kElementBytes = kType == DType::kF32 ? 4 : 2;
-  const size_t ahead = PrefetchAhead(2, row_bytes);
+  const size_t ahead = PrefetchAhead(2, row_bytes, apart);
   size_t i = 0;
   for (; i + 32 <= n; i += 32) {
     Prefetch(row + ahead + i * kElementBytes, 32 * kElementBytes);
-    Prefetch(row + row_bytes + ahead + i * kElementBytes, 32 * kElementBytes);
+    Prefetch(other + ahead + i * kElementBytes, 32 * kElementBytes);
     const __m512 a0 = LoadFloats<kType>(row, i, 0xffff), a1 = LoadFloats<kType>(row, i + 16, 0xffff);
-    const __m512 b0 = LoadFloats<kType>(row + row_bytes, i, 0xffff);
-    const __m512 b1 = LoadFloats<kType>(row + row_bytes, i + 16, 0xffff);
+    const __m512 b0 = LoadFloats<kType>(other, i, 0xffff);
+    const __m512 b1 = LoadFloats<kType>(other, i + 16, 0xffff);
 #pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       const __m512 x0 = _mm512_loadu_ps(x + t * x_stride + i), x1 = _mm512_loadu_ps(x + t * x_stride + i + 16);
@@ -109,24 +111,26 @@ void DotF32Pair(const uint8_t* row, size_t row_bytes, size_t n, const float* x, 
     const uint32_t mask = (1u << (n - i)) - 1;
     const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
     first.PutTail(i, LoadFloats<kType>(row, i, low), LoadFloats<kType>(row, i + 16, high), n - i);
-    second.PutTail(i, LoadFloats<kType>(row + row_bytes, i, low), LoadFloats<kType>(row + row_bytes, i + 16, high),
+    second.PutTail(i, LoadFloats<kType>(other, i, low), LoadFloats<kType>(other, i + 16, high),
                    n - i);
   }
 #pragma GCC unroll 4
   for (size_t t = 0; t < kTokens; ++t) {
     y[t * y_stride] = _mm512_reduce_add_ps(_mm512_add_ps(first.acc[t][0], first.acc[t][1]));
-    y[t * y_stride + 1] = _mm512_reduce_add_ps(_mm512_add_ps(second.acc[t][0], second.acc[t][1]));
+    y[t * y_stride + apart] = _mm512_reduce_add_ps(_mm512_add_ps(second.acc[t][0], second.acc[t][1]));
   }
 }
 
 template <DType kType, size_t kTokens>
 void DotF32Rows(const RowBlock& block, const float* x, size_t x_stride, float* y, size_t y_stride) {
   size_t r = 0;
-  if constexpr (kTokens > 1 && (kType == DType::kF32 || kType == DType::kF16 || kType == DType::kBF16)) {
-    for (; r + 2 <= block.n_rows; r += 2) {
-      DotF32Pair<kType, kTokens>(block.rows + r * block.row_bytes, block.row_bytes, block.n, x, x_stride, y + r,
+  if constexpr (kType == DType::kF32 || kType == DType::kF16 || kType == DType::kBF16) {
+    const size_t apart = block.n_rows / 2;
+    for (; r < apart; ++r) {
+      DotF32Pair<kType, kTokens>(block.rows + r * block.row_bytes, block.row_bytes, apart, block.n, x, x_stride, y + r,
                                  y_stride);
     }
+    r = 2 * apart;
   }
   for (; r < block.n_rows; ++r) {
     FloatRowDot<kType>::template Row<kTokens>(block.rows + r * block.row_bytes, block.n, x, x_stride, y + r, y_stride);

@@ -314,19 +314,21 @@ struct RowProduct {
     }
   }
 
-  inline void Run(const uint8_t* row, size_t row_bytes, size_t n, const Int8Row* x, float* y, size_t y_stride) {
+  // Rows `apart` rows from each other, the first at `row`.
+  inline void Run(const uint8_t* row, size_t row_bytes, size_t apart, size_t n, const Int8Row* x, float* y,
+                  size_t y_stride) {
 #pragma GCC unroll 2
     for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) acc[r][t] = _mm512_setzero_ps(), min_acc[r][t] = _mm256_setzero_ps();
     }
-    const size_t ahead = PrefetchAhead(kRows, row_bytes);
+    const size_t ahead = PrefetchAhead(kRows, row_bytes, apart);
     const uint8_t* at[kRows];
     size_t s = 0;
     for (; (s + 1) * S::kElements <= n; ++s) {
 #pragma GCC unroll 2
       for (size_t r = 0; r < kRows; ++r) {
-        at[r] = row + r * row_bytes + s * S::kBytes;
+        at[r] = row + r * apart * row_bytes + s * S::kBytes;
         Prefetch(at[r] + ahead, S::kBytes);
       }
       Add(at, s, x);
@@ -334,7 +336,7 @@ struct RowProduct {
     if (s * S::kElements < n) {
       uint8_t last[kRows][S::kBytes] = {};  // blocks beyond the row's end have scale zero
       for (size_t r = 0; r < kRows; ++r) {
-        __builtin_memcpy(last[r], row + r * row_bytes + s * S::kBytes, row_bytes - s * S::kBytes);
+        __builtin_memcpy(last[r], row + r * apart * row_bytes + s * S::kBytes, row_bytes - s * S::kBytes);
         at[r] = last[r];
       }
       Add(at, s, x);
@@ -345,7 +347,7 @@ struct RowProduct {
       for (size_t t = 0; t < kTokens; ++t) {
         __m512 total = acc[r][t];
         if constexpr (S::kHasMin) total = _mm512_add_ps(total, _mm512_zextps256_ps512(min_acc[r][t]));
-        y[t * y_stride + r] = _mm512_reduce_add_ps(total);
+        y[t * y_stride + r * apart] = _mm512_reduce_add_ps(total);
       }
     }
   }
@@ -355,17 +357,13 @@ template <DType kType, size_t kTokens>
 void DotRows(const RowBlock& block, const Int8Activations& x, size_t token, float* y, size_t y_stride) {
   Int8Row tokens[kTokens];
   for (size_t t = 0; t < kTokens; ++t) tokens[t] = TokenRow(x, token + t);
-  size_t r = 0;
-  // Fewer tokens leave time for the loads, and a single stream of rows suits the memory better.
-  constexpr size_t kRows = kTokens < kDotTokens ? 1 : 2;
-  for (; r + kRows <= block.n_rows; r += kRows) {
+  const auto run = [&]<size_t kRows>(size_t r, size_t apart) {
     RowProduct<kType, kTokens, kRows> product;
-    product.Run(block.rows + r * block.row_bytes, block.row_bytes, block.n, tokens, y + r, y_stride);
-  }
-  for (; r < block.n_rows; ++r) {
-    RowProduct<kType, kTokens, 1> product;
-    product.Run(block.rows + r * block.row_bytes, block.row_bytes, block.n, tokens, y + r, y_stride);
-  }
+    product.Run(block.rows + r * block.row_bytes, block.row_bytes, apart, block.n, tokens, y + r, y_stride);
+  };
+  const size_t apart = block.n_rows / kStreams;
+  for (size_t r = 0; r < apart; ++r) run.template operator()<kStreams>(r, apart);
+  for (size_t r = apart * kStreams; r < block.n_rows; ++r) run.template operator()<1>(r, 1);
 }
 
 template <DType kType>
