@@ -159,7 +159,7 @@ class Runner:
     self.embedding = self.model.token_embd.weight.bfloat16()
 
   def forward(self, ids, attend):
-    """Log-probabilities [batch, tokens, vocab]; attend(layer, q, k, v) -> [batch, heads, tokens, d]."""
+    """Final hidden states [batch, tokens, dim]; attend(layer, q, k, v) -> [batch, heads, tokens, d]."""
     cfg, (batch, tokens) = self.cfg, ids.shape
     cos, sin = self.model.cos[:tokens], self.model.sin[:tokens]
     x = self.model.token_embd(ids)
@@ -172,13 +172,14 @@ class Runner:
       x = x + F.linear(a.transpose(1, 2).reshape(batch, tokens, -1).bfloat16(), w["attn_output"]).float()
       h = layer.ffn_norm(x).bfloat16()
       x = x + F.linear(F.silu(F.linear(h, w["ffn_gate"])) * F.linear(h, w["ffn_up"]), w["ffn_down"]).float()
-    return F.linear(self.model.output_norm(x).bfloat16(), self.embedding).float().log_softmax(-1)
+    return self.model.output_norm(x)
 
   @torch.no_grad()
   def full(self, ids):
     group = self.cfg.n_heads // self.cfg.n_kv_heads
+    widen = lambda x: x.bfloat16().repeat_interleave(group, 1)
     return self.forward(ids, lambda i, q, k, v: F.scaled_dot_product_attention(
-        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True))
+        q.bfloat16(), widen(k), widen(v), is_causal=True).float())
 
   def compressed(self, ids, policy, step, maps):
     return self.forward(ids, lambda i, q, k, v: attend_compressed(i, q, k, v, policy, step, maps))
@@ -200,13 +201,14 @@ def attend_compressed(layer, q, k, v, policy, step, maps):
   budget = before.shape[3]
   by_step = lambda x: x.view(batch, n_kv, group, steps, step, -1).transpose(2, 3).flatten(3, 4)  # [batch, kv, steps, group * step, :]
   take = lambda x: torch.gather(x, 2, before.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, d)).unflatten(2, (steps, budget))
-  rows = lambda x: torch.cat((take(x), x.unflatten(2, (steps, step))), 3).bfloat16()
-  scores = (by_step(q).bfloat16() @ rows(k).transpose(3, 4)).float() / math.sqrt(d)
-  hidden = torch.cat(((before < 0)[:, :, :, None].expand(-1, -1, -1, step, -1),
-                      ~torch.tril(torch.ones(step, step, dtype=torch.bool)).expand(batch, n_kv, steps, step, step)), 4)
-  scores = scores.masked_fill(hidden.repeat(1, 1, 1, group, 1), -1e30)
+  rows = lambda x: torch.cat((take(x), x.unflatten(2, (steps, step))), 3)
+  scores = (by_step(q.bfloat16()) @ rows(k.bfloat16()).transpose(3, 4)).float() / math.sqrt(d)
+  mask = torch.zeros(batch, n_kv, steps, 1, step, budget + step)
+  mask[..., :budget].masked_fill_((before < 0)[:, :, :, None, None], -1e30)
+  mask[..., budget:].masked_fill_(~torch.tril(torch.ones(step, step, dtype=torch.bool)), -1e30)
+  scores = (scores.unflatten(3, (group, step)) + mask).flatten(3, 4)
   lse = torch.logsumexp(scores, 4, keepdim=True)
-  exact = (torch.exp(scores - lse).bfloat16() @ rows(v)).float()
+  exact = (torch.exp(scores - lse).bfloat16() @ rows(v.bfloat16())).float()
   state = state_before_steps(maps.features(layer, "psi", k), v, leave, steps)
   read = by_step(maps.features(layer, "phi", q)) @ state
   mass = read[..., d:]
@@ -225,10 +227,29 @@ def parse_policy(text, context):
   return name, int(float(share) * context / 100)
 
 
+class Divergence(torch.autograd.Function):
+  """Mean KL divergence of next-token distributions, KL(teacher | student), from hidden states [tokens, dim]; a few tokens' logits at a time."""
+
+  @staticmethod
+  def forward(ctx, student, teacher, embedding):
+    total, gradients, n = 0.0, [], student.shape[0]
+    for at in range(0, n, 256):
+      log_s, log_t = (F.linear(x[at:at + 256].bfloat16(), embedding).float().log_softmax(-1) for x in (student, teacher))
+      p_t = log_t.exp()
+      total += (p_t * (log_t - log_s)).sum().item()
+      gradients.append(((log_s.exp() - p_t).bfloat16() @ embedding).float() / n)
+    ctx.save_for_backward(torch.cat(gradients))
+    return torch.tensor(total / n)
+
+  @staticmethod
+  def backward(ctx, upstream):
+    return ctx.saved_tensors[0] * upstream, None, None
+
+
 def loss_of(runner, ids, policy, step, maps):
   teacher, first = runner.full(ids), policy[1]  # nothing has left before position `first`
-  student = runner.compressed(ids, policy, step, maps)[:, first:]
-  return F.kl_div(student, teacher[:, first:], log_target=True, reduction="none").sum(-1).mean()
+  student = runner.compressed(ids, policy, step, maps)
+  return Divergence.apply(student[:, first:].flatten(0, 1), teacher[:, first:].flatten(0, 1), runner.embedding)
 
 
 def refine(args) -> None:
