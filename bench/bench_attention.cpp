@@ -27,10 +27,12 @@
 
 #include "base/check.h"
 #include "base/error.h"
+#include "base/plain_read.h"
 #include "base/rng.h"
 #include "base/threads.h"
 #include "kernels/attention.h"
 #include "kernels/cpu.h"
+#include "kvcache/memory.h"
 
 namespace lesskv {
 namespace {
@@ -73,9 +75,8 @@ class Layer {
     const size_t capacity = (rows + kTileRows - 1) / kTileRows * kTileRows;
     const size_t key_bytes = RegionBytes(keys_, capacity), region_bytes = key_bytes + RegionBytes(values_, capacity);
     const size_t n_regions = (n_rows + rows - 1) / rows;
-    bytes_ = region_bytes * n_regions * heads_.size();
-    data_.reset(static_cast<std::byte*>(::operator new (bytes_, std::align_val_t{kRegionAlign})));
-    const std::byte* region = data_.get();
+    data_ = CountedBuffer(counter_, region_bytes * n_regions * heads_.size());
+    const std::byte* region = data_.data();
     for (std::vector<KvSpan>& spans : heads_) {
       for (size_t r = 0; r < n_rows; r += rows, region += region_bytes) {
         spans.push_back({region, region + key_bytes, 0, std::min(rows, n_rows - r)});
@@ -98,22 +99,18 @@ class Layer {
       }
     });
   }
-  void CopyFrom(const Layer& other) { std::memcpy(data_.get(), other.data_.get(), bytes_); }
+  void CopyFrom(const Layer& other) { std::memcpy(data_.data(), other.data_.data(), data_.size()); }
 
-  size_t bytes() const { return bytes_; }
-  const std::byte* data() const { return data_.get(); }
+  std::span<const std::byte> bytes() const { return {data_.data(), data_.size()}; }
   const RowFormat& keys() const { return keys_; }
   const RowFormat& values() const { return values_; }
   const std::vector<KvSpan>& spans(size_t head) const { return heads_[head]; }
 
  private:
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kRegionAlign}); }
-  };
   RowFormat keys_, values_;
   std::vector<std::vector<KvSpan>> heads_;
-  size_t bytes_;
-  std::unique_ptr<std::byte, Free> data_;
+  ByteCounter counter_;
+  CountedBuffer data_;  // in large pages, as a cache's are
 };
 
 struct Step {
@@ -170,29 +167,6 @@ double Verify(Step& step, const std::vector<AttentionJob>& jobs, double bound) {
 
 // ---- What the machine can do
 
-uint64_t g_sink = 0;
-
-double ReadSeconds(const std::byte* data, size_t bytes) {
-  constexpr size_t kTask = 1 << 17;
-  const size_t n_tasks = (bytes + kTask - 1) / kTask;
-  std::vector<uint64_t> sums(n_tasks * 8);
-  const double start = Seconds();
-  ParallelFor(n_tasks, [&](size_t task) {
-    const std::byte* p = data + task * kTask;
-    const size_t count = std::min(kTask, bytes - task * kTask) / 64;
-    uint64_t sum[8] = {};
-    for (size_t i = 0; i < count; ++i) {
-      uint64_t line[8];
-      std::memcpy(line, p + i * 64, sizeof line);
-      for (size_t j = 0; j < 8; ++j) sum[j] += line[j];
-    }
-    for (uint64_t part : sum) sums[task * 8] += part;
-  });
-  const double seconds = Seconds() - start;
-  for (uint64_t sum : sums) g_sink += sum;
-  return seconds;
-}
-
 #ifdef __x86_64__
 __attribute__((target("avx512f"))) float MultiplyAdds(size_t n) {
   __m512 sum[16];
@@ -218,7 +192,7 @@ double PeakGflops() {
   const double start = Seconds();
   ParallelFor(n_tasks, [&](size_t t) { results[t * 16] = MultiplyAdds(kRounds); });
   const double seconds = Seconds() - start;
-  for (float r : results) g_sink += static_cast<uint64_t>(r);
+  CHECK(results[0] != 42, "keeps the multiply-adds from being optimised away");
   return static_cast<double>(n_tasks * kRounds) * 16 * 16 * 2 / seconds * 1e-9;
 #else
   return 0;
@@ -257,7 +231,7 @@ void BenchDecode(const Options& options, const Shape& shape) {
           layers[0]->FillRandom(n_rows);
         else
           layers.back()->CopyFrom(*layers[0]);
-        bytes += layers.back()->bytes();
+        bytes += layers.back()->bytes().size();
       }
       Verify(step, step.Jobs(*layers[0], n_rows - options.queries, ComputeType::kF32), Bound(type));
       std::vector<double> ours(layers.size(), 1e9), plain(layers.size(), 1e9);
@@ -269,7 +243,7 @@ void BenchDecode(const Options& options, const Shape& shape) {
           ours[l] = std::min(ours[l], Seconds() - start);
         }
         for (size_t l = 0; l < layers.size(); ++l) {
-          plain[l] = std::min(plain[l], ReadSeconds(layers[l]->data(), layers[l]->bytes()));
+          plain[l] = std::min(plain[l], PlainReadSeconds(layers[l]->bytes()));
         }
       }
       const double ours_layer = Sum(ours) / static_cast<double>(layers.size());

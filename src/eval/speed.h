@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "eval/plain_read.h"
+#include "base/plain_read.h"
 #include "eval/report.h"
 
 namespace lesskv {
