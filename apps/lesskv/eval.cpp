@@ -133,12 +133,19 @@ void AddPerplexity(CLI::App& parent) {
   CLI::App* command = parent.add_subcommand("perplexity", "How well text is predicted, by token, word and byte");
   auto o = std::make_shared<TextOptions>();
   AddTextOptions(*command, *o);
-  command->callback([o] {
+  auto pair_distance = std::make_shared<size_t>(0);
+  command
+      ->add_option("--by-pair", *pair_distance,
+                   "Also report apart the tokens that with the token before them are new to the window, that repeat a "
+                   "pair of the last N tokens, and that repeat one only farther back")
+      ->check(AtLeast(1))
+      ->option_text("N");
+  command->callback([o, pair_distance] {
     const Protocol protocol = o->protocol.Parse();
     Session session(o->common, "perplexity");
     CheckProtocol(protocol, session.setup.ctx);
     session.AddRivalsIfAsked(o->common, protocol.prompt);
-    session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, protocol}));
+    session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, protocol, *pair_distance}));
   });
 }
 

@@ -22,7 +22,7 @@ namespace {
 using testing_support::Bundled;
 using testing_support::kSampleText;
 
-double Value(const Json& row, const char* key) { return row.at(key).get<double>(); }
+double Value(const Json& row, const std::string& key) { return row.at(key).get<double>(); }
 
 Json PerplexityRow(const std::string& spec, const Protocol& protocol, size_t batch = 16, size_t windows = 4) {
   return EvaluatePerplexity(Bundled().Setup({spec}, 128, batch), {{kSampleText}, windows, protocol}).rows.at(0);
@@ -117,6 +117,37 @@ TEST(PerplexityTest, RefusesAProtocolThatScoresNothing) {
   const Protocol no_step{.mode = Protocol::Mode::kStream, .step = 0};
   for (const Protocol& protocol : {no_prompt, too_long, no_step}) EXPECT_THROW(PerplexityRow("full", protocol), Error);
   EXPECT_THROW(ParseMode("both"), Error);
+}
+
+TEST(PerplexityTest, PairsAreNearFarOrNew) {
+  using enum PairClass;
+  const std::vector<int32_t> ids = {7, 8, 7, 8, 9, 9, 9, 1, 7, 8};
+  EXPECT_EQ(ClassifyPairs(ids, 3),
+            (std::vector<PairClass>{kNew, kNew, kNew, kNear, kNew, kNew, kNear, kNew, kNew, kFar}));
+  EXPECT_EQ(ClassifyPairs(ids, 6).back(), kNear);
+  EXPECT_EQ(ClassifyPairs(ids, 5).back(), kFar);
+  EXPECT_TRUE(ClassifyPairs({}, 5).empty());
+}
+
+// The classes make up the whole, and a small cache loses where what is repeated has left it.
+TEST(PerplexityTest, ByPairItShowsWhereTheLossLies) {
+  const EvalSetup setup = Bundled().Setup({"full", "window(24)"}, 256);
+  const Report report = EvaluatePerplexity(setup, {{kSampleText}, 4, kStream8, 32});
+  for (const Json& row : report.rows) {
+    double share = 0, nats = 0;
+    for (const std::string name : {"pair_new", "pair_near", "pair_far"}) {
+      share += Value(row, "share_" + name);
+      nats += Value(row, "share_" + name) * std::log(Value(row, "perplexity_" + name));
+    }
+    EXPECT_NEAR(share, 1, 1e-12);
+    EXPECT_NEAR(nats, std::log(Value(row, "perplexity")), 1e-9);
+  }
+  const auto lost = [&](const std::string& name) {
+    return std::log(Value(report.rows[1], "perplexity_" + name) / Value(report.rows[0], "perplexity_" + name));
+  };
+  EXPECT_GT(lost("pair_far"), 0.3);
+  EXPECT_GT(lost("pair_far"), 3 * lost("pair_near"));
+  EXPECT_GT(lost("pair_far"), 3 * lost("pair_new"));
 }
 
 TEST(PerplexityTest, StopsWhenAsked) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <unordered_map>
 
 #include "base/check.h"
 #include "base/threads.h"
@@ -36,7 +37,28 @@ void Score(const EvalSetup& setup, const Subject& subject, std::span<const TextW
   batch.AddStats(stats);
 }
 
+constexpr std::array<const char*, kPairClasses> kClassNames = {"pair_new", "pair_near", "pair_far"};
+
+void AddPairColumns(std::vector<Column>& columns) {
+  for (const std::string name : kClassNames) {
+    columns.push_back({"share_" + name, name + ": of tokens", Column::Style::kPercent, 1});
+    columns.push_back({"perplexity_" + name, "per token", Column::Style::kFixed, 3, "perplexity_" + name + "_se"});
+  }
+}
+
 }  // namespace
+
+std::vector<PairClass> ClassifyPairs(std::span<const int32_t> ids, size_t distance) {
+  std::vector<PairClass> classes(ids.size(), PairClass::kNew);
+  std::unordered_map<uint64_t, size_t> last;  // where a pair's second token stood
+  for (size_t i = 1; i < ids.size(); ++i) {
+    const uint64_t pair = uint64_t{static_cast<uint32_t>(ids[i - 1])} << 32 | static_cast<uint32_t>(ids[i]);
+    const auto [at, is_new] = last.try_emplace(pair, i);
+    if (!is_new) classes[i] = i - at->second <= distance ? PairClass::kNear : PairClass::kFar;
+    at->second = i;
+  }
+  return classes;
+}
 
 void PerplexityTally::AddWindow(const TextWindow& window, size_t first_target, std::span<const double> nats) {
   CHECK(first_target + nats.size() == window.ids.size(), "{} scores for {} tokens", nats.size(), window.ids.size());
@@ -51,6 +73,16 @@ void PerplexityTally::AddWindow(const TextWindow& window, size_t first_target, s
   per_word_.Add(sum, words);
   per_byte_.Add(sum, bytes);
   ++n_windows_;
+  if (pair_distance_ == 0) return;
+  const std::vector<PairClass> classes = ClassifyPairs(window.ids, pair_distance_);
+  std::array<double, kPairClasses> sums = {};
+  std::array<size_t, kPairClasses> counts = {};
+  for (size_t i = 0; i < nats.size(); ++i) {
+    const auto c = static_cast<size_t>(classes[first_target + i]);
+    sums[c] += nats[i];
+    ++counts[c];
+  }
+  for (size_t c = 0; c < kPairClasses; ++c) per_class_[c].Add(sums[c], counts[c]);
 }
 
 void PerplexityTally::AddTo(Json& row) const {
@@ -66,6 +98,15 @@ void PerplexityTally::AddTo(Json& row) const {
   row["words_scored"] = per_word_.count();
   row["bytes_scored"] = per_byte_.count();
   row["windows"] = n_windows_;
+  if (pair_distance_ == 0) return;
+  row["pair_distance"] = pair_distance_;
+  for (size_t c = 0; c < kPairClasses; ++c) {
+    const std::string name = kClassNames[c];
+    const double perplexity = std::exp(per_class_[c].Mean());
+    row["share_" + name] = static_cast<double>(per_class_[c].count()) / static_cast<double>(per_token_.count());
+    row["perplexity_" + name] = perplexity;
+    row["perplexity_" + name + "_se"] = perplexity * per_class_[c].StandardError();
+  }
 }
 
 Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& options) {
@@ -77,7 +118,7 @@ Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& optio
   size_t n_done = 0;
   Report report;
   for (const Subject& subject : setup.subjects) {
-    PerplexityTally tally;
+    PerplexityTally tally(options.pair_distance);
     FeedCost cost;
     StatsTally stats;
     for (size_t begin = 0; begin < windows.size(); begin += n_batch) {
@@ -97,6 +138,7 @@ Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& optio
   report.columns.push_back({"perplexity", "per token", Column::Style::kFixed, 3, "perplexity_se"});
   report.columns.push_back({"word_perplexity", "per word", Column::Style::kFixed, 2, "word_perplexity_se"});
   report.columns.push_back({"bits_per_byte", "bits/byte", Column::Style::kFixed, 4, "bits_per_byte_se"});
+  if (options.pair_distance > 0) AddPairColumns(report.columns);
   AppendCacheColumns(report.columns);
   return report;
 }
