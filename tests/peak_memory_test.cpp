@@ -1,5 +1,6 @@
 // What a run takes of the machine's memory, by the kernel's own count (VmHWM of the child): opening a model maps it
-// without reading it, and rows that leave the cache leave memory, however long the text.
+// without reading it, a run takes its weights, its cache and the work memory that `plan` states, and rows that leave the
+// cache leave memory, however long the text.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -13,6 +14,8 @@
 #include <vector>
 
 #include "base/error.h"
+#include "format/gguf.h"
+#include "format/gguf_writer.h"
 
 namespace lesskv {
 namespace {
@@ -96,6 +99,67 @@ TEST_F(PeakMemory, WhatLeftTheCacheLeftMemory) {
   EXPECT_NEAR(beyond(full), peak(full), slack);
   EXPECT_NEAR(beyond(small), peak(small), slack);
   EXPECT_LT(beyond(small), 0.25 * beyond(full));
+}
+
+// The bundled model with its layers repeated up to n_layers, and its embedding n_embeddings times in a row: valid, and
+// as large as one likes.
+void WriteLargeModel(const std::string& path, uint32_t n_layers, size_t n_embeddings) {
+  constexpr uint32_t kBundledLayers = 4;
+  const GgufFile bundled = GgufFile::Open(kModel);
+  GgufWriter writer;
+  for (const auto& [key, value] : bundled.metadata()) {
+    if (key == "llama.block_count")
+      writer.Add(key, n_layers);
+    else if (key != "llama.vocab_size")  // optional; what the embedding has otherwise
+      writer.Add(key, value);
+  }
+  const auto add = [&](const std::string& name, const GgufTensor& tensor) {
+    writer.AddTensor(name, tensor.type, std::span(tensor.ne.data(), tensor.n_dims), tensor.data);
+  };
+  for (const GgufTensor& tensor : bundled.tensors())
+    if (!std::string_view(tensor.name).starts_with("blk.") && tensor.name != "token_embd.weight")
+      add(std::string(tensor.name), tensor);
+  const GgufTensor& embedding = *bundled.FindTensor("token_embd.weight");
+  writer.AddTensor(embedding.name, embedding.type, {embedding.ne[0], embedding.ne[1] * n_embeddings},
+                   [&](ByteSink& sink) {
+                     for (size_t i = 0; i < n_embeddings; ++i) sink.Write(embedding.data);
+                   });
+  for (uint32_t layer = 0; layer < n_layers; ++layer) {
+    const std::string from = fmt::format("blk.{}.", layer % kBundledLayers), to = fmt::format("blk.{}.", layer);
+    for (const GgufTensor& tensor : bundled.tensors())
+      if (std::string_view(tensor.name).starts_with(from)) add(to + std::string(tensor.name).substr(from.size()), tensor);
+  }
+  writer.Write(path);
+}
+
+TEST_F(PeakMemory, APlanReadsNoWeights) {
+  const std::string wide = (folder_ / "wide.gguf").string();
+  WriteLargeModel(wide, 4, 60);
+  const ChildRun small = Call({"plan", "-m", kModel, "-o", "json"}), large = Call({"plan", "-m", wide, "-o", "json"});
+  ASSERT_GT(large.result[0]["weight_bytes"], 50'000'000);
+  EXPECT_NEAR(static_cast<double>(large.peak), static_cast<double>(small.peak), 4 << 20);
+}
+
+TEST_F(PeakMemory, ARunTakesItsWeightsItsCacheAndTheStatedWork) {
+  const std::string deep = (folder_ / "deep.gguf").string();
+  WriteLargeModel(deep, 60, 1);
+  std::ifstream sample(LESSKV_SOURCE_DIR "/docs/sample.txt");
+  const std::string prompt((std::istreambuf_iterator<char>(sample)), {});
+  const ChildRun nothing = Call({"methods"});
+  for (const std::string loading : {"--mmap", "--no-mmap"}) {
+    for (const std::string spec : {"full", "h2o(5%)+prefill(chunk=128)"}) {
+      const ChildRun run = Call({"run", "-m", deep, loading, "-p", prompt, "-n", "2", "-t", "2", "--json", "--kv", spec});
+      const auto tokens = std::to_string(run.result["prompt_tokens"].get<size_t>());
+      const ChildRun plan = Call({"plan", "-m", deep, "-p", tokens, "-n", "2", "-o", "json", "--kv", spec});
+      const auto bytes = [&](const char* key) { return plan.result[0][key].get<double>(); };
+      EXPECT_EQ(run.result["kv_bytes_peak"], plan.result[0]["kv_bytes_peak"]);
+      const double stated = bytes("weight_bytes") + bytes("kv_bytes_peak") + bytes("work_bytes");
+      const double taken = static_cast<double>(run.peak) - static_cast<double>(nothing.peak);
+      fmt::print("{} {}: {:.1f} MB taken, {:.1f} MB stated\n", loading, spec, taken * 1e-6, stated * 1e-6);
+      EXPECT_LT(taken, stated + (8 << 20));  // tokenizer, libraries, stacks, halves of large pages
+      EXPECT_GT(taken, 0.8 * stated);
+    }
+  }
 }
 
 }  // namespace

@@ -136,6 +136,12 @@ TEST_F(RunCommand, SamplingFollowsTheSeed) {
   EXPECT_NE(Shell("$L run --seed 1" + rest).out, Shell("$L run --seed 2" + rest).out);
 }
 
+TEST_F(RunCommand, TheTextIsTheSameMappedOrRead) {
+  const Result mapped = Shell("$L run -m $M -p 'the sea' -n 8 --temp 0 --mmap");
+  EXPECT_EQ(mapped.status, 0) << mapped.err;
+  EXPECT_EQ(Shell("$L run -m $M -p 'the sea' -n 8 --temp 0 --no-mmap").out, mapped.out);
+}
+
 TEST_F(RunCommand, KeepAndProtectHoldTokens) {
   const std::string rest = " -m $M -p 'the sea in a storm and the rain on the harbour' -n 3 --temp 0 --json --ctx 64";
   EXPECT_EQ(Shell("$L run --kv 'window(12, sinks=0)' --keep 4" + rest).status, 0);
@@ -184,6 +190,7 @@ const BadCall kBadCalls[] = {
     {"no sidecar", "$L run -m $M -p x --kv 'h2o(50%)+less'", 2, "less"},
     {"empty stop", "$L run -m $M -p x --stop ''", 2, "--stop"},
     {"reversed span", "$L run -m $M -p x --protect 3:1", 2, "--protect"},
+    {"mapped and read", "$L run -m $M -p x --mmap --no-mmap", 2, "--no-mmap"},
     {"two prompts", "$L run -m $M -p x -f y", 2, "both"},
     {"missing prompt file", "$L run -m $M -f nowhere.txt", 2, "nowhere.txt"},
     {"no prompt", "$L run -m $M < /dev/null", 2, "prompt"},
