@@ -2,7 +2,9 @@
 // in the same run, and the ratio of the best times must stay above a bound. Ratios hold on a busy machine where times do
 // not. Bounds are about half of what was seen with AVX-512 and apply where the processor has AVX-512; elsewhere every
 // kernel must at least not be slower than its reference. Decode steps of whole caches are timed beside a window's of as
-// many rows: what score bookkeeping and the LESS state may cost. Exit status 1 when a bound is broken.
+// many rows: what score bookkeeping and the LESS state may cost. Products of one
+// token with weights that no cache holds are timed beside a plain read of the same bytes. Exit status 1 when a bound is
+// broken.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "base/plain_read.h"
 #include "base/rng.h"
 #include "base/threads.h"
 #include "cache_feeder.h"
@@ -22,6 +25,7 @@
 #include "kernels/cpu.h"
 #include "kernels/linear.h"
 #include "kernels/quants.h"
+#include "kvcache/memory.h"
 
 namespace lesskv {
 namespace {
@@ -72,6 +76,29 @@ void CheckProducts(Guard& guard, DType type, size_t n_tokens, double bound) {
   const WeightView view{type, kOut, kIn, weights.data()};
   guard.Check(fmt::format("product {}, {} tokens", Traits(type).name, n_tokens), bound,
               [&] { Linear(view, x.data(), kIn, n_tokens, y.data(), kOut, AutoCompute()); });
+}
+
+// One token's product with 128 MiB of weights, beside a plain read of the same bytes.
+void CheckStreaming(Guard& guard, DType type, double least_share) {
+  constexpr size_t kIn = 2048;
+  const size_t row_bytes = RowBytes(type, kIn), n_out = (size_t{128} << 20) / row_bytes;
+  const std::vector<float> row = Normals(kIn, 1), x = Normals(kIn, 2);
+  ByteCounter counter;
+  CountedBuffer weights(counter, n_out * row_bytes);  // in large pages
+  for (size_t o = 0; o < n_out; ++o) QuantizeRow(type, row.data(), kIn, weights.data() + o * row_bytes);
+  std::vector<float> y(n_out);
+  double ours = 1e9, plain = 1e9;
+  for (int i = 0; i < kRounds; ++i) {
+    plain = std::min(plain, PlainReadSeconds({weights.data(), weights.size()}));
+    const double start = Seconds();
+    Linear({type, n_out, kIn, weights.data()}, x.data(), kIn, 1, y.data(), n_out, AutoCompute());
+    ours = std::min(ours, Seconds() - start);
+  }
+  const double share = plain / ours;
+  const bool ok = share >= least_share || ActiveIsa() < Isa::kAvx512;
+  guard.broken |= !ok;
+  std::printf("%-34s %8.2f of a plain read's speed, at least %4.2f expected  %s\n",
+              fmt::format("streaming {}", Traits(type).name).c_str(), share, least_share, ok ? "ok" : "BROKEN");
 }
 
 void CheckAttention(Guard& guard, RowType type, size_t n_queries, double bound, double sums_bound) {
@@ -158,6 +185,7 @@ int main() {
     CheckProducts(guard, product.type, 1, product.one);
     CheckProducts(guard, product.type, 64, product.many);
   }
+  for (const DType type : {DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_K}) CheckStreaming(guard, type, 0.7);
   const struct {
     RowType type;
     double one, one_sums;
