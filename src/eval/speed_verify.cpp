@@ -11,7 +11,7 @@
 namespace lesskv {
 namespace {
 
-constexpr size_t kPrompt = kFewTokensInt8 + 1;  // the shortest prompt that takes the kernels of long ones
+constexpr size_t kPrompt = kMostFewTokens + 1;  // the shortest prompt that takes the kernels of long ones
 constexpr size_t kSteps = 2;
 constexpr size_t kDepth = 200;  // of a cache that nothing leaves: more than a block of rows, and not a whole number
 

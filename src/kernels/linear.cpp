@@ -16,6 +16,7 @@ namespace lesskv {
 namespace {
 
 using internal::Int8Activations;
+using internal::kKernelTokens;
 using internal::kMaxTileRows;
 using internal::kTokenLanes;
 using internal::LinearKernels;
@@ -121,13 +122,13 @@ Int8Activations CarveInt8(char* data, size_t n_padded, size_t n_tokens) {
   return out;
 }
 
-// A kernel takes kFewTokens at most. More pass in shares of about equal size, one after the other over the rows of a
+// A kernel takes kKernelTokens at most. More pass in shares of about equal size, one after the other over the rows of a
 // task, which the first share has brought into the cache.
 void FewTokensInt8(const Call& call) {
-  constexpr size_t kMaxShares = CeilDiv(kFewTokensInt8, kFewTokens);
+  constexpr size_t kMaxShares = CeilDiv(kMostFewTokens, kKernelTokens);
   thread_local Workspace workspace;
   const size_t n_padded = RoundUp(call.w.n_in, 256);
-  const size_t n_shares = CeilDiv(call.n_tokens, kFewTokens), share = CeilDiv(call.n_tokens, n_shares);
+  const size_t n_shares = CeilDiv(call.n_tokens, kKernelTokens), share = CeilDiv(call.n_tokens, n_shares);
   char* data = workspace.Get<char>(n_shares * Int8Bytes(n_padded, share));
   Int8Activations q[kMaxShares];
   for (size_t s = 0; s < n_shares; ++s) q[s] = CarveInt8(data + s * Int8Bytes(n_padded, share), n_padded, share);
@@ -300,6 +301,12 @@ bool IsLinearType(DType type) {
   }
 }
 
+size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
+  if (compute == ComputeType::kF32) return kKernelTokens;
+  const LinearKernels& kernels = Kernels(n_in);
+  return IsQuantized(weights) ? kernels.few_int8 : kernels.few_float;
+}
+
 void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
             ComputeType compute) {
   CHECK(IsLinearType(w.type), "no product with weights of type {}", Traits(w.type).name);
@@ -309,10 +316,11 @@ void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_token
   if (n_tokens == 0 || w.n_out == 0) return;
   const Call call{Kernels(w.n_in), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
   const bool fast = compute == ComputeType::kBF16;
-  if (fast && IsQuantized(w.type) && n_tokens <= kFewTokensInt8) {
-    FewTokensInt8(call);
-  } else if (n_tokens <= kFewTokens) {
-    FewTokensF32(call);
+  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) {
+    if (fast && IsQuantized(w.type))
+      FewTokensInt8(call);
+    else
+      FewTokensF32(call);
   } else if (fast && call.kernels.tile_bf16 != nullptr) {
     ManyTokens<TileBf16>(call);
   } else {

@@ -1,7 +1,7 @@
 // Products of activations with the weight matrices of a model file, read where they lie: the mapped, often quantised
 // rows are never expanded as a whole. All paths are deterministic: an output value depends on its row of weights, its
-// row of activations, the compute type, the instruction set, and on whether the call has more than kFewTokens (for int8
-// activations kFewTokensInt8) tokens, and on nothing else (not on the other tokens, nor on the number of threads).
+// row of activations, the compute type, the instruction set, and on whether the call has more than FewTokens tokens, and
+// on nothing else (not on the other tokens, nor on the number of threads).
 #pragma once
 
 #include <cstddef>
@@ -22,9 +22,9 @@ struct WeightView {
 
 // What may be rounded on the way to a product; sums are always float32.
 //   kF32   nothing: weights dequantised to float32, activations float32. The reference arithmetic of the project.
-//   kBF16  up to kFewTokensInt8 tokens and quantised weights: activations rounded to int8 in blocks of 32 with a float32
-//          scale. Up to kFewTokens tokens and float weights: activations stay float32. More tokens: weights and activations rounded to
-//          bfloat16; a processor that cannot multiply bfloat16 pairs uses float32 instead.
+//   kBF16  up to FewTokens tokens: activations of quantised weights rounded to int8 in blocks of 32 with a float32
+//          scale, those of float weights stay float32. More tokens: weights and activations rounded to bfloat16; a
+//          processor that cannot multiply bfloat16 pairs uses float32 instead.
 enum class ComputeType { kF32, kBF16 };
 
 std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16"
@@ -33,10 +33,10 @@ std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16"
 ComputeType AutoCompute();
 
 // Up to this many tokens a product reads each weight once for all of them and is bound by memory; beyond, tiles of the
-// weights are unpacked into the cache and used for many tokens at once, bound by arithmetic.
-inline constexpr size_t kFewTokens = 8;
-// The same for quantised weights and kBF16, where tiles begin to pay later.
-inline constexpr size_t kFewTokensInt8 = 12;
+// weights are unpacked into the cache and used for many tokens at once, bound by arithmetic. Measured (bench_linear)
+// where the two meet, with the active instruction set.
+size_t FewTokens(DType weights, size_t n_in, ComputeType compute);
+inline constexpr size_t kMostFewTokens = 12;  // FewTokens is never more
 
 // True for the types Linear takes: F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K.
 bool IsLinearType(DType type);

@@ -38,6 +38,8 @@ const LinearKernels& AmxLinearKernels() {
     k.tile_bf16 = TileBf16;
     k.shape_bf16 = {.group_vectors = kVectorsAtOnce, .rows = {kRowsAtOnce, kRowsAtOnce}, .row_step = kRowsAtOnce,
                     .panel_bytes = 1 << 20, .multiple = 2 * kTilePairs};
+    k.few_float = 4;
+    k.few_int8 = 8;
     return k;
   }();
   return kernels;

@@ -22,12 +22,14 @@ struct StoreBf16Sink {
 void UnpackBf16(const RowBlock& block, uint16_t* out, size_t out_stride) {
   if (block.type == DType::kBF16) {
     for (size_t r = 0; r < block.n_rows; ++r) {
+      Prefetch(block.rows + (r + 2) * block.row_bytes, block.row_bytes);
       __builtin_memcpy(out + r * out_stride, block.rows + r * block.row_bytes, block.n * 2);
     }
     return;
   }
   SwitchType(block.type, [&]<DType kType>() {
     for (size_t r = 0; r < block.n_rows; ++r) {
+      Prefetch(block.rows + (r + 2) * block.row_bytes, block.row_bytes);
       Unpacker<kType>::Row(block.rows + r * block.row_bytes, block.n, StoreBf16Sink{out + r * out_stride});
     }
   });

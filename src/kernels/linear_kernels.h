@@ -16,6 +16,7 @@
 
 namespace lesskv::internal {
 
+inline constexpr size_t kKernelTokens = 8;     // most tokens of a Dot
 inline constexpr size_t kTokenLanes = 16;      // tokens in a vector of packed activations
 inline constexpr size_t kMaxGroupVectors = 4;  // vectors in a group
 inline constexpr size_t kMaxTileRows = 32;
@@ -53,7 +54,7 @@ struct LinearKernels {
   void (*unpack_f32)(const RowBlock& block, float* out, size_t out_stride);
   void (*unpack_bf16)(const RowBlock& block, uint16_t* out, size_t out_stride);
 
-  // y[t * y_stride + r] for n_tokens <= kFewTokens.
+  // y[t * y_stride + r] for n_tokens <= kKernelTokens.
   void (*dot_f32)(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride);
   void (*quantize)(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
   void (*dot_int8)(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
@@ -70,6 +71,9 @@ struct LinearKernels {
   void (*tile_bf16)(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group, size_t vectors, float* acc,
                     bool first);
   TileShape shape_f32, shape_bf16;
+
+  // FewTokens of kBF16, for float and for quantised weights.
+  size_t few_float = kKernelTokens, few_int8 = 12;
 
   // y[t * y_stride + r] = acc[r][t] for t < n_tokens, r < n_rows; rows of acc are `width` apart.
   void (*store)(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);

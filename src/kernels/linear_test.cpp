@@ -129,7 +129,7 @@ TEST_P(LinearTest, FewTokensWithInt8ActivationsAreExactUpToSummation) {
     if (Traits(type).block_elements == 1) continue;
     for (size_t n_in : RowLengths(type)) {
       const Matrix m = MakeMatrix(type, 19, n_in, rng);
-      for (size_t n_tokens = 1; n_tokens <= kFewTokensInt8; ++n_tokens) {
+      for (size_t n_tokens = 1; n_tokens <= FewTokens(type, n_in, ComputeType::kBF16); ++n_tokens) {
         const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
         const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
         EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in), n_tokens), y), 1e-11)
@@ -157,7 +157,7 @@ TEST_P(LinearTest, ManyTokensInBf16AreExactUpToSummation) {
       const Matrix m = MakeMatrix(type, 29, n_in, rng);
       Matrix rounded = m;
       if (rounds) rounded.values = RoundToBf16(m.values);
-      const size_t least = Traits(type).block_elements > 1 ? kFewTokensInt8 + 1 : kFewTokens + 1;
+      const size_t least = FewTokens(type, n_in, ComputeType::kBF16) + 1;
       for (size_t n_tokens : {least, size_t{16}, size_t{17}, size_t{33}, size_t{49}, size_t{70}}) {
         const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
         const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
@@ -189,12 +189,11 @@ TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
     const std::vector<float> x = RandomVector(70 * 512, rng);
     for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
       SetThreads(1);
-      const bool int8 = compute == ComputeType::kBF16 && type != DType::kF16;
-      const size_t most_few = int8 ? kFewTokensInt8 : kFewTokens;
+      const size_t most_few = FewTokens(type, 512, compute);
       const std::vector<float> few = RunLinear(m.view, x, most_few, compute);
       const std::vector<float> many = RunLinear(m.view, x, 70, compute);
       SetThreads(2);
-      for (size_t n : {size_t{1}, size_t{3}, size_t{5}, kFewTokens, most_few}) {
+      for (size_t n : {size_t{1}, size_t{3}, most_few - 1, most_few}) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), few.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
       }
