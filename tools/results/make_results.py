@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -34,6 +35,7 @@ SELECTORS = ["window", "h2o", "tova", "snapkv"]
 BUDGETS = ["2%", "5%", "10%", "20%"]
 LESS_SELECTORS = ["h2o", "window", "tova"]
 LESS_BUDGETS = ["2%", "5%", "10%"]
+PAIR_DISTANCE = "128"
 CODECS = [("q8", "q8(rotate=true)"), ("q4", "q4(rotate=true)"), ("mix(k=q8, v=q4)", "mix(k=q8, v=q4, rotate=true)")]
 # What `lesskv train less` is given for a sidecar of the group `variants`. All are trained alike and briefly: they compare with each other, not with
 # the bundled sidecar.
@@ -88,6 +90,10 @@ def plan():
   runs.append(("less continue BOOKS", "less", ["divergence", "--mode", "continue", "--prompt", "1024", *short_text,
                                                *[a for s in less_specs() for a in ("--kv", s)], "--match-bytes"]))
   runs.append(("less stream BOOKS, 1 % and 20 %", "less", ["divergence", "--mode", "stream", "--step", "8", *short_text, *edges, "--match-bytes"]))
+  pair_specs = [a for b in LESS_BUDGETS for s in (f"h2o({b})", f"h2o({b})+less") for a in ("--kv", s)]
+  for text in ("BOOKS", "WIKI"):
+    runs.append((f"less pairs {text}", "less", ["perplexity", "--mode", "stream", "--step", "8", "--text", text, "--max-windows", "12",
+                                                "--by-pair", PAIR_DISTANCE, "--kv", "full", *pair_specs]))
   for name, training in VARIANTS.items():
     specs = [f'h2o({b})+less(file="{variant_file(training)}")' for b in VARIANT_BUDGETS] + [f'window(5%)+less(file="{variant_file(training)}")']
     specs += ["full", *[f"h2o({b})" for b in VARIANT_BUDGETS], "window(5%)"] if name == "mix" else []
@@ -343,8 +349,34 @@ def variants_section(variants) -> str:
          "KiB: of the sidecar in memory, and of the cache at `h2o(2%)`.\n\n" + table(["trained for / with", *[f"`{c}`" for c in columns], "maps KiB", "cache KiB"], rows)
 
 
+PAIR_CLASSES = (("pair_new", "new"), ("pair_near", f"repeated within {PAIR_DISTANCE} tokens"), ("pair_far", "repeated from farther back"))
+
+
+def pairs_table(rows) -> str:
+  """Where the loss lies: log-likelihood lost to the full cache by class of token, and what LESS wins back of it."""
+  full, bare = rows[0], {r["kv_spec"]: r for r in rows if "less" not in r["kv_spec"]}
+  nats = lambda r, c: math.log(r[f"perplexity_{c}"])
+  body = [["share of tokens", *[f"{100 * full[f'share_{c}']:.1f} %" for c, _ in PAIR_CLASSES]], ["`full`, perplexity", *[f"{full[f'perplexity_{c}']:.2f}" for c, _ in PAIR_CLASSES]]]
+  for r in rows[1:]:
+    spec = short(r["kv_spec"])
+    owner = bare[spec.removesuffix("+less")]
+    lost = sum(full[f"share_{c}"] * (nats(owner, c) - nats(full, c)) for c, _ in PAIR_CLASSES)
+    cells = []
+    for c, _ in PAIR_CLASSES:
+      loss = nats(owner, c) - nats(full, c)
+      note = f"{100 * full[f'share_{c}'] * loss / lost:.0f} % of the loss" if owner is r else f"{100 * (nats(owner, c) - nats(r, c)) / loss:.0f} % won back"
+      cells.append(f"{r[f'perplexity_{c}']:.2f} ({note})")
+    body.append([f"`{spec}`", *cells])
+  return table(["cache", *[f"pair is {title}" for _, title in PAIR_CLASSES]], body)
+
+
 def section(group, name, record) -> str:
   rows = record["rows"]
+  if name.startswith("less pairs"):
+    text = name.split()[-1]
+    body = "Tokens told apart by whether the token and the one before it occurred side by side earlier in the window, which a model can copy if it still has it. " \
+           f"{TEXTS[text]}: {rows[0]['windows']} windows, 8 tokens a step.\n\n" + pairs_table(rows)
+    return f"### where the loss lies, {'books' if text == 'BOOKS' else 'WikiText-2'}\n\n{body}\n{command_of(record)}"
   if name.endswith("recall"):
     body = "Share of questions answered right (every token), in %, by task and prompt length; " \
            f"{rows[0]['samples']} questions a cell, 5 depths.\n\n" + recall_table(rows)
