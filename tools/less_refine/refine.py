@@ -7,13 +7,12 @@
 compressed layers below it really produce, and the loss is the mean KL divergence of next-token distributions from the full cache's. The model
 stays frozen. Nothing of size T x T is made: a step of the text attends its resident rows and reads the state, which is a sum over steps.
 Selection is replayed as the engine does it and taken as given (no gradient passes through which rows stay).
-Models as models/README.md describes (`llama`, sidecars with exp features). OUT has the parameters in place of IN's; `less.train.*` still tells of
-the training that made IN. With the same number of threads, the same command gives the same file. OUT.state.pt holds what --resume continues.
+Models as models/README.md describes (`llama`, sidecars with exp features). OUT has the parameters in place of IN's and tells of this
+run in `less.refine.history`. With the same number of threads, the same command gives the same file. OUT.state.pt holds what --resume continues.
 """
 import argparse
 import math
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -88,15 +87,26 @@ class FeatureMaps(torch.nn.Module):
     return torch.exp(((hidden.bfloat16() @ w2.bfloat16()).float() + b2[:, None]).clamp(max=MAX_EXPONENT))
 
   @torch.no_grad()
-  def write(self, source, out):
-    """A copy of `source` with these parameters."""
-    shutil.copyfile(source, out)
-    reader = gguf.GGUFReader(str(out), "r+")
+  def write(self, source, out, history):
+    """`source` with these parameters, and `history` added to its less.refine.history (strings, a round of refinement each)."""
+    reader = gguf.GGUFReader(str(source))
+    writer = gguf.GGUFWriter(f"{out}.part", reader.fields["general.architecture"].contents())
+    earlier = []
+    for name, field in reader.fields.items():
+      if name == "less.refine.history":
+        earlier = field.contents()
+      elif name != "general.architecture" and not name.startswith("GGUF."):
+        writer.add_key_value(name, field.contents(), *field.types[:2])
+    writer.add_array("less.refine.history", [*earlier, history])
     for tensor in reader.tensors:
       _, layer, net, field = tensor.name.split(".")
-      values = self.weights[f"{layer}_{net}_{field}"].numpy()
-      tensor.data[...] = gguf.quants.quantize(values, tensor.tensor_type).reshape(tensor.data.shape)
-      tensor.data.flush()
+      values = gguf.quants.quantize(self.weights[f"{layer}_{net}_{field}"].numpy(), tensor.tensor_type)
+      writer.add_tensor(tensor.name, values, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    Path(f"{out}.part").replace(out)
 
 
 # -- which rows stay
@@ -265,6 +275,8 @@ def refine(args) -> None:
     maps.load_state_dict(state["maps"])
     optimizer.load_state_dict(state["optimizer"])
     start = state["step"]
+  history = lambda steps: f"refine.py: {steps} steps of --batch {args.batch} --step {args.step} --lr {args.lr} --policies {args.policies} " \
+                          f"--seed {args.seed}, {len(args.text)} texts"
   begin, average = time.time(), None
   for s in range(start, args.steps):
     for group in optimizer.param_groups:
@@ -279,8 +291,8 @@ def refine(args) -> None:
     if (s + 1) % 25 == 0 or s + 1 == args.steps:
       print(f"step {s + 1}  KL {average:.4f}  {(time.time() - begin) / (s + 1 - start):.2f} s a step", file=sys.stderr, flush=True)
       torch.save({"maps": maps.state_dict(), "optimizer": optimizer.state_dict(), "step": s + 1}, state_path)
-      maps.write(args.sidecar, args.out)
-  maps.write(args.sidecar, args.out)
+      maps.write(args.sidecar, args.out, history(s + 1))
+  maps.write(args.sidecar, args.out, history(max(start, args.steps)))
 
 
 def main() -> None:
