@@ -275,12 +275,12 @@ def refine(args) -> None:
     maps.load_state_dict(state["maps"])
     optimizer.load_state_dict(state["optimizer"])
     start = state["step"]
-  history = lambda steps: f"refine.py: {steps} steps of --batch {args.batch} --step {args.step} --lr {args.lr} --policies {args.policies} " \
+  history = lambda steps: f"refine.py: {steps} steps of --batch {args.batch} --step {args.step} --lr {args.lr} --decay {args.decay} --policies {args.policies} " \
                           f"--seed {args.seed}, {len(args.text)} texts"
   begin, average = time.time(), None
   for s in range(start, args.steps):
     for group in optimizer.param_groups:
-      group["lr"] = args.lr * min(1, (s + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * s / args.steps))
+      group["lr"] = args.lr * min(1, (s + 1) / 10, (args.steps - s) / (args.decay or args.steps))
     ids = crops.batch(args.seed * 1_000_003 + s, args.batch)
     loss = loss_of(runner, ids, policies[s % len(policies)], args.step, maps)
     optimizer.zero_grad()
@@ -306,6 +306,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=400)
   parser.add_argument("--batch", type=int, default=2)
   parser.add_argument("--lr", type=float, default=2e-3)
+  parser.add_argument("--decay", type=int, default=0, help="last steps, over which the rate falls to zero (default: all)")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--threads", type=int, default=1)
   parser.add_argument("--resume", action="store_true")
