@@ -192,102 +192,170 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
   return true;
 }
 
-// out[m, NB blocks] += sum over rows, in order, of weight * scale * code, over rows [lane, lane + n) of a tile and the
-// tiles that follow it, `n_tiles` in all, which are whole when they are several. `p` holds the weights from the first
-// row on; first_block counts from the first channel.
-template <RowType kType, int MB, int NB>
-inline void AddCodes(const std::byte* tile, size_t n_tiles, size_t dim, size_t lane, size_t n, size_t first_block,
-                     const float* p, size_t p_stride, float* out, size_t out_stride, Ahead ahead) {
-  constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 32 : 16;
-  const size_t row_bytes = dim / kQuantBlock * kBlockBytes, tile_bytes = TileBytes(kType, dim);
-  alignas(64) float weights[MB][NB][kTileRows];
-  const __mmask16 rows = static_cast<__mmask16>((1u << n) - 1);
-  V sum[MB][2 * NB];
-  for (int m = 0; m < MB; ++m) {
-    for (int v = 0; v < 2 * NB; ++v) sum[m][v] = Load(out + m * out_stride + v * kW);
-  }
-  for (size_t t = 0; t < n_tiles; ++t, tile += tile_bytes, p += kTileRows) {
-    for (int b = 0; b < NB; ++b) {
-      const __m256i halves = _mm256_maskz_loadu_epi16(rows, TileScales(tile) + (first_block + b) * kTileRows + lane);
-      const V scale = _mm512_cvtph_ps(halves);
-      for (int m = 0; m < MB; ++m) Store(weights[m][b], Mul(_mm512_maskz_loadu_ps(rows, p + m * p_stride), scale));
+// ---- Values
+
+// Rows whose weights are rounded relative to their largest and whose products are summed up as integers, counted from
+// row 0: 128 weights of up to 32512 times codes of up to 128 stay below 2^31.
+constexpr size_t kWeightRows = 128;
+
+// The rows of one tile that belong to the chunk of kWeightRows rows at hand.
+struct TilePart {
+  const std::byte* tile;
+  ptrdiff_t row;  // of lane 0, counted from the split's first; may lie before it
+  __mmask16 lanes;
+  Ahead ahead;
+};
+
+// Those of rows [from, to) of the split [begin, end).
+size_t ListParts(const AttentionView& view, size_t begin, size_t end, size_t from, size_t to, TilePart* parts) {
+  const size_t tile_bytes = TileBytes(view.value_format.type, view.head_dim);
+  size_t n_parts = 0;
+  ForEachPiece(view, from, to, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+    const size_t rest = Min(span.first_slot + span.n_rows - slot, end - row);
+    const std::byte* rows = span.values + slot * tile_bytes / kTileRows;
+    const Ahead ahead = AfterSpan(view, RowSide::kValues, rows, rest, row + rest, begin, end);
+    while (n > 0) {
+      const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
+      parts[n_parts++] = {span.values + slot / kTileRows * tile_bytes,
+                          static_cast<ptrdiff_t>(row - begin) - static_cast<ptrdiff_t>(lane),
+                          static_cast<__mmask16>(((1u << count) - 1) << lane), ahead};
+      slot += count;
+      row += count;
+      n -= count;
     }
-    const uint8_t* codes = TileCodes(tile, dim) + lane * row_bytes + first_block * kBlockBytes;
-    for (size_t i = 0; i < n; ++i, codes += row_bytes) {
-      V value[2 * NB];
-      FetchAhead<64>(codes, ahead);
-      for (int b = 0; b < NB; ++b) {
-        if constexpr (kType == RowType::kQ8) {
-          value[2 * b] = SignedCodes(codes + b * 32);
-          value[2 * b + 1] = SignedCodes(codes + b * 32 + 16);
-        } else {
-          value[2 * b] = LowCodes(codes + b * 16);
-          value[2 * b + 1] = HighCodes(codes + b * 16);
-        }
+  });
+  return n_parts;
+}
+
+inline V PartScales(const TilePart& part, size_t block) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(part.lanes, TileScales(part.tile) + block * kTileRows));
+}
+
+// Weights times scales; 0 in the lanes of other rows, whatever they hold.
+inline V PartWeights(const TilePart& part, const float* p, V scales) {
+  return Mul(_mm512_maskz_loadu_ps(part.lanes, p + part.row), scales);
+}
+
+// out[m, block] += sum over the parts' rows of weight * scale * code. `p` holds the weights from the split's first row
+// on; what follows `distance` after a part is fetched.
+template <RowType kType, int MB>
+inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t block, const float* p, float* out,
+                     size_t distance) {
+  constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
+  constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
+  constexpr uint32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
+  V largest[MB];
+  for (int m = 0; m < MB; ++m) largest[m] = Zero();
+  for (size_t i = 0; i < n_parts; ++i) {
+    FetchAhead<kTileRows * 2>(TileScales(parts[i].tile) + block * kTileRows, parts[i].ahead, distance);
+    const V scales = PartScales(parts[i], block);
+    for (int m = 0; m < MB; ++m) {
+      constexpr int kLargerMagnitude = 0b1011;
+      largest[m] = _mm512_range_ps(largest[m], PartWeights(parts[i], p + m * kSplitStride, scales), kLargerMagnitude);
+    }
+  }
+  // Adding 1.5 * 2^23 leaves the rounded weight in the low bits; 128 more, and the second byte is `high`, the first
+  // `low` + 128.
+  constexpr float kShift = 12582912.0f + 128;
+  constexpr uint32_t kShiftBits = __builtin_bit_cast(uint32_t, kShift);
+  const __m512i gather = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
+  alignas(64) int8_t weights[kWeightRows][MB][4][16];  // [part][m][four rows]: low bytes, then high bytes
+  float unit[MB];
+  V inverse[MB];
+  __m512i total[MB];
+  for (int m = 0; m < MB; ++m) {
+    const float x = ReduceMax(largest[m]);
+    unit[m] = x / 32512;
+    inverse[m] = Splat(x > 1e-34f ? 32512 / x : 0);  // finite
+    total[m] = _mm512_setzero_si512();
+  }
+  for (size_t i = 0; i < n_parts; ++i) {
+    const V scales = PartScales(parts[i], block);
+    for (int m = 0; m < MB; ++m) {
+      const V shifted = Fma(PartWeights(parts[i], p + m * kSplitStride, scales), inverse[m], Splat(kShift));
+      const __m512i bits = _mm512_castps_si512(shifted);
+      total[m] = _mm512_add_epi32(total[m], bits);
+      _mm512_store_si512(weights[i][m], _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
+    }
+  }
+  // Few queries need several sums each to keep the multipliers busy.
+  constexpr int kSums = MB == 1 ? 4 : (MB == 2 ? 2 : 1);
+  __m512i high[kSums][MB][2], low[kSums][MB][2];
+  for (int s = 0; s < kSums; ++s) {
+    for (int m = 0; m < MB; ++m) {
+      for (int v = 0; v < 2; ++v) high[s][m][v] = low[s][m][v] = _mm512_setzero_si512();
+    }
+  }
+  for (size_t i = 0; i < n_parts; ++i) {
+    const uint8_t* codes = TileCodes(parts[i].tile, dim) + block * kBlockBytes;
+    for (int four = 0; four < 4; ++four, codes += kFourBytes) {
+      FetchAhead<kFourBytes>(codes, parts[i].ahead, distance);
+      __m512i code[2] = {_mm512_loadu_si512(codes)};
+      if constexpr (kType == RowType::kQ8) {
+        code[1] = _mm512_loadu_si512(codes + 64);
+      } else {
+        const __m512i mask = _mm512_set1_epi8(15);
+        code[1] = _mm512_and_si512(_mm512_srli_epi16(code[0], 4), mask);
+        code[0] = _mm512_and_si512(code[0], mask);
       }
+      const int s = four % kSums;
       for (int m = 0; m < MB; ++m) {
-        for (int b = 0; b < NB; ++b) {
-          const V weight = Splat(weights[m][b][i]);
-          sum[m][2 * b] = Fma(weight, value[2 * b], sum[m][2 * b]);
-          sum[m][2 * b + 1] = Fma(weight, value[2 * b + 1], sum[m][2 * b + 1]);
+        const __m512i weight_low = Broadcast4(weights[i][m][four]), weight_high = Broadcast4(weights[i][m][four] + 4);
+        for (int v = 0; v < 2; ++v) {
+          high[s][m][v] = _mm512_dpbusd_epi32(high[s][m][v], code[v], weight_high);
+          low[s][m][v] = _mm512_dpbusd_epi32(low[s][m][v], code[v], weight_low);
         }
       }
     }
   }
   for (int m = 0; m < MB; ++m) {
-    for (int v = 0; v < 2 * NB; ++v) Store(out + m * out_stride + v * kW, sum[m][v]);
+    const uint32_t sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(total[m])) -
+                         static_cast<uint32_t>(n_parts * kTileRows) * kShiftBits;
+    const __m512i start = _mm512_set1_epi32(static_cast<int>(0 - kOffset * sum));
+    for (int v = 0; v < 2; ++v) {
+      for (int s = 1; s < kSums; ++s) {
+        high[0][m][v] = _mm512_add_epi32(high[0][m][v], high[s][m][v]);
+        low[0][m][v] = _mm512_add_epi32(low[0][m][v], low[s][m][v]);
+      }
+      const __m512i x = _mm512_add_epi32(_mm512_slli_epi32(high[0][m][v], 8), _mm512_add_epi32(low[0][m][v], start));
+      float* to = out + m * Padded(dim) + v * kW;
+      Store(to, Fma(_mm512_cvtepi32_ps(x), Splat(unit[m]), Load(to)));
+    }
   }
 }
 
 template <RowType kType, int MB>
-inline void AddCodedTiles(const std::byte* tile, size_t n_tiles, size_t dim, size_t lane, size_t n, const float* p,
-                          float* out, Ahead ahead) {
-  const size_t out_stride = Padded(dim);
-  size_t block = 0;
-  for (; block + 2 <= dim / kQuantBlock; block += 2) {
-    AddCodes<kType, MB, 2>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride,
-                           ahead);
-  }
-  if (block < dim / kQuantBlock) {
-    AddCodes<kType, MB, 1>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride,
-                           ahead);
-  }
+void AddParts(const TilePart* parts, size_t n_parts, size_t dim, const float* p, float* out, size_t distance) {
+  for (size_t block = 0; block < dim / kQuantBlock; ++block)
+    AddBlock<kType, MB>(parts, n_parts, dim, block, p, out + block * kQuantBlock, distance);
 }
 
 template <RowType kType>
 void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  constexpr size_t kRun = 4;  // tiles that stay in the nearest cache for the next queries and channels
-  const size_t dim = view.head_dim, out_stride = Padded(dim), tile_bytes = TileBytes(kType, dim);
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    const std::byte* rows = span.values + slot * tile_bytes / kTileRows;
-    const Ahead ahead = AfterSpan(view, RowSide::kValues, rows, n, row + n, begin, end);
-    while (n > 0) {
-      const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
-      const size_t n_tiles = count == kTileRows ? Min(kRun, n / kTileRows) : 1;
-      const std::byte* tile = span.values + slot / kTileRows * tile_bytes;
-      for (size_t m = 0; m < stacked; m += 4) {
-        const float* p = s.scores + m * kSplitStride + (row - begin);
-        float* out = s.out + m * out_stride;
-        switch (Min(4, stacked - m)) {
-          case 1:
-            AddCodedTiles<kType, 1>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-          case 2:
-            AddCodedTiles<kType, 2>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-          case 3:
-            AddCodedTiles<kType, 3>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-          default:
-            AddCodedTiles<kType, 4>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-        }
+  const size_t dim = view.head_dim, distance = kWeightRows / kTileRows * TileBytes(kType, dim);
+  TilePart parts[kWeightRows];
+  for (size_t from = begin; from < end; from += kWeightRows) {
+    const size_t n_parts = ListParts(view, begin, end, from, Min(end, from + kWeightRows), parts);
+    for (size_t m = 0; m < stacked; m += 4) {
+      const float* p = s.scores + m * kSplitStride;
+      float* out = s.out + m * Padded(dim);
+      switch (Min(4, stacked - m)) {
+        case 1:
+          AddParts<kType, 1>(parts, n_parts, dim, p, out, distance);
+          break;
+        case 2:
+          AddParts<kType, 2>(parts, n_parts, dim, p, out, distance);
+          break;
+        case 3:
+          AddParts<kType, 3>(parts, n_parts, dim, p, out, distance);
+          break;
+        default:
+          AddParts<kType, 4>(parts, n_parts, dim, p, out, distance);
+          break;
       }
-      slot += n_tiles * count;
-      row += n_tiles * count;
-      n -= n_tiles * count;
     }
-  });
+  }
 }
 
 bool FusedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
