@@ -49,7 +49,7 @@ struct BF16Rows {
 // from 60 % of a plain read's speed to 95 %.
 constexpr size_t kAhead = 4096;
 
-// Where to fetch from when what is so far ahead lies behind the end of the rows in use: `jump` bytes further
+// Where to fetch from when what is kAhead further on lies behind the end of the rows in use: `jump` bytes further
 // still.
 struct Ahead {
   const char* end;
@@ -57,11 +57,11 @@ struct Ahead {
 };
 constexpr Ahead kNothingAhead = {nullptr, 0};
 
-// Fetches the n bytes that are used `distance` after those at p.
+// Fetches the n bytes that are used kAhead after those at p.
 template <size_t n>
-inline void FetchAhead(const void* p, Ahead ahead, size_t distance = kAhead) {
+inline void FetchAhead(const void* p, Ahead ahead) {
   for (size_t i = 0; i < n; i += 64) {
-    const char* line = static_cast<const char*>(p) + distance + i;
+    const char* line = static_cast<const char*>(p) + kAhead + i;
     // Into the second-level cache: 4 to 10 % faster on Sapphire Rapids than into the first.
     __builtin_prefetch(line + (line >= ahead.end ? ahead.jump : 0), 0, 2);
   }

@@ -64,6 +64,14 @@ inline __m512i Broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(x);
 }
 
+// Sums of 32-bit integers. A type of its own because GCC 12 copies sums of type __m512i from one register to another
+// around each addition in a loop.
+using Sums = int32_t __attribute__((vector_size(64)));
+
+inline void AddProducts(Sums& sums, __m512i codes, __m512i bytes) {
+  sums = reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), codes, bytes));
+}
+
 // scores[m, row] of MB queries, from number m on, and NT tiles.
 template <RowType kType, int MB, int NT>
 inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, const CodedQueries& q, size_t stacked,
@@ -72,11 +80,11 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
   constexpr size_t kGroups = kBlockBytes / 64;
   const size_t scale_bytes = TileScaleBytes(dim);
   for (size_t block = 0; block < dim / kQuantBlock; ++block) {
-    __m512i high[MB][NT], low[MB][NT];
+    Sums high[MB][NT], low[MB][NT];
     for (int m = 0; m < MB; ++m) {
       for (int t = 0; t < NT; ++t) {
-        high[m][t] = _mm512_setzero_si512();
-        low[m][t] = _mm512_set1_epi32(q.start[block * stacked + m0 + m]);
+        high[m][t] = Sums{};
+        low[m][t] = Sums{} + q.start[block * stacked + m0 + m];
       }
     }
     auto add = [&](const __m512i* codes, size_t four) {
@@ -84,8 +92,8 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
         const size_t at = ((block * 8 + four) * stacked + m0 + m) * 4;
         const __m512i query_high = Broadcast4(q.high + at), query_low = Broadcast4(q.low + at);
         for (int t = 0; t < NT; ++t) {
-          high[m][t] = _mm512_dpbusd_epi32(high[m][t], codes[t], query_high);
-          low[m][t] = _mm512_dpbusd_epi32(low[m][t], codes[t], query_low);
+          AddProducts(high[m][t], codes[t], query_high);
+          AddProducts(low[m][t], codes[t], query_low);
         }
       }
     };
@@ -111,7 +119,7 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
     for (int t = 0; t < NT; ++t) {
       const V row_scale = LoadF16(TileScales(tiles + t * tile_bytes) + block * kTileRows);
       for (int m = 0; m < MB; ++m) {
-        const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high[m][t], 8), low[m][t]);
+        const __m512i total = reinterpret_cast<__m512i>((high[m][t] << 8) + low[m][t]);
         const V scale = Mul(row_scale, Splat(q.scale[block * stacked + m0 + m]));
         // The sums wait in memory: the registers are full.
         float* to = scores + m * stride + t * kTileRows;
@@ -201,24 +209,21 @@ constexpr size_t kWeightRows = 128;
 // The rows of one tile that belong to the chunk of kWeightRows rows at hand.
 struct TilePart {
   const std::byte* tile;
-  ptrdiff_t row;  // of lane 0, counted from the split's first; may lie before it
+  const std::byte* next;  // the tile to be fetched meanwhile
+  ptrdiff_t row;          // of lane 0, counted from the split's first; may lie before it
   __mmask16 lanes;
-  Ahead ahead;
 };
 
-// Those of rows [from, to) of the split [begin, end).
-size_t ListParts(const AttentionView& view, size_t begin, size_t end, size_t from, size_t to, TilePart* parts) {
+// Those of rows [from, to) of the split that begins with row `begin`.
+size_t ListParts(const AttentionView& view, size_t begin, size_t from, size_t to, TilePart* parts) {
   const size_t tile_bytes = TileBytes(view.value_format.type, view.head_dim);
   size_t n_parts = 0;
   ForEachPiece(view, from, to, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    const size_t rest = Min(span.first_slot + span.n_rows - slot, end - row);
-    const std::byte* rows = span.values + slot * tile_bytes / kTileRows;
-    const Ahead ahead = AfterSpan(view, RowSide::kValues, rows, rest, row + rest, begin, end);
     while (n > 0) {
       const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
-      parts[n_parts++] = {span.values + slot / kTileRows * tile_bytes,
-                          static_cast<ptrdiff_t>(row - begin) - static_cast<ptrdiff_t>(lane),
-                          static_cast<__mmask16>(((1u << count) - 1) << lane), ahead};
+      const std::byte* tile = span.values + slot / kTileRows * tile_bytes;
+      parts[n_parts++] = {tile, tile, static_cast<ptrdiff_t>(row - begin) - static_cast<ptrdiff_t>(lane),
+                          static_cast<__mmask16>(((1u << count) - 1) << lane)};
       slot += count;
       row += count;
       n -= count;
@@ -237,17 +242,17 @@ inline V PartWeights(const TilePart& part, const float* p, V scales) {
 }
 
 // out[m, block] += sum over the parts' rows of weight * scale * code. `p` holds the weights from the split's first row
-// on; what follows `distance` after a part is fetched.
+// on.
 template <RowType kType, int MB>
-inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t block, const float* p, float* out,
-                     size_t distance) {
+inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t block, const float* p,
+                     float* out) {
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
   constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
   constexpr uint32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
   V largest[MB];
   for (int m = 0; m < MB; ++m) largest[m] = Zero();
   for (size_t i = 0; i < n_parts; ++i) {
-    FetchAhead<kTileRows * 2>(TileScales(parts[i].tile) + block * kTileRows, parts[i].ahead, distance);
+    __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, 2);
     const V scales = PartScales(parts[i], block);
     for (int m = 0; m < MB; ++m) {
       constexpr int kLargerMagnitude = 0b1011;
@@ -266,7 +271,7 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
   __m512i total[MB];
   for (int m = 0; m < MB; ++m) {
     const float x = ReduceMax(largest[m]);
-    unit[m] = x / 32512;
+    unit[m] = x * (1.0f / 32512);
     inverse[m] = Splat(x > 1e-34f ? 32512 / x : 0);  // finite
     total[m] = _mm512_setzero_si512();
   }
@@ -281,30 +286,34 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
   }
   // Few queries need several sums each to keep the multipliers busy.
   constexpr int kSums = MB == 1 ? 4 : (MB == 2 ? 2 : 1);
-  __m512i high[kSums][MB][2], low[kSums][MB][2];
+  Sums high[kSums][MB][2], low[kSums][MB][2];
   for (int s = 0; s < kSums; ++s) {
     for (int m = 0; m < MB; ++m) {
-      for (int v = 0; v < 2; ++v) high[s][m][v] = low[s][m][v] = _mm512_setzero_si512();
+      for (int v = 0; v < 2; ++v) high[s][m][v] = low[s][m][v] = Sums{};
     }
   }
   for (size_t i = 0; i < n_parts; ++i) {
     const uint8_t* codes = TileCodes(parts[i].tile, dim) + block * kBlockBytes;
-    for (int four = 0; four < 4; ++four, codes += kFourBytes) {
-      FetchAhead<kFourBytes>(codes, parts[i].ahead, distance);
-      __m512i code[2] = {_mm512_loadu_si512(codes)};
-      if constexpr (kType == RowType::kQ8) {
-        code[1] = _mm512_loadu_si512(codes + 64);
-      } else {
-        const __m512i mask = _mm512_set1_epi8(15);
-        code[1] = _mm512_and_si512(_mm512_srli_epi16(code[0], 4), mask);
-        code[0] = _mm512_and_si512(code[0], mask);
-      }
-      const int s = four % kSums;
-      for (int m = 0; m < MB; ++m) {
-        const __m512i weight_low = Broadcast4(weights[i][m][four]), weight_high = Broadcast4(weights[i][m][four] + 4);
-        for (int v = 0; v < 2; ++v) {
-          high[s][m][v] = _mm512_dpbusd_epi32(high[s][m][v], code[v], weight_high);
-          low[s][m][v] = _mm512_dpbusd_epi32(low[s][m][v], code[v], weight_low);
+    const uint8_t* next = TileCodes(parts[i].next, dim) + block * kBlockBytes;
+#pragma GCC unroll 1
+    for (int first = 0; first < 4; first += kSums) {
+      for (int s = 0; s < kSums; ++s, codes += kFourBytes, next += kFourBytes) {
+        for (size_t line = 0; line < kFourBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+        __m512i code[2] = {_mm512_loadu_si512(codes)};
+        if constexpr (kType == RowType::kQ8) {
+          code[1] = _mm512_loadu_si512(codes + 64);
+        } else {
+          const __m512i mask = _mm512_set1_epi8(15);
+          code[1] = _mm512_and_si512(_mm512_srli_epi16(code[0], 4), mask);
+          code[0] = _mm512_and_si512(code[0], mask);
+        }
+        for (int m = 0; m < MB; ++m) {
+          const int8_t* weight = weights[i][m][first + s];
+          const __m512i weight_low = Broadcast4(weight), weight_high = Broadcast4(weight + 4);
+          for (int v = 0; v < 2; ++v) {
+            AddProducts(high[s][m][v], code[v], weight_high);
+            AddProducts(low[s][m][v], code[v], weight_low);
+          }
         }
       }
     }
@@ -312,49 +321,55 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
   for (int m = 0; m < MB; ++m) {
     const uint32_t sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(total[m])) -
                          static_cast<uint32_t>(n_parts * kTileRows) * kShiftBits;
-    const __m512i start = _mm512_set1_epi32(static_cast<int>(0 - kOffset * sum));
     for (int v = 0; v < 2; ++v) {
       for (int s = 1; s < kSums; ++s) {
-        high[0][m][v] = _mm512_add_epi32(high[0][m][v], high[s][m][v]);
-        low[0][m][v] = _mm512_add_epi32(low[0][m][v], low[s][m][v]);
+        high[0][m][v] += high[s][m][v];
+        low[0][m][v] += low[s][m][v];
       }
-      const __m512i x = _mm512_add_epi32(_mm512_slli_epi32(high[0][m][v], 8), _mm512_add_epi32(low[0][m][v], start));
+      const Sums x = (high[0][m][v] << 8) + low[0][m][v] - static_cast<int32_t>(kOffset * sum);
       float* to = out + m * Padded(dim) + v * kW;
-      Store(to, Fma(_mm512_cvtepi32_ps(x), Splat(unit[m]), Load(to)));
+      Store(to, Fma(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)), Splat(unit[m]), Load(to)));
     }
   }
 }
 
 template <RowType kType, int MB>
-void AddParts(const TilePart* parts, size_t n_parts, size_t dim, const float* p, float* out, size_t distance) {
+void AddParts(const TilePart* parts, size_t n_parts, size_t dim, const float* p, float* out) {
   for (size_t block = 0; block < dim / kQuantBlock; ++block)
-    AddBlock<kType, MB>(parts, n_parts, dim, block, p, out + block * kQuantBlock, distance);
+    AddBlock<kType, MB>(parts, n_parts, dim, block, p, out + block * kQuantBlock);
 }
 
 template <RowType kType>
 void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  const size_t dim = view.head_dim, distance = kWeightRows / kTileRows * TileBytes(kType, dim);
-  TilePart parts[kWeightRows];
-  for (size_t from = begin; from < end; from += kWeightRows) {
-    const size_t n_parts = ListParts(view, begin, end, from, Min(end, from + kWeightRows), parts);
+  const size_t dim = view.head_dim;
+  TilePart memory[2][kWeightRows];
+  TilePart *parts = memory[0], *next = memory[1];
+  size_t n_parts = ListParts(view, begin, begin, Min(end, begin + kWeightRows), parts);
+  for (size_t from = begin + kWeightRows; n_parts > 0; from += kWeightRows) {
+    const size_t n_next = from < end ? ListParts(view, begin, from, Min(end, from + kWeightRows), next) : 0;
+    for (size_t i = 0; i < Min(n_parts, n_next); ++i) parts[i].next = next[i].tile;
     for (size_t m = 0; m < stacked; m += 4) {
       const float* p = s.scores + m * kSplitStride;
       float* out = s.out + m * Padded(dim);
       switch (Min(4, stacked - m)) {
         case 1:
-          AddParts<kType, 1>(parts, n_parts, dim, p, out, distance);
+          AddParts<kType, 1>(parts, n_parts, dim, p, out);
           break;
         case 2:
-          AddParts<kType, 2>(parts, n_parts, dim, p, out, distance);
+          AddParts<kType, 2>(parts, n_parts, dim, p, out);
           break;
         case 3:
-          AddParts<kType, 3>(parts, n_parts, dim, p, out, distance);
+          AddParts<kType, 3>(parts, n_parts, dim, p, out);
           break;
         default:
-          AddParts<kType, 4>(parts, n_parts, dim, p, out, distance);
+          AddParts<kType, 4>(parts, n_parts, dim, p, out);
           break;
       }
     }
+    TilePart* const done = parts;
+    parts = next;
+    next = done;
+    n_parts = n_next;
   }
 }
 
