@@ -5,8 +5,10 @@
 // bytes, value = 256 high + low. The instruction multiplies unsigned codes with signed bytes; the codes' offset is
 // taken out by the accumulators' start. The integer sums are exact, so the scores are as good as with float32 queries
 // (error about 2^-16 of the query's largest channel), at two instructions for 64 products where float32 needs four and
-// conversions. Values: codes become float32 in registers, weights are multiplied with the rows' scales 16 rows at a
-// time.
+// conversions. Values: likewise with the weights, times the rows' scales, in place of the queries: they are rounded
+// relative to the largest of a block and 128 rows, four rows of one channel are added up by one instruction, and the
+// integers become float32 once every 128 rows. Which 128 rows depends on their numbers only, and integer sums on no
+// order, so the results do not depend on how the rows are cut into spans.
 #pragma once
 
 #include "kernels/attention_prefill.h"
@@ -202,8 +204,8 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
 
 // ---- Values
 
-// Rows whose weights are rounded relative to their largest and whose products are summed up as integers, counted from
-// row 0: 128 weights of up to 32512 times codes of up to 128 stay below 2^31.
+// Rows, counted from row 0, whose weights are rounded relative to their largest and whose products are summed up as
+// integers: 128 weights of up to 32512 times unsigned codes of up to 255 stay below 2^31.
 constexpr size_t kWeightRows = 128;
 
 // The rows of one tile that belong to the chunk of kWeightRows rows at hand.
@@ -236,7 +238,7 @@ inline V PartScales(const TilePart& part, size_t block) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(part.lanes, TileScales(part.tile) + block * kTileRows));
 }
 
-// Weights times scales; 0 in the lanes of other rows, whatever they hold.
+// Weights times scales; 0 in the lanes of other rows, whatever they hold, where nothing is read.
 inline V PartWeights(const TilePart& part, const float* p, V scales) {
   return Mul(_mm512_maskz_loadu_ps(part.lanes, p + part.row), scales);
 }
