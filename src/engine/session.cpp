@@ -13,7 +13,7 @@ namespace lesskv {
 namespace {
 
 constexpr char kMagic[8] = {'l', 'e', 's', 's', 'k', 'v', 's', 's'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;  // 1: values of q8 and q4 lay row by row
 constexpr size_t kChecksumBytes = sizeof(uint64_t);
 
 void PutText(ByteWriter& out, const std::string& text) {

@@ -48,16 +48,6 @@ inline V Field(const uint8_t* p, int shift, int mask) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask)));
 }
-inline __m128i LoadBytes(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
-inline V SignedCodes(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(LoadBytes(p))); }
-inline V LowCodes(const uint8_t* p) {
-  const __m256i x = _mm256_and_si256(_mm256_cvtepu8_epi32(LoadBytes(p)), _mm256_set1_epi32(15));
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
-}
-inline V HighCodes(const uint8_t* p) {
-  const __m256i x = _mm256_srli_epi32(_mm256_cvtepu8_epi32(LoadBytes(p)), 4);
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
-}
 
 #include "kernels/attention_prefill.h"
 

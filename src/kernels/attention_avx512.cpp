@@ -36,15 +36,6 @@ inline V Field(const uint8_t* p, int shift, int mask) {
   const __m512i x = _mm512_loadu_si512(p);
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask)));
 }
-inline __m128i LoadBytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-inline V SignedCodes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(LoadBytes(p))); }
-// A table look-up uses the low four bits of its index only.
-inline V FourBitValues(__m512i code) {
-  const V values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm512_permutexvar_ps(code, values);
-}
-inline V LowCodes(const uint8_t* p) { return FourBitValues(_mm512_cvtepu8_epi32(LoadBytes(p))); }
-inline V HighCodes(const uint8_t* p) { return FourBitValues(_mm512_srli_epi32(_mm512_cvtepu8_epi32(LoadBytes(p)), 4)); }
 
 #include "kernels/attention_vnni.h"
 

@@ -37,9 +37,6 @@ float HalfToFloat(uint16_t half) {
 V LoadF16(const uint16_t* p) { return HalfToFloat(*p); }
 V LoadBF16(const uint16_t* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(*p) << 16); }
 V Field(const uint8_t* p, int shift, int mask) { return static_cast<float>(p[shift / 8] >> shift % 8 & mask); }
-V SignedCodes(const uint8_t* p) { return static_cast<float>(static_cast<int8_t>(*p)); }
-V LowCodes(const uint8_t* p) { return static_cast<float>((*p & 15) - 8); }
-V HighCodes(const uint8_t* p) { return static_cast<float>((*p >> 4) - 8); }
 
 #include "kernels/attention_prefill.h"
 

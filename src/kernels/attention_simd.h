@@ -3,8 +3,7 @@
 //   V, kW (lanes: 1, 8 or 16)   Zero Splat Load Store LoadF16 LoadBF16   Fma(a, b, c) = a b + c   Mul Add Sub VMax VMin
 //   (VMax and VMin give their second argument when one is NaN)   Round (to nearest)
 //   TimesPow2(y, n): y 2^n for whole n <= 127, 0 for n < -150   ReduceMax ReduceAdd   HalfToFloat(uint16_t)
-//   Field(bytes, shift, mask): (32-bit lanes >> shift) & mask   SignedCodes(bytes): signed bytes
-//   LowCodes, HighCodes(bytes): (byte & 15) - 8, (byte >> 4) - 8
+//   Field(bytes, shift, mask): (32-bit lanes >> shift) & mask
 // attention_decode.h and attention_prefill.h follow it there.
 //
 // Every arithmetic result belongs to one (query, row) or one (query, channel), and goes through the same operations in
@@ -284,21 +283,22 @@ inline void ExpandFloatValues(const std::byte* region, size_t slot, size_t n, si
 
 inline void ExpandQuantValues(const RowFormat& format, const std::byte* region, size_t slot, size_t n, float* out) {
   const size_t dim = format.head_dim;
+  const bool q8 = format.type == RowType::kQ8;
+  const V offset = Splat(q8 ? 128 : 8);
   for (size_t i = 0; i < n; ++i, ++slot, out += Padded(dim)) {
     const std::byte* tile = region + slot / kTileRows * TileBytes(format.type, dim);
     const size_t lane = slot % kTileRows;
+    const int shift = static_cast<int>(lane % 4 * 8);
     for (size_t block = 0; block < dim / kQuantBlock; ++block) {
       const V scale = Splat(HalfToFloat(TileScales(tile)[block * kTileRows + lane]));
       float* to = out + block * kQuantBlock;
-      if (format.type == RowType::kQ8) {
-        const uint8_t* codes = TileCodes(tile, dim) + lane * dim + block * kQuantBlock;
-        for (size_t c = 0; c < kQuantBlock; c += kW) Store(to + c, Mul(scale, SignedCodes(codes + c)));
-      } else {
-        const uint8_t* codes = TileCodes(tile, dim) + lane * dim / 2 + block * 16;
-        for (size_t c = 0; c < 16; c += kW) {
-          Store(to + c, Mul(scale, LowCodes(codes + c)));
-          Store(to + 16 + c, Mul(scale, HighCodes(codes + c)));
-        }
+      const size_t first = block * kQuantBlock, four = lane / 4 * 4;
+      const uint8_t* codes = TileCodes(tile, dim) + (q8 ? Q8ValueCode(first, four) : Q4ValueByte(first, four));
+      for (size_t c = 0; c < 16; c += kW) {
+        const V low = Field(codes + c * 4, shift, q8 ? 255 : 15);
+        const V high = q8 ? Field(codes + (16 + c) * 4, shift, 255) : Field(codes + c * 4, shift + 4, 15);
+        Store(to + c, Mul(scale, Sub(low, offset)));
+        Store(to + 16 + c, Mul(scale, Sub(high, offset)));
       }
     }
   }

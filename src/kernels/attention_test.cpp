@@ -263,9 +263,13 @@ void ExpectSameBits(const Result& a, const Result& b) {
   EXPECT_TRUE(SameBits(a.sums, b.sums));
 }
 
-// Queries are rounded to 16 bits where they meet quantised keys; else everything is float32.
+// In decode queries are rounded to 16 bits where they meet quantised keys, weights where they meet quantised values; else
+// everything is float32.
 bool IsCoded(RowType type) { return type == RowType::kQ8 || type == RowType::kQ4; }
-double DefaultBound(const Case& c) { return IsCoded(c.key_type) ? 1e-7 : 1e-10; }
+double DefaultBound(const Case& c) {
+  if (IsCoded(c.key_type)) return 1e-7;
+  return IsCoded(c.value_type) && c.n_queries <= 4 ? 1e-8 : 1e-10;
+}
 
 void ExpectMatches(const Case& c, double bound = 0) {
   if (bound == 0) bound = DefaultBound(c);
@@ -385,6 +389,23 @@ TEST_P(AttentionTest, KeysAndValuesMayDifferInType) {
         c.group = 4;
         c.n_past = 300;
         c.n_queries = n_queries;
+        ExpectMatches(c);
+      }
+    }
+  }
+}
+
+// From nearly equal weights to a few rows that outweigh all others: the small ones are rounded most.
+TEST_P(AttentionTest, EvenAndUnevenWeightsOfQuantisedValues) {
+  for (RowType type : {RowType::kQ8, RowType::kQ4}) {
+    for (float size : {0.1f, 3.0f, 10.0f}) {
+      for (size_t group : {1, 4}) {
+        SCOPED_TRACE(testing::Message() << Name(type) << " keys " << size << " group " << group);
+        Case c;
+        c.value_type = type;
+        c.key_size = size;
+        c.group = group;
+        c.n_past = Slow() ? 300 : 2500;
         ExpectMatches(c);
       }
     }

@@ -5,8 +5,10 @@
 // bytes, value = 256 high + low. The instruction multiplies unsigned codes with signed bytes; the codes' offset is
 // taken out by the accumulators' start. The integer sums are exact, so the scores are as good as with float32 queries
 // (error about 2^-16 of the query's largest channel), at two instructions for 64 products where float32 needs four and
-// conversions. Values: codes become float32 in registers, weights are multiplied with the rows' scales 16 rows at a
-// time.
+// conversions. Values: likewise with the weights, times the rows' scales, in place of the queries: they are rounded
+// relative to the largest of a block and 128 rows, four rows of one channel are added up by one instruction, and the
+// integers become float32 once every 128 rows. Which 128 rows depends on their numbers only, and integer sums on no
+// order, so the results do not depend on how the rows are cut into spans.
 #pragma once
 
 #include "kernels/attention_prefill.h"
@@ -64,6 +66,14 @@ inline __m512i Broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(x);
 }
 
+// Sums of 32-bit integers. A type of its own because GCC 12 copies sums of type __m512i from one register to another
+// around each addition in a loop.
+using Sums = int32_t __attribute__((vector_size(64)));
+
+inline void AddProducts(Sums& sums, __m512i codes, __m512i bytes) {
+  sums = reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), codes, bytes));
+}
+
 // scores[m, row] of MB queries, from number m on, and NT tiles.
 template <RowType kType, int MB, int NT>
 inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, const CodedQueries& q, size_t stacked,
@@ -72,11 +82,11 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
   constexpr size_t kGroups = kBlockBytes / 64;
   const size_t scale_bytes = TileScaleBytes(dim);
   for (size_t block = 0; block < dim / kQuantBlock; ++block) {
-    __m512i high[MB][NT], low[MB][NT];
+    Sums high[MB][NT], low[MB][NT];
     for (int m = 0; m < MB; ++m) {
       for (int t = 0; t < NT; ++t) {
-        high[m][t] = _mm512_setzero_si512();
-        low[m][t] = _mm512_set1_epi32(q.start[block * stacked + m0 + m]);
+        high[m][t] = Sums{};
+        low[m][t] = Sums{} + q.start[block * stacked + m0 + m];
       }
     }
     auto add = [&](const __m512i* codes, size_t four) {
@@ -84,8 +94,8 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
         const size_t at = ((block * 8 + four) * stacked + m0 + m) * 4;
         const __m512i query_high = Broadcast4(q.high + at), query_low = Broadcast4(q.low + at);
         for (int t = 0; t < NT; ++t) {
-          high[m][t] = _mm512_dpbusd_epi32(high[m][t], codes[t], query_high);
-          low[m][t] = _mm512_dpbusd_epi32(low[m][t], codes[t], query_low);
+          AddProducts(high[m][t], codes[t], query_high);
+          AddProducts(low[m][t], codes[t], query_low);
         }
       }
     };
@@ -111,7 +121,7 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
     for (int t = 0; t < NT; ++t) {
       const V row_scale = LoadF16(TileScales(tiles + t * tile_bytes) + block * kTileRows);
       for (int m = 0; m < MB; ++m) {
-        const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high[m][t], 8), low[m][t]);
+        const __m512i total = reinterpret_cast<__m512i>((high[m][t] << 8) + low[m][t]);
         const V scale = Mul(row_scale, Splat(q.scale[block * stacked + m0 + m]));
         // The sums wait in memory: the registers are full.
         float* to = scores + m * stride + t * kTileRows;
@@ -192,102 +202,177 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
   return true;
 }
 
-// out[m, NB blocks] += sum over rows, in order, of weight * scale * code, over rows [lane, lane + n) of a tile and the
-// tiles that follow it, `n_tiles` in all, which are whole when they are several. `p` holds the weights from the first
-// row on; first_block counts from the first channel.
-template <RowType kType, int MB, int NB>
-inline void AddCodes(const std::byte* tile, size_t n_tiles, size_t dim, size_t lane, size_t n, size_t first_block,
-                     const float* p, size_t p_stride, float* out, size_t out_stride, Ahead ahead) {
-  constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 32 : 16;
-  const size_t row_bytes = dim / kQuantBlock * kBlockBytes, tile_bytes = TileBytes(kType, dim);
-  alignas(64) float weights[MB][NB][kTileRows];
-  const __mmask16 rows = static_cast<__mmask16>((1u << n) - 1);
-  V sum[MB][2 * NB];
-  for (int m = 0; m < MB; ++m) {
-    for (int v = 0; v < 2 * NB; ++v) sum[m][v] = Load(out + m * out_stride + v * kW);
-  }
-  for (size_t t = 0; t < n_tiles; ++t, tile += tile_bytes, p += kTileRows) {
-    for (int b = 0; b < NB; ++b) {
-      const __m256i halves = _mm256_maskz_loadu_epi16(rows, TileScales(tile) + (first_block + b) * kTileRows + lane);
-      const V scale = _mm512_cvtph_ps(halves);
-      for (int m = 0; m < MB; ++m) Store(weights[m][b], Mul(_mm512_maskz_loadu_ps(rows, p + m * p_stride), scale));
+// ---- Values
+
+// Rows, counted from row 0, whose weights are rounded relative to their largest and whose products are summed up as
+// integers: 128 weights of up to 32512 times unsigned codes of up to 255 stay below 2^31.
+constexpr size_t kWeightRows = 128;
+
+// The rows of one tile that belong to the chunk of kWeightRows rows at hand.
+struct TilePart {
+  const std::byte* tile;
+  const std::byte* next;  // the tile to be fetched meanwhile
+  ptrdiff_t row;          // of lane 0, counted from the split's first; may lie before it
+  __mmask16 lanes;
+};
+
+// Those of rows [from, to) of the split that begins with row `begin`.
+size_t ListParts(const AttentionView& view, size_t begin, size_t from, size_t to, TilePart* parts) {
+  const size_t tile_bytes = TileBytes(view.value_format.type, view.head_dim);
+  size_t n_parts = 0;
+  ForEachPiece(view, from, to, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+    while (n > 0) {
+      const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
+      const std::byte* tile = span.values + slot / kTileRows * tile_bytes;
+      parts[n_parts++] = {tile, tile, static_cast<ptrdiff_t>(row - begin) - static_cast<ptrdiff_t>(lane),
+                          static_cast<__mmask16>(((1u << count) - 1) << lane)};
+      slot += count;
+      row += count;
+      n -= count;
     }
-    const uint8_t* codes = TileCodes(tile, dim) + lane * row_bytes + first_block * kBlockBytes;
-    for (size_t i = 0; i < n; ++i, codes += row_bytes) {
-      V value[2 * NB];
-      FetchAhead<64>(codes, ahead);
-      for (int b = 0; b < NB; ++b) {
+  });
+  return n_parts;
+}
+
+inline V PartScales(const TilePart& part, size_t block) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(part.lanes, TileScales(part.tile) + block * kTileRows));
+}
+
+// Weights times scales; 0 in the lanes of other rows, whatever they hold, where nothing is read.
+inline V PartWeights(const TilePart& part, const float* p, V scales) {
+  return Mul(_mm512_maskz_loadu_ps(part.lanes, p + part.row), scales);
+}
+
+// out[m, block] += sum over the parts' rows of weight * scale * code. `p` holds the weights from the split's first row
+// on.
+template <RowType kType, int MB>
+inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t block, const float* p,
+                     float* out) {
+  constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
+  constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
+  constexpr uint32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
+  V largest[MB];
+  for (int m = 0; m < MB; ++m) largest[m] = Zero();
+  for (size_t i = 0; i < n_parts; ++i) {
+    __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, 2);
+    const V scales = PartScales(parts[i], block);
+    for (int m = 0; m < MB; ++m) {
+      constexpr int kLargerMagnitude = 0b1011;
+      largest[m] = _mm512_range_ps(largest[m], PartWeights(parts[i], p + m * kSplitStride, scales), kLargerMagnitude);
+    }
+  }
+  // Adding 1.5 * 2^23 leaves the rounded weight in the low bits; 128 more, and the second byte is `high`, the first
+  // `low` + 128.
+  constexpr float kShift = 12582912.0f + 128;
+  constexpr uint32_t kShiftBits = __builtin_bit_cast(uint32_t, kShift);
+  const __m512i gather = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
+  alignas(64) int8_t weights[kWeightRows][MB][4][16];  // [part][m][four rows]: low bytes, then high bytes
+  float unit[MB];
+  V inverse[MB];
+  __m512i total[MB];
+  for (int m = 0; m < MB; ++m) {
+    const float x = ReduceMax(largest[m]);
+    unit[m] = x * (1.0f / 32512);
+    inverse[m] = Splat(x > 1e-34f ? 32512 / x : 0);  // finite
+    total[m] = _mm512_setzero_si512();
+  }
+  for (size_t i = 0; i < n_parts; ++i) {
+    const V scales = PartScales(parts[i], block);
+    for (int m = 0; m < MB; ++m) {
+      const V shifted = Fma(PartWeights(parts[i], p + m * kSplitStride, scales), inverse[m], Splat(kShift));
+      const __m512i bits = _mm512_castps_si512(shifted);
+      total[m] = _mm512_add_epi32(total[m], bits);
+      _mm512_store_si512(weights[i][m], _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
+    }
+  }
+  // Few queries need several sums each to keep the multipliers busy.
+  constexpr int kSums = MB == 1 ? 4 : (MB == 2 ? 2 : 1);
+  Sums high[kSums][MB][2], low[kSums][MB][2];
+  for (int s = 0; s < kSums; ++s) {
+    for (int m = 0; m < MB; ++m) {
+      for (int v = 0; v < 2; ++v) high[s][m][v] = low[s][m][v] = Sums{};
+    }
+  }
+  for (size_t i = 0; i < n_parts; ++i) {
+    const uint8_t* codes = TileCodes(parts[i].tile, dim) + block * kBlockBytes;
+    const uint8_t* next = TileCodes(parts[i].next, dim) + block * kBlockBytes;
+#pragma GCC unroll 1
+    for (int first = 0; first < 4; first += kSums) {
+      for (int s = 0; s < kSums; ++s, codes += kFourBytes, next += kFourBytes) {
+        for (size_t line = 0; line < kFourBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+        __m512i code[2] = {_mm512_loadu_si512(codes)};
         if constexpr (kType == RowType::kQ8) {
-          value[2 * b] = SignedCodes(codes + b * 32);
-          value[2 * b + 1] = SignedCodes(codes + b * 32 + 16);
+          code[1] = _mm512_loadu_si512(codes + 64);
         } else {
-          value[2 * b] = LowCodes(codes + b * 16);
-          value[2 * b + 1] = HighCodes(codes + b * 16);
+          const __m512i mask = _mm512_set1_epi8(15);
+          code[1] = _mm512_and_si512(_mm512_srli_epi16(code[0], 4), mask);
+          code[0] = _mm512_and_si512(code[0], mask);
         }
-      }
-      for (int m = 0; m < MB; ++m) {
-        for (int b = 0; b < NB; ++b) {
-          const V weight = Splat(weights[m][b][i]);
-          sum[m][2 * b] = Fma(weight, value[2 * b], sum[m][2 * b]);
-          sum[m][2 * b + 1] = Fma(weight, value[2 * b + 1], sum[m][2 * b + 1]);
+        for (int m = 0; m < MB; ++m) {
+          const int8_t* weight = weights[i][m][first + s];
+          const __m512i weight_low = Broadcast4(weight), weight_high = Broadcast4(weight + 4);
+          for (int v = 0; v < 2; ++v) {
+            AddProducts(high[s][m][v], code[v], weight_high);
+            AddProducts(low[s][m][v], code[v], weight_low);
+          }
         }
       }
     }
   }
   for (int m = 0; m < MB; ++m) {
-    for (int v = 0; v < 2 * NB; ++v) Store(out + m * out_stride + v * kW, sum[m][v]);
+    const uint32_t sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(total[m])) -
+                         static_cast<uint32_t>(n_parts * kTileRows) * kShiftBits;
+    for (int v = 0; v < 2; ++v) {
+      for (int s = 1; s < kSums; ++s) {
+        high[0][m][v] += high[s][m][v];
+        low[0][m][v] += low[s][m][v];
+      }
+      const Sums x = (high[0][m][v] << 8) + low[0][m][v] - static_cast<int32_t>(kOffset * sum);
+      float* to = out + m * Padded(dim) + v * kW;
+      Store(to, Fma(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)), Splat(unit[m]), Load(to)));
+    }
   }
 }
 
 template <RowType kType, int MB>
-inline void AddCodedTiles(const std::byte* tile, size_t n_tiles, size_t dim, size_t lane, size_t n, const float* p,
-                          float* out, Ahead ahead) {
-  const size_t out_stride = Padded(dim);
-  size_t block = 0;
-  for (; block + 2 <= dim / kQuantBlock; block += 2) {
-    AddCodes<kType, MB, 2>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride,
-                           ahead);
-  }
-  if (block < dim / kQuantBlock) {
-    AddCodes<kType, MB, 1>(tile, n_tiles, dim, lane, n, block, p, kSplitStride, out + block * kQuantBlock, out_stride,
-                           ahead);
-  }
+void AddParts(const TilePart* parts, size_t n_parts, size_t dim, const float* p, float* out) {
+  for (size_t block = 0; block < dim / kQuantBlock; ++block)
+    AddBlock<kType, MB>(parts, n_parts, dim, block, p, out + block * kQuantBlock);
 }
 
 template <RowType kType>
 void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  constexpr size_t kRun = 4;  // tiles that stay in the nearest cache for the next queries and channels
-  const size_t dim = view.head_dim, out_stride = Padded(dim), tile_bytes = TileBytes(kType, dim);
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    const std::byte* rows = span.values + slot * tile_bytes / kTileRows;
-    const Ahead ahead = AfterSpan(view, RowSide::kValues, rows, n, row + n, begin, end);
-    while (n > 0) {
-      const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
-      const size_t n_tiles = count == kTileRows ? Min(kRun, n / kTileRows) : 1;
-      const std::byte* tile = span.values + slot / kTileRows * tile_bytes;
-      for (size_t m = 0; m < stacked; m += 4) {
-        const float* p = s.scores + m * kSplitStride + (row - begin);
-        float* out = s.out + m * out_stride;
-        switch (Min(4, stacked - m)) {
-          case 1:
-            AddCodedTiles<kType, 1>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-          case 2:
-            AddCodedTiles<kType, 2>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-          case 3:
-            AddCodedTiles<kType, 3>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-          default:
-            AddCodedTiles<kType, 4>(tile, n_tiles, dim, lane, count, p, out, ahead);
-            break;
-        }
+  const size_t dim = view.head_dim;
+  TilePart memory[2][kWeightRows];
+  TilePart *parts = memory[0], *next = memory[1];
+  size_t n_parts = ListParts(view, begin, begin, Min(end, begin + kWeightRows), parts);
+  for (size_t from = begin + kWeightRows; n_parts > 0; from += kWeightRows) {
+    const size_t n_next = from < end ? ListParts(view, begin, from, Min(end, from + kWeightRows), next) : 0;
+    for (size_t i = 0; i < Min(n_parts, n_next); ++i) parts[i].next = next[i].tile;
+    for (size_t m = 0; m < stacked; m += 4) {
+      const float* p = s.scores + m * kSplitStride;
+      float* out = s.out + m * Padded(dim);
+      switch (Min(4, stacked - m)) {
+        case 1:
+          AddParts<kType, 1>(parts, n_parts, dim, p, out);
+          break;
+        case 2:
+          AddParts<kType, 2>(parts, n_parts, dim, p, out);
+          break;
+        case 3:
+          AddParts<kType, 3>(parts, n_parts, dim, p, out);
+          break;
+        default:
+          AddParts<kType, 4>(parts, n_parts, dim, p, out);
+          break;
       }
-      slot += n_tiles * count;
-      row += n_tiles * count;
-      n -= n_tiles * count;
     }
-  });
+    TilePart* const done = parts;
+    parts = next;
+    next = done;
+    n_parts = n_next;
+  }
 }
 
 bool FusedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {

@@ -72,19 +72,17 @@ float LoadScale(const QuantTile& tile, size_t block) {
 }
 
 // The byte of a q8 code, and of the q4 code of a channel with channel % 32 < 16 (its high half is channel + 16).
-size_t Q8Place(RowSide side, size_t head_dim, size_t channel, size_t lane) {
-  return side == RowSide::kKeys ? Q8KeyCode(channel, lane) : lane * head_dim + channel;
+size_t Q8Place(RowSide side, size_t channel, size_t lane) {
+  return side == RowSide::kKeys ? Q8KeyCode(channel, lane) : Q8ValueCode(channel, lane);
 }
-size_t Q4Place(RowSide side, size_t head_dim, size_t channel, size_t lane) {
-  if (side == RowSide::kKeys) return Q4KeyByte(channel, lane);
-  return lane * head_dim / 2 + channel / kQuantBlock * 16 + channel % 16;
+size_t Q4Place(RowSide side, size_t channel, size_t lane) {
+  return side == RowSide::kKeys ? Q4KeyByte(channel, lane) : Q4ValueByte(channel, lane);
 }
 
 // Also takes NaN into the range, so that the conversion to an integer is defined.
 float Clamp(float x, float low, float high) { return std::max(low, std::min(high, x)); }
 
 void EncodeQ8(const RowFormat& format, const QuantTile& tile, const float* x) {
-  const int bias = format.side == RowSide::kKeys ? 128 : 0;
   for (size_t block = 0; block < format.head_dim / kQuantBlock; ++block) {
     const float* values = x + block * kQuantBlock;
     float largest = 0;
@@ -94,8 +92,8 @@ void EncodeQ8(const RowFormat& format, const QuantTile& tile, const float* x) {
     StoreScale(tile, block, scale);
     for (size_t i = 0; i < kQuantBlock; ++i) {
       const int code = static_cast<int>(std::round(Clamp(values[i] * inverse, -127.0f, 127.0f)));
-      tile.codes[Q8Place(format.side, format.head_dim, block * kQuantBlock + i, tile.lane)] =
-          static_cast<uint8_t>(code + bias);
+      tile.codes[Q8Place(format.side, block * kQuantBlock + i, tile.lane)] =
+          static_cast<uint8_t>(code + 128);
     }
   }
 }
@@ -113,7 +111,7 @@ void EncodeQ4(const RowFormat& format, const QuantTile& tile, const float* x) {
     StoreScale(tile, block, scale);
     auto code = [&](size_t i) { return static_cast<int>(Clamp(values[i] * inverse + 8.5f, 0.0f, 15.0f)); };
     for (size_t i = 0; i < kQuantBlock / 2; ++i) {
-      tile.codes[Q4Place(format.side, format.head_dim, block * kQuantBlock + i, tile.lane)] =
+      tile.codes[Q4Place(format.side, block * kQuantBlock + i, tile.lane)] =
           static_cast<uint8_t>(code(i) | code(i + 16) << 4);
     }
   }
@@ -121,8 +119,7 @@ void EncodeQ4(const RowFormat& format, const QuantTile& tile, const float* x) {
 
 void DecodeQ8(const RowFormat& format, const QuantTile& tile, float* out) {
   for (size_t c = 0; c < format.head_dim; ++c) {
-    const uint8_t byte = tile.codes[Q8Place(format.side, format.head_dim, c, tile.lane)];
-    const int code = format.side == RowSide::kKeys ? byte - 128 : static_cast<int8_t>(byte);
+    const int code = tile.codes[Q8Place(format.side, c, tile.lane)] - 128;
     out[c] = LoadScale(tile, c / kQuantBlock) * static_cast<float>(code);
   }
 }
@@ -130,7 +127,7 @@ void DecodeQ8(const RowFormat& format, const QuantTile& tile, float* out) {
 void DecodeQ4(const RowFormat& format, const QuantTile& tile, float* out) {
   for (size_t c = 0; c < format.head_dim; ++c) {
     const size_t low = c / kQuantBlock * kQuantBlock + c % 16;
-    const uint8_t byte = tile.codes[Q4Place(format.side, format.head_dim, low, tile.lane)];
+    const uint8_t byte = tile.codes[Q4Place(format.side, low, tile.lane)];
     const int code = (c % kQuantBlock < 16 ? byte & 15 : byte >> 4) - 8;
     out[c] = LoadScale(tile, c / kQuantBlock) * static_cast<float>(code);
   }
@@ -238,12 +235,12 @@ void CopyRow(const RowFormat& format, const std::byte* from, size_t from_slot, s
   }
   if (format.type == RowType::kQ8) {
     for (size_t c = 0; c < dim; ++c) {
-      target.codes[Q8Place(format.side, dim, c, target.lane)] = source.codes[Q8Place(format.side, dim, c, source.lane)];
+      target.codes[Q8Place(format.side, c, target.lane)] = source.codes[Q8Place(format.side, c, source.lane)];
     }
     return;
   }
   for (size_t c = 0; c < dim; c = c % 16 == 15 ? c + 17 : c + 1) {
-    target.codes[Q4Place(format.side, dim, c, target.lane)] = source.codes[Q4Place(format.side, dim, c, source.lane)];
+    target.codes[Q4Place(format.side, c, target.lane)] = source.codes[Q4Place(format.side, c, source.lane)];
   }
 }
 
