@@ -6,6 +6,11 @@
 
 constexpr size_t kSplitStride = kSplitRows + 16;  // of the scores of a split
 
+// Rows of quantised values, counted from row 0, whose weights are rounded relative to their largest and whose products
+// are summed up as integers where there are 8-bit dot products: 128 weights of up to 32512 times unsigned codes of up to
+// 255 stay below 2^31.
+constexpr size_t kWeightRows = 128;
+
 struct DecodeScratch {
   float* queries;  // [head_dim, stacked], times scale
   float* scores;   // [stacked, kSplitStride]
@@ -32,13 +37,14 @@ size_t PartialFloats(const AttentionView& view) {
   return view.n_queries * view.group * (kPartialHeader + Padded(view.head_dim));
 }
 
-// Fetches the first of rows [begin, end) of the keys while something else is computed.
-void FetchFirstKeys(const AttentionView& view, size_t begin, size_t end) {
-  const size_t row_bytes = TileBytes(view.key_format.type, view.head_dim) / kTileRows;
-  size_t left = kAhead;
+// Fetches the first `left` bytes of rows [begin, end) while something else is computed.
+void FetchFirst(const AttentionView& view, RowSide side, size_t begin, size_t end, size_t left) {
+  const bool keys = side == RowSide::kKeys;
+  const size_t row_bytes = TileBytes(keys ? view.key_format.type : view.value_format.type, view.head_dim) / kTileRows;
   ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t) {
+    const std::byte* rows = (keys ? span.keys : span.values) + slot * row_bytes;
     const size_t bytes = Min(left, n * row_bytes);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(span.keys + slot * row_bytes + i);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows + i);
     left -= bytes;
   });
 }
@@ -351,12 +357,15 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
   const DecodeScratch s = CarveDecode(view, scratch);
   const size_t dim = view.head_dim, stacked = view.n_queries * view.group;
   const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows), n = end - begin;
-  FetchFirstKeys(view, begin, end);
+  FetchFirst(view, RowSide::kKeys, begin, end, kAhead);
   for (size_t m = 0; m < stacked; ++m) {
     const float* q = view.q + m / view.group * view.q_stride + m % view.group * dim;
     for (size_t c = 0; c < dim; ++c) s.queries[c * stacked + m] = q[c] * view.scale;
   }
   SplitScores(view, s, begin, end, stacked);
+  // The keys have fetched kAhead bytes of the values; quantised ones are fetched a chunk ahead, but the first.
+  if (IsQuantised(view.value_format.type))
+    FetchFirst(view, RowSide::kValues, begin, Min(end, begin + kWeightRows), SIZE_MAX);
   const size_t partial_stride = kPartialHeader + Padded(dim);
   for (size_t m = 0; m < stacked; ++m) {
     float* scores = s.scores + m * kSplitStride;

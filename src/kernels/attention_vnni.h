@@ -204,10 +204,6 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
 
 // ---- Values
 
-// Rows, counted from row 0, whose weights are rounded relative to their largest and whose products are summed up as
-// integers: 128 weights of up to 32512 times unsigned codes of up to 255 stay below 2^31.
-constexpr size_t kWeightRows = 128;
-
 // The rows of one tile that belong to the chunk of kWeightRows rows at hand.
 struct TilePart {
   const std::byte* tile;
