@@ -395,7 +395,7 @@ def main() -> None:
   parser.add_argument("--data", type=Path, help="folder with text/")
   parser.add_argument("--lesskv", type=Path, default=ROOT / "build/release/apps/lesskv/lesskv")
   parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-  parser.add_argument("--only", choices=[group[0] for group in GROUPS])
+  parser.add_argument("--only", choices=[*(group[0] for group in GROUPS), "variants"])
   parser.add_argument("--render", action="store_true", help="only write the page")
   args = parser.parse_args()
   if not args.render:
