@@ -246,7 +246,7 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
                      float* out) {
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
   constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
-  constexpr uint32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
+  constexpr int32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
   V largest[MB];
   for (int m = 0; m < MB; ++m) largest[m] = Zero();
   for (size_t i = 0; i < n_parts; ++i) {
@@ -260,7 +260,7 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
   // Adding 1.5 * 2^23 leaves the rounded weight in the low bits; 128 more, and the second byte is `high`, the first
   // `low` + 128.
   constexpr float kShift = 12582912.0f + 128;
-  constexpr uint32_t kShiftBits = __builtin_bit_cast(uint32_t, kShift);
+  constexpr int32_t kShiftBits = __builtin_bit_cast(int32_t, kShift);
   const __m512i gather = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
   const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
   alignas(64) int8_t weights[kWeightRows][MB][4][16];  // [part][m][four rows]: low bytes, then high bytes
@@ -278,7 +278,7 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
     for (int m = 0; m < MB; ++m) {
       const V shifted = Fma(PartWeights(parts[i], p + m * kSplitStride, scales), inverse[m], Splat(kShift));
       const __m512i bits = _mm512_castps_si512(shifted);
-      total[m] = _mm512_add_epi32(total[m], bits);
+      total[m] = _mm512_add_epi32(total[m], _mm512_sub_epi32(bits, _mm512_set1_epi32(kShiftBits)));
       _mm512_store_si512(weights[i][m], _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
     }
   }
@@ -317,14 +317,13 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
     }
   }
   for (int m = 0; m < MB; ++m) {
-    const uint32_t sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(total[m])) -
-                         static_cast<uint32_t>(n_parts * kTileRows) * kShiftBits;
+    const int32_t sum = _mm512_reduce_add_epi32(total[m]);
     for (int v = 0; v < 2; ++v) {
       for (int s = 1; s < kSums; ++s) {
         high[0][m][v] += high[s][m][v];
         low[0][m][v] += low[s][m][v];
       }
-      const Sums x = (high[0][m][v] << 8) + low[0][m][v] - static_cast<int32_t>(kOffset * sum);
+      const Sums x = (high[0][m][v] << 8) + low[0][m][v] - kOffset * sum;
       float* to = out + m * Padded(dim) + v * kW;
       Store(to, Fma(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)), Splat(unit[m]), Load(to)));
     }
