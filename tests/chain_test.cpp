@@ -11,6 +11,7 @@
 #include <iterator>
 
 #include "base/error.h"
+#include "kernels/cpu.h"
 #include "engine/engine.h"
 #include "engine/generate.h"
 #include "kernels/basic.h"
@@ -245,7 +246,9 @@ TEST(Chain, ReducedComputeStaysCloseToF32) {
     }
     EXPECT_GE(static_cast<double>(same) / static_cast<double>(tokens.size()), 0.98) << "steps of " << step;
     EXPECT_LE(kl, 0.002) << "steps of " << step;
-    EXPECT_GT(MaxDifference(p, q), 0) << "the compute type changes nothing";
+    // A processor that cannot multiply bfloat16 pairs takes float32 for many tokens, and says so (linear.h).
+    const bool rounds = step == 4 || ActiveIsa() == Isa::kScalar || ActiveIsa() >= Isa::kAvx512Bf16;
+    EXPECT_EQ(MaxDifference(p, q) > 0, rounds) << "steps of " << step;
   }
 }
 

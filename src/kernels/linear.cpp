@@ -234,35 +234,50 @@ size_t PanelRows(const Call& call, size_t element_bytes, const TileShape& shape)
   return std::clamp<size_t>(share, shape.row_step, std::max(fit, shape.row_step));
 }
 
+// What a call of at most kMaxPackedTokens works in, in elements; panels and accumulators are a thread's.
+template <typename Kind>
+struct WorkSizes {
+  using Element = typename Kind::Element;
+  explicit WorkSizes(const Call& call) {
+    const TileShape& shape = Kind::Shape(call.kernels);
+    padded = RoundUp(call.w.n_in, Kind::kUnitElements);
+    group_tokens = shape.group_vectors * kTokenLanes;
+    step = PanelRows(call, sizeof(Element), shape);
+    packed = RoundUp(call.n_tokens, kTokenLanes) * padded;
+    // Rows one cache line longer than a power of two: a tile reads many at once, and they must not share a cache set.
+    panel_stride = RoundUp(padded * sizeof(Element), 64) / sizeof(Element) + 64 / sizeof(Element);
+    panel = step * panel_stride;
+    acc = (step + kMaxTileRows) * group_tokens;
+  }
+  size_t Bytes() const {
+    return packed * sizeof(Element) + static_cast<size_t>(Threads()) * (panel * sizeof(Element) + acc * sizeof(float));
+  }
+  size_t padded, group_tokens, step, packed, panel_stride, panel, acc;
+};
+
 template <typename Kind>
 void ManyTokensBlock(const Call& call) {
   using Element = typename Kind::Element;
   const LinearKernels& kernels = call.kernels;
-  const size_t padded = RoundUp(call.w.n_in, Kind::kUnitElements);
+  const WorkSizes<Kind> sizes(call);
   const TileShape& shape = Kind::Shape(kernels);
-  const size_t group_tokens = shape.group_vectors * kTokenLanes;
   thread_local Workspace packed_workspace;
-  Element* packed = packed_workspace.Get<Element>(RoundUp(call.n_tokens, kTokenLanes) * padded);
-  ParallelFor(CeilDiv(call.n_tokens, group_tokens), [&](size_t g) {
+  Element* packed = packed_workspace.Get<Element>(sizes.packed);
+  ParallelFor(CeilDiv(call.n_tokens, sizes.group_tokens), [&](size_t g) {
     const Group group = GroupAt(g, call.n_tokens, shape.group_vectors);
     Kind::Pack(kernels, call.x + group.first_token * call.x_stride, call.x_stride, group.n_tokens, call.w.n_in,
-               group.vectors, packed + group.first_token * padded);
+               group.vectors, packed + group.first_token * sizes.padded);
   });
-  const size_t step = PanelRows(call, sizeof(Element), shape);
-  // Rows one cache line longer than a power of two: a tile reads many at once, and they must not share a cache set.
-  const size_t panel_stride = RoundUp(padded * sizeof(Element), 64) / sizeof(Element) + 64 / sizeof(Element);
-  const size_t panel_size = step * panel_stride;
-  const size_t acc_size = (step + kMaxTileRows) * group_tokens;
   thread_local Workspace panel_workspace, acc_workspace;  // a share for each thread
-  Element* panels = panel_workspace.Get<Element>(static_cast<size_t>(Threads()) * panel_size);
-  float* accs = acc_workspace.Get<float>(static_cast<size_t>(Threads()) * acc_size);
-  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
+  Element* panels = panel_workspace.Get<Element>(static_cast<size_t>(Threads()) * sizes.panel);
+  float* accs = acc_workspace.Get<float>(static_cast<size_t>(Threads()) * sizes.acc);
+  ParallelFor(CeilDiv(call.w.n_out, sizes.step), [&](size_t task) {
     const size_t thread = static_cast<size_t>(ThreadIndex());
-    const size_t first = task * step;
-    const size_t n_rows = std::min(step, call.w.n_out - first);
-    Element* panel = panels + thread * panel_size;
-    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, panel_stride);
-    MultiplyPanel<Kind>(call, n_rows, panel, panel_stride, packed, accs + thread * acc_size, call.y + first);
+    const size_t first = task * sizes.step;
+    const size_t n_rows = std::min(sizes.step, call.w.n_out - first);
+    Element* panel = panels + thread * sizes.panel;
+    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, sizes.panel_stride);
+    MultiplyPanel<Kind>(call, n_rows, panel, sizes.panel_stride, packed, accs + thread * sizes.acc, call.y + first);
   });
 }
 
@@ -305,6 +320,14 @@ size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
   if (compute == ComputeType::kF32) return kKernelTokens;
   const LinearKernels& kernels = Kernels(n_in);
   return IsQuantized(weights) ? kernels.few_int8 : kernels.few_float;
+}
+
+size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute) {
+  const Call call{Kernels(w.n_in), w,       RowBytes(w.type, w.n_in), nullptr, 0, std::min(n_tokens, kMaxPackedTokens),
+                  nullptr,         0};
+  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) return Int8Bytes(RoundUp(w.n_in, 256), RoundUp(n_tokens, 2));
+  const bool bf16 = compute == ComputeType::kBF16 && call.kernels.tile_bf16 != nullptr;
+  return bf16 ? WorkSizes<TileBf16>(call).Bytes() : WorkSizes<TileF32>(call).Bytes();
 }
 
 void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,

@@ -44,9 +44,13 @@ bool IsLinearType(DType type);
 // y[t, o] = sum over i of x[t, i] * w[o, i], for t < n_tokens and o < n_out.
 //   x  [n_tokens, n_in] float32, rows x_stride floats apart
 //   y  [n_tokens, n_out] float32, rows y_stride floats apart; overwritten; must not overlap x
-// Runs on all threads (ParallelFor over blocks of rows). Thread-safe. Work memory: at most 512 packed tokens a call and
-// about half a megabyte a thread, kept for the next call.
+// Runs on all threads (ParallelFor over blocks of rows). Thread-safe. Works in LinearWorkBytes of memory, kept for the
+// next call.
 void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
             ComputeType compute);
+
+// An upper bound of the work memory of such a call, with the threads and the instruction set that are active now: at
+// most 512 packed tokens, and a panel of unpacked rows a thread.
+size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute);
 
 }  // namespace lesskv
