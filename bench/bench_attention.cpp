@@ -30,8 +30,8 @@
 #include "base/plain_read.h"
 #include "base/rng.h"
 #include "base/threads.h"
-#include "kernels/attention.h"
-#include "kernels/cpu.h"
+#include "kernels/attention/attention.h"
+#include "kernels/basic/cpu.h"
 #include "kvcache/memory.h"
 
 namespace lesskv {

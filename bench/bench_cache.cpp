@@ -18,7 +18,7 @@
 
 #include "base/threads.h"
 #include "cache_feeder.h"
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 #include "kvcache/sequence_cache.h"
 
 namespace lesskv {

@@ -20,11 +20,11 @@
 #include "base/rng.h"
 #include "base/threads.h"
 #include "cache_feeder.h"
-#include "kernels/attention.h"
-#include "kernels/basic.h"
-#include "kernels/cpu.h"
-#include "kernels/linear.h"
-#include "kernels/quants.h"
+#include "kernels/attention/attention.h"
+#include "kernels/basic/basic.h"
+#include "kernels/basic/cpu.h"
+#include "kernels/linear/linear.h"
+#include "kernels/quants/quants.h"
 #include "kvcache/memory.h"
 
 namespace lesskv {

@@ -24,9 +24,9 @@
 #include "base/plain_read.h"
 #include "base/rng.h"
 #include "base/threads.h"
-#include "kernels/cpu.h"
-#include "kernels/linear.h"
-#include "kernels/quants.h"
+#include "kernels/basic/cpu.h"
+#include "kernels/linear/linear.h"
+#include "kernels/quants/quants.h"
 #include "kvcache/memory.h"
 
 namespace lesskv {

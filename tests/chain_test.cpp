@@ -11,10 +11,10 @@
 #include <iterator>
 
 #include "base/error.h"
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 #include "engine/engine.h"
 #include "engine/generate.h"
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv {
 namespace {

@@ -14,7 +14,7 @@
 
 #include "base/rng.h"
 #include "format/gguf_writer.h"
-#include "kernels/quants.h"
+#include "kernels/quants/quants.h"
 
 namespace lesskv {
 namespace {

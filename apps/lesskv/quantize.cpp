@@ -16,7 +16,7 @@
 #include "common.h"
 #include "base/memory.h"
 #include "format/gguf_writer.h"
-#include "kernels/quants.h"
+#include "kernels/quants/quants.h"
 
 namespace lesskv {
 namespace {

@@ -1,7 +1,7 @@
 #include "engine/run_info.h"
 
 #include "base/threads.h"
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 
 namespace lesskv {
 

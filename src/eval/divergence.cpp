@@ -9,7 +9,7 @@
 #include "eval/metrics.h"
 #include "eval/perplexity.h"
 #include "eval/window_batch.h"
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv {
 namespace {

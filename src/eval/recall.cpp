@@ -9,7 +9,7 @@
 #include "base/rng.h"
 #include "eval/metrics.h"
 #include "eval/stopwatch.h"
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv {
 namespace {

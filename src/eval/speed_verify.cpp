@@ -6,7 +6,7 @@
 
 #include "base/error.h"
 #include "base/rng.h"
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 
 namespace lesskv {
 namespace {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/linear.h"
-#include "kernels/rope.h"
+#include "kernels/linear/linear.h"
+#include "kernels/basic/rope.h"
 #include "kvcache/protected.h"
 #include "kvcache/registry.h"
 #include "kvcache/spec.h"

@@ -11,7 +11,7 @@
 
 #include "base/error.h"
 #include "base/large_pages.h"
-#include "kernels/rows.h"
+#include "kernels/rows/rows.h"
 
 namespace lesskv {
 

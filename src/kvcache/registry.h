@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "kernels/rows.h"
+#include "kernels/rows/rows.h"
 #include "kvcache/spec.h"
 
 namespace lesskv {

@@ -8,7 +8,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/threads.h"
-#include "kernels/attention.h"
+#include "kernels/attention/attention.h"
 #include "kvcache/sequence_cache_impl.h"
 
 namespace lesskv {

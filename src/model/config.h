@@ -8,7 +8,7 @@
 #include <string>
 
 #include "format/gguf.h"
-#include "kernels/rope.h"
+#include "kernels/basic/rope.h"
 
 namespace lesskv {
 

@@ -6,8 +6,8 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/threads.h"
-#include "kernels/basic.h"
-#include "kernels/quants.h"
+#include "kernels/basic/basic.h"
+#include "kernels/quants/quants.h"
 
 namespace lesskv {
 namespace {

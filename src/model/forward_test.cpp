@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv {
 namespace {

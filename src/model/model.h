@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "format/gguf.h"
-#include "kernels/linear.h"
-#include "kernels/rope.h"
+#include "kernels/linear/linear.h"
+#include "kernels/basic/rope.h"
 #include "kvcache/cache_config.h"
 #include "model/config.h"
 

@@ -8,8 +8,8 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/threads.h"
-#include "kernels/basic.h"
-#include "kernels/rope.h"
+#include "kernels/basic/basic.h"
+#include "kernels/basic/rope.h"
 #include "kvcache/sequence_cache.h"
 #include "train/train_kernels.h"
 

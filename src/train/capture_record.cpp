@@ -7,7 +7,7 @@
 #include "base/error.h"
 #include "format/gguf.h"
 #include "format/gguf_writer.h"
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv::train {
 namespace {

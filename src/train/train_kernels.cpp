@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "base/check.h"
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "train/train_kernels.cpp"

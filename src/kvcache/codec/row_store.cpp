@@ -7,8 +7,8 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/threads.h"
-#include "kernels/basic.h"
-#include "kernels/hadamard.h"
+#include "kernels/basic/basic.h"
+#include "kernels/rows/hadamard.h"
 
 namespace lesskv {
 namespace {

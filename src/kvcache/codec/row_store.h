@@ -15,7 +15,7 @@
 #include <span>
 #include <vector>
 
-#include "kernels/attention.h"
+#include "kernels/attention/attention.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/codec/kv_store.h"
 #include "kvcache/memory.h"

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 
 // Two vector levels of Highway; what they are chosen by is kernels/cpu.h, so that LESSKV_ISA holds here too.
 #undef HWY_TARGET_INCLUDE

@@ -11,7 +11,7 @@
 #include "base/error.h"
 #include "base/rng.h"
 #include "base/threads.h"
-#include "kernels/cpu.h"
+#include "kernels/basic/cpu.h"
 
 namespace lesskv {
 namespace {

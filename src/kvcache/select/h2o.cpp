@@ -6,7 +6,7 @@
 //   keep { j >= seen - recent } and the `heavy` largest c_j among the rest
 #include <algorithm>
 
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"

@@ -1,6 +1,6 @@
 #include "kvcache/select/selection.h"
 
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
 #include "kvcache/protected.h"
 
 namespace lesskv {

@@ -3,8 +3,8 @@
 // current token competes like any other.
 #include <algorithm>
 
-#include "kernels/basic.h"
-#include "kernels/basic.h"
+#include "kernels/basic/basic.h"
+#include "kernels/basic/basic.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"

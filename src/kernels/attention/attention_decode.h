@@ -1,0 +1,434 @@
+// Decode: up to kDecodeQueries queries against a split of kSplitRows rows, each read once for the whole query group;
+// then the splits are merged. Part of the kernels of one instruction set, see attention_simd.h.
+#pragma once
+
+#include "kernels/attention/attention_simd.h"
+
+constexpr size_t kSplitStride = kSplitRows + 16;  // of the scores of a split
+
+// Rows of quantised values, counted from row 0, whose weights are rounded relative to their largest and whose products
+// are summed up as integers where there are 8-bit dot products: 128 weights of up to 32512 times unsigned codes of up to
+// 255 stay below 2^31.
+constexpr size_t kWeightRows = 128;
+
+struct DecodeScratch {
+  float* queries;  // [head_dim, stacked], times scale
+  float* scores;   // [stacked, kSplitStride]
+  float* edge;     // [stacked, 16]: the scores of a tile that belongs to the piece in part
+  float* out;      // [stacked, padded head_dim]
+  Expansion rows;
+  size_t floats;
+};
+
+DecodeScratch CarveDecode(const AttentionView& view, float* base) {
+  const size_t stacked = view.n_queries * view.group;
+  Arena arena = {base, 0};
+  DecodeScratch s;
+  s.queries = arena.Take(stacked * view.head_dim);
+  s.scores = arena.Take(stacked * kSplitStride);
+  s.edge = arena.Take(stacked * kTileRows);
+  s.out = arena.Take(stacked * Padded(view.head_dim));
+  s.rows = TakeExpansion(view, arena);
+  s.floats = arena.used;
+  return s;
+}
+
+size_t PartialFloats(const AttentionView& view) {
+  return view.n_queries * view.group * (kPartialHeader + Padded(view.head_dim));
+}
+
+// Fetches the first `left` bytes of rows [begin, end) while something else is computed.
+void FetchFirst(const AttentionView& view, RowSide side, size_t begin, size_t end, size_t left) {
+  const bool keys = side == RowSide::kKeys;
+  const size_t row_bytes = TileBytes(keys ? view.key_format.type : view.value_format.type, view.head_dim) / kTileRows;
+  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t) {
+    const std::byte* rows = (keys ? span.keys : span.values) + slot * row_bytes;
+    const size_t bytes = Min(left, n * row_bytes);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows + i);
+    left -= bytes;
+  });
+}
+
+// What is read after `n` rows from `rows` on: the next span of the split, from row `next` on, and after its last keys
+// the values of its first row.
+Ahead AfterSpan(const AttentionView& view, RowSide side, const std::byte* rows, size_t n, size_t next, size_t begin,
+                size_t end) {
+  if (next >= end && side == RowSide::kValues) return kNothingAhead;
+  const bool keys = side == RowSide::kKeys && next < end;
+  const size_t row = next < end ? next : begin;
+  const RowFormat& format = side == RowSide::kKeys ? view.key_format : view.value_format;
+  const RowFormat& next_format = keys ? view.key_format : view.value_format;
+  const std::byte* stop = rows + n * TileBytes(format.type, format.head_dim) / kTileRows;
+  const std::byte* start = stop;
+  ForEachPiece(view, row, row + 1, [&](const KvSpan& span, size_t slot, size_t, size_t) {
+    start = (keys ? span.keys : span.values) + slot * TileBytes(next_format.type, view.head_dim) / kTileRows;
+  });
+  return {reinterpret_cast<const char*>(stop), start - stop};
+}
+
+// ---- Decode: scores of key tiles where they lie
+
+// scores[m, row] for MB queries and NT tiles. Channels of a tile are channel_stride elements apart, tiles tile_stride;
+// queries are [head_dim, stacked].
+template <typename Rows, int MB, int NT>
+inline void ScoreTiles(const typename Rows::T* keys, size_t tile_stride, size_t channel_stride, size_t dim,
+                       const float* queries, size_t stacked, float* scores, size_t stride, Ahead ahead) {
+  constexpr int kVectors = NT * static_cast<int>(kTileVectors);
+  V sum[MB][kVectors];
+  for (int m = 0; m < MB; ++m) {
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = Zero();
+  }
+  for (size_t c = 0; c < dim; ++c) {
+    // NT tiles are dim such steps long.
+    if constexpr (Rows::kStreams)
+      FetchAhead<NT * kTileRows * sizeof(typename Rows::T)>(keys + c * NT * kTileRows, ahead);
+    V key[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      key[v] = Rows::Load1(keys + v / kTileVectors * tile_stride + c * channel_stride + v % kTileVectors * kW);
+    }
+    for (int m = 0; m < MB; ++m) {
+      const V query = Splat(queries[c * stacked + m]);
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = Fma(query, key[v], sum[m][v]);
+    }
+  }
+  for (int m = 0; m < MB; ++m) {
+    for (int v = 0; v < kVectors; ++v) Store(scores + m * stride + v * kW, sum[m][v]);
+  }
+}
+
+constexpr size_t kScoreQueries = kW == 16 ? 8 : 4;  // most queries at once
+constexpr int ScoreTilesAtOnce(int mb) { return kW == 1 ? 1 : (kW == 16 ? (mb <= 4 ? 4 : 2) : (mb <= 2 ? 2 : 1)); }
+
+template <typename Rows, int MB>
+inline void ScoreTileRun(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, size_t channel_stride,
+                         size_t dim, const float* queries, size_t stacked, float* scores, size_t stride, Ahead ahead) {
+  constexpr int kNT = ScoreTilesAtOnce(MB);
+  size_t t = 0;
+  for (; t + kNT <= n_tiles; t += kNT) {
+    ScoreTiles<Rows, MB, kNT>(keys + t * tile_stride, tile_stride, channel_stride, dim, queries, stacked,
+                              scores + t * kTileRows, stride, ahead);
+  }
+  for (; t < n_tiles; ++t) {
+    ScoreTiles<Rows, MB, 1>(keys + t * tile_stride, tile_stride, channel_stride, dim, queries, stacked,
+                            scores + t * kTileRows, stride, ahead);
+  }
+}
+
+// All stacked queries against n_tiles tiles.
+template <typename Rows>
+void ScoreAll(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, size_t channel_stride, size_t dim,
+              const float* queries, size_t stacked, float* scores, size_t stride, Ahead ahead) {
+  // A few tiles at a time, so that they are still in the nearest cache for the next queries.
+  constexpr size_t kRun = 4;
+  for (size_t t = 0; t < n_tiles; t += kRun) {
+    const size_t n = Min(kRun, n_tiles - t);
+    for (size_t m = 0; m < stacked; m += kScoreQueries) {
+      const auto* k = keys + t * tile_stride;
+      const float* q = queries + m;
+      float* s = scores + m * stride + t * kTileRows;
+      switch (Min(kScoreQueries, stacked - m)) {
+        case 1:
+          ScoreTileRun<Rows, 1>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        case 2:
+          ScoreTileRun<Rows, 2>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        case 3:
+          ScoreTileRun<Rows, 3>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        case 4:
+          ScoreTileRun<Rows, 4>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        case 5:
+          ScoreTileRun<Rows, 5>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        case 6:
+          ScoreTileRun<Rows, 6>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        case 7:
+          ScoreTileRun<Rows, 7>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+        default:
+          ScoreTileRun<Rows, 8>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+          break;
+      }
+    }
+  }
+}
+
+// Calls whole(tiles, n_tiles, first row, what to fetch ahead) and part(tile, first lane, n, first row) over the tiles
+// of rows [begin, end).
+template <typename Whole, typename Part>
+inline void ForEachKeyTile(const AttentionView& view, size_t begin, size_t end, Whole whole, Part part) {
+  const size_t tile_bytes = TileBytes(view.key_format.type, view.head_dim);
+  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+    const size_t row_bytes = tile_bytes / kTileRows;
+    const Ahead ahead = AfterSpan(view, RowSide::kKeys, span.keys + slot * row_bytes, n, row + n, begin, end);
+    while (n > 0) {
+      const std::byte* tile = span.keys + slot / kTileRows * tile_bytes;
+      const size_t lane = slot % kTileRows;
+      size_t count = n / kTileRows * kTileRows;
+      if (lane == 0 && count > 0) {
+        whole(tile, count / kTileRows, row, ahead);
+      } else {
+        count = Min(n, kTileRows - lane);
+        part(tile, lane, count, row);
+      }
+      slot += count;
+      row += count;
+      n -= count;
+    }
+  });
+}
+
+// The scores of lanes [lane, lane + n) of the tile in s.edge, to place `at`.
+void CopyEdge(const DecodeScratch& s, size_t lane, size_t n, size_t at, size_t stacked) {
+  for (size_t m = 0; m < stacked; ++m) {
+    for (size_t i = 0; i < n; ++i) s.scores[m * kSplitStride + at + i] = s.edge[m * kTileRows + lane + i];
+  }
+}
+
+template <typename Rows>
+void ScoresInPlace(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+  using T = typename Rows::T;
+  const size_t dim = view.head_dim, tile = kTileRows * dim;
+  ForEachKeyTile(
+      view, begin, end,
+      [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
+        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), n_tiles, tile, kTileRows, dim, s.queries, stacked,
+                       s.scores + (row - begin), kSplitStride, ahead);
+      },
+      [&](const std::byte* keys, size_t lane, size_t n, size_t row) {
+        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), 1, tile, kTileRows, dim, s.queries, stacked, s.edge, kTileRows,
+                       kNothingAhead);
+        CopyEdge(s, lane, n, row - begin, stacked);
+      });
+}
+
+void ScoresExpanded(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+  for (size_t b = begin; b < end; b += kBlockRows) {
+    const size_t n = Min(kBlockRows, end - b);
+    ExpandKeys(view, s.rows, b, b + n);
+    ScoreAll<ExpandedRows>(s.rows.keys, Padded(n) / kTileRows, kTileRows, kKeyStride, view.head_dim, s.queries, stacked,
+                           s.scores + (b - begin), kSplitStride, kNothingAhead);
+  }
+}
+
+// Over quantised rows where they lie; false when this instruction set has none such.
+bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked);
+bool FusedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked);
+
+void SplitScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+  if (view.angles) return ScoresExpanded(view, s, begin, end, stacked);
+  switch (view.key_format.type) {
+    case RowType::kF32:
+      return ScoresInPlace<F32Rows>(view, s, begin, end, stacked);
+    case RowType::kF16:
+      return ScoresInPlace<F16Rows>(view, s, begin, end, stacked);
+    case RowType::kBF16:
+      return ScoresInPlace<BF16Rows>(view, s, begin, end, stacked);
+    default:
+      if (!FusedScores(view, s, begin, end, stacked)) ScoresExpanded(view, s, begin, end, stacked);
+  }
+}
+
+// ---- Decode: values
+
+// out[m, NV vectors] += sum over rows, in order, of p[m, row] * values[row].
+template <typename Rows, int MB, int NV>
+inline void AddRows(const typename Rows::T* values, size_t row_stride, size_t n, const float* p, size_t p_stride,
+                    float* out, size_t out_stride, Ahead ahead) {
+  V sum[MB][NV];
+  for (int m = 0; m < MB; ++m) {
+    for (int v = 0; v < NV; ++v) sum[m][v] = Load(out + m * out_stride + v * kW);
+  }
+  for (size_t i = 0; i < n; ++i) {
+    if constexpr (Rows::kStreams) FetchAhead<NV * kW * sizeof(typename Rows::T)>(values + i * row_stride, ahead);
+    V value[NV];
+    for (int v = 0; v < NV; ++v) value[v] = Rows::Load1(values + i * row_stride + v * kW);
+    for (int m = 0; m < MB; ++m) {
+      const V weight = Splat(p[m * p_stride + i]);
+      for (int v = 0; v < NV; ++v) sum[m][v] = Fma(weight, value[v], sum[m][v]);
+    }
+  }
+  for (int m = 0; m < MB; ++m) {
+    for (int v = 0; v < NV; ++v) Store(out + m * out_stride + v * kW, sum[m][v]);
+  }
+}
+
+constexpr size_t kAddQueries = 4;
+constexpr size_t kAddVectors = kW == 16 ? 4 : 2;
+
+template <typename Rows, int MB>
+inline void AddRowsOfQueries(const typename Rows::T* values, size_t dim, size_t row_stride, size_t n, const float* p,
+                             size_t p_stride, float* out, size_t out_stride, Ahead ahead) {
+  for (size_t c = 0; c < dim; c += kAddVectors * kW) {
+    switch (Min(kAddVectors, (dim - c + kW - 1) / kW)) {
+      case 1:
+        AddRows<Rows, MB, 1>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
+        break;
+      case 2:
+        AddRows<Rows, MB, 2>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
+        break;
+      case 3:
+        AddRows<Rows, MB, 3>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
+        break;
+      default:
+        AddRows<Rows, MB, 4>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
+        break;
+    }
+  }
+}
+
+template <typename Rows>
+void AddAll(const typename Rows::T* values, size_t dim, size_t row_stride, size_t n, const float* p, size_t p_stride,
+            size_t stacked, float* out, Ahead ahead) {
+  constexpr size_t kRun = 32;  // rows that stay in the nearest cache while all queries and channels use them
+  const size_t out_stride = Padded(dim);
+  for (size_t i = 0; i < n; i += kRun) {
+    const size_t run = Min(kRun, n - i);
+    const auto* v = values + i * row_stride;
+    for (size_t m = 0; m < stacked; m += kAddQueries) {
+      const float* w = p + m * p_stride + i;
+      float* o = out + m * out_stride;
+      switch (Min(kAddQueries, stacked - m)) {
+        case 1:
+          AddRowsOfQueries<Rows, 1>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
+          break;
+        case 2:
+          AddRowsOfQueries<Rows, 2>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
+          break;
+        case 3:
+          AddRowsOfQueries<Rows, 3>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
+          break;
+        default:
+          AddRowsOfQueries<Rows, 4>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
+          break;
+      }
+    }
+  }
+}
+
+template <typename Rows>
+void ValuesInPlace(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+  const size_t dim = view.head_dim;
+  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+    const auto* values = reinterpret_cast<const typename Rows::T*>(span.values) + slot * dim;
+    const Ahead ahead =
+        AfterSpan(view, RowSide::kValues, reinterpret_cast<const std::byte*>(values), n, row + n, begin, end);
+    AddAll<Rows>(values, dim, dim, n, s.scores + (row - begin), kSplitStride, stacked, s.out, ahead);
+  });
+}
+
+void SplitValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+  switch (view.value_format.type) {
+    case RowType::kF32:
+      return ValuesInPlace<F32Rows>(view, s, begin, end, stacked);
+    case RowType::kF16:
+      return ValuesInPlace<F16Rows>(view, s, begin, end, stacked);
+    case RowType::kBF16:
+      return ValuesInPlace<BF16Rows>(view, s, begin, end, stacked);
+    default:
+      break;
+  }
+  if (FusedValues(view, s, begin, end, stacked)) return;
+  for (size_t b = begin; b < end; b += kBlockRows) {
+    const size_t n = Min(kBlockRows, end - b);
+    ExpandValues(view, b, b + n, s.rows.values);
+    AddAll<ExpandedRows>(s.rows.values, view.head_dim, Padded(view.head_dim), n, s.scores + (b - begin), kSplitStride,
+                         stacked, s.out, kNothingAhead);
+  }
+}
+
+// scores = exp(scores - largest) over the visible ones and 0 up to n, or the vectors that hold them; returns the sum.
+float ExpAndSum(float* scores, size_t visible, size_t n, float largest) {
+  const V shift = Splat(largest == -kInfinity ? 0 : largest);
+  V sum = Zero();
+  for (size_t i = 0; i < Padded(visible); i += kW) {
+    const V p = Exp(Sub(Load(scores + i), shift));
+    Store(scores + i, p);
+    sum = Add(sum, p);
+  }
+  for (size_t i = Padded(visible); i < Padded(n); ++i) scores[i] = 0;
+  return ReduceAdd(sum);
+}
+
+void Decode(const AttentionView& view, size_t split, float* scratch, float* partial) {
+  const DecodeScratch s = CarveDecode(view, scratch);
+  const size_t dim = view.head_dim, stacked = view.n_queries * view.group;
+  const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows), n = end - begin;
+  FetchFirst(view, RowSide::kKeys, begin, end, kAhead);
+  for (size_t m = 0; m < stacked; ++m) {
+    const float* q = view.q + m / view.group * view.q_stride + m % view.group * dim;
+    for (size_t c = 0; c < dim; ++c) s.queries[c * stacked + m] = q[c] * view.scale;
+  }
+  SplitScores(view, s, begin, end, stacked);
+  // The keys have fetched kAhead bytes of the values; quantised ones are fetched a chunk ahead, but the first.
+  if (IsQuantised(view.value_format.type))
+    FetchFirst(view, RowSide::kValues, begin, Min(end, begin + kWeightRows), SIZE_MAX);
+  const size_t partial_stride = kPartialHeader + Padded(dim);
+  for (size_t m = 0; m < stacked; ++m) {
+    float* scores = s.scores + m * kSplitStride;
+    const size_t seen = VisibleRows(view, m / view.group), visible = seen > begin ? Min(n, seen - begin) : 0;
+    float* header = partial + m * partial_stride;
+    header[0] = MaxScore(scores, visible);
+    header[1] = ExpAndSum(scores, visible, n, header[0]);
+    if (view.received) Copy(view.probabilities + m * view.probability_stride + begin, scores, Padded(n));
+  }
+  Fill(s.out, stacked * Padded(dim), 0);
+  SplitValues(view, s, begin, end, stacked);
+  for (size_t m = 0; m < stacked; ++m) {
+    float* to = partial + m * partial_stride + kPartialHeader;
+    for (size_t c = 0; c < dim; c += kW) Store(to + c, Load(s.out + m * Padded(dim) + c));
+  }
+}
+
+// received[r] = sum over the group of probability times its split's factor, which MergeSplits has left in the header.
+void SumReceived(const AttentionView& view, const float* partials, size_t n_splits) {
+  const size_t stride = kPartialHeader + Padded(view.head_dim), split_stride = PartialFloats(view);
+  for (size_t split = 0; split < n_splits; ++split) {
+    const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows);
+    const float* factors = partials + split * split_stride + 2;
+    for (size_t r = begin; r < end; r += kW) {
+      V sum = Zero();
+      for (size_t g = 0; g < view.group; ++g)
+        sum = Fma(Splat(factors[g * stride]), Load(view.probabilities + g * view.probability_stride + r), sum);
+      if (r + kW <= end) {
+        Store(view.received + r, sum);
+        continue;
+      }
+      alignas(64) float rest[kW];
+      Store(rest, sum);
+      for (size_t i = r; i < end; ++i) view.received[i] = rest[i - r];
+    }
+  }
+}
+
+void MergeSplits(const AttentionView& view, float* partials, size_t n_splits) {
+  const size_t dim = view.head_dim, stride = kPartialHeader + Padded(dim);
+  const size_t split_stride = PartialFloats(view);
+  for (size_t m = 0; m < view.n_queries * view.group; ++m) {
+    float* first = partials + m * stride;
+    float* out = view.out + m / view.group * view.out_stride + m % view.group * dim;
+    float largest = -kInfinity, sum = 0;
+    for (size_t i = 0; i < n_splits; ++i) {
+      const float x = first[i * split_stride];
+      largest = x > largest ? x : largest;
+    }
+    Fill(out, dim, 0);
+    for (size_t i = 0; i < n_splits; ++i) {
+      float* from = first + i * split_stride;
+      from[2] = 0;
+      if (from[1] == 0) continue;  // nothing visible
+      const float weight = from[2] = __builtin_expf(from[0] - largest);
+      sum += weight * from[1];
+      for (size_t c = 0; c < dim; ++c) out[c] += weight * from[kPartialHeader + c];
+    }
+    if (sum != 0) {
+      for (size_t c = 0; c < dim; ++c) out[c] /= sum;
+    }
+    view.lse[m] = sum != 0 ? largest + __builtin_logf(sum) : -kInfinity;
+    for (size_t i = 0; view.received && sum != 0 && i < n_splits; ++i) first[i * split_stride + 2] /= sum;
+  }
+  if (view.received) SumReceived(view, partials, n_splits);
+}

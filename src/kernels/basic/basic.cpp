@@ -1,0 +1,491 @@
+#include "kernels/basic/basic.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/basic/cpu.h"
+
+// clang-format off: this file is included again for each target, before the headers below it.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/basic/basic.cpp"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
+namespace lesskv {
+namespace HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using D = hn::ScalableTag<float>;
+using V = hn::Vec<D>;
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+// Calls full(i) at whole vectors and tail(i, count) once for what remains, if anything.
+template <typename Full, typename Tail>
+HWY_INLINE void Walk(size_t n, Full&& full, Tail&& tail) {
+  const size_t lanes = hn::Lanes(D());
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) full(i);
+  if (i < n) tail(i, n - i);
+}
+
+// The last few elements pass through a padded vector on the stack: no masked loads, no reads past the end.
+struct Padded {
+  HWY_ALIGN float data[HWY_MAX_BYTES / sizeof(float)];
+  HWY_INLINE Padded(const float* x, size_t count, float fill) {
+    for (size_t j = 0; j < hn::Lanes(D()); ++j) data[j] = j < count ? x[j] : fill;
+  }
+  HWY_INLINE V Load() const { return hn::Load(D(), data); }
+};
+
+HWY_INLINE void StoreFirst(V v, size_t count, float* out) {
+  HWY_ALIGN float data[HWY_MAX_BYTES / sizeof(float)];
+  hn::Store(v, D(), data);
+  std::memcpy(out, data, count * sizeof(float));
+}
+
+// The rule of LowestRow, a row at a time.
+struct LowestRowSearch {
+  const float* values;
+  const int32_t* positions;
+  size_t lowest;  // starts as the number of rows: none yet
+  int32_t begin, end;
+  bool found = false;
+
+  void Consider(size_t r) {
+    if (positions[r] < begin || positions[r] >= end) return;
+    const auto value = [&](size_t i) { return values[i] == values[i] ? values[i] : kNegativeInfinity; };
+    if (found && !(value(r) < value(lowest) || (value(r) == value(lowest) && positions[r] > positions[lowest]))) return;
+    lowest = r;
+    found = true;
+  }
+};
+
+// x[i] = f(x[i]) for every element; f maps vectors.
+template <typename F>
+HWY_INLINE void Map(float* x, size_t n, F&& f) {
+  const D d;
+  Walk(
+      n, [&](size_t i) HWY_ATTR { hn::StoreU(f(hn::LoadU(d, x + i)), d, x + i); },
+      [&](size_t i, size_t count) HWY_ATTR { StoreFirst(f(Padded(x + i, count, 0.0f).Load()), count, x + i); });
+}
+
+// out[i] = f(x[i], y[i]).
+template <typename F>
+HWY_INLINE void Map2(const float* x, const float* y, size_t n, float* out, F&& f) {
+  const D d;
+  Walk(
+      n, [&](size_t i) HWY_ATTR { hn::StoreU(f(hn::LoadU(d, x + i), hn::LoadU(d, y + i)), d, out + i); },
+      [&](size_t i, size_t count) HWY_ATTR {
+        StoreFirst(f(Padded(x + i, count, 0.0f).Load(), Padded(y + i, count, 0.0f).Load()), count, out + i);
+      });
+}
+
+// Reduces with four independent accumulators to hide the latency of an addition. step(acc, i-th vector of x and y).
+template <typename Step>
+HWY_INLINE V Reduce(const float* x, const float* y, size_t n, float start, Step&& step) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  V a0 = hn::Set(d, start), a1 = a0, a2 = a0, a3 = a0;
+  size_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    a0 = step(a0, hn::LoadU(d, x + i), hn::LoadU(d, y + i));
+    a1 = step(a1, hn::LoadU(d, x + i + lanes), hn::LoadU(d, y + i + lanes));
+    a2 = step(a2, hn::LoadU(d, x + i + 2 * lanes), hn::LoadU(d, y + i + 2 * lanes));
+    a3 = step(a3, hn::LoadU(d, x + i + 3 * lanes), hn::LoadU(d, y + i + 3 * lanes));
+  }
+  for (; i + lanes <= n; i += lanes) a0 = step(a0, hn::LoadU(d, x + i), hn::LoadU(d, y + i));
+  if (i < n) a1 = step(a1, Padded(x + i, n - i, start).Load(), Padded(y + i, n - i, start).Load());
+  const bool is_max = start != 0.0f;
+  return is_max ? hn::Max(hn::Max(a0, a1), hn::Max(a2, a3)) : hn::Add(hn::Add(a0, a1), hn::Add(a2, a3));
+}
+
+float SimdDot(const float* a, const float* b, size_t n) {
+  const D d;
+  return hn::GetLane(
+      hn::SumOfLanes(d, Reduce(a, b, n, 0.0f, [](V acc, V x, V y) HWY_ATTR { return hn::MulAdd(x, y, acc); })));
+}
+
+float SimdSum(const float* x, size_t n) {
+  const D d;
+  return hn::GetLane(hn::SumOfLanes(d, Reduce(x, x, n, 0.0f, [](V acc, V a, V) HWY_ATTR { return hn::Add(acc, a); })));
+}
+
+float SimdMax(const float* x, size_t n) {
+  const D d;
+  // x86's maximum gives its second operand when the first is NaN: in this order NaN entries are skipped.
+  return hn::GetLane(
+      hn::MaxOfLanes(d, Reduce(x, x, n, kNegativeInfinity, [](V acc, V a, V) HWY_ATTR { return hn::Max(a, acc); })));
+}
+
+// Two passes: the lowest value, then the rows that have it, which are few.
+size_t SimdLowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end) {
+  const D d;
+  const hn::RebindToSigned<D> di;
+  const size_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
+  const V high = hn::Set(d, -kNegativeInfinity);
+  const auto value = [&](size_t i) HWY_ATTR {  // of rows outside the range: infinite
+    const auto p = hn::LoadU(di, positions + i);
+    const auto inside = hn::AndNot(hn::Lt(p, hn::Set(di, begin)), hn::Lt(p, hn::Set(di, end)));
+    const V v = hn::LoadU(d, values + i);
+    const V ordered = hn::IfThenElse(hn::IsNaN(v), hn::Set(d, kNegativeInfinity), v);
+    return hn::IfThenElse(hn::RebindMask(d, inside), ordered, high);
+  };
+  V lowest = high;
+  for (size_t i = 0; i < whole; i += lanes) lowest = hn::Min(lowest, value(i));
+  const V least = hn::MinOfLanes(d, lowest);
+  LowestRowSearch search{values, positions, n, begin, end};
+  for (size_t i = 0; i < whole; i += lanes) {
+    if (hn::AllFalse(d, hn::Eq(value(i), least))) continue;
+    for (size_t r = i; r < i + lanes; ++r) search.Consider(r);
+  }
+  for (size_t r = whole; r < n; ++r) search.Consider(r);
+  return search.lowest;
+}
+
+void SimdRmsNorm(const float* x, const float* weight, float eps, size_t n, float* out) {
+  if (n == 0) return;
+  const float mean = SimdDot(x, x, n) / static_cast<float>(n);
+  const V factor = hn::Set(D(), 1.0f / std::sqrt(mean + eps));
+  Map2(x, weight, n, out, [&](V a, V w) HWY_ATTR { return hn::Mul(hn::Mul(a, factor), w); });
+}
+
+void SimdSiluMul(float* gate, const float* up, size_t n) {
+  const D d;
+  Map2(gate, up, n, gate, [&](V g, V u) HWY_ATTR {
+    // exp overflows to infinity for gates below -88: the quotient is then 0, as it should be.
+    const V e = hn::Exp(d, hn::Min(hn::Neg(g), hn::Set(d, 88.0f)));
+    return hn::Mul(hn::Div(g, hn::Add(hn::Set(d, 1.0f), e)), u);
+  });
+}
+
+void SimdExp(float* x, size_t n) {
+  const D d;
+  Map(x, n, [&](V v) HWY_ATTR {
+    // The polynomial is good up to 88.7; beyond, the result is infinite. Comparisons keep NaN a NaN.
+    const V clamped = hn::IfThenElse(hn::Gt(v, hn::Set(d, 88.7228f)), hn::Set(d, 0.0f), v);
+    const V e = hn::Exp(d, clamped);
+    const V overflow = hn::Set(d, std::numeric_limits<float>::infinity());
+    const V nan_kept = hn::IfThenElse(hn::Eq(v, v), e, v);
+    return hn::IfThenElse(hn::Gt(v, hn::Set(d, 88.7228f)), overflow, nan_kept);
+  });
+}
+
+// x = exp(x - shift); returns the sum.
+float ExpShifted(float* x, size_t n, float shift) {
+  const D d;
+  const V s = hn::Set(d, shift);
+  V sum = hn::Zero(d);
+  Walk(
+      n,
+      [&](size_t i) HWY_ATTR {
+        const V e = hn::Exp(d, hn::Sub(hn::LoadU(d, x + i), s));
+        hn::StoreU(e, d, x + i);
+        sum = hn::Add(sum, e);
+      },
+      [&](size_t i, size_t count) HWY_ATTR {
+        const V e = hn::Exp(d, hn::Sub(Padded(x + i, count, kNegativeInfinity).Load(), s));
+        StoreFirst(e, count, x + i);
+        sum = hn::Add(sum, e);
+      });
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+void SimdScale(float* x, float factor, size_t n) {
+  const V f = hn::Set(D(), factor);
+  Map(x, n, [&](V v) HWY_ATTR { return hn::Mul(v, f); });
+}
+
+float SimdSoftmax(float* x, size_t n) {
+  const float max = SimdMax(x, n);
+  if (max == kNegativeInfinity) {
+    std::memset(x, 0, n * sizeof(float));
+    return kNegativeInfinity;
+  }
+  const float sum = ExpShifted(x, n, max);
+  SimdScale(x, 1.0f / sum, n);
+  return max + std::log(sum);
+}
+
+float SimdLogSumExp(const float* x, size_t n) {
+  const D d;
+  const float max = SimdMax(x, n);
+  if (max == kNegativeInfinity) return max;
+  const V shift = hn::Set(d, max);
+  V sum = hn::Zero(d);
+  Walk(
+      n, [&](size_t i) HWY_ATTR { sum = hn::Add(sum, hn::Exp(d, hn::Sub(hn::LoadU(d, x + i), shift))); },
+      [&](size_t i, size_t count)
+          HWY_ATTR { sum = hn::Add(sum, hn::Exp(d, hn::Sub(Padded(x + i, count, kNegativeInfinity).Load(), shift))); });
+  return max + std::log(hn::GetLane(hn::SumOfLanes(d, sum)));
+}
+
+void SimdAdd(float* x, const float* y, size_t n) {
+  Map2(x, y, n, x, [](V a, V b) HWY_ATTR { return hn::Add(a, b); });
+}
+
+void SimdAxpy(float* y, float a, const float* x, size_t n) {
+  const V factor = hn::Set(D(), a);
+  Map2(x, y, n, y, [&](V v, V acc) HWY_ATTR { return hn::MulAdd(factor, v, acc); });
+}
+
+// --- Conversions: a vector of floats and a half-size vector of 16-bit values ---
+
+using D16 = hn::Rebind<uint16_t, D>;
+using DHalf = hn::Rebind<hwy::float16_t, D>;
+using DBits = hn::Rebind<uint32_t, D>;
+using DInt = hn::Rebind<int32_t, D>;
+
+HWY_INLINE hn::Vec<D16> RoundToBf16(V v) {
+  const DBits bits_tag;
+  const auto bits = hn::BitCast(bits_tag, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(bits_tag, 1u));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(bits_tag, 0x7fffu)), odd));
+  const auto quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(bits_tag, 0x40u));
+  const auto is_number = hn::RebindMask(bits_tag, hn::Eq(v, v));
+  return hn::DemoteTo(D16(), hn::BitCast(DInt(), hn::IfThenElse(is_number, rounded, quiet)));
+}
+
+HWY_INLINE hn::Vec<D16> RoundToF16(V v) { return hn::BitCast(D16(), hn::DemoteTo(DHalf(), v)); }
+
+HWY_INLINE V WidenBf16(hn::Vec<D16> v) { return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DBits(), v))); }
+
+HWY_INLINE V WidenF16(hn::Vec<D16> v) { return hn::PromoteTo(D(), hn::BitCast(DHalf(), v)); }
+
+template <typename F>
+HWY_INLINE void Narrow(const float* x, size_t n, uint16_t* out, F&& f) {
+  const D d;
+  const D16 d16;
+  Walk(
+      n, [&](size_t i) HWY_ATTR { hn::StoreU(f(hn::LoadU(d, x + i)), d16, out + i); },
+      [&](size_t i, size_t count) HWY_ATTR {
+        HWY_ALIGN uint16_t data[HWY_MAX_BYTES / sizeof(float)];
+        hn::StoreU(f(Padded(x + i, count, 0.0f).Load()), d16, data);
+        std::memcpy(out + i, data, count * sizeof(uint16_t));
+      });
+}
+
+template <typename F>
+HWY_INLINE void Widen(const uint16_t* x, size_t n, float* out, F&& f) {
+  const D d;
+  const D16 d16;
+  Walk(
+      n, [&](size_t i) HWY_ATTR { hn::StoreU(f(hn::LoadU(d16, x + i)), d, out + i); },
+      [&](size_t i, size_t count) HWY_ATTR {
+        HWY_ALIGN uint16_t data[HWY_MAX_BYTES / sizeof(float)] = {};
+        std::memcpy(data, x + i, count * sizeof(uint16_t));
+        StoreFirst(f(hn::LoadU(d16, data)), count, out + i);
+      });
+}
+
+void SimdF32ToF16(const float* x, size_t n, uint16_t* out) {
+  Narrow(x, n, out, [](V v) HWY_ATTR { return RoundToF16(v); });
+}
+void SimdF32ToBf16(const float* x, size_t n, uint16_t* out) {
+  Narrow(x, n, out, [](V v) HWY_ATTR { return RoundToBf16(v); });
+}
+void SimdF16ToF32(const uint16_t* x, size_t n, float* out) {
+  Widen(x, n, out, [](hn::Vec<D16> v) HWY_ATTR { return WidenF16(v); });
+}
+void SimdBf16ToF32(const uint16_t* x, size_t n, float* out) {
+  Widen(x, n, out, [](hn::Vec<D16> v) HWY_ATTR { return WidenBf16(v); });
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace lesskv
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace lesskv {
+namespace {
+
+HWY_EXPORT(SimdDot);
+HWY_EXPORT(SimdSum);
+HWY_EXPORT(SimdMax);
+HWY_EXPORT(SimdLowestRow);
+HWY_EXPORT(SimdRmsNorm);
+HWY_EXPORT(SimdSiluMul);
+HWY_EXPORT(SimdExp);
+HWY_EXPORT(SimdScale);
+HWY_EXPORT(SimdSoftmax);
+HWY_EXPORT(SimdLogSumExp);
+HWY_EXPORT(SimdAdd);
+HWY_EXPORT(SimdAxpy);
+HWY_EXPORT(SimdF32ToF16);
+HWY_EXPORT(SimdF32ToBf16);
+HWY_EXPORT(SimdF16ToF32);
+HWY_EXPORT(SimdBf16ToF32);
+
+bool UseScalar() { return ActiveIsa() == Isa::kScalar; }
+
+// --- The reference: plain loops ---
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+float ScalarMax(const float* x, size_t n) {
+  float max = kNegativeInfinity;
+  for (size_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  return max;
+}
+
+float ScalarDot(const float* a, const float* b, size_t n) {
+  double sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
+  return static_cast<float>(sum);
+}
+
+float ScalarSoftmax(float* x, size_t n) {
+  const float max = ScalarMax(x, n);
+  if (max == kNegativeInfinity) {
+    for (size_t i = 0; i < n; ++i) x[i] = 0;
+    return max;
+  }
+  double sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - max);
+  for (size_t i = 0; i < n; ++i) x[i] = static_cast<float>(x[i] / sum);
+  return max + static_cast<float>(std::log(sum));
+}
+
+uint32_t Bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint16_t ScalarToBf16(float value) {
+  const uint32_t bits = Bits(value);
+  if (std::isnan(value)) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+uint16_t ScalarToF16(float value) {
+  const uint16_t sign = static_cast<uint16_t>((Bits(value) >> 16) & 0x8000);
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  if (magnitude < 0x1p-14f) {  // subnormal: a multiple of 2^-24, rounded to even by the default rounding mode
+    return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(magnitude * 0x1p24f)));
+  }
+  uint32_t bits = Bits(magnitude);
+  bits += 0xfff + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((bits - (uint32_t{112} << 23)) >> 13));
+}
+
+float ScalarFromF16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+  if (exponent == 0) return FromBits(sign | Bits(static_cast<float>(fraction) * 0x1p-24f));
+  if (exponent == 31) return FromBits(sign | 0x7f800000 | (fraction << 13) | (fraction != 0 ? 0x400000 : 0));
+  return FromBits(sign | ((exponent + 112) << 23) | (fraction << 13));
+}
+
+}  // namespace
+
+void RmsNorm(const float* x, const float* weight, float eps, size_t n, float* out) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdRmsNorm)(x, weight, eps, n, out);
+  if (n == 0) return;
+  const float factor = 1.0f / std::sqrt(ScalarDot(x, x, n) / static_cast<float>(n) + eps);
+  for (size_t i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+void SiluMul(float* gate, const float* up, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdSiluMul)(gate, up, n);
+  for (size_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+float Softmax(float* x, size_t n) {
+  return UseScalar() ? ScalarSoftmax(x, n) : HWY_DYNAMIC_DISPATCH(SimdSoftmax)(x, n);
+}
+
+float LogSumExp(const float* x, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdLogSumExp)(x, n);
+  const float max = ScalarMax(x, n);
+  if (max == kNegativeInfinity) return max;
+  double sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += std::exp(x[i] - max);
+  return max + static_cast<float>(std::log(sum));
+}
+
+void Exp(float* x, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdExp)(x, n);
+  for (size_t i = 0; i < n; ++i) x[i] = std::exp(x[i]);
+}
+
+float Dot(const float* a, const float* b, size_t n) {
+  return UseScalar() ? ScalarDot(a, b, n) : HWY_DYNAMIC_DISPATCH(SimdDot)(a, b, n);
+}
+
+float Sum(const float* x, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdSum)(x, n);
+  double sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += x[i];
+  return static_cast<float>(sum);
+}
+
+float Max(const float* x, size_t n) { return UseScalar() ? ScalarMax(x, n) : HWY_DYNAMIC_DISPATCH(SimdMax)(x, n); }
+
+void Add(float* x, const float* y, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdAdd)(x, y, n);
+  for (size_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+void Scale(float* x, float factor, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdScale)(x, factor, n);
+  for (size_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+void Axpy(float* y, float a, const float* x, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdAxpy)(y, a, x, n);
+  for (size_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+size_t ArgMax(const float* x, size_t n) {
+  // The largest value first, then its lowest index: two simple passes instead of carrying indices in vectors.
+  const float max = Max(x, n);
+  for (size_t i = 0; i < n; ++i) {
+    if (x[i] == max) return i;
+  }
+  return 0;
+}
+
+size_t LowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdLowestRow)(values, positions, n, begin, end);
+  HWY_NAMESPACE::LowestRowSearch search{values, positions, n, begin, end};
+  for (size_t r = 0; r < n; ++r) search.Consider(r);
+  return search.lowest;
+}
+
+void F32ToF16(const float* x, size_t n, uint16_t* out) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdF32ToF16)(x, n, out);
+  for (size_t i = 0; i < n; ++i) out[i] = ScalarToF16(x[i]);
+}
+
+void F16ToF32(const uint16_t* x, size_t n, float* out) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdF16ToF32)(x, n, out);
+  for (size_t i = 0; i < n; ++i) out[i] = ScalarFromF16(x[i]);
+}
+
+void F32ToBf16(const float* x, size_t n, uint16_t* out) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdF32ToBf16)(x, n, out);
+  for (size_t i = 0; i < n; ++i) out[i] = ScalarToBf16(x[i]);
+}
+
+void Bf16ToF32(const uint16_t* x, size_t n, float* out) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdBf16ToF32)(x, n, out);
+  for (size_t i = 0; i < n; ++i) out[i] = FromBits(static_cast<uint32_t>(x[i]) << 16);
+}
+
+}  // namespace lesskv
+#endif  // HWY_ONCE

@@ -1,0 +1,145 @@
+#include "kernels/basic/cpu.h"
+
+#include <hwy/targets.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <atomic>
+#include <cstdlib>
+
+#include "base/error.h"
+
+namespace lesskv {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+constexpr int kUnset = -1;
+std::atomic<int> g_isa{kUnset};
+
+#if defined(__x86_64__)
+// Whether the processor multiplies bfloat16 tiles and the system lets this process use them: Linux wants to be asked,
+// because the tiles' 8 KiB are saved at every change of threads that use them.
+bool HasAmx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Isa DetectIsa() {
+#if defined(__x86_64__)
+  // GCC's and Clang's builtins also ask the operating system whether it saves the wide registers.
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+    return Isa::kScalar;
+  }
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))) {
+    return Isa::kAvx2;
+  }
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return HasAmx() ? Isa::kAmx : Isa::kAvx512Bf16;
+#else
+  return Isa::kScalar;
+#endif
+}
+
+void CheckAvailable(Isa isa) {
+  if (isa > BestIsa()) {
+    Fail(ErrorCode::kInvalidArgument, "instruction set: this processor offers {}, not {}", IsaName(BestIsa()),
+         IsaName(isa));
+  }
+}
+
+// The kernels written with Highway follow the same choice: its targets above the level are masked out. The scalar
+// level never reaches Highway.
+void LimitHighway(Isa isa) {
+  int64_t allowed = -1;
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx2) allowed = ~static_cast<int64_t>(HWY_AVX2 - 1);
+#endif
+  hwy::SetSupportedTargetsForTest(0);
+  if (allowed != -1) hwy::SetSupportedTargetsForTest(hwy::SupportedTargets() & allowed);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+}
+
+void Activate(Isa isa) {
+  if (isa != BestIsa()) LimitHighway(isa);
+  g_isa.store(static_cast<int>(isa), std::memory_order_release);
+}
+
+Isa InitialIsa() {
+  const char* name = std::getenv("LESSKV_ISA");
+  if (name == nullptr || *name == '\0') return BestIsa();
+  const Isa isa = ParseIsa(name);
+  CheckAvailable(isa);
+  return isa;
+}
+
+}  // namespace
+
+Isa BestIsa() {
+  static const Isa best = DetectIsa();
+  return best;
+}
+
+Isa ActiveIsa() {
+  const int isa = g_isa.load(std::memory_order_acquire);
+  if (isa != kUnset) return static_cast<Isa>(isa);
+  Activate(InitialIsa());
+  return static_cast<Isa>(g_isa.load());
+}
+
+void ForceIsa(Isa isa) {
+  CheckAvailable(isa);
+  LimitHighway(isa);
+  g_isa.store(static_cast<int>(isa), std::memory_order_release);
+}
+
+std::vector<Isa> AvailableIsas() {
+  std::vector<Isa> isas;
+  for (Isa isa : kAllIsas) {
+    if (isa <= BestIsa()) isas.push_back(isa);
+  }
+  return isas;
+}
+
+std::string_view IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
+  }
+  return "?";
+}
+
+std::string IsaName() { return std::string(IsaName(ActiveIsa())); }
+
+Isa ParseIsa(std::string_view name) {
+  for (Isa isa : kAllIsas) {
+    if (name == IsaName(isa)) return isa;
+  }
+  Fail(ErrorCode::kInvalidArgument, "instruction set \"{}\" is unknown; it can be scalar, avx2, avx512, avx512bf16 or amx",
+       name);
+}
+
+}  // namespace lesskv

@@ -1,0 +1,354 @@
+#include "kernels/linear/linear.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "base/check.h"
+#include "base/checked.h"
+#include "base/threads.h"
+#include "kernels/basic/cpu.h"
+#include "kernels/linear/linear_kernels.h"
+
+namespace lesskv {
+namespace {
+
+using internal::Int8Activations;
+using internal::kKernelTokens;
+using internal::kMaxTileRows;
+using internal::kTokenLanes;
+using internal::LinearKernels;
+using internal::RowBlock;
+using internal::TileShape;
+
+constexpr size_t kMaxPackedTokens = 512;   // activations packed at once; longer calls unpack the weights again
+constexpr size_t kTaskBytes = 1 << 20;    // weights a task of the few-token path reads: what is fetched ahead beyond its end is lost
+
+const LinearKernels& Kernels([[maybe_unused]] size_t n_in) {
+  switch (ActiveIsa()) {
+    case Isa::kScalar:
+      return internal::ScalarLinearKernels();
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return internal::Avx2LinearKernels();
+    case Isa::kAvx512:
+      return internal::Avx512LinearKernels();
+    case Isa::kAvx512Bf16:
+      return internal::Avx512Bf16LinearKernels();
+    case Isa::kAmx:
+      // Rows that do not fill its tiles go the other way.
+      return n_in % internal::AmxLinearKernels().shape_bf16.multiple == 0 ? internal::AmxLinearKernels()
+                                                                          : internal::Avx512Bf16LinearKernels();
+#else
+    default:
+      break;
+#endif
+  }
+  return internal::ScalarLinearKernels();
+}
+
+// Memory that grows to the largest size asked for and stays: products come thousands of times a second.
+class Workspace {
+ public:
+  template <typename T>
+  T* Get(size_t count) {
+    const size_t bytes = RoundUp(count * sizeof(T), kAlignment);
+    if (bytes > size_) {
+      data_.reset();
+      data_.reset(static_cast<char*>(::operator new (bytes, std::align_val_t{kAlignment})));
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(char* data) const { ::operator delete (data, std::align_val_t{kAlignment}); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t size_ = 0;
+};
+
+bool IsQuantized(DType type) { return Traits(type).block_elements > 1; }
+
+struct Call {
+  const LinearKernels& kernels;
+  WeightView w;
+  size_t row_bytes;
+  const float* x;
+  size_t x_stride;
+  size_t n_tokens;
+  float* y;
+  size_t y_stride;
+
+  RowBlock Rows(size_t first, size_t count) const {
+    return {w.type, static_cast<const uint8_t*>(w.data) + first * row_bytes, row_bytes, count, w.n_in};
+  }
+};
+
+// --- Few tokens ---
+
+// Rows a task takes: enough bytes to stream, few enough that the threads finish together.
+size_t FewTokensTaskRows(const Call& call) {
+  const size_t by_bytes = std::max<size_t>(1, kTaskBytes / call.row_bytes);
+  return std::clamp<size_t>(CeilDiv(call.w.n_out, 16), 1, by_bytes);
+}
+
+void FewTokensF32(const Call& call) {
+  const size_t step = FewTokensTaskRows(call);
+  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
+    const size_t first = task * step;
+    call.kernels.dot_f32(call.Rows(first, std::min(step, call.w.n_out - first)), call.x, call.x_stride, call.n_tokens,
+                         call.y + first, call.y_stride);
+  });
+}
+
+size_t Int8Bytes(size_t n_padded, size_t n_tokens) {
+  const size_t count = n_padded * n_tokens;
+  return count + count * 4 / 4 + count * 4 / 16 + count * 4 / 32;
+}
+
+Int8Activations CarveInt8(char* data, size_t n_padded, size_t n_tokens) {
+  const size_t count = n_padded * n_tokens;
+  Int8Activations out;
+  out.n_padded = n_padded;
+  out.q = reinterpret_cast<int8_t*>(data);
+  out.init = reinterpret_cast<int32_t*>(data + count);
+  out.scale = reinterpret_cast<float*>(data + count * 2);
+  out.sum = out.scale + count / 16;
+  return out;
+}
+
+// A kernel takes kKernelTokens at most. More pass in shares of about equal size, one after the other over the rows of a
+// task, which the first share has brought into the cache.
+void FewTokensInt8(const Call& call) {
+  constexpr size_t kMaxShares = CeilDiv(kMostFewTokens, kKernelTokens);
+  thread_local Workspace workspace;
+  const size_t n_padded = RoundUp(call.w.n_in, 256);
+  const size_t n_shares = CeilDiv(call.n_tokens, kKernelTokens), share = CeilDiv(call.n_tokens, n_shares);
+  char* data = workspace.Get<char>(n_shares * Int8Bytes(n_padded, share));
+  Int8Activations q[kMaxShares];
+  for (size_t s = 0; s < n_shares; ++s) q[s] = CarveInt8(data + s * Int8Bytes(n_padded, share), n_padded, share);
+  for (size_t t = 0; t < call.n_tokens; ++t) {
+    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t % share, q[t / share]);
+  }
+  const size_t step = FewTokensTaskRows(call);
+  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
+    const size_t first = task * step;
+    const RowBlock rows = call.Rows(first, std::min(step, call.w.n_out - first));
+    for (size_t s = 0; s < n_shares; ++s) {
+      call.kernels.dot_int8(rows, q[s], std::min(share, call.n_tokens - s * share),
+                            call.y + s * share * call.y_stride + first, call.y_stride);
+    }
+  });
+}
+
+// --- Many tokens ---
+
+// How a tile works on elements of one kind; "units" are what a tile counts along a row: floats, or bfloat16 pairs.
+struct TileF32 {
+  using Element = float;
+  static constexpr size_t kUnitElements = 1;
+  static void Unpack(const LinearKernels& k, const RowBlock& block, float* out, size_t stride) {
+    k.unpack_f32(block, out, stride);
+  }
+  static void Pack(const LinearKernels& k, const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors,
+                   float* out) {
+    k.pack_f32(x, x_stride, n_tokens, n, vectors, out);
+  }
+  static void Tile(const LinearKernels& k, const float* const* rows, size_t units, const float* group, size_t vectors,
+                   float* acc, bool first) {
+    k.tile_f32(rows, units, group, vectors, acc, first);
+  }
+  static const TileShape& Shape(const LinearKernels& k) { return k.shape_f32; }
+};
+
+struct TileBf16 {
+  using Element = uint16_t;
+  static constexpr size_t kUnitElements = 2;
+  static void Unpack(const LinearKernels& k, const RowBlock& block, uint16_t* out, size_t stride) {
+    k.unpack_bf16(block, out, stride);
+    if (block.n % 2 == 0) return;
+    for (size_t r = 0; r < block.n_rows; ++r) out[r * stride + block.n] = 0;
+  }
+  static void Pack(const LinearKernels& k, const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors,
+                   uint16_t* out) {
+    k.pack_bf16(x, x_stride, n_tokens, n, vectors, out);
+  }
+  static void Tile(const LinearKernels& k, const uint16_t* const* rows, size_t units, const uint16_t* group,
+                   size_t vectors, float* acc, bool first) {
+    k.tile_bf16(rows, units, group, vectors, acc, first);
+  }
+  static const TileShape& Shape(const LinearKernels& k) { return k.shape_bf16; }
+};
+
+// Packed activations: groups of up to group_vectors vectors of tokens, one after the other.
+struct Group {
+  size_t first_token;
+  size_t n_tokens;
+  size_t vectors;
+};
+
+Group GroupAt(size_t index, size_t n_tokens, size_t group_vectors) {
+  const size_t first = index * group_vectors * kTokenLanes;
+  const size_t n = std::min(group_vectors * kTokenLanes, n_tokens - first);
+  return {first, n, CeilDiv(n, kTokenLanes)};
+}
+
+// One task: `block` (unpacked in `panel`, or used in place) times every group.
+template <typename Kind>
+void MultiplyPanel(const Call& call, size_t n_rows, const typename Kind::Element* panel, size_t panel_stride,
+                   const typename Kind::Element* packed, float* acc, float* y) {
+  using Element = typename Kind::Element;
+  const size_t n_units = CeilDiv(call.w.n_in, Kind::kUnitElements);
+  const TileShape& shape = Kind::Shape(call.kernels);
+  const size_t group_vectors = shape.group_vectors;
+  const size_t depth = shape.depth / Kind::kUnitElements;
+  for (size_t g = 0; g * group_vectors * kTokenLanes < call.n_tokens; ++g) {
+    const Group group = GroupAt(g, call.n_tokens, group_vectors);
+    const size_t width = group.vectors * kTokenLanes;
+    const size_t tile_rows = shape.rows[group.vectors - 1];
+    const Element* x = packed + group.first_token * n_units * Kind::kUnitElements;
+    for (size_t unit = 0; unit < n_units; unit += depth) {
+      for (size_t row = 0; row < n_rows; row += tile_rows) {
+        const Element* rows[kMaxTileRows];
+        for (size_t r = 0; r < tile_rows; ++r) {
+          rows[r] = panel + std::min(row + r, n_rows - 1) * panel_stride + unit * Kind::kUnitElements;
+        }
+        Kind::Tile(call.kernels, rows, std::min(depth, n_units - unit), x + unit * width * Kind::kUnitElements,
+                   group.vectors, acc + row * width, unit == 0);
+      }
+    }
+    call.kernels.store(acc, width, n_rows, group.n_tokens, y + group.first_token * call.y_stride, call.y_stride);
+  }
+}
+
+// Rows of a task: what fits the panel, and no more than leaves every thread several tasks. A fixed rule, so that the
+// split does not depend on the number of threads.
+size_t PanelRows(const Call& call, size_t element_bytes, const TileShape& shape) {
+  const size_t fit = shape.panel_bytes / (call.w.n_in * element_bytes) / shape.row_step * shape.row_step;
+  const size_t share = RoundUp(CeilDiv(call.w.n_out, 8), shape.row_step);
+  return std::clamp<size_t>(share, shape.row_step, std::max(fit, shape.row_step));
+}
+
+// What a call of at most kMaxPackedTokens works in, in elements; panels and accumulators are a thread's.
+template <typename Kind>
+struct WorkSizes {
+  using Element = typename Kind::Element;
+  explicit WorkSizes(const Call& call) {
+    const TileShape& shape = Kind::Shape(call.kernels);
+    padded = RoundUp(call.w.n_in, Kind::kUnitElements);
+    group_tokens = shape.group_vectors * kTokenLanes;
+    step = PanelRows(call, sizeof(Element), shape);
+    packed = RoundUp(call.n_tokens, kTokenLanes) * padded;
+    // Rows one cache line longer than a power of two: a tile reads many at once, and they must not share a cache set.
+    panel_stride = RoundUp(padded * sizeof(Element), 64) / sizeof(Element) + 64 / sizeof(Element);
+    panel = step * panel_stride;
+    acc = (step + kMaxTileRows) * group_tokens;
+  }
+  size_t Bytes() const {
+    return packed * sizeof(Element) + static_cast<size_t>(Threads()) * (panel * sizeof(Element) + acc * sizeof(float));
+  }
+  size_t padded, group_tokens, step, packed, panel_stride, panel, acc;
+};
+
+template <typename Kind>
+void ManyTokensBlock(const Call& call) {
+  using Element = typename Kind::Element;
+  const LinearKernels& kernels = call.kernels;
+  const WorkSizes<Kind> sizes(call);
+  const TileShape& shape = Kind::Shape(kernels);
+  thread_local Workspace packed_workspace;
+  Element* packed = packed_workspace.Get<Element>(sizes.packed);
+  ParallelFor(CeilDiv(call.n_tokens, sizes.group_tokens), [&](size_t g) {
+    const Group group = GroupAt(g, call.n_tokens, shape.group_vectors);
+    Kind::Pack(kernels, call.x + group.first_token * call.x_stride, call.x_stride, group.n_tokens, call.w.n_in,
+               group.vectors, packed + group.first_token * sizes.padded);
+  });
+  thread_local Workspace panel_workspace, acc_workspace;  // a share for each thread
+  Element* panels = panel_workspace.Get<Element>(static_cast<size_t>(Threads()) * sizes.panel);
+  float* accs = acc_workspace.Get<float>(static_cast<size_t>(Threads()) * sizes.acc);
+  ParallelFor(CeilDiv(call.w.n_out, sizes.step), [&](size_t task) {
+    const size_t thread = static_cast<size_t>(ThreadIndex());
+    const size_t first = task * sizes.step;
+    const size_t n_rows = std::min(sizes.step, call.w.n_out - first);
+    Element* panel = panels + thread * sizes.panel;
+    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, sizes.panel_stride);
+    MultiplyPanel<Kind>(call, n_rows, panel, sizes.panel_stride, packed, accs + thread * sizes.acc, call.y + first);
+  });
+}
+
+template <typename Kind>
+void ManyTokens(Call call) {
+  const size_t n_tokens = call.n_tokens;
+  for (size_t t = 0; t < n_tokens; t += kMaxPackedTokens) {
+    call.n_tokens = std::min(kMaxPackedTokens, n_tokens - t);
+    ManyTokensBlock<Kind>(call);
+    call.x += call.n_tokens * call.x_stride;
+    call.y += call.n_tokens * call.y_stride;
+  }
+}
+
+}  // namespace
+
+std::string_view ComputeTypeName(ComputeType compute) { return compute == ComputeType::kF32 ? "f32" : "bf16"; }
+
+ComputeType AutoCompute() { return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
+
+bool IsLinearType(DType type) {
+  switch (type) {
+    case DType::kF32:
+    case DType::kF16:
+    case DType::kBF16:
+    case DType::kQ8_0:
+    case DType::kQ4_0:
+    case DType::kQ5_0:
+    case DType::kQ5_1:
+    case DType::kQ4_K:
+    case DType::kQ5_K:
+    case DType::kQ6_K:
+      return true;
+    default:
+      return false;
+  }
+}
+
+size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
+  if (compute == ComputeType::kF32) return kKernelTokens;
+  const LinearKernels& kernels = Kernels(n_in);
+  return IsQuantized(weights) ? kernels.few_int8 : kernels.few_float;
+}
+
+size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute) {
+  const Call call{Kernels(w.n_in), w,       RowBytes(w.type, w.n_in), nullptr, 0, std::min(n_tokens, kMaxPackedTokens),
+                  nullptr,         0};
+  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) return Int8Bytes(RoundUp(w.n_in, 256), RoundUp(n_tokens, 2));
+  const bool bf16 = compute == ComputeType::kBF16 && call.kernels.tile_bf16 != nullptr;
+  return bf16 ? WorkSizes<TileBf16>(call).Bytes() : WorkSizes<TileF32>(call).Bytes();
+}
+
+void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
+            ComputeType compute) {
+  CHECK(IsLinearType(w.type), "no product with weights of type {}", Traits(w.type).name);
+  CHECK(w.n_in > 0, "a weight matrix without columns");
+  CHECK(n_tokens <= 1 || (x_stride >= w.n_in && y_stride >= w.n_out), "strides {} and {} of a [{}, {}] matrix",
+        x_stride, y_stride, w.n_out, w.n_in);
+  if (n_tokens == 0 || w.n_out == 0) return;
+  const Call call{Kernels(w.n_in), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
+  const bool fast = compute == ComputeType::kBF16;
+  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) {
+    if (fast && IsQuantized(w.type))
+      FewTokensInt8(call);
+    else
+      FewTokensF32(call);
+  } else if (fast && call.kernels.tile_bf16 != nullptr) {
+    ManyTokens<TileBf16>(call);
+  } else {
+    ManyTokens<TileF32>(call);
+  }
+}
+
+}  // namespace lesskv

@@ -1,0 +1,309 @@
+// Unpacking of weight rows with AVX-512, shared by the two AVX-512 translation units. Everything is in an anonymous
+// namespace, so that each unit keeps its own copy, built with its own flags. Block layouts are described in quants.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/linear/linear_kernels.h"
+
+namespace lesskv::internal {
+namespace {
+
+inline uint16_t Load16(const uint8_t* p) {
+  uint16_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+inline uint32_t Load32(const uint8_t* p) {
+  uint32_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+inline float HalfAt(const uint8_t* p) { return _cvtsh_ss(Load16(p)); }
+
+inline __m128i LoadCodes16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m128i LowNibbles(__m128i v) { return _mm_and_si128(v, _mm_set1_epi8(15)); }
+inline __m128i HighNibbles(__m128i v) { return _mm_and_si128(_mm_srli_epi16(v, 4), _mm_set1_epi8(15)); }
+
+inline __m512 UnsignedToFloat(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)); }
+inline __m512 SignedToFloat(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+
+// The eight 6-bit scales and eight 6-bit minimums of a Q4_K or Q5_K block, as bytes.
+struct ScalesAndMins {
+  uint64_t scales;
+  uint64_t mins;
+};
+
+inline ScalesAndMins UnpackScales(const uint8_t* packed) {
+  const uint32_t a = Load32(packed), b = Load32(packed + 4), c = Load32(packed + 8);
+  const uint32_t scales_high = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
+  const uint32_t mins_high = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
+  return {(a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32, (b & 0x3f3f3f3fu) | uint64_t{mins_high} << 32};
+}
+
+inline __m256 BytesToFloat8(uint64_t bytes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
+}
+
+// A sink receives a row 32 elements at a time; it is passed by value and returned, so that its accumulators stay in
+// registers: Put(i, elements i..i+15, elements i+16..i+31), and for the types without
+// blocks a last PutTail(i, ..., count) with count < 32 and zeros beyond.
+template <DType kType>
+struct Unpacker;
+
+// Sixteen elements of a row from element i, those of the mask; zeros elsewhere.
+template <DType kType>
+inline __m512 LoadFloats(const uint8_t* row, size_t i, __mmask16 mask) {
+  if constexpr (kType == DType::kF32) return _mm512_maskz_loadu_ps(mask, row + i * 4);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, row + i * 2);
+  if constexpr (kType == DType::kF16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+template <DType kType>
+struct FloatUnpacker {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) sink.Put(i, LoadFloats<kType>(row, i, 0xffff), LoadFloats<kType>(row, i + 16, 0xffff));
+    if (i == n) return sink;
+    const uint32_t mask = (1u << (n - i)) - 1;
+    sink.PutTail(i, LoadFloats<kType>(row, i, static_cast<__mmask16>(mask)),
+                 LoadFloats<kType>(row, i + 16, static_cast<__mmask16>(mask >> 16)), n - i);
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kF32> : FloatUnpacker<DType::kF32> {};
+template <>
+struct Unpacker<DType::kF16> : FloatUnpacker<DType::kF16> {};
+template <>
+struct Unpacker<DType::kBF16> : FloatUnpacker<DType::kBF16> {};
+
+template <>
+struct Unpacker<DType::kQ8_0> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 32, row += 34) {
+      const __m512 d = _mm512_set1_ps(HalfAt(row));
+      sink.Put(i, _mm512_mul_ps(d, SignedToFloat(LoadCodes16(row + 2))),
+               _mm512_mul_ps(d, SignedToFloat(LoadCodes16(row + 18))));
+    }
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kQ4_0> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 32, row += 18) {
+      const float scale = HalfAt(row);
+      const __m512 d = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-8 * scale);
+      const __m128i codes = LoadCodes16(row + 2);
+      sink.Put(i, _mm512_fmadd_ps(UnsignedToFloat(LowNibbles(codes)), d, offset),
+               _mm512_fmadd_ps(UnsignedToFloat(HighNibbles(codes)), d, offset));
+    }
+    return sink;
+  }
+};
+
+// Q5_0 and Q5_1: the fifth bits of all 32 elements are one word, elements 0 to 15 (the low nibbles) first.
+template <typename Sink>
+inline void PutFiveBits(size_t i, __m128i nibbles, uint32_t fifth, __m512 d, __m512 offset, Sink& sink) {
+  const __m128i bit = _mm_set1_epi8(16);
+  const __m128i low = LowNibbles(nibbles), high = HighNibbles(nibbles);
+  const __m128i a = _mm_mask_add_epi8(low, static_cast<__mmask16>(fifth), low, bit);
+  const __m128i b = _mm_mask_add_epi8(high, static_cast<__mmask16>(fifth >> 16), high, bit);
+  sink.Put(i, _mm512_fmadd_ps(UnsignedToFloat(a), d, offset), _mm512_fmadd_ps(UnsignedToFloat(b), d, offset));
+}
+
+template <>
+struct Unpacker<DType::kQ5_0> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 32, row += 22) {
+      const float scale = HalfAt(row);
+      PutFiveBits(i, LoadCodes16(row + 6), Load32(row + 2), _mm512_set1_ps(scale), _mm512_set1_ps(-16 * scale), sink);
+    }
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kQ5_1> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 32, row += 24) {
+      PutFiveBits(i, LoadCodes16(row + 8), Load32(row + 4), _mm512_set1_ps(HalfAt(row)),
+                  _mm512_set1_ps(HalfAt(row + 2)), sink);
+    }
+    return sink;
+  }
+};
+
+// The eight scale * d and -minimum * dmin of a Q4_K or Q5_K block.
+struct FloatScales {
+  alignas(32) float scale[8];
+  alignas(32) float offset[8];
+
+  inline explicit FloatScales(const uint8_t* block) {
+    const ScalesAndMins packed = UnpackScales(block + 4);
+    _mm256_store_ps(scale, _mm256_mul_ps(BytesToFloat8(packed.scales), _mm256_set1_ps(HalfAt(block))));
+    _mm256_store_ps(offset, _mm256_mul_ps(BytesToFloat8(packed.mins), _mm256_set1_ps(-HalfAt(block + 2))));
+  }
+
+  template <typename Sink>
+  inline void Put(size_t i, size_t sub_block, __m128i a, __m128i b, Sink& sink) const {
+    const __m512 d = _mm512_set1_ps(scale[sub_block]), m = _mm512_set1_ps(offset[sub_block]);
+    sink.Put(i + 32 * sub_block, _mm512_fmadd_ps(UnsignedToFloat(a), d, m), _mm512_fmadd_ps(UnsignedToFloat(b), d, m));
+  }
+};
+
+template <>
+struct Unpacker<DType::kQ4_K> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 256, row += 144) {
+      const FloatScales scales(row);
+      for (size_t j = 0; j < 4; ++j) {
+        const __m128i a = LoadCodes16(row + 16 + 32 * j), b = LoadCodes16(row + 32 + 32 * j);
+        scales.Put(i, 2 * j, LowNibbles(a), LowNibbles(b), sink);
+        scales.Put(i, 2 * j + 1, HighNibbles(a), HighNibbles(b), sink);
+      }
+    }
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kQ5_K> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    const __m128i one = _mm_set1_epi8(1), bit = _mm_set1_epi8(16);
+    for (size_t i = 0; i < n; i += 256, row += 176) {
+      const FloatScales scales(row);
+      __m128i fifth_a = LoadCodes16(row + 16), fifth_b = LoadCodes16(row + 32);  // bit s of byte l: element 32 s + l
+      const auto with_fifth = [&](__m128i nibbles, __m128i fifth) {
+        return _mm_mask_add_epi8(nibbles, _mm_test_epi8_mask(fifth, one), nibbles, bit);
+      };
+      for (size_t j = 0; j < 4; ++j) {
+        const __m128i a = LoadCodes16(row + 48 + 32 * j), b = LoadCodes16(row + 64 + 32 * j);
+        scales.Put(i, 2 * j, with_fifth(LowNibbles(a), fifth_a), with_fifth(LowNibbles(b), fifth_b), sink);
+        fifth_a = _mm_srli_epi16(fifth_a, 1);
+        fifth_b = _mm_srli_epi16(fifth_b, 1);
+        scales.Put(i, 2 * j + 1, with_fifth(HighNibbles(a), fifth_a), with_fifth(HighNibbles(b), fifth_b), sink);
+        fifth_a = _mm_srli_epi16(fifth_a, 1);
+        fifth_b = _mm_srli_epi16(fifth_b, 1);
+      }
+    }
+    return sink;
+  }
+};
+
+// The 256 six-bit codes of a Q6_K block, 0 to 63, in element order: four vectors of 64.
+inline void Q6Codes(const uint8_t* block, __m512i codes[4]) {
+  const __m512i nibble = _mm512_set1_epi8(15), high = _mm512_set1_epi8(0x30);
+  const __m512i left = _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4), right = _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0);
+  for (size_t half = 0; half < 2; ++half) {
+    const __m512i low4 = _mm512_loadu_si512(block + 64 * half);
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 128 + 32 * half));
+    const __m512i high2 = _mm512_broadcast_i64x4(bits);  // two bits of elements l, l + 32, l + 64, l + 96 in byte l
+    codes[2 * half] =
+        _mm512_or_si512(_mm512_and_si512(low4, nibble), _mm512_and_si512(_mm512_sllv_epi64(high2, left), high));
+    codes[2 * half + 1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(low4, 4), nibble),
+                                          _mm512_and_si512(_mm512_srlv_epi64(high2, right), high));
+  }
+}
+
+template <>
+struct Unpacker<DType::kQ6_K> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 256, row += 210) {
+      __m512i codes[4];
+      Q6Codes(row, codes);
+      alignas(64) float scale[16];
+      _mm512_store_ps(scale, _mm512_mul_ps(SignedToFloat(LoadCodes16(row + 192)), _mm512_set1_ps(HalfAt(row + 208))));
+      const __m512i offset = _mm512_set1_epi8(32);
+      for (size_t g = 0; g < 4; ++g) {
+        const __m512i c = _mm512_sub_epi8(codes[g], offset);
+        const auto part = [&](__m128i bytes, size_t j) {
+          return _mm512_mul_ps(SignedToFloat(bytes), _mm512_set1_ps(scale[4 * g + j]));
+        };
+        sink.Put(i + 64 * g, part(_mm512_castsi512_si128(c), 0), part(_mm512_extracti32x4_epi32(c, 1), 1));
+        sink.Put(i + 64 * g + 32, part(_mm512_extracti32x4_epi32(c, 2), 2), part(_mm512_extracti32x4_epi32(c, 3), 3));
+      }
+    }
+    return sink;
+  }
+};
+
+// Calls f.template operator()<type>() for the type.
+template <typename F>
+inline void SwitchType(DType type, F&& f) {
+  switch (type) {
+    case DType::kF32:
+      return f.template operator()<DType::kF32>();
+    case DType::kF16:
+      return f.template operator()<DType::kF16>();
+    case DType::kBF16:
+      return f.template operator()<DType::kBF16>();
+    case DType::kQ8_0:
+      return f.template operator()<DType::kQ8_0>();
+    case DType::kQ4_0:
+      return f.template operator()<DType::kQ4_0>();
+    case DType::kQ5_0:
+      return f.template operator()<DType::kQ5_0>();
+    case DType::kQ5_1:
+      return f.template operator()<DType::kQ5_1>();
+    case DType::kQ4_K:
+      return f.template operator()<DType::kQ4_K>();
+    case DType::kQ5_K:
+      return f.template operator()<DType::kQ5_K>();
+    case DType::kQ6_K:
+      return f.template operator()<DType::kQ6_K>();
+    default:
+      return;  // Linear refused it
+  }
+}
+
+// --- Walking rows ---
+
+constexpr size_t kDotTokens = 4;  // tokens multiplied with a row in one pass over it
+
+// Rows that are read side by side, each the first of a share of a task's rows: memory serves several streams faster
+// than one (by 15 % where docs/performance.md was measured).
+constexpr size_t kStreams = 2;
+
+// How far ahead of the bytes in use memory is fetched when `n_rows` rows are read side by side, `apart` rows from each
+// other: a few KB, and past all of them when they are neighbours.
+inline size_t PrefetchAhead(size_t n_rows, size_t row_bytes, size_t apart) {
+  constexpr size_t kBytes = 2048;
+  const size_t step = n_rows * row_bytes;
+  return n_rows == 1 || apart > 1 ? kBytes : (kBytes + step - 1) / step * step;
+}
+
+inline void Prefetch(const uint8_t* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
+// Calls some(rows, first token, number of tokens, first row) with at most kDotTokens tokens; when there are more, by
+// pairs of rows, so that the second pass finds them in the cache.
+template <typename Some>
+inline void ByRowPair(const RowBlock& block, size_t n_tokens, const Some& some) {
+  if (n_tokens <= kDotTokens) return some(block, size_t{0}, n_tokens, size_t{0});
+  RowBlock pair = block;
+  for (size_t r = 0; r < block.n_rows; r += 2, pair.rows += 2 * pair.row_bytes) {
+    pair.n_rows = block.n_rows - r < 2 ? 1 : 2;
+    for (size_t t = 0; t < n_tokens; t += kDotTokens) {
+      some(pair, t, n_tokens - t < kDotTokens ? n_tokens - t : kDotTokens, r);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lesskv::internal

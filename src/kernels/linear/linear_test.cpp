@@ -1,0 +1,272 @@
+#include "kernels/linear/linear.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "base/threads.h"
+#include "kernels/basic/basic.h"
+#include "kernels/basic/cpu.h"
+#include "kernels/quants/quants.h"
+
+namespace lesskv {
+namespace {
+
+constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0, DType::kQ4_0,
+                            DType::kQ5_0, DType::kQ5_1, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+constexpr size_t kTokenCounts[] = {1, 2, 3, 4, 5, 8, 9, 17, 33, 70};
+
+// A matrix of random weights of a type, with the values its bytes stand for. The data starts 2 bytes past an aligned
+// address: the kernels must not assume more.
+struct Matrix {
+  std::vector<char> bytes;
+  std::vector<float> values;
+  WeightView view;
+};
+
+Matrix MakeMatrix(DType type, size_t n_out, size_t n_in, Rng& rng) {
+  Matrix m;
+  const size_t row_bytes = RowBytes(type, n_in);
+  m.bytes.resize(2 + n_out * row_bytes);
+  m.values.resize(n_out * n_in);
+  std::vector<float> row(n_in);
+  for (size_t o = 0; o < n_out; ++o) {
+    for (float& v : row) v = rng.Normal();
+    QuantizeRow(type, row.data(), n_in, m.bytes.data() + 2 + o * row_bytes);
+    DequantizeRow(type, m.bytes.data() + 2 + o * row_bytes, n_in, m.values.data() + o * n_in);
+  }
+  m.view = {type, n_out, n_in, m.bytes.data() + 2};
+  return m;
+}
+
+std::vector<float> RandomVector(size_t n, Rng& rng) {
+  std::vector<float> x(n);
+  for (float& v : x) v = rng.Normal();
+  return x;
+}
+
+std::vector<float> Product(const Matrix& m, const std::vector<float>& x, size_t n_tokens) {
+  std::vector<float> y(n_tokens * m.view.n_out);
+  for (size_t t = 0; t < n_tokens; ++t) {
+    for (size_t o = 0; o < m.view.n_out; ++o) {
+      double sum = 0;
+      for (size_t i = 0; i < m.view.n_in; ++i) {
+        sum += static_cast<double>(x[t * m.view.n_in + i]) * m.values[o * m.view.n_in + i];
+      }
+      y[t * m.view.n_out + o] = static_cast<float>(sum);
+    }
+  }
+  return y;
+}
+
+double NormalizedError(const std::vector<float>& expected, const std::vector<float>& found) {
+  double error = 0, power = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error += std::pow(static_cast<double>(expected[i]) - found[i], 2);
+    power += std::pow(static_cast<double>(expected[i]), 2);
+  }
+  return error / power;
+}
+
+std::vector<float> RunLinear(const WeightView& w, const std::vector<float>& x, size_t n_tokens, ComputeType compute) {
+  std::vector<float> y(n_tokens * w.n_out, NAN);
+  Linear(w, x.data(), w.n_in, n_tokens, y.data(), w.n_out, compute);
+  return y;
+}
+
+class LinearTest : public testing::TestWithParam<Isa> {
+ protected:
+  void SetUp() override { ForceIsa(GetParam()); }
+  void TearDown() override { ForceIsa(BestIsa()); }
+};
+
+// Sizes that leave a remainder in every loop, where the type's block allows.
+std::vector<size_t> RowLengths(DType type) {
+  const size_t block = Traits(type).block_elements;
+  if (block == 256) return {256, 768};
+  if (block == 32) return {32, 96, 160, 544};
+  return {1, 7, 31, 33, 64, 131, 513};
+}
+
+TEST_P(LinearTest, Float32MatchesTheExactProduct) {
+  Rng rng(1);
+  for (DType type : kTypes) {
+    for (size_t n_in : RowLengths(type)) {
+      for (size_t n_out : {size_t{1}, size_t{37}}) {
+        const Matrix m = MakeMatrix(type, n_out, n_in, rng);
+        for (size_t n_tokens : kTokenCounts) {
+          const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
+          const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kF32);
+          EXPECT_LT(NormalizedError(Product(m, x, n_tokens), y), 1e-10)
+              << Traits(type).name << " n_in " << n_in << " n_out " << n_out << " tokens " << n_tokens;
+        }
+      }
+    }
+  }
+}
+
+// What the int8 path rounds: activations in blocks of 32 to 127 steps of the largest.
+std::vector<float> RoundToInt8(std::vector<float> x, size_t n_in) {
+  for (size_t row = 0; row < x.size(); row += n_in) {
+    for (size_t b = 0; b < n_in; b += 32) {
+      float largest = 0;
+      for (size_t i = b; i < b + 32; ++i) largest = std::max(largest, std::fabs(x[row + i]));
+      for (size_t i = b; i < b + 32; ++i) {
+        x[row + i] = static_cast<float>(std::nearbyint(x[row + i] * (127.0f / largest)) * (largest / 127.0f));
+      }
+    }
+  }
+  return x;
+}
+
+TEST_P(LinearTest, FewTokensWithInt8ActivationsAreExactUpToSummation) {
+  Rng rng(2);
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    for (size_t n_in : RowLengths(type)) {
+      const Matrix m = MakeMatrix(type, 19, n_in, rng);
+      for (size_t n_tokens = 1; n_tokens <= FewTokens(type, n_in, ComputeType::kBF16); ++n_tokens) {
+        const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
+        const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
+        EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in), n_tokens), y), 1e-11)
+            << Traits(type).name << " n_in " << n_in << " tokens " << n_tokens;
+        // Rounding to 127 steps of the largest of 32 normals: a relative error near 1/127 * 2.2 / sqrt(12).
+        EXPECT_LT(NormalizedError(Product(m, x, n_tokens), y), 1e-4) << Traits(type).name;
+      }
+    }
+  }
+}
+
+std::vector<float> RoundToBf16(const std::vector<float>& x) {
+  std::vector<uint16_t> bits(x.size());
+  std::vector<float> out(x.size());
+  F32ToBf16(x.data(), x.size(), bits.data());
+  Bf16ToF32(bits.data(), x.size(), out.data());
+  return out;
+}
+
+TEST_P(LinearTest, ManyTokensInBf16AreExactUpToSummation) {
+  Rng rng(3);
+  const bool rounds = GetParam() == Isa::kScalar || GetParam() >= Isa::kAvx512Bf16;
+  for (DType type : kTypes) {
+    for (size_t n_in : RowLengths(type)) {
+      const Matrix m = MakeMatrix(type, 29, n_in, rng);
+      Matrix rounded = m;
+      if (rounds) rounded.values = RoundToBf16(m.values);
+      const size_t least = FewTokens(type, n_in, ComputeType::kBF16) + 1;
+      for (size_t n_tokens : {least, size_t{16}, size_t{17}, size_t{33}, size_t{49}, size_t{70}}) {
+        const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
+        const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
+        EXPECT_LT(NormalizedError(Product(rounded, rounds ? RoundToBf16(x) : x, n_tokens), y), 1e-10)
+            << Traits(type).name << " n_in " << n_in << " tokens " << n_tokens;
+        EXPECT_LT(NormalizedError(Product(m, x, n_tokens), y), 3e-5) << Traits(type).name;
+      }
+    }
+  }
+}
+
+// A row longer than a tile is deep, and more rows than a task takes.
+TEST_P(LinearTest, LargeShapes) {
+  Rng rng(4);
+  const Matrix m = MakeMatrix(DType::kQ8_0, 131, 4640, rng);
+  for (size_t n_tokens : {1, 6, 20, 530}) {
+    const std::vector<float> x = RandomVector(n_tokens * m.view.n_in, rng);
+    const std::vector<float> exact = Product(m, x, n_tokens);
+    EXPECT_LT(NormalizedError(exact, RunLinear(m.view, x, n_tokens, ComputeType::kF32)), 1e-10);
+    EXPECT_LT(NormalizedError(exact, RunLinear(m.view, x, n_tokens, ComputeType::kBF16)), 1e-4);
+  }
+}
+
+// An output depends on its own row and token only: not on the other tokens of the call, nor on the threads.
+TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
+  Rng rng(5);
+  for (DType type : {DType::kF16, DType::kQ4_0, DType::kQ6_K}) {
+    const Matrix m = MakeMatrix(type, 301, 512, rng);
+    const std::vector<float> x = RandomVector(70 * 512, rng);
+    for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
+      SetThreads(1);
+      const size_t most_few = FewTokens(type, 512, compute);
+      const std::vector<float> few = RunLinear(m.view, x, most_few, compute);
+      const std::vector<float> many = RunLinear(m.view, x, 70, compute);
+      SetThreads(2);
+      for (size_t n : {size_t{1}, size_t{3}, most_few - 1, most_few}) {
+        const std::vector<float> y = RunLinear(m.view, x, n, compute);
+        EXPECT_EQ(0, std::memcmp(y.data(), few.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
+      }
+      for (size_t n : {most_few + 1, size_t{16}, size_t{31}, size_t{40}, size_t{64}, size_t{70}}) {
+        const std::vector<float> y = RunLinear(m.view, x, n, compute);
+        EXPECT_EQ(0, std::memcmp(y.data(), many.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
+      }
+      SetThreads(0);
+    }
+  }
+}
+
+TEST_P(LinearTest, StridesAreRespectedAndNothingElseIsWritten) {
+  Rng rng(6);
+  const Matrix m = MakeMatrix(DType::kQ4_K, 5, 256, rng);
+  for (size_t n_tokens : {3, 20}) {
+    const std::vector<float> x = RandomVector(n_tokens * 300, rng);
+    std::vector<float> dense, y(n_tokens * 9, -77.0f);
+    for (size_t t = 0; t < n_tokens; ++t) dense.insert(dense.end(), &x[t * 300], &x[t * 300 + 256]);
+    Linear(m.view, x.data(), 300, n_tokens, y.data(), 9, ComputeType::kF32);
+    const std::vector<float> expected = RunLinear(m.view, dense, n_tokens, ComputeType::kF32);
+    for (size_t t = 0; t < n_tokens; ++t) {
+      for (size_t o = 0; o < 9; ++o) EXPECT_EQ(y[t * 9 + o], o < 5 ? expected[t * 5 + o] : -77.0f);
+    }
+  }
+}
+
+// Ones and twos: a result one can compute by hand, through every type that holds them exactly.
+TEST_P(LinearTest, ByHand) {
+  std::vector<float> w(2 * 256), x(256 * 10, 1.0f);
+  for (size_t i = 0; i < 256; ++i) w[i] = 1.0f, w[256 + i] = i % 2 == 0 ? 2.0f : -2.0f;
+  x[0] = 3.0f;
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16}) {
+    std::vector<char> bytes(2 * RowBytes(type, 256));
+    for (size_t o = 0; o < 2; ++o) QuantizeRow(type, &w[o * 256], 256, bytes.data() + o * RowBytes(type, 256));
+    for (size_t n_tokens : {1, 10}) {
+      for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
+        const std::vector<float> y = RunLinear({type, 2, 256, bytes.data()}, x, n_tokens, compute);
+        EXPECT_EQ(y[0], 258.0f);  // 255 ones and a three
+        EXPECT_EQ(y[1], 4.0f);    // 2 * 3 - 2 and pairs that cancel
+        if (n_tokens > 1) {
+          EXPECT_EQ(y[2], 256.0f);
+          EXPECT_EQ(y[3], 0.0f);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(LinearTest, ZeroActivationsGiveZero) {
+  Rng rng(7);
+  for (DType type : kTypes) {
+    const Matrix m = MakeMatrix(type, 3, 256, rng);
+    for (size_t n_tokens : {1, 9}) {
+      for (float v : RunLinear(m.view, std::vector<float>(256 * n_tokens), n_tokens, ComputeType::kBF16)) {
+        EXPECT_EQ(v, 0.0f) << Traits(type).name;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, LinearTest, testing::ValuesIn(AvailableIsas()),
+                         [](const auto& test) { return std::string(IsaName(test.param)); });
+
+TEST(Cpu, NamesRoundTripAndUnknownOnesAreRefused) {
+  for (Isa isa : AvailableIsas()) EXPECT_EQ(ParseIsa(IsaName(isa)), isa);
+  EXPECT_THROW(ParseIsa("mmx"), Error);
+  EXPECT_THROW(ParseIsa(""), Error);
+  ForceIsa(Isa::kScalar);
+  EXPECT_EQ(IsaName(), "scalar");
+  EXPECT_EQ(AutoCompute(), ComputeType::kF32);
+  ForceIsa(BestIsa());
+}
+
+}  // namespace
+}  // namespace lesskv
