@@ -49,13 +49,8 @@ double Median(std::vector<double> values) {
 
 void Run(const Options& options) {
   SetThreads(options.threads);
-  CacheShape shape{.n_layers = options.layers,
-                   .n_heads = options.kv_heads * options.group,
-                   .n_kv_heads = options.kv_heads,
-                   .head_dim = options.dim,
-                   .ctx = options.ctx,
-                   .rope = RopeTable({.n_dims = options.dim}),
-                   .compute = AutoCompute()};
+  const CacheShape shape = CacheShape::Uniform(options.layers, options.kv_heads * options.group, options.kv_heads,
+                                               options.dim, options.ctx, {.n_dims = options.dim}, AutoCompute());
   std::vector<std::unique_ptr<SequenceCache>> caches =
       bench::MakeCaches(options.specs, shape, options.rank, options.hidden);
   std::vector<Subject> subjects;
@@ -63,8 +58,8 @@ void Run(const Options& options) {
 
   constexpr size_t kChunk = 256;
   bench::Feeder feeder(shape, kChunk);
-  std::printf("%zu layers, %zu query and %zu KV heads of %zu, context %zu, %d threads, %s\n\n", shape.n_layers,
-              shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.ctx, Threads(), IsaName().c_str());
+  std::printf("%zu layers, %zu query and %zu KV heads of %zu, context %zu, %d threads, %s\n\n", options.layers,
+              shape.layers[0].n_heads, options.kv_heads, options.dim, shape.ctx, Threads(), IsaName().c_str());
   std::printf("%-36s %10s %10s %14s %14s %10s\n", "cache", "seen", "rows", "us a step", "us a layer", "ratio");
   for (size_t seen : options.seen) {
     for (Subject& subject : subjects) {
@@ -84,7 +79,7 @@ void Run(const Options& options) {
     for (const Subject& subject : subjects) {
       const double time = Median(subject.times);
       std::printf("%-36s %10zu %10.0f %14.1f %14.1f %10.3f\n", subject.name.c_str(), seen,
-                  subject.cache->Stats().tokens_resident, time * 1e6, time * 1e6 / static_cast<double>(shape.n_layers),
+                  subject.cache->Stats().tokens_resident, time * 1e6, time * 1e6 / static_cast<double>(options.layers),
                   time / base);
     }
   }

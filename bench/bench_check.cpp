@@ -112,12 +112,12 @@ void CheckAttention(Guard& guard, RowType type, size_t n_queries, double bound, 
   const std::vector<float> rows = Normals(kRows * kDim, 3), q = Normals(n_queries * kGroup * kDim, 4);
   WriteRows(keys, region, 0, kRows, rows.data(), kDim);
   WriteRows(values, region + RegionBytes(keys, kRows), 0, kRows, rows.data(), kDim);
-  const KvSpan span{region, region + RegionBytes(keys, kRows), 0, kRows};
+  const RowSpan key_span{.format = keys, .rows = region, .n_rows = kRows};
+  const RowSpan value_span{.format = values, .rows = region + RegionBytes(keys, kRows), .n_rows = kRows};
   std::vector<float> out(q.size()), lse(n_queries * kGroup), sums(kGroup * kRows);
   AttentionJob job;
-  job.key_format = keys;
-  job.value_format = values;
-  job.spans = {&span, 1};
+  job.keys = {&key_span, 1};
+  job.values = {&value_span, 1};
   job.n_past = kRows - n_queries;
   job.n_queries = n_queries;
   job.q = q.data();
@@ -143,8 +143,7 @@ void CheckSteps(Guard& guard) {
     const char* spec;
     double most;  // times the window's
   } bounds[] = {{"window(4096)", 1}, {"h2o(4096)", 1.10}, {"tova(4096)", 1.15}, {"h2o(4096)+less", 1.40}};
-  CacheShape shape{.n_layers = 2, .n_heads = 32, .n_kv_heads = 8, .head_dim = 64, .ctx = 2 * kRows,
-                   .rope = RopeTable({.n_dims = 64}), .compute = AutoCompute()};
+  const CacheShape shape = CacheShape::Uniform(2, 32, 8, 64, 2 * kRows, {.n_dims = 64}, AutoCompute());
   std::vector<std::string> specs;
   for (const auto& bound : bounds) specs.push_back(bound.spec);
   const auto caches = bench::MakeCaches(specs, shape, 8, 128);

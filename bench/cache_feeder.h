@@ -21,8 +21,9 @@ inline std::vector<std::unique_ptr<SequenceCache>> MakeCaches(const std::vector<
                                                               size_t rank, size_t hidden) {
   const std::string sidecar =
       fmt::format("{}/lesskv_bench_{}.less.gguf", std::filesystem::temp_directory_path().string(), getpid());
-  WriteSidecar(sidecar, InitialSidecar({.n_layers = shape.n_layers, .n_heads = shape.n_heads,
-                                        .n_kv_heads = shape.n_kv_heads, .head_dim = shape.head_dim, .rank = rank,
+  const LayerShape& layer = shape.layers[0];
+  WriteSidecar(sidecar, InitialSidecar({.n_layers = shape.n_layers(), .n_heads = layer.n_heads,
+                                        .n_kv_heads = layer.n_kv_heads, .head_dim = layer.head_dim, .rank = rank,
                                         .hidden = hidden}, 1));
   std::vector<std::unique_ptr<SequenceCache>> caches;
   for (const std::string& spec : specs)
@@ -34,15 +35,15 @@ inline std::vector<std::unique_ptr<SequenceCache>> MakeCaches(const std::vector<
 class Feeder {
  public:
   Feeder(const CacheShape& shape, size_t most_tokens) : shape_(shape), rng_(1) {
-    Fill(keys_, most_tokens * shape.n_kv_heads * shape.head_dim);
-    Fill(values_, most_tokens * shape.n_kv_heads * shape.head_dim);
-    Fill(queries_, most_tokens * shape.n_heads * shape.head_dim);
+    Fill(keys_, most_tokens * shape.layers[0].kv_dim());
+    Fill(values_, most_tokens * shape.layers[0].kv_dim());
+    Fill(queries_, most_tokens * shape.layers[0].q_dim());
     out_.resize(queries_.size());
   }
 
   void Step(SequenceCache& cache, size_t n, StepKind kind) {
     cache.BeginStep(n, kind);
-    for (size_t layer = 0; layer < shape_.n_layers; ++layer) {
+    for (size_t layer = 0; layer < shape_.n_layers(); ++layer) {
       cache.Append(layer, keys_.data(), values_.data());
       cache.Attend(layer, queries_.data(), out_.data());
     }

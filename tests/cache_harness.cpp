@@ -18,13 +18,8 @@ std::string TinyShape::Name() const {
 }
 
 CacheShape MakeCacheShape(const TinyShape& shape, size_t rotary_dims) {
-  return {.n_layers = shape.n_layers,
-          .n_heads = shape.n_heads,
-          .n_kv_heads = shape.n_kv_heads,
-          .head_dim = shape.head_dim,
-          .ctx = shape.ctx,
-          .rope = RopeTable({.n_dims = rotary_dims, .base = 100.0, .frequency_factors = {}}),
-          .compute = ComputeType::kF32};
+  return CacheShape::Uniform(shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.ctx,
+                             {.n_dims = rotary_dims, .base = 100.0, .frequency_factors = {}});
 }
 
 CacheShape MakeCacheShape(const TinyShape& shape) { return MakeCacheShape(shape, shape.rotary_dims()); }
@@ -80,7 +75,7 @@ Outputs RunLayers(SequenceCache& cache, const TinyShape& shape, const Text& text
 }
 
 Outputs Feed(SequenceCache& cache, const Text& text, size_t first, size_t n, StepKind kind) {
-  const CacheShape& shape = cache.config().shape();
+  const LayerShape& shape = cache.config().shape().layers[0];
   cache.BeginStep(n, kind);
   Outputs outputs = RunLayersOf(cache, shape.n_heads, shape.n_kv_heads, shape.head_dim, text, first, n);
   cache.EndStep();

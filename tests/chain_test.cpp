@@ -49,8 +49,8 @@ struct Collector {
   LogitsSink Sink() {
     return [this](std::span<const LogitsRow> tile) {
       for (const LogitsRow& row : tile) {
-        EXPECT_EQ(row.row * row.logits.size(), logits[row.item].size());  // in order, none left out
-        logits[row.item].insert(logits[row.item].end(), row.logits.begin(), row.logits.end());
+        EXPECT_EQ(row.row * row.logits.size(), logits[row.tag].size());  // in order, none left out
+        logits[row.tag].insert(logits[row.tag].end(), row.logits.begin(), row.logits.end());
       }
     };
   }
@@ -131,15 +131,15 @@ TEST(Chain, SequencesOfABatchBehaveAsEachAlone) {
       std::vector<std::vector<float>> logits(which.size());
       const LogitsSink sink = [&](std::span<const LogitsRow> tile) {
         for (const LogitsRow& row : tile)
-          logits[row.item].insert(logits[row.item].end(), row.logits.begin(), row.logits.end());
+          logits[row.tag].insert(logits[row.tag].end(), row.logits.begin(), row.logits.end());
       };
       for (size_t i = 0; i < which.size(); ++i) sequences.emplace_back(config);
       std::vector<StepItem> items;
-      for (size_t i = 0; i < which.size(); ++i) items.push_back({&sequences[i], prompts[which[i]], LogitsRows::kAll});
+      for (size_t i = 0; i < which.size(); ++i) items.push_back({&sequences[i], prompts[which[i]], LogitsRows::kAll, i});
       EXPECT_TRUE(engine.Prefill(items, sink));
       for (size_t step = 0; step < 3; ++step) {
         for (size_t i = 0; i < which.size(); ++i)
-          items[i] = {&sequences[i], text.subspan(22 + step + which[i], 1), LogitsRows::kLast};
+          items[i] = {&sequences[i], text.subspan(22 + step + which[i], 1), LogitsRows::kLast, i};
         EXPECT_TRUE(engine.Decode(items, sink));
       }
       return logits;
@@ -161,7 +161,7 @@ TEST(Chain, ARefusedStepChangesNothing) {
   const std::vector<int32_t> short_text = {1, 5, 9}, long_text(17, 4), bad_text = {3, 272};
   const auto refused = [&](std::span<const int32_t> tokens, const char* word) {
     try {
-      engine.Step({{&first, short_text}, {&second, tokens}}, StepKind::kDecode);
+      engine.Step({{&first, short_text}, {&second, tokens}});
       ADD_FAILURE() << "accepted: " << word;
     } catch (const Error& error) {
       EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << error.what();
@@ -172,7 +172,7 @@ TEST(Chain, ARefusedStepChangesNothing) {
   refused(long_text, "context of 16");
   refused(bad_text, "vocabulary of 272");
   refused({}, "at least one token");
-  EXPECT_TRUE(engine.Step({{&first, short_text}, {&second, short_text}}, StepKind::kDecode));
+  EXPECT_TRUE(engine.Step({{&first, short_text}, {&second, short_text}}));
   EXPECT_EQ(first.tokens(), short_text);
 }
 

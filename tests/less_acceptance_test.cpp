@@ -54,9 +54,9 @@ Rotated Rotate(const Text& text) {
   Rotated r;
   for (size_t l = 0; l < kShape.n_layers; ++l) {
     std::vector<float> q = text.q[l], k = text.k[l];
-    RotateRows(shape.rope, q.data(), text.n, kShape.n_heads * kShape.head_dim, kShape.n_heads, kShape.head_dim,
+    RotateRows(*shape.layers[0].rope, q.data(), text.n, kShape.n_heads * kShape.head_dim, kShape.n_heads, kShape.head_dim,
                positions.data());
-    RotateRows(shape.rope, k.data(), text.n, kShape.n_kv_heads * kShape.head_dim, kShape.n_kv_heads, kShape.head_dim,
+    RotateRows(*shape.layers[0].rope, k.data(), text.n, kShape.n_kv_heads * kShape.head_dim, kShape.n_kv_heads, kShape.head_dim,
                positions.data());
     r.q.emplace_back(q.begin(), q.end());
     r.k.emplace_back(k.begin(), k.end());

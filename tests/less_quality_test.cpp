@@ -26,7 +26,7 @@ double MeanNats(Engine& engine, const std::string& spec, std::span<const int32_t
   size_t n = 0;
   for (size_t at = 0; at < tokens.size(); at += kStep) {
     const auto part = tokens.subspan(at, std::min(kStep, tokens.size() - at));
-    engine.Step({{&sequence, part, LogitsRows::kAll}}, StepKind::kStream, [&](std::span<const LogitsRow> tile) {
+    engine.Step({{&sequence, part, LogitsRows::kAll, 0, StepKind::kStream}}, [&](std::span<const LogitsRow> tile) {
       for (const LogitsRow& row : tile) {
         const size_t next = at + row.row + 1;
         if (next >= tokens.size()) continue;

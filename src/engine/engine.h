@@ -8,7 +8,7 @@
 //   engine.Prefill({{&sequence, tokens, LogitsRows::kLast}}, sink);     // one-shot or chunked, as the spec says
 //   engine.Decode({{&sequence, {&token, 1}, LogitsRows::kLast}}, sink);
 //
-// One Engine a process is meant (threads are the process's pool). Not thread safe: one step at a time.
+// Not thread safe: one step at a time.
 #pragma once
 
 #include <atomic>
@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "base/error.h"
+#include "kvcache/cache_batch.h"
 #include "kvcache/sequence_cache.h"
 #include "model/forward.h"
 #include "model/model.h"
@@ -51,7 +53,8 @@ class Sequence {
   const SequenceCache& cache() const { return *cache_; }
   CacheStats Stats() const { return cache_->Stats(); }
 
-  // A step that was stopped halfway (StepControl::stop) leaves the sequence unusable; it can only be destroyed.
+  // A step that ended halfway (stopped, cancelled, out of memory) leaves the sequence unusable; it can only be
+  // destroyed.
   bool interrupted() const { return interrupted_; }
 
  private:
@@ -68,11 +71,21 @@ struct StepItem {
   Sequence* sequence = nullptr;
   std::span<const int32_t> tokens;  // at least one
   LogitsRows logits = LogitsRows::kNone;
+  size_t tag = 0;  // the caller's own; comes back with logits and failures
+  StepKind kind = StepKind::kDecode;  // Prefill and Decode set it
+  const std::atomic<bool>* cancel = nullptr;  // set from anywhere: the sequence leaves the step after the layer in work
+};
+
+// The items of a step: any list of them, also a braced one.
+class StepItems : public std::span<const StepItem> {
+ public:
+  StepItems(std::initializer_list<StepItem> items) : std::span<const StepItem>(items.begin(), items.size()) {}
+  StepItems(const std::vector<StepItem>& items) : std::span<const StepItem>(items) {}
 };
 
 // The logits of one token, valid during the sink's call only.
 struct LogitsRow {
-  size_t item;                    // index of the StepItem
+  size_t tag;                     // of the StepItem
   size_t row;                     // index of the token in StepItem::tokens
   std::span<const float> logits;  // [n_vocab]
 };
@@ -83,6 +96,9 @@ using LogitsSink = std::function<void(std::span<const LogitsRow> tile)>;
 struct StepControl {
   const std::atomic<bool>* stop = nullptr;         // set from anywhere to stop early
   std::function<void(double done)> progress = {};  // share done of the call, in (0, 1]
+  // With it a failure of one item (its own mistake, memory for its cache, cancelled) is reported here and the others go
+  // on. Without it a failure before anything has changed is thrown at once, and a later one when the others are done.
+  std::function<void(size_t tag, const Error& error)> on_failure = {};
 };
 
 class Engine {
@@ -97,34 +113,21 @@ class Engine {
   std::shared_ptr<const CacheConfig> MakeCacheConfig(const CacheSpec& spec, size_t ctx = 0,
                                                      std::vector<ProtectedSpan> protected_spans = {}) const;
 
-  // Feeds every item's tokens to its sequence in one step. Sequences are distinct; their kinds of step are the same.
-  // Throws Error, with nothing changed, when a token is not in the vocabulary, the context is exceeded or a cache or
-  // the work buffers do not fit memory. Returns false when stopped: between the layers of a step of more than
-  // kStoppableRows tokens (its sequences are then interrupted()).
-  bool Step(std::span<const StepItem> items, StepKind kind, const LogitsSink& sink = {},
-            const StepControl& control = {});
+  // Feeds every item's tokens to its sequence in one step; kinds may differ (prompt chunks beside generated tokens).
+  // Throws Error, with nothing changed, when an item cannot be (a token outside the vocabulary, a full context, a
+  // sequence that is twice in the step or interrupted) or a cache or the work buffers do not fit memory. An item that
+  // fails or is cancelled later leaves its sequence interrupted() and the others as they would be without it. Returns
+  // false when stopped: between the layers of a step of more than kStoppableRows tokens (all its sequences are then
+  // interrupted()).
+  bool Step(StepItems items, const LogitsSink& sink = {}, const StepControl& control = {});
 
-  // A whole prompt (or turn) for every item, then EndPrompt: in one step (kPrompt), or, when the sequences' spec says
-  // prefill(chunk=N), N tokens of every item a step (kStream). All items need the same chunk. A stop between chunks
-  // leaves the sequences sound, with the chunks so far seen and the prompt not ended.
-  bool Prefill(std::span<const StepItem> items, const LogitsSink& sink = {}, const StepControl& control = {});
+  // A whole prompt (or turn) for every item, then EndPrompt: in one step (kPrompt), or, where the sequence's spec says
+  // prefill(chunk=N), N tokens a step (kStream). A stop between chunks leaves the sequences sound, with the chunks so
+  // far seen and the prompt not ended.
+  bool Prefill(StepItems items, const LogitsSink& sink = {}, const StepControl& control = {});
 
-  // One step of kind kDecode: generated tokens, or text scored as if it had been generated.
-  bool Decode(std::span<const StepItem> items, const LogitsSink& sink = {}) {
-    return Step(items, StepKind::kDecode, sink);
-  }
-
-  // For calls with a braced list of items.
-  bool Step(std::initializer_list<StepItem> items, StepKind kind, const LogitsSink& sink = {},
-            const StepControl& control = {}) {
-    return Step(std::span(items.begin(), items.size()), kind, sink, control);
-  }
-  bool Prefill(std::initializer_list<StepItem> items, const LogitsSink& sink = {}, const StepControl& control = {}) {
-    return Prefill(std::span(items.begin(), items.size()), sink, control);
-  }
-  bool Decode(std::initializer_list<StepItem> items, const LogitsSink& sink = {}) {
-    return Decode(std::span(items.begin(), items.size()), sink);
-  }
+  // A step of kind kDecode: generated tokens, or text scored as if it had been generated.
+  bool Decode(StepItems items, const LogitsSink& sink = {}, const StepControl& control = {});
 
   // Bytes of work buffers of a step over n_rows tokens, caches not included.
   size_t WorkBytes(size_t n_rows) const;
@@ -132,24 +135,16 @@ class Engine {
   static constexpr size_t kStoppableRows = 512;
 
  private:
-  // Where a step stands in a longer call: what was done before, how much this step is, the rows before it.
-  struct Share {
-    double done = 0;
-    double step = 1;
-    size_t first_row = 0;
-  };
+  class StepRun;  // one step from its checks to its logits (step_run.h)
+  friend class StepRun;
 
   void Reserve(size_t n_rows);
-  void RequirePrefillMemory(std::span<const StepItem> items, size_t chunk) const;
-  bool RunStep(std::span<const StepItem> items, StepKind kind, const LogitsSink& sink, const StepControl& control,
-               const Share& share);
-  bool PrefillChunks(std::span<const StepItem> items, size_t chunk, size_t longest, const LogitsSink& sink,
-                     const StepControl& control);
-  void EmitLogits(std::span<const StepItem> items, const LogitsSink& sink, size_t row_offset);
+  void RequirePrefillMemory(StepItems items) const;
 
   std::shared_ptr<const Model> model_;
   ComputeType compute_;
   ForwardWorkspace workspace_;
+  std::unique_ptr<CacheBatch> batch_;
   size_t reserved_rows_ = 0;
 };
 

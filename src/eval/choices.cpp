@@ -108,17 +108,14 @@ std::vector<double> ScoreChoices(const EvalSetup& setup, const Subject& subject,
   const Stopwatch watch;
   for (size_t at = 0;; ++at) {
     std::vector<StepItem> items;
-    std::vector<size_t> choice_of;
     for (size_t c = 0; c < continuations.size(); ++c) {
       if (at + 1 >= continuations[c].size()) continue;
-      items.push_back({&sequences[c], {&continuations[c][at], 1}, LogitsRows::kLast});
-      choice_of.push_back(c);
+      items.push_back({&sequences[c], {&continuations[c][at], 1}, LogitsRows::kLast, c});
     }
     if (items.empty()) break;
     setup.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
       for (const LogitsRow& row : rows) {
-        const size_t c = choice_of[row.item];
-        scores[c] += LogProbability(row.logits, continuations[c][at + 1]);
+        scores[row.tag] += LogProbability(row.logits, continuations[row.tag][at + 1]);
       }
     });
     cost.tokens += items.size();

@@ -6,25 +6,11 @@
 
 #include "base/error.h"
 #include "kvcache/registry.h"
-#include "kvcache/residual/sidecar.h"
 
 namespace lesskv {
 namespace {
 
 using Config = std::shared_ptr<const CacheConfig>;
-
-std::string TermText(const SpecTerm& term) {
-  std::string text = term.name;
-  for (size_t i = 0; i < term.arguments.size(); ++i) {
-    const SpecArgument& argument = term.arguments[i];
-    text += i == 0 ? "(" : ", ";
-    if (!argument.key.empty()) text += argument.key + "=";
-    text += argument.quoted ? '"' + argument.value + '"' : argument.value;
-  }
-  return term.arguments.empty() ? text : text + ")";
-}
-
-Stage StageOf(const SpecTerm& term) { return FindMethod(term.name)->stage; }
 
 // Makes rivals of one subject for one life of a sequence.
 class RivalMaker {
@@ -33,8 +19,7 @@ class RivalMaker {
       : setup_(setup), config_(config), n_prompt_(n_prompt), n_decode_(n_decode), bytes_(Bytes(config)) {}
 
   std::vector<Subject> Make() const {
-    const SpecTerm* less = config_->spec().Find("less");
-    return less != nullptr ? LessRivals(*less) : PlainRivals();
+    return config_->spec().Find(Stage::kResidual) != nullptr ? ResidualRivals() : PlainRivals();
   }
 
  private:
@@ -51,13 +36,13 @@ class RivalMaker {
 
   // The largest n in [low, ctx] for which make(n) is a cache of at most the subject's bytes; nothing when there is
   // none.
-  template <typename MakeSpec>
-  Config LargestThatFits(size_t low, const MakeSpec& make) const {
+  template <typename MakeConfig>
+  Config LargestThatFits(size_t low, const MakeConfig& make) const {
     Config best;
     size_t high = setup_.ctx;
     while (low <= high) {
       const size_t middle = low + (high - low) / 2;
-      const Config config = TryConfig(make(middle));
+      const Config config = make(middle);
       const bool fits = config == nullptr || Bytes(config) <= bytes_;  // too small to be a cache: more rows
       if (fits && config != nullptr) best = config;
       if (fits) {
@@ -70,48 +55,20 @@ class RivalMaker {
   }
 
   // The subject's spec without its residual, with `extra` more rows.
-  std::string BareSpec(size_t extra) const {
-    std::string text;
-    for (SpecTerm term : config_->spec().terms()) {
-      if (StageOf(term) == Stage::kResidual) continue;
-      if (StageOf(term) == Stage::kSelect && extra > 0) AddExtra(term, extra);
-      text += (text.empty() ? "" : "+") + TermText(term);
-    }
-    return text;
+  Config Bare(size_t extra) const {
+    const CacheSpec bare = config_->spec().Without(Stage::kResidual);
+    return TryConfig((extra > 0 ? bare.WithExtraRows(extra) : bare).ToString());
   }
 
-  static void AddExtra(SpecTerm& term, size_t extra) {
-    for (SpecArgument& argument : term.arguments) {
-      if (argument.key != "extra") continue;
-      argument.value = std::to_string(std::stoul(argument.value) + extra);
-      return;
-    }
-    term.arguments.push_back({"extra", std::to_string(extra), false});
-  }
-
-  bool TakesExtra() const {
-    for (const SpecTerm& term : config_->spec().terms()) {
-      if (StageOf(term) != Stage::kSelect) continue;
-      const auto parameters = FindMethod(term.name)->parameters;
-      return std::any_of(parameters.begin(), parameters.end(), [](const Parameter& p) { return p.name == "extra"; });
-    }
-    return false;
-  }
-
-  size_t Rank(const SpecTerm& less) const {
-    for (const SpecArgument& argument : less.arguments) {
-      if (argument.key == "file") return ReadSidecar(argument.value).shape.rank;
-    }
-    return ReadSidecar(setup_.engine->model().Sidecar().path).shape.rank;
-  }
-
-  std::vector<Subject> LessRivals(const SpecTerm& less) const {
+  std::vector<Subject> ResidualRivals() const {
     std::vector<Subject> rivals;
-    Add(rivals, TryConfig(BareSpec(0)), "bare selector");
-    if (!TakesExtra()) return rivals;
-    Add(rivals, TryConfig(BareSpec(Rank(less) / 2)), "rank/2 extra rows");
-    const auto bare = [&](size_t extra) { return BareSpec(extra); };
-    const Config fitting = LargestThatFits(1, bare), bought = TryConfig(BareSpec(RowsForState()));
+    Add(rivals, Bare(0), "bare selector");
+    if (!config_->spec().TakesExtraRows()) return rivals;
+    // Baseline+ of the LESS paper: a state of rank R is what R / 2 rows take.
+    const size_t state_rows = config_->global().residual->StateFloats() / (config_->global().layers[0].head_dim + 1) / 2;
+    Add(rivals, Bare(state_rows), "rank/2 extra rows");
+    const auto bare = [&](size_t extra) { return Bare(extra); };
+    const Config fitting = LargestThatFits(1, bare), bought = Bare(RowsForState());
     const bool more = fitting != nullptr && (bought == nullptr || RowsEnd(fitting) > RowsEnd(bought));
     Add(rivals, more ? fitting : bought, "equal bytes");
     return rivals;
@@ -123,7 +80,7 @@ class RivalMaker {
   // of both. A row's price, scores and positions included, is that of many rows, where rounding does not count.
   size_t RowsForState() const {
     const size_t many = setup_.ctx;
-    const Config bare = TryConfig(BareSpec(0)), large = TryConfig(BareSpec(many));
+    const Config bare = Bare(0), large = Bare(many);
     if (bare == nullptr || large == nullptr || Bytes(large) <= Bytes(bare) || bytes_ <= Bytes(bare)) return 0;
     const double row_bytes = static_cast<double>(Bytes(large) - Bytes(bare)) / static_cast<double>(many);
     return static_cast<size_t>(static_cast<double>(bytes_ - Bytes(bare)) / row_bytes);
@@ -131,14 +88,13 @@ class RivalMaker {
 
   std::vector<Subject> PlainRivals() const {
     std::vector<Subject> rivals;
-    std::string prefill;
-    for (const SpecTerm& term : config_->spec().terms()) {
-      if (StageOf(term) == Stage::kPrefill) prefill = "+" + TermText(term);
-    }
-    for (const char* name : {"window", "h2o"}) {
-      const SpecTerm* own = config_->spec().Find(name);
-      if (own != nullptr && config_->spec().terms().size() == (prefill.empty() ? 1u : 2u)) continue;  // itself
-      const auto make = [&](size_t rows) { return std::string(name) + "(" + std::to_string(rows) + ")" + prefill; };
+    const CacheSpec& spec = config_->spec();
+    const SpecTerm* prefill = spec.Find(Stage::kPrefill);
+    const std::string tail = prefill == nullptr ? "" : "+" + ToString(*prefill);
+    for (const Method* method : Methods()) {
+      if (method->stage != Stage::kSelect || !TraitsOf(ParseTerm(method->Example())).is_rival) continue;
+      if (spec.Find(method->name) != nullptr && spec.terms().size() == (tail.empty() ? 1u : 2u)) continue;  // itself
+      const auto make = [&](size_t rows) { return TryConfig(fmt::format("{}({}){}", method->name, rows, tail)); };
       Add(rivals, LargestThatFits(1, make), "equal bytes");
     }
     return rivals;

@@ -79,17 +79,15 @@ class AnswerBatch {
     const Stopwatch watch;
     for (size_t step = 0;; ++step) {
       std::vector<StepItem> items;
-      std::vector<size_t> sample_of;
       for (size_t i = 0; i < samples_.size(); ++i) {
         const size_t at = samples_[i].question + step;
         if (at >= samples_[i].prompt.size()) continue;
         const bool last = at + 1 == samples_[i].prompt.size();
-        items.push_back({&sequences_[i], {&samples_[i].prompt[at], 1}, last ? LogitsRows::kLast : LogitsRows::kNone});
-        sample_of.push_back(i);
+        items.push_back({&sequences_[i], {&samples_[i].prompt[at], 1}, last ? LogitsRows::kLast : LogitsRows::kNone, i});
       }
       if (items.empty()) break;
       setup_.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
-        for (const LogitsRow& row : rows) Judge(sample_of[row.item], row.logits);
+        for (const LogitsRow& row : rows) Judge(row.tag, row.logits);
       });
       cost_.tokens += items.size();
     }
@@ -100,19 +98,17 @@ class AnswerBatch {
     const Stopwatch watch;
     for (size_t begin = 0;; begin += step) {
       std::vector<StepItem> items;
-      std::vector<size_t> sample_of;
       for (size_t i = 0; i < samples_.size(); ++i) {
         const std::span<const int32_t> prompt = samples_[i].prompt;
         if (begin >= prompt.size()) continue;
         const auto tokens = prompt.subspan(begin, std::min(step, prompt.size() - begin));
         const bool last = begin + tokens.size() == prompt.size();
-        items.push_back({&sequences_[i], tokens, last ? LogitsRows::kLast : LogitsRows::kNone});
-        sample_of.push_back(i);
+        items.push_back({&sequences_[i], tokens, last ? LogitsRows::kLast : LogitsRows::kNone, i, StepKind::kStream});
         cost_.prompt_tokens += tokens.size();
       }
       if (items.empty()) break;
-      setup_.engine->Step(items, StepKind::kStream, [&](std::span<const LogitsRow> rows) {
-        for (const LogitsRow& row : rows) Judge(sample_of[row.item], row.logits);
+      setup_.engine->Step(items, [&](std::span<const LogitsRow> rows) {
+        for (const LogitsRow& row : rows) Judge(row.tag, row.logits);
       });
       setup_.CheckStop();
     }
@@ -124,15 +120,13 @@ class AnswerBatch {
     const Stopwatch watch;
     for (;;) {
       std::vector<StepItem> items;
-      std::vector<size_t> sample_of;
       for (size_t i = 0; i < samples_.size(); ++i) {
         if (right_[i] == kWrong || right_[i] >= samples_[i].answer.size()) continue;
-        items.push_back({&sequences_[i], {&samples_[i].answer[right_[i] - 1], 1}, LogitsRows::kLast});
-        sample_of.push_back(i);
+        items.push_back({&sequences_[i], {&samples_[i].answer[right_[i] - 1], 1}, LogitsRows::kLast, i});
       }
       if (items.empty()) break;
       setup_.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
-        for (const LogitsRow& row : rows) Judge(sample_of[row.item], row.logits);
+        for (const LogitsRow& row : rows) Judge(row.tag, row.logits);
       });
       cost_.tokens += items.size();
     }

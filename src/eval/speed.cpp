@@ -13,6 +13,7 @@
 #include "eval/random_sidecar.h"
 #include "eval/speed_verify.h"
 #include "eval/stopwatch.h"
+#include "kvcache/registry.h"
 
 namespace lesskv {
 namespace {
@@ -83,9 +84,13 @@ class Bench {
     }
   }
 
+  static bool ReadsSidecar(const CacheSpec& spec) {
+    const auto& terms = spec.terms();
+    return std::any_of(terms.begin(), terms.end(), [](const SpecTerm& term) { return TraitsOf(term).reads_sidecar; });
+  }
+
   bool UsesRandomMaps(const CacheSpec& spec) const {
-    const SpecTerm* less = spec.Find("less");
-    return less != nullptr && sidecar_.has_value();
+    return ReadsSidecar(spec) && sidecar_.has_value();
   }
 
   std::shared_ptr<const CacheConfig> MakeConfig(const CacheSpec& spec) const {
@@ -223,8 +228,7 @@ class Bench {
   }
 
   Json FeatureMapsText(const CacheSpec& spec) const {
-    const SpecTerm* less = spec.Find("less");
-    if (less == nullptr) return {};
+    if (!ReadsSidecar(spec)) return {};
     if (!UsesRandomMaps(spec)) return "trained";
     return fmt::format("random, rank {}, hidden {}", options_.random_maps->rank, options_.random_maps->hidden);
   }

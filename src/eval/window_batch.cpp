@@ -46,15 +46,14 @@ void WindowBatch::PrefillAll() {
 bool WindowBatch::Step(const ScoredSink& sink) {
   const bool stream = protocol_.mode == Protocol::Mode::kStream;
   if (!stream && fed_ == 0) PrefillAll();
+  const StepKind kind = stream ? StepKind::kStream : StepKind::kDecode;
   std::vector<StepItem> items;
-  std::vector<size_t> window_of;  // of each item
   size_t n_tokens = 0;
   for (size_t w = 0; w < windows_.size(); ++w) {
     const std::span<const int32_t> ids = windows_[w].ids;
     if (fed_ + 1 >= ids.size()) continue;
     const size_t n = std::min(TokensPerStep(), ids.size() - 1 - fed_);
-    items.push_back({&sequences_[w], ids.subspan(fed_, n), LogitsRows::kAll});
-    window_of.push_back(w);
+    items.push_back({&sequences_[w], ids.subspan(fed_, n), LogitsRows::kAll, w, kind});
     n_tokens += n;
   }
   if (items.empty()) return false;
@@ -64,12 +63,12 @@ bool WindowBatch::Step(const ScoredSink& sink) {
   const LogitsSink score = [&](std::span<const LogitsRow> tile) {
     const Stopwatch watch;
     rows.clear();
-    for (const LogitsRow& row : tile) rows.push_back({window_of[row.item], fed_ + row.row + 1, row.logits});
+    for (const LogitsRow& row : tile) rows.push_back({row.tag, fed_ + row.row + 1, row.logits});
     sink(rows);
     sink_seconds += watch.Seconds();
   };
   const Stopwatch watch;
-  engine_.Step(items, stream ? StepKind::kStream : StepKind::kDecode, score);
+  engine_.Step(items, score);
   cost_.seconds += watch.Seconds() - sink_seconds;
   cost_.tokens += n_tokens;
   fed_ += TokensPerStep();

@@ -1,9 +1,9 @@
 #include "kvcache/cache_config.h"
 
+#include <algorithm>
+
 #include "base/check.h"
-#include "kvcache/budget/budgeter.h"
-#include "kvcache/residual/residual.h"
-#include "kvcache/select/selector.h"
+#include "kvcache/select/window.h"
 
 namespace lesskv {
 namespace {
@@ -16,73 +16,121 @@ struct Choice {
 };
 
 Choice Choose(const CacheSpec& spec, Stage stage) {
-  for (const SpecTerm& term : spec.terms()) {
-    const Method* method = FindMethod(term.name);
-    if (method->stage == stage) return {method, term};
-  }
+  if (const SpecTerm* term = spec.Find(stage)) return {FindMethod(term->name), *term};
   const std::string name(DefaultTerm(stage));
   return {FindMethod(name), {name, {}}};
 }
 
-void CheckRowType(const CacheShape& shape, RowType type) {
-  if (!Supports(type, shape.head_dim))
-    Fail(ErrorCode::kInvalidArgument, "codec {} needs a head size that is a multiple of 32; this model's is {}",
-         Name(type), shape.head_dim);
+void CheckShape(const CacheShape& shape) {
+  CHECK(shape.n_layers() > 0 && shape.ctx > 0);
+  for (const LayerShape& layer : shape.layers)
+    CHECK(layer.n_kv_heads > 0 && layer.head_dim > 0 && layer.n_heads % layer.n_kv_heads == 0 && layer.rope != nullptr);
 }
 
 }  // namespace
 
-CacheConfig::CacheConfig(const CacheSpec& spec, const CacheShape& shape, ProtectedSet protect)
-    : spec_(spec), spec_text_(spec.ToString()), shape_(shape), protect_(std::move(protect)) {}
-
-CacheConfig::~CacheConfig() = default;
-
-std::shared_ptr<const CacheConfig> CacheConfig::Create(const CacheSpec& spec, const CacheShape& shape,
-                                                       std::vector<ProtectedSpan> protected_spans,
-                                                       const SidecarSource& sidecar) {
-  CHECK(shape.n_layers > 0 && shape.n_kv_heads > 0 && shape.head_dim > 0 && shape.ctx > 0 &&
-        shape.n_heads % shape.n_kv_heads == 0);
-  std::shared_ptr<CacheConfig> config(new CacheConfig(spec, shape, ProtectedSet(std::move(protected_spans))));
-
-  const Choice select = Choose(spec, Stage::kSelect);
-  config->selector_ = select.method->make_selector(select.arguments(), shape);
-  const Choice budget = Choose(spec, Stage::kBudget);
-  config->budgeter_ = budget.method->make_budgeter(budget.arguments());
-  const Choice codec = Choose(spec, Stage::kCodec);
-  config->row_types_ = codec.method->row_types(codec.arguments());
-  CheckRowType(shape, config->row_types_.keys);
-  CheckRowType(shape, config->row_types_.values);
-  const Choice residual = Choose(spec, Stage::kResidual);
-  if (residual.method->make_residual != nullptr)
-  {
-    MadeResidual made = residual.method->make_residual(residual.arguments(), shape, sidecar);
-    config->residual_ = std::move(made.residual);
-    if (!made.artefact.empty()) config->spec_text_ = spec.ToString(residual.term.name, made.artefact);
-  }
-  if (const SpecTerm* prefill = spec.Find("prefill"))
-    config->prefill_chunk_ = Arguments(FindMethod("prefill")->parameters, *prefill).Count("chunk");
-
-  config->Budgets(shape.ctx);  // refuses what cannot fit before any text is seen
-  return config;
+BudgetRequest LayerPolicy::Request(size_t rows, size_t n_tokens) const {
+  BudgetRequest request{{}, rows, selector->Window(rows), n_tokens};
+  for (const LayerShape& layer : layers) request.n_kv_heads.push_back(layer.n_kv_heads);
+  return request;
 }
 
-std::vector<size_t> CacheConfig::Budgets(size_t n_tokens) const {
-  const size_t rows = selector_->Rows();
-  if (rows == 0) return {};
-  std::vector<size_t> budgets = budgeter_->Allocate(
-      {shape_.n_layers, shape_.n_kv_heads, rows, selector_->Window(rows), n_tokens});
-  CHECK(budgets.size() == shape_.n_layers * shape_.n_kv_heads);
-  const size_t n_protected = protect_.CountFrom(static_cast<int32_t>(selector_->Sinks()));
+std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {
+  // A head never holds more rows than there are tokens, and room for more would be memory for nothing.
+  std::vector<size_t> budgets = budgeter->Allocate(Request(std::min(rows, ctx), n_tokens));
+  CHECK(budgets.size() == heads.size());
+  const size_t n_protected = protect.CountFrom(static_cast<int32_t>(selector->Sinks()));
   for (size_t i = 0; i < budgets.size() && n_protected > 0; ++i) {
-    const size_t window = selector_->Window(budgets[i]);
-    if (window + n_protected > budgets[i])
+    const size_t own = selector->Window(budgets[i]);
+    if (own + n_protected > budgets[i])
       Fail(ErrorCode::kInvalidArgument,
            "{} protected tokens do not fit '{}': layer {} keeps {} rows, {} of them always its own window",
-           protect_.size(), spec_.ToString(), i / shape_.n_kv_heads, budgets[i], window);
+           protect.size(), name, model_layers[heads.LayerOf(i)], budgets[i], own);
   }
   return budgets;
 }
 
-size_t CacheConfig::sidecar_bytes() const { return residual_ == nullptr ? 0 : residual_->WeightBytes(); }
+std::shared_ptr<const CacheConfig> CacheConfig::Create(const CacheSpec& spec, const CacheShape& shape,
+                                                       std::vector<ProtectedSpan> protected_spans,
+                                                       const SidecarSource& sidecar) {
+  CheckShape(shape);
+  std::shared_ptr<CacheConfig> config(new CacheConfig(spec, shape));
+  config->DivideLayers();
+  config->policies_[0].protect = ProtectedSet(std::move(protected_spans));
+  config->MakeMethods(sidecar);
+  if (const SpecTerm* prefill = spec.Find(Stage::kPrefill))
+    config->prefill_chunk_ = Arguments(FindMethod(prefill->name)->parameters, *prefill).Count("chunk");
+  config->Budgets(shape.ctx);  // refuses what cannot fit before any text is seen
+  return config;
+}
+
+// Global layers first, then the local ones of each window, in the order in which the windows appear.
+void CacheConfig::DivideLayers() {
+  std::vector<size_t> windows = {0};
+  for (const LayerShape& layer : shape_.layers)
+    if (std::find(windows.begin(), windows.end(), layer.window) == windows.end()) windows.push_back(layer.window);
+  places_.resize(shape_.n_layers());
+  for (const size_t window : windows) {
+    std::vector<LayerShape> shapes;
+    std::vector<size_t> numbers;
+    for (size_t l = 0; l < shape_.n_layers(); ++l) {
+      if (shape_.layers[l].window != window) continue;
+      places_[l] = {policies_.size(), shapes.size()};
+      shapes.push_back(shape_.layers[l]);
+      numbers.push_back(l);
+    }
+    LayerPolicy policy(std::move(shapes), std::move(numbers));
+    policy.window = window;
+    policy.ctx = shape_.ctx;
+    policy.compute = shape_.compute;
+    policy.name = spec_.ToString();
+    policies_.push_back(std::move(policy));
+  }
+}
+
+void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
+  const MethodContext context{policies_[0].layers, shape_.ctx, shape_.compute, sidecar};
+  std::vector<Artefact> artefacts;
+  for (LayerPolicy& policy : policies_) {
+    const Choice codec = Choose(spec_, Stage::kCodec);
+    MethodContext own = context;
+    own.layers = policy.layers;
+    std::unique_ptr<const Codec> made = codec.method->make_codec(codec.arguments(), own);
+    if (!made->artefact().empty() && policy.window == 0) artefacts.push_back({codec.term.name, made->artefact()});
+    if (const SpecTerm* wrap = spec_.Find(Stage::kWrap); wrap != nullptr && policy.window == 0)
+      made = FindMethod(wrap->name)->make_wrapper(Arguments(FindMethod(wrap->name)->parameters, *wrap), own, std::move(made));
+    policy.codec = std::move(made);
+    const Choice budget = policy.window == 0 ? Choose(spec_, Stage::kBudget) : Choose(CacheSpec(), Stage::kBudget);
+    policy.budgeter = budget.method->make_budgeter(budget.arguments(), own);
+    if (policy.window > 0) policy.selector = MakeLocalSelector(policy.window);
+  }
+  const Choice select = Choose(spec_, Stage::kSelect);
+  policies_[0].selector = select.method->make_selector(select.arguments(), context);
+  const Choice residual = Choose(spec_, Stage::kResidual);
+  if (residual.method->make_residual != nullptr) {
+    MadeResidual made = residual.method->make_residual(residual.arguments(), context);
+    policies_[0].residual = std::move(made.residual);
+    if (!made.artefact.empty()) artefacts.push_back({residual.term.name, made.artefact});
+  }
+  spec_text_ = spec_.ToString(artefacts);
+}
+
+std::vector<size_t> CacheConfig::Budgets(size_t n_tokens) const {
+  const LayerPolicy& policy = global();
+  const Growth growth = policy.selector->After(StepKind::kPrompt, n_tokens);
+  if (!growth.evicts) return {};
+  return policy.Budgets(growth.rows, n_tokens);
+}
+
+size_t CacheConfig::sidecar_bytes() const {
+  return (global().residual == nullptr ? 0 : global().residual->WeightBytes()) + global().codec->ArtefactBytes();
+}
+
+size_t CacheConfig::FullBytes(size_t n_tokens) const {
+  size_t bytes = 0;
+  for (const LayerShape& layer : shape_.layers)
+    bytes += (layer.window > 0 ? std::min(layer.window, n_tokens) : n_tokens) * layer.kv_dim() * 2 * sizeof(uint16_t);
+  return bytes;
+}
 
 }  // namespace lesskv

@@ -5,35 +5,52 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels/linear/linear.h"
-#include "kernels/basic/rope.h"
+#include "kvcache/budget/budgeter.h"
+#include "kvcache/cache_shape.h"
+#include "kvcache/codec/codec.h"
 #include "kvcache/protected.h"
 #include "kvcache/registry.h"
+#include "kvcache/residual/residual.h"
+#include "kvcache/select/selector.h"
 #include "kvcache/spec.h"
 
 namespace lesskv {
 
-// What the cache must know of the model, and the context length in use (--ctx): percentages refer to it.
-struct CacheShape {
-  size_t n_layers = 0;
-  size_t n_heads = 0;     // query heads
-  size_t n_kv_heads = 0;  // divides n_heads
-  size_t head_dim = 0;
-  size_t ctx = 0;
-  RopeTable rope;
-  ComputeType compute = ComputeType::kF32;
+// What governs some layers of a model: all its global ones, which the spec is about, or its local ones of one window,
+// which keep that window whatever the spec says. Layers are numbered inside their policy.
+struct LayerPolicy {
+  LayerPolicy(std::vector<LayerShape> shapes, std::vector<size_t> of_model)
+      : layers(std::move(shapes)), model_layers(std::move(of_model)), heads(layers) {}
 
-  size_t group() const { return n_heads / n_kv_heads; }
+  std::vector<LayerShape> layers;
+  std::vector<size_t> model_layers;  // their numbers in the model
+  HeadTable heads;
+  size_t window = 0;  // of local layers; 0: global ones
+  size_t ctx = 0;
+  ComputeType compute = ComputeType::kF32;
+  std::string name;  // the spec, for messages
+  ProtectedSet protect;
+  std::unique_ptr<const Selector> selector;
+  std::unique_ptr<const Budgeter> budgeter;
+  std::shared_ptr<const Codec> codec;
+  std::unique_ptr<const Residual> residual;  // null: drop
+
+  bool ranks_positions() const { return selector->UsesCachePositions(); }
+  bool unrotated_keys() const { return ranks_positions() || codec->traits().unrotated_keys; }
+  StoreShape store_shape() const { return {layers, compute, unrotated_keys(), !selector->Bounded()}; }
+  BudgetRequest Request(size_t rows, size_t n_tokens) const;
+  // Rows that may stay after a step whose growth law says `rows`, [heads], for a prompt (or, while text streams in, a
+  // context) of n_tokens. Throws Error when the protected tokens do not fit.
+  std::vector<size_t> Budgets(size_t rows, size_t n_tokens) const;
 };
 
-// Where trained artefacts of the model are found when a spec does not name a file.
-struct SidecarSource {
-  std::string path;               // NAME.less.gguf beside NAME.gguf; may not exist
-  uint64_t model_fingerprint = 0;  // 0: not checked (tests)
+// Where a model's layer is governed.
+struct LayerPlace {
+  size_t policy = 0;
+  size_t layer = 0;
 };
 
 // Bytes that a cache of this configuration needs for a life of the given lengths; see CacheConfig::Plan.
@@ -41,12 +58,8 @@ struct CachePlan {
   size_t bytes_peak = 0;   // largest at any moment, prompt included
   size_t bytes_after_prompt = 0;
   size_t bytes_end = 0;
-  double rows_end = 0;  // mean rows a (layer, KV head)
+  double rows_end = 0;  // mean rows a (global layer, KV head)
 };
-
-class Selector;
-class Budgeter;
-class Residual;
 
 class CacheConfig {
  public:
@@ -55,7 +68,6 @@ class CacheConfig {
   static std::shared_ptr<const CacheConfig> Create(const CacheSpec& spec, const CacheShape& shape,
                                                    std::vector<ProtectedSpan> protected_spans = {},
                                                    const SidecarSource& sidecar = {});
-  ~CacheConfig();
 
   const CacheSpec& spec() const { return spec_; }
   // The canonical spec as results and sessions name it: a trained artefact appears as its fingerprint, never as a path.
@@ -63,29 +75,34 @@ class CacheConfig {
   const CacheShape& shape() const { return shape_; }
   // prefill(chunk=N): prompts are fed N tokens a step (StepKind::kStream). 0: a prompt is one step (kPrompt).
   size_t prefill_chunk() const { return prefill_chunk_; }
-  const ProtectedSet& protect() const { return protect_; }
-  // Rows that may stay, [n_layers, n_kv_heads], for a prompt (or, while text streams in, a context) of n_tokens; empty
-  // when nothing ever leaves. Throws Error when the protected tokens do not fit.
+  const ProtectedSet& protect() const { return global().protect; }
+
+  // The global layers' policy first (it may govern no layer), then one for each window of local layers.
+  const std::vector<LayerPolicy>& policies() const { return policies_; }
+  const LayerPolicy& global() const { return policies_[0]; }
+  LayerPlace place(size_t layer) const { return places_[layer]; }
+
+  // The global layers' budgets after a prompt of n_tokens, [heads]; empty when nothing ever leaves.
   std::vector<size_t> Budgets(size_t n_tokens) const;
   // Bytes of trained artefacts this configuration reads (shared by all sequences); 0 without a sidecar.
   size_t sidecar_bytes() const;
+  // What an f16 full cache of so many tokens takes, without slack or metadata; local layers hold their window.
+  size_t FullBytes(size_t n_tokens) const;
 
   // Exact bytes for one sequence that sees a prompt of n_prompt tokens and then n_decode single tokens.
   CachePlan Plan(size_t n_prompt, size_t n_decode) const;
 
  private:
-  friend class SequenceCache;
-  CacheConfig(const CacheSpec& spec, const CacheShape& shape, ProtectedSet protect);
+  CacheConfig(const CacheSpec& spec, const CacheShape& shape) : spec_(spec), shape_(shape) {}
+  void DivideLayers();
+  void MakeMethods(const SidecarSource& sidecar);
 
   CacheSpec spec_;
   std::string spec_text_;
   CacheShape shape_;
-  ProtectedSet protect_;
   size_t prefill_chunk_ = 0;
-  RowTypes row_types_;
-  std::unique_ptr<const Selector> selector_;
-  std::unique_ptr<const Budgeter> budgeter_;
-  std::unique_ptr<const Residual> residual_;  // null: drop
+  std::vector<LayerPolicy> policies_;
+  std::vector<LayerPlace> places_;  // [n_layers]
 };
 
 }  // namespace lesskv

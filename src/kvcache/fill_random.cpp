@@ -19,44 +19,49 @@ constexpr size_t kAbsorbed = 64;    // tokens a head that are absorbed, at most
 
 }  // namespace
 
-struct SequenceCache::Impl::RandomFill {
-  RandomFill(Impl& of, size_t n, uint64_t seed) : cache(of), n_tokens(n), rng(seed) {
-    const size_t chunk = cache.config->prefill_chunk();
+// Fills the layers of one policy.
+struct SequenceCache::RandomFill {
+  RandomFill(PolicyCache& of, size_t chunk, size_t n, Rng& random) : part(of), policy(of.policy), n_tokens(n), rng(random) {
     kind = chunk == 0 ? StepKind::kPrompt : StepKind::kStream;
     if (chunk > 0) last_chunk = (n - 1) % chunk + 1;
     step_rows = chunk == 0 ? kFillRows : std::min(chunk, kFillRows);
-    evicts = cache.selector.Rows() > 0 && cache.selector.Evicts(kind);
-    cache.budgets = cache.config->Budgets(kind == StepKind::kPrompt ? n : cache.shape.ctx);
-    stride = cache.shape.n_kv_heads * cache.shape.head_dim;
+    evicts = policy.selector->EvictsIn(kind);
+    for (const LayerShape& layer : policy.layers) widest = std::max(widest, layer.kv_dim());
     for (std::vector<float>* pool : {&keys, &values}) {
-      pool->resize((kPoolRows + kFillRows) * stride);
+      pool->resize((kPoolRows + kFillRows) * widest);
       for (float& x : *pool) x = rng.Normal();
     }
     ChooseTokens();
   }
 
-  size_t Staying(size_t head) const { return evicts ? std::min(n_tokens, cache.budgets[head]) : n_tokens; }
+  StepInfo Info(size_t n, size_t seen) const { return {n, seen, kind}; }
+  size_t Budget(size_t head) const { return budgets[head]; }
+  size_t Staying(size_t head) const { return evicts ? std::min(n_tokens, Budget(head)) : n_tokens; }
 
   // Positions that stay, ascending, a head; the same for all heads of a layer where the selector keeps one set.
   void ChooseTokens() {
-    for (size_t i = 0; i < cache.ledgers.size(); ++i) most_rows = std::max(most_rows, Staying(i));
+    if (evicts) {
+      const Growth growth = policy.selector->After(kind, n_tokens);
+      budgets = policy.Budgets(growth.rows, kind == StepKind::kPrompt ? n_tokens : policy.ctx);
+    }
+    for (size_t i = 0; i < policy.heads.size(); ++i) most_rows = std::max(most_rows, Staying(i));
     if (!evicts) return;
-    for (size_t i = 0; i < cache.ledgers.size(); ++i) {
-      const bool first = i % cache.shape.n_kv_heads == 0;
-      tokens.push_back(!first && cache.selector.KeepsOneSetALayer() ? tokens.back() : ChooseTokens(i));
+    for (size_t i = 0; i < policy.heads.size(); ++i) {
+      const bool first = i == policy.heads(policy.heads.LayerOf(i), 0);
+      tokens.push_back(!first && policy.selector->KeepsOneSetALayer() ? tokens.back() : ChooseTokens(i));
     }
   }
 
   std::vector<Position> ChooseTokens(size_t head) {
-    const size_t rows = Staying(head), sinks = cache.selector.Sinks();
-    const size_t recent = cache.selector.Window(cache.budgets[head]) - std::min(sinks, rows);
+    const Selector& selector = *policy.selector;
+    const size_t rows = Staying(head), sinks = selector.Sinks();
+    const size_t recent = selector.Window(Budget(head)) - std::min(sinks, rows);
     std::vector<Position> chosen;
     const auto always = [&](size_t p) {
-      return p < sinks || p + recent >= n_tokens || cache.config->protect_.Contains(Position(static_cast<int32_t>(p)));
+      return p < sinks || p + recent >= n_tokens || policy.protect.Contains(Position(static_cast<int32_t>(p)));
     };
     // Who observes nothing knows positions only, and keeps the newest.
-    const bool by_position = cache.selector.Observes(StepKind::kDecode).queries == Observation::Queries::kNone &&
-                             cache.selector.Observes(kind).queries == Observation::Queries::kNone;
+    const bool by_position = !selector.Observes(StepKind::kDecode).wanted() && !selector.Observes(kind).wanted();
     size_t may_stay = 0, must_stay = 0;
     for (size_t p = 0; p < n_tokens; ++p) ++(always(p) ? must_stay : may_stay);
     CHECK(must_stay <= rows, "{} tokens must stay in {} rows", must_stay, rows);
@@ -72,81 +77,84 @@ struct SequenceCache::Impl::RandomFill {
     return chosen;
   }
 
+  // `seen` is what the step is told, so that its growth law and budgets are those of the whole fill.
   void Step(size_t done, size_t n) {
-    cache.store->Reserve({n, evicts, kind == StepKind::kPrompt, cache.budgets});
-    cache.ReserveLedgers(n, evicts, cache.budgets);
-    for (size_t layer = 0; layer < cache.shape.n_layers; ++layer) {
-      const size_t at = rng.Below(kPoolRows) * stride;
-      cache.store->Append(layer, 0, n, keys.data() + at, values.data() + at);
-      for (size_t h = 0; h < cache.shape.n_kv_heads; ++h) CommitHead(layer, h, done, n);
+    part.Begin(Info(n, n_tokens - n));
+    for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
+      const size_t at = rng.Below(kPoolRows) * policy.layers[layer].kv_dim();
+      part.store->Append(layer, 0, n, keys.data() + at, values.data() + at);
+      if (part.decides_budgets) {
+        const size_t first = policy.heads(layer, 0);
+        part.SetBudgets(layer, std::span(budgets).subspan(first, policy.heads.n_heads(layer)));
+      }
+      for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) CloseHead(layer, h, done, n);
     }
-    cache.store->EndStep();
+    part.store->EndStep();
   }
 
   // The step's first rows stay as long as the head has room.
-  void CommitHead(size_t layer, size_t h, size_t done, size_t n) {
-    HeadLedger& ledger = cache.Ledger(layer, h);
+  void CloseHead(size_t layer, size_t h, size_t done, size_t n) {
+    HeadLedger& ledger = part.Ledger(layer, h);
     if (!evicts) {
-      if (cache.selector.Rows() > 0) ledger.AppendNew(done, n);
+      part.store->Close(layer, h, {});
+      if (part.tracks()) ledger.AppendNew(done, n);
       return;
     }
-    const size_t head = layer * cache.shape.n_kv_heads + h, held = ledger.n_rows;
-    const size_t stay = std::min(n, tokens[head].size() - held);
-    std::vector<uint32_t> leave;
-    for (size_t i = stay; i < n; ++i) leave.push_back(static_cast<uint32_t>(held + i));
+    const std::vector<Position>& staying = tokens[policy.heads(layer, h)];
+    const size_t held = ledger.n_rows, stay = std::min(n, staying.size() - held);
+    std::vector<Departure> leave;
+    for (size_t i = stay; i < n; ++i) leave.push_back({static_cast<uint32_t>(held + i), Fate::kDrop});
     LedgerSpill spill;
-    const LedgerRows rows = ledger.Gather(0, n, cache.selector.KeepsScores(), spill);
-    std::copy_n(tokens[head].begin() + static_cast<ptrdiff_t>(held), stay,
+    const LedgerRows rows = ledger.Gather(0, n, policy.selector->votes() == Votes::kKept, !part.decides_budgets, spill);
+    std::copy_n(staying.begin() + static_cast<ptrdiff_t>(held), stay,
                 rows.positions.begin() + static_cast<ptrdiff_t>(held));
-    for (size_t i = held; i < rows.scores.size(); ++i) rows.scores[i] = rng.UniformFloat(0.01f, 1.0f);
-    const Compaction compaction = PlanCompaction(held, n, leave);
-    cache.store->Commit(layer, h, compaction);
-    ledger.Apply(compaction, rows);
+    for (size_t i = held; i < rows.votes.size(); ++i) rows.votes[i] = rng.UniformFloat(0.01f, 1.0f);
+    ledger.Apply(part.store->Close(layer, h, leave), rows);
   }
 
   void Absorb(size_t layer) {
     std::vector<EvictedRows> evicted;
-    const size_t d = cache.shape.head_dim;
-    for (size_t h = 0; h < cache.shape.n_kv_heads; ++h) {
-      const size_t left = n_tokens - Staying(layer * cache.shape.n_kv_heads + h);
-      if (left > 0)
+    const size_t d = policy.layers[layer].head_dim;
+    for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) {
+      const size_t head = policy.heads(layer, h), left = n_tokens - Staying(head);
+      part.departed[static_cast<size_t>(part.StateFloats() > 0 ? Fate::kAbsorb : Fate::kDrop)] += left;
+      if (left > 0 && part.StateFloats() > 0)
         evicted.push_back({h, std::min(left, kAbsorbed), keys.data() + rng.Below(kPoolRows) * d,
-                           values.data() + rng.Below(kPoolRows) * d, cache.State(layer, h)});
+                           values.data() + rng.Below(kPoolRows) * d, part.State(head)});
     }
     if (evicted.empty()) return;
-    cache.residual->Absorb(layer, evicted);
-    cache.has_absorbed[layer] = 1;
+    policy.residual->Absorb(layer, evicted);
+    part.has_absorbed[layer] = 1;
   }
 
   void Run() {
-    if (cache.StateFloats() > 0)
-      cache.states = CountedBuffer(cache.counter, cache.ledgers.size() * cache.StateFloats() * sizeof(float));
     for (size_t done = 0; done < most_rows; done += step_rows) Step(done, std::min(step_rows, most_rows - done));
     if (evicts && kind == StepKind::kStream) {  // a chunk's staging area stays until the next step
-      cache.store->Reserve({last_chunk, true, false, cache.budgets});
-      cache.store->EndStep();
+      part.store->Reserve({last_chunk, true, false, false, part.budgets, false});
+      part.store->EndStep();
     }
-    for (size_t layer = 0; layer < cache.shape.n_layers && evicts && cache.residual != nullptr; ++layer) Absorb(layer);
-    cache.tokens_seen = n_tokens;
+    for (size_t layer = 0; layer < policy.layers.size() && evicts; ++layer) Absorb(layer);
   }
 
-  Impl& cache;
+  PolicyCache& part;
+  const LayerPolicy& policy;
   size_t n_tokens;
-  Rng rng;
+  Rng& rng;
   StepKind kind;
-  size_t last_chunk = 0, step_rows = 0, stride = 0, most_rows = 0;
+  size_t last_chunk = 0, step_rows = 0, widest = 0, most_rows = 0;
   bool evicts = false;
-  std::vector<float> keys, values;            // [kPoolRows + kFillRows, n_kv_heads, head_dim]
-  std::vector<std::vector<Position>> tokens;  // [n_layers * n_kv_heads]; empty when all stay
+  std::vector<size_t> budgets;
+  std::vector<float> keys, values;            // [kPoolRows + kFillRows, widest layer's n_kv_heads * head_dim]
+  std::vector<std::vector<Position>> tokens;  // [heads]; empty when all stay
 };
 
-void SequenceCache::Impl::FillRandom(size_t n_tokens, uint64_t seed) {
-  CHECK(!in_step && tokens_seen == 0 && n_tokens > 0, "only a new cache can be filled");
-  if (n_tokens > shape.ctx)
-    Fail(ErrorCode::kInvalidArgument, "{} tokens do not fit the context of {}", n_tokens, shape.ctx);
-  RandomFill(*this, n_tokens, seed).Run();
+void SequenceCache::FillRandom(size_t n_tokens, uint64_t seed) {
+  CHECK(!impl_->in_step && impl_->tokens_seen == 0 && n_tokens > 0, "only a new cache can be filled");
+  const size_t ctx = impl_->config->shape().ctx;
+  if (n_tokens > ctx) Fail(ErrorCode::kInvalidArgument, "{} tokens do not fit the context of {}", n_tokens, ctx);
+  Rng rng(seed);
+  for (auto& part : impl_->parts) RandomFill(*part, impl_->config->prefill_chunk(), n_tokens, rng).Run();
+  impl_->tokens_seen = n_tokens;
 }
-
-void SequenceCache::FillRandom(size_t n_tokens, uint64_t seed) { impl_->FillRandom(n_tokens, seed); }
 
 }  // namespace lesskv

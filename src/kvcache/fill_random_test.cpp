@@ -14,12 +14,7 @@ namespace {
 constexpr size_t kLayers = 2, kHeads = 4, kKvHeads = 2, kDim = 32, kCtx = 400;
 
 std::shared_ptr<const CacheConfig> Config(const std::string& spec, std::vector<ProtectedSpan> protect = {}) {
-  const CacheShape shape{.n_layers = kLayers,
-                         .n_heads = kHeads,
-                         .n_kv_heads = kKvHeads,
-                         .head_dim = kDim,
-                         .ctx = kCtx,
-                         .rope = RopeTable({.n_dims = kDim})};
+  const CacheShape shape = CacheShape::Uniform(kLayers, kHeads, kKvHeads, kDim, kCtx, {.n_dims = kDim});
   return CacheConfig::Create(CacheSpec::Parse(spec), shape, std::move(protect));
 }
 

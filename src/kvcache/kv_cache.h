@@ -22,11 +22,12 @@ enum class StepKind {
   kDecode,  // generated tokens, or tokens scored as if they had been generated
 };
 
+// All sequences of a step at once: n is the number of tokens of the whole step, one sequence after the other.
 class KvCache {
  public:
   virtual ~KvCache() = default;
 
-  // Between BeginStep(n) and EndStep, once a layer, layers in increasing order:
+  // Once a layer, layers in increasing order:
   // keys, values [n, n_kv_heads, head_dim], row-major, unrotated, for the n new tokens in order. Copied before return.
   virtual void Append(size_t layer, const float* keys, const float* values) = 0;
 

@@ -20,25 +20,25 @@ CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t by
 
 }  // namespace
 
-void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool scores) {
+void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool votes) {
   const size_t capacity = Capacity(std::max(rows, n_rows), fixed);
   if (capacity == 0 || positions_.size() == capacity * sizeof(Position)) return;
   CountedBuffer positions = Resized(counter, positions_, capacity * sizeof(Position));
-  if (scores) {
-    CountedBuffer moved = Resized(counter, scores_, capacity * sizeof(float));
-    scores_ = std::move(moved);
+  if (votes) {
+    CountedBuffer moved = Resized(counter, votes_, capacity * sizeof(float));
+    votes_ = std::move(moved);
   }
   positions_ = std::move(positions);
 }
 
-void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, bool scores) {
+void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, bool votes) {
   if (n_rows == 0) {
     positions_ = CountedBuffer();
-    scores_ = CountedBuffer();
+    votes_ = CountedBuffer();
     return;
   }
   try {
-    Reserve(counter, n_rows, fixed, scores);
+    Reserve(counter, n_rows, fixed, votes);
   } catch (const Error&) {
   }
 }
@@ -50,56 +50,63 @@ void HeadLedger::AppendNew(size_t seen, size_t n) {
   n_rows += n;
 }
 
-LedgerRows HeadLedger::Gather(size_t seen, size_t n, bool with_scores, LedgerSpill& spill) {
+LedgerRows HeadLedger::Gather(size_t seen, size_t n, bool with_votes, bool may_stay, LedgerSpill& spill) {
   const size_t all = n_rows + n;
   std::span<Position> positions = positions_.As<Position>();
-  std::span<float> scores = with_scores ? scores_.As<float>() : std::span<float>();
-  if (all > positions.size()) {
+  std::span<float> votes = with_votes ? votes_.As<float>() : std::span<float>();
+  if (all > positions.size() || !may_stay) {
     spill.positions.assign(positions.begin(), positions.begin() + static_cast<ptrdiff_t>(n_rows));
     spill.positions.resize(all);
     positions = spill.positions;
-    if (with_scores) {
-      spill.scores.assign(scores.begin(), scores.begin() + static_cast<ptrdiff_t>(n_rows));
-      spill.scores.resize(all);
-      scores = spill.scores;
+    if (with_votes) {
+      spill.votes.assign(votes.begin(), votes.begin() + static_cast<ptrdiff_t>(n_rows));
+      spill.votes.resize(all);
+      votes = spill.votes;
     }
   }
   for (size_t i = 0; i < n; ++i) positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
-  if (with_scores) std::fill_n(scores.begin() + static_cast<ptrdiff_t>(n_rows), n, 0.0f);
-  return {positions.first(all), with_scores ? scores.first(all) : scores};
+  if (with_votes) std::fill_n(votes.begin() + static_cast<ptrdiff_t>(n_rows), n, 0.0f);
+  return {positions.first(all), with_votes ? votes.first(all) : votes};
 }
 
-void HeadLedger::Apply(const Compaction& compaction, const LedgerRows& rows) {
-  const std::span<Position> held = positions_.As<Position>();
-  const std::span<float> held_scores = scores_.As<float>();
-  CHECK(compaction.n_rows <= held.size(), "{} rows in a ledger of {}", compaction.n_rows, held.size());
-  if (!rows.scores.empty() && rows.scores.data() != held_scores.data())
-    std::copy_n(rows.scores.begin(), std::min(n_rows, held_scores.size()), held_scores.begin());
-  for (const RowMove& move : compaction.moves) {
-    held[move.to] = rows.positions[move.from];
-    if (!rows.scores.empty()) held_scores[move.to] = rows.scores[move.from];
+void HeadLedger::Apply(const SlotMap& map, const LedgerRows& given) {
+  LedgerRows rows = given;
+  LedgerSpill apart;
+  if (map.at_once && rows.positions.data() == positions_.As<Position>().data()) {  // moves must not see each other
+    apart.positions.assign(rows.positions.begin(), rows.positions.end());
+    apart.votes.assign(rows.votes.begin(), rows.votes.end());
+    rows = {apart.positions, apart.votes};
   }
-  n_rows = compaction.n_rows;
+  const std::span<Position> held = positions_.As<Position>();
+  const std::span<float> held_votes = votes_.As<float>();
+  CHECK(map.n_rows <= held.size(), "{} rows in a ledger of {}", map.n_rows, held.size());
+  if (!rows.votes.empty() && rows.votes.data() != held_votes.data())
+    std::copy_n(rows.votes.begin(), std::min(n_rows, held_votes.size()), held_votes.begin());
+  for (const RowMove& move : map.moves) {
+    held[move.to] = rows.positions[move.from];
+    if (!rows.votes.empty()) held_votes[move.to] = rows.votes[move.from];
+  }
+  n_rows = map.n_rows;
 }
 
 HeadLedger HeadLedger::Clone(ByteCounter& counter) const {
   HeadLedger copy;
   copy.n_rows = n_rows;
   copy.positions_ = positions_.Clone(counter);
-  copy.scores_ = scores_.Clone(counter);
+  copy.votes_ = votes_.Clone(counter);
   return copy;
 }
 
 void HeadLedger::Save(ByteWriter& out) const {
   out.Put<uint64_t>(n_rows);
   out.Raw(positions_.data(), n_rows * sizeof(Position));
-  if (scores_.size() > 0) out.Raw(scores_.data(), n_rows * sizeof(float));
+  if (votes_.size() > 0) out.Raw(votes_.data(), n_rows * sizeof(float));
 }
 
-void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool scores, size_t seen) {
+void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool votes, size_t seen) {
   const size_t saved = in.Count(rows, "a head's number of positions");
   if (saved != rows) Fail(ErrorCode::kBadFile, "saved cache: a head has {} rows and {} positions", rows, saved);
-  Reserve(counter, rows, fixed, scores);
+  Reserve(counter, rows, fixed, votes);
   n_rows = rows;
   in.Raw(positions_.data(), rows * sizeof(Position));
   std::vector<Position> sorted(Positions().begin(), Positions().end());
@@ -107,10 +114,10 @@ void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t 
   const bool distinct = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
   if (!distinct || (rows > 0 && (ToInt(sorted.front()) < 0 || static_cast<size_t>(ToInt(sorted.back())) >= seen)))
     Fail(ErrorCode::kBadFile, "saved cache: a head's positions are not distinct positions below {}", seen);
-  if (scores_.size() == 0) return;
-  in.Raw(scores_.data(), rows * sizeof(float));
-  for (float score : scores_.As<float>().first(rows))
-    if (!std::isfinite(score)) Fail(ErrorCode::kBadFile, "saved cache: a score is not finite");
+  if (votes_.size() == 0) return;
+  in.Raw(votes_.data(), rows * sizeof(float));
+  for (float vote : votes_.As<float>().first(rows))
+    if (!std::isfinite(vote)) Fail(ErrorCode::kBadFile, "saved cache: a vote is not finite");
 }
 
 }  // namespace lesskv

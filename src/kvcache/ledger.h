@@ -1,5 +1,5 @@
-// Who is where: the position of the token in each slot of one (layer, KV head), and the selector's score of it. Follows
-// the store's compactions, so that slots mean the same in both. Kept only where tokens can leave; in a full cache the
+// Who is where: the position of the token in each slot of one (layer, KV head), and the selector's votes for it where
+// they are kept. Follows the store's slot maps, so that slots mean the same in both. Kept only where tokens can leave; in a full cache the
 // token in slot i is the one at position i.
 #pragma once
 
@@ -16,43 +16,45 @@ namespace lesskv {
 
 struct LedgerRows {
   std::span<Position> positions;
-  std::span<float> scores;  // empty where none are kept
+  std::span<float> votes;  // empty where none are kept
 };
 
 struct LedgerSpill {
   std::vector<Position> positions;
-  std::vector<float> scores;
+  std::vector<float> votes;
 };
 
 struct HeadLedger {
   size_t n_rows = 0;
 
+  size_t capacity() const { return positions_.size() / sizeof(Position); }
   std::span<const Position> Positions() const { return positions_.As<Position>().first(n_rows); }
 
   // Room for `rows` rows: `fixed` and a newcomer when that is not 0, else whole blocks.
-  void Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool scores);
+  void Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool votes);
 
   // Takes back a Reserve: room as for the rows that are there. Keeps the larger room when there is no memory to move.
-  void Shrink(ByteCounter& counter, size_t fixed, bool scores);
+  void Shrink(ByteCounter& counter, size_t fixed, bool votes);
 
   // New tokens at positions seen, seen + 1, ... take the next slots.
   void AppendNew(size_t seen, size_t n);
 
-  // Rows as a step sees them: resident ones, then n new ones with score 0. They lie in the ledger itself when it has
-  // room for the new ones (a single token, the steady state), else as a copy in `spill`.
-  LedgerRows Gather(size_t seen, size_t n, bool with_scores, LedgerSpill& spill);
+  // Rows as a step sees them: resident ones, then n new ones with vote 0. They lie in the ledger itself when it has
+  // room for the new ones (a single token, the steady state) and they `may_stay` there, else as a copy in `spill`, which
+  // later changes of the ledger's room do not touch.
+  LedgerRows Gather(size_t seen, size_t n, bool with_votes, bool may_stay, LedgerSpill& spill);
 
-  // Takes over the gathered (and re-scored) rows in the places that the compaction gives them.
-  void Apply(const Compaction& compaction, const LedgerRows& rows);
+  // Takes over the gathered (and observed) rows in the places that the slot map gives them.
+  void Apply(const SlotMap& map, const LedgerRows& rows);
 
   HeadLedger Clone(ByteCounter& counter) const;
   void Save(ByteWriter& out) const;
   // Refuses positions that are not distinct or not below `seen`.
-  void Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool scores, size_t seen);
+  void Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool votes, size_t seen);
 
  private:
   CountedBuffer positions_;  // Position [capacity]
-  CountedBuffer scores_;     // float [capacity], or empty
+  CountedBuffer votes_;     // float [capacity], or empty
 };
 
 }  // namespace lesskv

@@ -11,34 +11,34 @@ std::vector<int> Ints(std::span<const Position> positions) {
   return ints;
 }
 
-// Two rows leave, one comes: positions and scores follow the same compaction.
-TEST(Ledger, FollowsCompactions) {
+// Two rows leave, one comes: positions and votes follow the same slot map.
+TEST(Ledger, FollowsSlotMaps) {
   ByteCounter counter;
   HeadLedger ledger;
   ledger.Reserve(counter, 5, 5, true);
   EXPECT_EQ(counter.now, 6 * (sizeof(Position) + sizeof(float)));  // and a newcomer
   ledger.AppendNew(10, 5);
   LedgerSpill spill;
-  LedgerRows rows = ledger.Gather(15, 1, true, spill);
+  LedgerRows rows = ledger.Gather(15, 1, true, true, spill);
   EXPECT_TRUE(spill.positions.empty());  // one newcomer has room in the ledger itself
   EXPECT_EQ(Ints(rows.positions), (std::vector<int>{10, 11, 12, 13, 14, 15}));
-  std::copy_n(std::begin({1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f}), 6, rows.scores.begin());
-  const uint32_t victims[] = {1, 3};
+  std::copy_n(std::begin({1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f}), 6, rows.votes.begin());
+  const Departure victims[] = {{1}, {3}};
   ledger.Apply(PlanCompaction(5, 1, victims), rows);
   EXPECT_EQ(Ints(ledger.Positions()), (std::vector<int>{10, 15, 12, 14}));
-  rows = ledger.Gather(16, 0, true, spill);
-  EXPECT_EQ(std::vector<float>(rows.scores.begin(), rows.scores.end()), (std::vector<float>{1, 6, 3, 5}));
+  rows = ledger.Gather(16, 0, true, true, spill);
+  EXPECT_EQ(std::vector<float>(rows.votes.begin(), rows.votes.end()), (std::vector<float>{1, 6, 3, 5}));
 
   // Three newcomers do not: they wait beside it, and the result is the same.
-  rows = ledger.Gather(16, 3, true, spill);
+  rows = ledger.Gather(16, 3, true, true, spill);
   EXPECT_EQ(Ints(rows.positions), (std::vector<int>{10, 15, 12, 14, 16, 17, 18}));
-  rows.scores[1] = 60;
-  rows.scores[6] = 7;
-  const uint32_t more[] = {0, 2};
+  rows.votes[1] = 60;
+  rows.votes[6] = 7;
+  const Departure more[] = {{0}, {2}};
   ledger.Apply(PlanCompaction(4, 3, more), rows);
   EXPECT_EQ(Ints(ledger.Positions()), (std::vector<int>{16, 15, 17, 14, 18}));
-  rows = ledger.Gather(19, 0, true, spill);
-  EXPECT_EQ(std::vector<float>(rows.scores.begin(), rows.scores.end()), (std::vector<float>{0, 60, 0, 5, 7}));
+  rows = ledger.Gather(19, 0, true, true, spill);
+  EXPECT_EQ(std::vector<float>(rows.votes.begin(), rows.votes.end()), (std::vector<float>{0, 60, 0, 5, 7}));
 }
 
 TEST(Ledger, SavedAndLoaded) {

@@ -81,4 +81,27 @@ class CountedBuffer {
   std::byte* data_ = nullptr;
 };
 
+// Counts bytes that were allocated elsewhere (a vector's), while it lives. Move-only.
+class CountedBytes {
+ public:
+  CountedBytes() = default;
+  CountedBytes(ByteCounter& counter, size_t bytes) : counter_(&counter), bytes_(bytes) {
+    counter.now += bytes;
+    counter.peak = std::max(counter.peak, counter.now);
+  }
+  CountedBytes(CountedBytes&& other) noexcept { *this = std::move(other); }
+  CountedBytes& operator=(CountedBytes&& other) noexcept {
+    std::swap(counter_, other.counter_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~CountedBytes() {
+    if (counter_ != nullptr) counter_->now -= bytes_;
+  }
+
+ private:
+  ByteCounter* counter_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 }  // namespace lesskv

@@ -34,22 +34,32 @@ LESSKV_METHODS(X)
 
 namespace {
 
+std::vector<const Method*>& MethodList() {
 #define X(name) &k##name##Method,
-constexpr const Method* kMethods[] = {LESSKV_METHODS(X)};
+  static std::vector<const Method*> methods = {LESSKV_METHODS(X)};
 #undef X
-
-MethodTraits TraitsOf(const Method& method, const SpecTerm& term) {
-  return method.traits == nullptr ? MethodTraits{} : method.traits(Arguments(method.parameters, term));
+  return methods;
 }
 
 }  // namespace
 
-std::span<const Method* const> Methods() { return kMethods; }
+std::span<const Method* const> Methods() { return MethodList(); }
 
 const Method* FindMethod(std::string_view name) {
-  for (const Method* method : kMethods)
+  for (const Method* method : MethodList())
     if (method->name == name) return method;
   return nullptr;
+}
+
+void RegisterMethod(const Method& method) {
+  if (FindMethod(method.name) != nullptr)
+    Fail(ErrorCode::kInvalidArgument, "there is already a cache method '{}'", method.name);
+  MethodList().push_back(&method);
+}
+
+MethodTraits TraitsOf(const SpecTerm& term) {
+  const Method& method = *FindMethod(term.name);
+  return method.traits == nullptr ? MethodTraits{} : method.traits(Arguments(method.parameters, term));
 }
 
 std::string_view Name(Stage stage) {
@@ -58,6 +68,7 @@ std::string_view Name(Stage stage) {
     case Stage::kBudget: return "budget";
     case Stage::kResidual: return "residual";
     case Stage::kCodec: return "codec";
+    case Stage::kWrap: return "wrap";
     case Stage::kRecall: return "recall";
     case Stage::kPrefill: return "prefill";
   }
@@ -70,6 +81,7 @@ std::string_view DefaultTerm(Stage stage) {
     case Stage::kBudget: return "uniform";
     case Stage::kResidual: return "drop";
     case Stage::kCodec: return "f16";
+    case Stage::kWrap: return "";
     case Stage::kRecall: return "all";
     case Stage::kPrefill: return "";
   }
@@ -87,6 +99,10 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' lets no token leave, so '{}' has nothing to do", x.name, y.name);
     if (x.stage == Stage::kPrefill && !ty.acts_in_stream)
       return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'", y.name, x.name);
+    if (!tx.gives_full_keys && ty.needs_full_keys)
+      return fmt::format("'{}' does not give back whole keys, which '{}' needs", x.name, y.name);
+    if (!tx.rewrites_rows && ty.needs_rewrites)
+      return fmt::format("'{}' cannot change a row that is stored, which '{}' needs", x.name, y.name);
     return std::nullopt;
   };
   if (auto reason = one_way(a, a_traits, b, b_traits)) return reason;
@@ -95,15 +111,7 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
 
 std::optional<std::string> Conflict(const Method& a, const Method& b) {
   if (a.stage == b.stage) return Conflict(a, {}, b, {});
-  const auto example = [](const Method& method) {
-    // The example of one term; parsing it alone validates it too.
-    const CacheSpec spec = CacheSpec::Parse(method.stage == Stage::kSelect || method.stage == Stage::kCodec ||
-                                                    method.stage == Stage::kPrefill || method.stage == Stage::kRecall
-                                                ? std::string(method.Example())
-                                                : fmt::format("h2o(5%)+{}", method.Example()));
-    const SpecTerm* term = spec.Find(method.name);
-    return TraitsOf(method, term == nullptr ? SpecTerm{std::string(method.name), {}} : *term);
-  };
+  const auto example = [](const Method& method) { return TraitsOf(ParseTerm(method.Example())); };
   return Conflict(a, example(a), b, example(b));
 }
 

@@ -11,23 +11,23 @@
 #include <vector>
 
 #include "base/error.h"
-#include "kernels/rows/rows.h"
+#include "kvcache/cache_shape.h"
 #include "kvcache/spec.h"
 
 namespace lesskv {
 
-struct CacheShape;
-struct SidecarSource;
 class Selector;
 class Budgeter;
 class Residual;
+class Codec;
 
-// The five questions of the cache, plus prefill (about time rather than space). The order is that of canonical specs.
-enum class Stage { kSelect, kBudget, kResidual, kCodec, kRecall, kPrefill };
-inline constexpr Stage kStages[] = {Stage::kSelect, Stage::kBudget, Stage::kResidual,
-                                    Stage::kCodec,  Stage::kRecall, Stage::kPrefill};
+// The five questions of the cache; a wrapper of the codec, which changes what another codec stores; and prefill (about
+// time rather than space). The order is that of canonical specs.
+enum class Stage { kSelect, kBudget, kResidual, kCodec, kWrap, kRecall, kPrefill };
+inline constexpr Stage kStages[] = {Stage::kSelect, Stage::kBudget, Stage::kResidual, Stage::kCodec,
+                                    Stage::kWrap,   Stage::kRecall, Stage::kPrefill};
 std::string_view Name(Stage stage);
-// The stage's term when a spec names none: "full", "uniform", "drop", "f16", "all", and "" for prefill.
+// The stage's term when a spec names none: "full", "uniform", "drop", "f16", "all"; "" for wrap and prefill.
 std::string_view DefaultTerm(Stage stage);
 
 struct Parameter {
@@ -77,12 +77,20 @@ struct MethodTraits {
   bool evicts = false;                // select: tokens leave at all
   bool needs_eviction = false;        // budget, residual: makes no sense when no token leaves
   bool acts_in_stream = true;         // select, budget: defined while text streams in (prefill(chunk))
+  bool gives_full_keys = true;        // codec, wrap: rows can be read back with all their channels
+  bool needs_full_keys = false;       // residual
+  bool rewrites_rows = true;          // codec, wrap: a row can be changed after it was written
+  bool needs_rewrites = false;        // residual
+  bool reads_sidecar = false;         // a trained artefact of the model
+  bool is_rival = false;              // select: what other methods are measured against at equal bytes
 };
 
-struct RowTypes {
-  RowType keys = RowType::kF16;
-  RowType values = RowType::kF16;
-  bool rotate = false;  // keys and values are stored transformed by hadamard.h
+// What a method may know of where it will work.
+struct MethodContext {
+  std::span<const LayerShape> layers;  // the global ones, which the spec is about
+  size_t ctx = 0;
+  ComputeType compute = ComputeType::kF32;
+  const SidecarSource& sidecar;
 };
 
 // A residual, and what identifies the trained artefact it reads (a fingerprint; empty: none).
@@ -101,10 +109,13 @@ struct Method {
   void (*validate)(const Arguments&) = nullptr;  // throws Error for arguments that contradict each other
 
   // The stage's factory; the others are null. `drop`, `all` and `prefill` have none.
-  std::unique_ptr<const Selector> (*make_selector)(const Arguments&, const CacheShape&) = nullptr;
-  std::unique_ptr<const Budgeter> (*make_budgeter)(const Arguments&) = nullptr;
-  MadeResidual (*make_residual)(const Arguments&, const CacheShape&, const SidecarSource&) = nullptr;
-  RowTypes (*row_types)(const Arguments&) = nullptr;
+  std::unique_ptr<const Selector> (*make_selector)(const Arguments&, const MethodContext&) = nullptr;
+  std::unique_ptr<const Budgeter> (*make_budgeter)(const Arguments&, const MethodContext&) = nullptr;
+  MadeResidual (*make_residual)(const Arguments&, const MethodContext&) = nullptr;
+  std::unique_ptr<const Codec> (*make_codec)(const Arguments&, const MethodContext&) = nullptr;
+  // Around the spec's codec.
+  std::unique_ptr<const Codec> (*make_wrapper)(const Arguments&, const MethodContext&,
+                                               std::unique_ptr<const Codec> inner) = nullptr;
 
   // An example of the term for shared tests and tables, such as "h2o(5%)"; the name itself when empty.
   std::string_view example = {};
@@ -114,6 +125,13 @@ struct Method {
 
 std::span<const Method* const> Methods();
 const Method* FindMethod(std::string_view name);
+
+// Adds a method from outside the library, which must outlive all use of specs; before any other thread parses one.
+// Throws Error when the name is taken.
+void RegisterMethod(const Method& method);
+
+// The traits of a method as a checked term uses it.
+MethodTraits TraitsOf(const SpecTerm& term);
 
 // Why two methods (as used in one spec) cannot be combined, or nothing when they can.
 std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_traits, const Method& b,

@@ -12,12 +12,7 @@ namespace lesskv {
 namespace {
 
 CacheShape Shape(size_t ctx) {
-  return {.n_layers = 2,
-          .n_heads = 2,
-          .n_kv_heads = 2,
-          .head_dim = 8,
-          .ctx = ctx,
-          .rope = RopeTable({.n_dims = 8, .frequency_factors = {}})};
+  return CacheShape::Uniform(2, 2, 2, 8, ctx, {.n_dims = 8, .frequency_factors = {}});
 }
 
 TEST(Registry, EveryMethodIsWhole) {
@@ -29,7 +24,7 @@ TEST(Registry, EveryMethodIsWhole) {
     EXPECT_EQ(FindMethod(method->name), method);
     EXPECT_EQ(method->make_selector != nullptr, method->stage == Stage::kSelect);
     EXPECT_EQ(method->make_budgeter != nullptr, method->stage == Stage::kBudget);
-    EXPECT_EQ(method->row_types != nullptr, method->stage == Stage::kCodec);
+    EXPECT_EQ(method->make_codec != nullptr, method->stage == Stage::kCodec);
     std::set<std::string_view> parameters;
     for (const Parameter& parameter : method->parameters) {
       EXPECT_TRUE(parameters.insert(parameter.name).second);
@@ -86,8 +81,11 @@ TEST(Registry, BudgetsByHand) {
     const CacheSpec spec = CacheSpec::Parse(want.spec);
     const SpecTerm& term = spec.terms()[0];
     const Method& method = *FindMethod(term.name);
-    const auto selector = method.make_selector(Arguments(method.parameters, term), Shape(want.ctx));
-    EXPECT_EQ(selector->Rows(), want.rows);
+    const SidecarSource no_sidecar;
+    const CacheShape shape = Shape(want.ctx);
+    const MethodContext context{shape.layers, want.ctx, ComputeType::kF32, no_sidecar};
+    const auto selector = method.make_selector(Arguments(method.parameters, term), context);
+    EXPECT_EQ(selector->After(StepKind::kPrompt, want.ctx).rows, want.rows);
     EXPECT_EQ(selector->Window(want.rows), want.window);
   }
 }

@@ -9,8 +9,10 @@
 //   EndStep()            the tokens count as seen
 //   EndPrompt()          once at the end of each prompt (a turn), after its last step
 //
-// A step never fails between BeginStep and EndStep; between EndStep and the next BeginStep the cache may be cloned,
-// saved or dropped. Not thread safe; different sequences may be used by different threads.
+// Steps of several sequences go through a CacheBatch (cache_batch.h), which attends for all of them at once; Append and
+// Attend here are a batch of one. What fails between BeginStep and EndStep, for lack of memory, leaves a broken cache
+// that can only be destroyed. Between steps the cache may be cloned, saved or dropped. Not thread safe; different
+// sequences may be used by different threads.
 #pragma once
 
 #include <cstddef>
@@ -26,10 +28,12 @@ namespace lesskv {
 
 struct CacheStats {
   size_t tokens_seen = 0;
-  double tokens_resident = 0;  // mean rows a (layer, KV head)
+  double tokens_resident = 0;  // mean rows a (global layer, KV head)
+  // Tokens that left, by what became of them; means likewise. Resident and these together are the tokens seen.
+  double tokens_dropped = 0, tokens_absorbed = 0, tokens_merged = 0, tokens_offloaded = 0;
   size_t kv_bytes = 0;         // allocated for the sequence's cache now
   size_t kv_bytes_peak = 0;    // the largest kv_bytes so far
-  size_t kv_bytes_full = 0;    // what an f16 full cache of the same tokens takes: no slack, no metadata
+  size_t kv_bytes_full = 0;    // CacheConfig::FullBytes of the tokens seen
 };
 
 class SequenceCache final : public KvCache {
@@ -43,6 +47,7 @@ class SequenceCache final : public KvCache {
   void CancelStep();
   void Append(size_t layer, const float* keys, const float* values) override;
   void Attend(size_t layer, const float* queries, float* out) override;
+  // Throws Error(kOutOfMemory) where budgets of the whole model are decided here; the cache is then broken.
   void EndStep();
   void EndPrompt();
 
@@ -65,8 +70,10 @@ class SequenceCache final : public KvCache {
   void Restore(const std::byte* data, size_t size);
 
  private:
+  friend class CacheBatch;
   friend class CacheConfig;
   struct Impl;
+  struct RandomFill;
   explicit SequenceCache(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

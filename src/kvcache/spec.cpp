@@ -98,8 +98,13 @@ std::string ListMethods() {
   return names;
 }
 
-// Shortest text that reads back as the same number.
-std::string CanonicalNumber(double value) { return fmt::format("{}", value); }
+// Shortest text without an exponent that reads back as the same number.
+std::string CanonicalNumber(double value) {
+  char text[512];  // the smallest double has 1,074 decimals, but a percentage of a context that large is nothing
+  const auto [end, error] = std::to_chars(text, text + sizeof text, value, std::chars_format::fixed);
+  CHECK(error == std::errc());
+  return std::string(text, end);
+}
 
 [[noreturn]] void RefuseValue(const Method& method, const Parameter& parameter, const SpecArgument& argument,
                               std::string_view expected) {
@@ -174,7 +179,10 @@ SpecTerm CheckTerm(const Method& method, const SpecTerm& term) {
   return result;
 }
 
-std::string PrintTerm(const Method& method, const SpecTerm& term) {
+}  // namespace
+
+std::string ToString(const SpecTerm& term) {
+  const Method& method = *FindMethod(term.name);
   std::string text = term.name;
   for (size_t i = 0; i < term.arguments.size(); ++i) {
     const SpecArgument& argument = term.arguments[i];
@@ -187,7 +195,12 @@ std::string PrintTerm(const Method& method, const SpecTerm& term) {
   return term.arguments.empty() ? text : text + ")";
 }
 
-}  // namespace
+SpecTerm ParseTerm(std::string_view text) {
+  const std::vector<SpecTerm> terms = Parser(text).Run();
+  const Method* method = terms.size() == 1 ? FindMethod(terms[0].name) : nullptr;
+  if (method == nullptr) Fail(ErrorCode::kInvalidArgument, "cache spec: '{}' is not one known term", text);
+  return CheckTerm(*method, terms[0]);
+}
 
 CacheSpec::CacheSpec() : terms_{{"full", {}}}, canonical_("full") {}
 
@@ -197,21 +210,57 @@ const SpecTerm* CacheSpec::Find(std::string_view name) const {
   return nullptr;
 }
 
-std::string CacheSpec::ToString(std::string_view term_name, const std::string& fingerprint) const {
+const SpecTerm* CacheSpec::Find(Stage stage) const {
+  for (const SpecTerm& term : terms_)
+    if (FindMethod(term.name)->stage == stage) return &term;
+  return nullptr;
+}
+
+std::string CacheSpec::ToString(const std::vector<Artefact>& artefacts) const {
   std::string text;
   for (SpecTerm term : terms_) {
-    if (term.name == term_name) {
-      std::erase_if(term.arguments, [](const SpecArgument& argument) { return argument.key == "file" || argument.key == "sidecar"; });
-      term.arguments.insert(term.arguments.begin(), {"sidecar", fingerprint, true});
+    for (const Artefact& artefact : artefacts) {
+      if (term.name != artefact.term) continue;
+      std::erase_if(term.arguments, [](const SpecArgument& a) { return a.key == "file" || a.key == "sidecar"; });
+      term.arguments.insert(term.arguments.begin(), {"sidecar", artefact.fingerprint, true});
     }
-    text += (text.empty() ? "" : "+") + PrintTerm(*FindMethod(term.name), term);
+    text += (text.empty() ? "" : "+") + lesskv::ToString(term);
   }
   return text;
 }
 
-CacheSpec CacheSpec::Parse(std::string_view text) {
+CacheSpec CacheSpec::Without(Stage stage) const {
+  std::vector<SpecTerm> terms = terms_;
+  std::erase_if(terms, [&](const SpecTerm& term) { return FindMethod(term.name)->stage == stage; });
+  return Make(terms, canonical_);
+}
+
+bool CacheSpec::TakesExtraRows() const {
+  const SpecTerm* term = Find(Stage::kSelect);
+  if (term == nullptr) return false;
+  for (const Parameter& parameter : FindMethod(term->name)->parameters)
+    if (parameter.name == "extra") return true;
+  return false;
+}
+
+CacheSpec CacheSpec::WithExtraRows(size_t extra) const {
+  if (!TakesExtraRows()) Fail(ErrorCode::kInvalidArgument, "cache spec '{}': its selector takes no extra rows", canonical_);
+  std::vector<SpecTerm> terms = terms_;
+  for (SpecTerm& term : terms) {
+    const Method& method = *FindMethod(term.name);
+    if (method.stage != Stage::kSelect) continue;
+    const size_t sum = Arguments(method.parameters, term).Count("extra") + extra;
+    std::erase_if(term.arguments, [](const SpecArgument& argument) { return argument.key == "extra"; });
+    if (sum > 0) term.arguments.push_back({"extra", std::to_string(sum), false});
+  }
+  return Make(terms, canonical_);
+}
+
+CacheSpec CacheSpec::Parse(std::string_view text) { return Make(Parser(text).Run(), text); }
+
+CacheSpec CacheSpec::Make(const std::vector<SpecTerm>& terms, std::string_view text) {
   std::map<Stage, SpecTerm> by_stage;
-  for (const SpecTerm& term : Parser(text).Run()) {
+  for (const SpecTerm& term : terms) {
     const Method* method = FindMethod(term.name);
     if (method == nullptr)
       Fail(ErrorCode::kInvalidArgument, "cache spec '{}': unknown term '{}'; known terms: {}", text, term.name,
@@ -227,10 +276,7 @@ CacheSpec CacheSpec::Parse(std::string_view text) {
     for (auto b = std::next(a); b != by_stage.end(); ++b) {
       const Method& ma = *FindMethod(a->second.name);
       const Method& mb = *FindMethod(b->second.name);
-      const auto traits = [](const Method& m, const SpecTerm& term) {
-        return m.traits == nullptr ? MethodTraits{} : m.traits(Arguments(m.parameters, term));
-      };
-      if (const auto reason = Conflict(ma, traits(ma, a->second), mb, traits(mb, b->second)))
+      if (const auto reason = Conflict(ma, TraitsOf(a->second), mb, TraitsOf(b->second)))
         Fail(ErrorCode::kInvalidArgument, "cache spec '{}': {}", text, *reason);
     }
   }
@@ -243,7 +289,7 @@ CacheSpec CacheSpec::Parse(std::string_view text) {
     if (found == by_stage.end()) continue;
     const SpecTerm& term = found->second;
     if (stage != Stage::kSelect && term.name == DefaultTerm(stage)) continue;
-    spec.canonical_ += (spec.canonical_.empty() ? "" : "+") + PrintTerm(*FindMethod(term.name), term);
+    spec.canonical_ += (spec.canonical_.empty() ? "" : "+") + lesskv::ToString(term);
     spec.terms_.push_back(term);
   }
   return spec;

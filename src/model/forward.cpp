@@ -29,26 +29,23 @@ void AddRows(float* x, const float* y, size_t n, size_t d) {
   ParallelFor(n, [&](size_t row) { Add(x + row * d, y + row * d, d); });
 }
 
-// The forward pass of one step: all rows of all its items.
+// The forward pass of one step.
 struct Pass {
   const Model& model;
-  std::span<const ForwardItem> items;
+  std::span<const int32_t> tokens;
+  KvCache& cache;
   ComputeType compute;
   ForwardWorkspace& w;
-  size_t n_rows;
-  std::vector<size_t> first_rows;  // of each item
 
   void Embed() {
     const WeightView& table = model.token_embedding();
     const size_t row_bytes = RowBytes(table.type, table.n_in);
     float* x = w.x.data();
-    for (const ForwardItem& item : items) {
-      for (const int32_t token : item.tokens) {
-        CHECK(token >= 0 && static_cast<size_t>(token) < table.n_out, "token {} of {}", token, table.n_out);
-        DequantizeRow(table.type, static_cast<const std::byte*>(table.data) + static_cast<size_t>(token) * row_bytes,
-                      table.n_in, x);
-        x += table.n_in;
-      }
+    for (const int32_t token : tokens) {
+      CHECK(token >= 0 && static_cast<size_t>(token) < table.n_out, "token {} of {}", token, table.n_out);
+      DequantizeRow(table.type, static_cast<const std::byte*>(table.data) + static_cast<size_t>(token) * row_bytes,
+                    table.n_in, x);
+      x += table.n_in;
     }
   }
 
@@ -65,16 +62,8 @@ struct Pass {
       Product(l.k, l.k_bias, w.h.data(), n, w.k.data() + row * l.k.n_out, compute);
       Product(l.v, l.v_bias, w.h.data(), n, w.v.data() + row * l.v.n_out, compute);
     });
-    const auto attend = [&](size_t i) {
-      const size_t first = first_rows[i];
-      items[i].cache->Append(index, w.k.data() + first * l.k.n_out, w.v.data() + first * l.v.n_out);
-      items[i].cache->Attend(index, w.q.data() + first * l.q.n_out, w.out.data() + first * l.q.n_out);
-    };
-    if (ManySequences()) {
-      ParallelFor(items.size(), attend);  // what a cache would do in parallel, nested, then runs on one thread
-    } else {
-      for (size_t i = 0; i < items.size(); ++i) attend(i);
-    }
+    cache.Append(index, w.k.data(), w.v.data());
+    cache.Attend(index, w.q.data(), w.out.data());
     ForTiles([&](size_t row, size_t n) {
       float* x = w.x.data() + row * d_model;
       Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, n, w.h.data(), compute);
@@ -90,12 +79,6 @@ struct Pass {
   }
 
  private:
-  // Enough sequences of one token each to keep all threads busy: a cache opens half a dozen parallel regions a layer,
-  // which hundreds of sequences one after the other would wait for. Bits do not depend on it.
-  bool ManySequences() const {
-    return n_rows == items.size() && items.size() >= 4 * static_cast<size_t>(Threads());
-  }
-
   void Gate(size_t n) {
     const size_t d = model.config().d_ffn;
     ParallelFor(n, [&](size_t row) { SiluMul(w.gate.data() + row * d, w.up.data() + row * d, d); });
@@ -103,7 +86,7 @@ struct Pass {
 
   template <typename Body>
   void ForTiles(Body&& body) {
-    for (size_t row = 0; row < n_rows; row += kTileTokens) body(row, std::min(kTileTokens, n_rows - row));
+    for (size_t row = 0; row < tokens.size(); row += kTileTokens) body(row, std::min(kTileTokens, tokens.size() - row));
   }
 };
 
@@ -138,13 +121,10 @@ void ForwardWorkspace::Reserve(const ModelConfig& c, size_t n_rows) {
   }
 }
 
-bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType compute, ForwardWorkspace& workspace,
-             const LayerHook& hook) {
-  size_t n_rows = 0;
-  for (const ForwardItem& item : items) n_rows += item.tokens.size();
-  workspace.Reserve(model.config(), n_rows);
-  Pass pass{model, items, compute, workspace, n_rows, {}};
-  for (size_t i = 0, first = 0; i < items.size(); first += items[i++].tokens.size()) pass.first_rows.push_back(first);
+bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
+             ForwardWorkspace& workspace, const LayerHook& hook) {
+  workspace.Reserve(model.config(), tokens.size());
+  Pass pass{model, tokens, cache, compute, workspace};
   pass.Embed();
   for (size_t layer = 0; layer < model.config().n_layers; ++layer) {
     pass.Layer(layer);

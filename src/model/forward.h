@@ -1,5 +1,5 @@
 // The forward pass over the tokens of one step, which may belong to several sequences. Weight products run over the
-// rows of all sequences together; attention is each sequence's own cache's.
+// rows of all sequences together; attention is the cache's, which knows whose rows are whose.
 //
 // Layer by layer over the whole step, however long it is: a cache sees all tokens of a step in one layer before the
 // next layer begins, so that no more than one layer's prompt is ever held in full. Everything else runs in tiles of
@@ -20,12 +20,7 @@ namespace lesskv {
 inline constexpr size_t kTileTokens = 512;
 inline constexpr size_t kLogitsTile = 64;  // a vocabulary of 150 thousand then takes 37 MiB
 
-struct ForwardItem {
-  KvCache* cache = nullptr;         // between its BeginStep and EndStep, or any other implementation of the seam
-  std::span<const int32_t> tokens;  // ids below n_vocab
-};
-
-// Buffers of the forward pass, grown to the largest step so far and reused. f32, row-major, rows in item order.
+// Buffers of the forward pass, grown to the largest step so far and reused. f32, row-major, rows in the order of the tokens.
 struct ForwardWorkspace {
   std::vector<float> x;          // [n, d_model] the residual stream; after Forward the last layer's output, not normed
   std::vector<float> q, out;     // [n, q_dim]
@@ -42,10 +37,10 @@ struct ForwardWorkspace {
 // Called after each layer with its number (from 1); false stops.
 using LayerHook = std::function<bool(size_t layers_done)>;
 
-// Runs all layers; the result is workspace.x. Returns false when the hook stopped it.
-// Throws only before the first layer.
-bool Forward(const Model& model, std::span<const ForwardItem> items, ComputeType compute, ForwardWorkspace& workspace,
-             const LayerHook& hook = {});
+// Runs all layers over the step's tokens (ids below the embedding's rows); the result is workspace.x. Returns false when
+// the hook stopped it. Throws what the cache throws, and Error kOutOfMemory.
+bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
+             ForwardWorkspace& workspace, const LayerHook& hook = {});
 
 // Logits of up to kLogitsTile rows of workspace.x, named by their indices: workspace.logits [rows.size(), n_vocab].
 // Needs the x of a finished Forward.

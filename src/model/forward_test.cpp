@@ -89,8 +89,7 @@ TEST_P(ForwardGolden, LogitsMatchTheIndependentImplementation) {
   PlainCache cache(*model);
   cache.SetStep(tokens.size());
   ForwardWorkspace workspace;
-  const ForwardItem item{&cache, tokens};
-  ASSERT_TRUE(Forward(*model, {&item, 1}, ComputeType::kF32, workspace));
+  ASSERT_TRUE(Forward(*model, tokens, cache, ComputeType::kF32, workspace));
   std::vector<size_t> rows(tokens.size());
   std::iota(rows.begin(), rows.end(), size_t{0});
   const float* got = ComputeLogits(*model, workspace, rows, ComputeType::kF32);
@@ -118,9 +117,8 @@ TEST(Forward, StopsAfterTheLayerWhoseHookSaysSo) {
   const std::vector<int32_t> tokens = {1, 2, 3};
   cache.SetStep(tokens.size());
   ForwardWorkspace workspace;
-  const ForwardItem item{&cache, tokens};
   size_t layers = 0;
-  EXPECT_FALSE(Forward(*model, {&item, 1}, ComputeType::kF32, workspace, [&](size_t done) {
+  EXPECT_FALSE(Forward(*model, tokens, cache, ComputeType::kF32, workspace, [&](size_t done) {
     layers = done;
     return done < 2;
   }));

@@ -119,7 +119,7 @@ bool ReadsAtOnce(const std::string& path, ModelLoading loading) {
 }  // namespace
 
 Model::Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope)
-    : file_(std::move(file)), config_(std::move(config)), rope_(std::move(rope)) {}
+    : file_(std::move(file)), config_(std::move(config)), rope_(std::make_shared<RopeTable>(std::move(rope))) {}
 
 std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading loading) {
   auto file = std::make_shared<const GgufFile>(GgufFile::Open(path, !ReadsAtOnce(path, loading)));
@@ -142,13 +142,8 @@ std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading l
 }
 
 CacheShape Model::MakeCacheShape(size_t ctx, ComputeType compute) const {
-  return {.n_layers = config_.n_layers,
-          .n_heads = config_.n_heads,
-          .n_kv_heads = config_.n_kv_heads,
-          .head_dim = config_.head_dim,
-          .ctx = ctx,
-          .rope = rope_,
-          .compute = compute};
+  const LayerShape layer{config_.n_heads, config_.n_kv_heads, config_.head_dim, UsualScale(config_.head_dim), rope_, 0};
+  return {std::vector<LayerShape>(config_.n_layers, layer), ctx, compute};
 }
 
 SidecarSource Model::Sidecar() const {

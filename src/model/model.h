@@ -42,7 +42,7 @@ class Model {
   const std::string& path() const { return path_; }
   const GgufFile& file() const { return *file_; }
   const ModelConfig& config() const { return config_; }
-  const RopeTable& rope() const { return rope_; }
+  const RopeTable& rope() const { return *rope_; }
 
   const WeightView& token_embedding() const { return token_embedding_; }  // [n_vocab, d_model]
   const LayerWeights& layer(size_t index) const { return layers_[index]; }
@@ -66,7 +66,7 @@ class Model {
   std::string path_;
   std::shared_ptr<const GgufFile> file_;
   ModelConfig config_;
-  RopeTable rope_;
+  std::shared_ptr<const RopeTable> rope_;
   WeightView token_embedding_{}, output_{};
   std::vector<float> output_norm_;
   std::vector<LayerWeights> layers_;

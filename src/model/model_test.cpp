@@ -73,7 +73,7 @@ TEST(Model, TinyFileLoadsWithItsDefaults) {
   EXPECT_EQ(model->config().rope_base, 10000.0);
   EXPECT_EQ(model->output().data, model->token_embedding().data);  // tied
   EXPECT_EQ(model->parameter_count(), 8u * 5 + 3 * 8 + 2 * 64 + 2 * 32 + 3 * 96);
-  EXPECT_EQ(model->MakeCacheShape(100, ComputeType::kF32).group(), 2u);
+  EXPECT_EQ(model->MakeCacheShape(100, ComputeType::kF32).layers[0].group(), 2u);
   EXPECT_EQ(std::filesystem::path(model->Sidecar().path).filename(),
             std::filesystem::path(path).stem().string() + ".less.gguf");
 }

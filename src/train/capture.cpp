@@ -18,37 +18,14 @@ namespace {
 
 std::shared_ptr<const CacheConfig> OneLayerConfig(const std::string& text, const CacheShape& one) {
   const CacheSpec spec = CacheSpec::Parse(text);
-  for (const char* term : {"pyramid", "zigzag", "ada", "less", "merge"})
-    if (spec.Find(term) != nullptr)
+  for (const Stage stage : {Stage::kBudget, Stage::kResidual})
+    if (const SpecTerm* term = spec.Find(stage))
       Fail(ErrorCode::kInvalidArgument, "train less: a policy is a selector (and codec) on its own; {} has the term {}",
-           text, term);
+           text, term->name);
   return CacheConfig::Create(spec, one);
 }
 
 }  // namespace
-
-std::string WithExtraRows(const std::string& spec, size_t extra) {
-  const CacheSpec parsed = CacheSpec::Parse(spec);
-  std::string text;
-  for (const SpecTerm& term : parsed.terms()) {
-    const bool selects = term.name == "h2o" || term.name == "window" || term.name == "tova" || term.name == "snapkv";
-    text += (text.empty() ? "" : "+") + term.name;
-    if (term.arguments.empty() && !selects) continue;
-    std::string arguments;
-    size_t rows = extra;
-    for (const SpecArgument& a : term.arguments) {
-      if (selects && a.key == "extra") {
-        rows += std::stoul(a.value);
-        continue;
-      }
-      arguments += (arguments.empty() ? "" : ", ") + (a.key.empty() ? "" : a.key + "=") +
-                   (a.quoted ? "\"" + a.value + "\"" : a.value);
-    }
-    if (selects) arguments += fmt::format(", extra={}", rows);
-    text += "(" + arguments + ")";
-  }
-  return text;
-}
 
 struct CaptureCache::Policy {
   std::string spec;
@@ -58,17 +35,18 @@ struct CaptureCache::Policy {
 CaptureCache::CaptureCache(const CacheShape& shape, size_t n_tokens, std::vector<ViewRequest> views, size_t plus_rows,
                            size_t first_layer, size_t end_layer, Sink sink)
     : shape_(shape),
+      layer_(shape.layers[0]),
       n_tokens_(n_tokens),
       first_layer_(first_layer),
       end_layer_(end_layer),
       sink_(std::move(sink)),
       requests_(std::move(views)) {
-  shape_.n_layers = 1;
+  shape_.layers.resize(1);
   shape_.compute = ComputeType::kF32;
   for (const ViewRequest& view : requests_) {
     policies_.push_back({view.spec, OneLayerConfig(view.spec, shape_)});
     if (plus_rows == 0) continue;
-    const std::string plus = WithExtraRows(view.spec, plus_rows);
+    const std::string plus = CacheSpec::Parse(view.spec).WithExtraRows(plus_rows).ToString();
     plus_policies_.push_back({plus, OneLayerConfig(plus, shape_)});
   }
   full_ = CacheConfig::Create(CacheSpec::Parse("full+f32"), shape_);
@@ -77,13 +55,13 @@ CaptureCache::CaptureCache(const CacheShape& shape, size_t n_tokens, std::vector
 CaptureCache::~CaptureCache() = default;
 
 void CaptureCache::Append(size_t, const float* keys, const float* values) {
-  const size_t n = n_tokens_ * shape_.n_kv_heads * shape_.head_dim;
+  const size_t n = n_tokens_ * layer_.n_kv_heads * layer_.head_dim;
   keys_.assign(keys, keys + n);
   values_.assign(values, values + n);
 }
 
 void CaptureCache::Attend(size_t layer, const float* queries, float* out) {
-  const size_t q_dim = shape_.n_heads * shape_.head_dim, kv_dim = shape_.n_kv_heads * shape_.head_dim;
+  const size_t q_dim = layer_.n_heads * layer_.head_dim, kv_dim = layer_.n_kv_heads * layer_.head_dim;
   SequenceCache full(full_);
   full.BeginStep(n_tokens_, StepKind::kPrompt);
   full.Append(0, keys_.data(), values_.data());
@@ -98,8 +76,8 @@ void CaptureCache::Attend(size_t layer, const float* queries, float* out) {
   record_.v = values_;
   std::vector<int32_t> positions(n_tokens_);
   std::iota(positions.begin(), positions.end(), 0);
-  RotateRows(shape_.rope, record_.q.data(), n_tokens_, q_dim, shape_.n_heads, shape_.head_dim, positions.data());
-  RotateRows(shape_.rope, record_.k.data(), n_tokens_, kv_dim, shape_.n_kv_heads, shape_.head_dim, positions.data());
+  RotateRows(*layer_.rope, record_.q.data(), n_tokens_, q_dim, layer_.n_heads, layer_.head_dim, positions.data());
+  RotateRows(*layer_.rope, record_.k.data(), n_tokens_, kv_dim, layer_.n_kv_heads, layer_.head_dim, positions.data());
   const size_t n_views = policies_.size(), n_plus = plus_policies_.size();
   record_.views.assign(n_views, {});
   std::vector<CaptureView> plus(n_plus);
@@ -120,15 +98,15 @@ void CaptureCache::Attend(size_t layer, const float* queries, float* out) {
 
 // The layer's life under one policy, in a cache of one layer.
 CaptureView CaptureCache::Replay(const Policy& policy, size_t step, bool outputs_only) const {
-  const size_t q_dim = shape_.n_heads * shape_.head_dim, kv_dim = shape_.n_kv_heads * shape_.head_dim;
+  const size_t q_dim = layer_.n_heads * layer_.head_dim, kv_dim = layer_.n_kv_heads * layer_.head_dim;
   CaptureView view;
   view.spec = policy.spec;
   view.step = step;
   view.exact_out.resize(n_tokens_ * q_dim);
-  view.exact_lse.resize(n_tokens_ * shape_.n_heads);
-  view.leave.assign(shape_.n_kv_heads * n_tokens_, static_cast<int32_t>(n_tokens_));
+  view.exact_lse.resize(n_tokens_ * layer_.n_heads);
+  view.leave.assign(layer_.n_kv_heads * n_tokens_, static_cast<int32_t>(n_tokens_));
   view.first_scored = n_tokens_;
-  std::vector<std::vector<int32_t>> resident(shape_.n_kv_heads);
+  std::vector<std::vector<int32_t>> resident(layer_.n_kv_heads);
   SequenceCache cache(policy.config);
   for (size_t seen = 0; seen < n_tokens_; seen += step) {
     const size_t n = std::min(step, n_tokens_ - seen);
@@ -138,7 +116,7 @@ CaptureView CaptureCache::Replay(const Policy& policy, size_t step, bool outputs
     cache.EndStep();
     if (outputs_only) continue;
     AddMasses(resident, seen, n, view);
-    for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
+    for (size_t h = 0; h < layer_.n_kv_heads; ++h) {
       std::vector<int32_t> held;
       for (Position p : cache.ResidentPositions(0, h)) held.push_back(ToInt(p));
       std::vector<int32_t>& before = resident[h];
@@ -156,37 +134,37 @@ CaptureView CaptureCache::Replay(const Policy& policy, size_t step, bool outputs
 // Log-masses of the step's queries over the rows they saw: those resident before and the step's own up to themselves.
 void CaptureCache::AddMasses(const std::vector<std::vector<int32_t>>& resident, size_t seen, size_t n,
                              CaptureView& view) const {
-  const size_t dim = shape_.head_dim, group = shape_.group();
+  const size_t dim = layer_.head_dim, group = layer_.group();
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   std::vector<float> keys, scores;
-  for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
+  for (size_t h = 0; h < layer_.n_kv_heads; ++h) {
     const size_t n_past = resident[h].size(), n_rows = n_past + n;
     keys.resize(n_rows * dim);
     for (size_t r = 0; r < n_rows; ++r) {
       const size_t token = r < n_past ? static_cast<size_t>(resident[h][r]) : seen + r - n_past;
-      std::copy_n(&record_.k[(token * shape_.n_kv_heads + h) * dim], dim, &keys[r * dim]);
+      std::copy_n(&record_.k[(token * layer_.n_kv_heads + h) * dim], dim, &keys[r * dim]);
     }
     scores.resize(n * n_rows);
     for (size_t g = 0; g < group; ++g) {
       const size_t head = h * group + g;
-      Gemm(false, true, n, n_rows, dim, &record_.q[(seen * shape_.n_heads + head) * dim], shape_.n_heads * dim,
+      Gemm(false, true, n, n_rows, dim, &record_.q[(seen * layer_.n_heads + head) * dim], layer_.n_heads * dim,
            keys.data(), dim, scores.data(), n_rows, false);
       Scale(scores.data(), scale, n * n_rows);
       for (size_t i = 0; i < n; ++i)
-        view.exact_lse[(seen + i) * shape_.n_heads + head] = LogSumExp(&scores[i * n_rows], n_past + i + 1);
+        view.exact_lse[(seen + i) * layer_.n_heads + head] = LogSumExp(&scores[i * n_rows], n_past + i + 1);
     }
   }
 }
 
 void RecordingCache::Append(size_t layer, const float* keys, const float* values) {
-  const size_t n = n_step_ * shape_.n_kv_heads * shape_.head_dim;
+  const size_t n = n_step_ * shape_.layers[layer].n_kv_heads * shape_.layers[layer].head_dim;
   layers_[layer].k.insert(layers_[layer].k.end(), keys, keys + n);
   layers_[layer].v.insert(layers_[layer].v.end(), values, values + n);
   inner_.Append(layer, keys, values);
 }
 
 void RecordingCache::Attend(size_t layer, const float* queries, float* out) {
-  layers_[layer].q.insert(layers_[layer].q.end(), queries, queries + n_step_ * shape_.n_heads * shape_.head_dim);
+  layers_[layer].q.insert(layers_[layer].q.end(), queries, queries + n_step_ * shape_.layers[layer].n_heads * shape_.layers[layer].head_dim);
   inner_.Attend(layer, queries, out);
 }
 

@@ -20,9 +20,6 @@ struct ViewRequest {
   size_t step = 1;
 };
 
-// The spec of Baseline+: the same selector with `extra` more rows.
-std::string WithExtraRows(const std::string& spec, size_t extra);
-
 // Stands between a model and full attention for one prompt of n_tokens in one step.
 class CaptureCache final : public KvCache {
  public:
@@ -44,6 +41,7 @@ class CaptureCache final : public KvCache {
   void AddMasses(const std::vector<std::vector<int32_t>>& resident, size_t seen, size_t n, CaptureView& view) const;
 
   CacheShape shape_;  // of one layer
+  LayerShape layer_;
   size_t n_tokens_, first_layer_, end_layer_;
   Sink sink_;
   std::vector<ViewRequest> requests_;
@@ -57,7 +55,7 @@ class CaptureCache final : public KvCache {
 // really sees. They then go through a CaptureCache layer by layer.
 class RecordingCache final : public KvCache {
  public:
-  RecordingCache(SequenceCache& inner, const CacheShape& shape) : inner_(inner), shape_(shape), layers_(shape.n_layers) {}
+  RecordingCache(SequenceCache& inner, const CacheShape& shape) : inner_(inner), shape_(shape), layers_(shape.n_layers()) {}
 
   // Before each step of the inner cache.
   void SetStep(size_t n_tokens) { n_step_ = n_tokens; }

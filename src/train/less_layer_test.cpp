@@ -236,7 +236,8 @@ TEST_P(LessLayerKinds, OutputEqualsTheResidualOfTheCache) {
   sidecar.shape = p.shape;
   sidecar.matrix_type = DType::kF32;
   sidecar.layers = {layer.Export()};
-  const auto less = MakeLessResidual({}, 1, 4, 2, 6, FeatureMaps::Create(sidecar));
+  const std::vector<LayerShape> layers = {{4, 2, 6, UsualScale(6), nullptr, 0}};
+  const auto less = MakeLessResidual({}, layers, FeatureMaps::Create(sidecar));
   const std::vector<float> output = layer.Output(e);
   std::vector<std::vector<float>> states(2, std::vector<float>(less->StateFloats()));
   for (size_t t = 0; t < e.n_tokens; ++t) {
@@ -247,8 +248,10 @@ TEST_P(LessLayerKinds, OutputEqualsTheResidualOfTheCache) {
                               {h, 1, &e.k[(j * 2 + h) * 6], &e.v[(j * 2 + h) * 6], states[h].data()}});
     if (t < e.first_scored) continue;
     std::vector<float> out(24), lse(4);
-    less->Attend(0, &e.q[t * 24], 1, std::vector<const float*>{states[0].data(), states[1].data()}, out.data(),
-                 lse.data());
+    std::vector<float> together = states[0];
+    together.insert(together.end(), states[1].begin(), states[1].end());
+    const ResidualQuery query{&e.q[t * 24], 1, together.data(), out.data(), lse.data()};
+    less->Attend(0, {&query, 1});
     for (size_t h = 0; h < 4; ++h) {
       const double gate = 1 / (1 + std::exp(double(lse[h]) - e.exact_lse[t * 4 + h]));
       for (size_t d = 0; d < 6; ++d) {

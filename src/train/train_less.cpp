@@ -225,8 +225,7 @@ class Trainer {
       const size_t n = std::min(view.step, tokens.size() - seen);
       cache.BeginStep(n, StepKind::kStream);
       recorder.SetStep(n);
-      const ForwardItem item{&recorder, std::span(tokens).subspan(seen, n)};
-      Forward(engine_.model(), {&item, 1}, engine_.compute(), workspace);
+      Forward(engine_.model(), std::span(tokens).subspan(seen, n), recorder, engine_.compute(), workspace);
       cache.EndStep();
     }
     for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer) recorder.Replay(layer, capture);
@@ -251,8 +250,7 @@ class Trainer {
       if (!o_.from.empty()) {
         CaptureCompressed(shape, Views(s)[0], tokens, cache, workspace);
       } else {
-        const ForwardItem item{&cache, tokens};
-        Forward(engine_.model(), {&item, 1}, engine_.compute(), workspace,
+        Forward(engine_.model(), tokens, cache, engine_.compute(), workspace,
                 [&](size_t layers_done) { return layers_done < o_.end_layer; });
       }
       ++captured;

@@ -266,8 +266,7 @@ TEST_F(TrainLessTest, RecordsAgreeWithExplicitAttention) {
                      [&](size_t, const CaptureRecord& r) { records.push_back(r); });
   ForwardWorkspace workspace;
   workspace.Reserve(model_->config(), tokens.size());
-  const ForwardItem item{&cache, tokens};
-  Forward(*model_, {&item, 1}, ComputeType::kF32, workspace);
+  Forward(*model_, tokens, cache, ComputeType::kF32, workspace);
   ASSERT_EQ(records.size(), kLayers);
   for (const CaptureRecord& r : records) {
     for (const CaptureView& view : r.views) {
@@ -319,7 +318,7 @@ TEST_F(TrainLessTest, RecordsAgreeWithExplicitAttention) {
 
 TEST(WithExtraRows, AddsToTheSelectorOnly) {
   auto equal = [](const std::string& spec, const std::string& want) {
-    EXPECT_EQ(CacheSpec::Parse(WithExtraRows(spec, 4)).ToString(), CacheSpec::Parse(want).ToString());
+    EXPECT_EQ(CacheSpec::Parse(spec).WithExtraRows(4).ToString(), CacheSpec::Parse(want).ToString());
   };
   equal("h2o(5%)", "h2o(5%, extra=4)");
   equal("h2o(heavy=8, recent=8, extra=2)+q8", "h2o(heavy=8, recent=8, extra=6)+q8");

@@ -3,24 +3,54 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 #include <vector>
+
+#include "kvcache/select/selector.h"
 
 namespace lesskv {
 
 struct BudgetRequest {
-  size_t n_layers = 0;
-  size_t n_kv_heads = 0;
+  std::vector<size_t> n_kv_heads;  // of each layer
   size_t rows = 0;      // the selector's rows per KV head, B
   size_t window = 0;    // rows of them that the selector always keeps, w
   size_t n_tokens = 0;  // the prompt's length; the context length while text streams in
+
+  size_t n_layers() const { return n_kv_heads.size(); }
+  size_t n_heads() const {
+    size_t n = 0;
+    for (const size_t heads : n_kv_heads) n += heads;
+    return n;
+  }
+};
+
+// When a one-shot prompt's budgets are decided.
+enum class AllocationScope {
+  kGiven,  // before the prompt, from its length alone
+  kLayer,  // at the end of each layer, from its rows' votes: heads of a layer share
+  kModel,  // when all layers are known: they wait in full until then
 };
 
 class Budgeter {
  public:
   virtual ~Budgeter() = default;
 
-  // Rows [n_layers, n_kv_heads], row-major. Decided when a one-shot prompt begins, and for streams at the start.
+  // Rows a head, [heads] layer by layer. kGiven: the budgets. The others: what they start from (and what a text that
+  // streams in, or is decoded without a prompt, is held to).
   virtual std::vector<size_t> Allocate(const BudgetRequest& request) const = 0;
+
+  virtual AllocationScope scope() const { return AllocationScope::kGiven; }
+
+  // What it wants to see of a prompt beside the selector: HeadRows::measured.
+  virtual Observation Measures() const { return {}; }
+  // kModel: what a layer needs, from `measured`; kept as LayerRows::need.
+  virtual double Need(const LayerRows&) const { return 0; }
+
+  // kLayer: changes `budgets` [n_kv_heads] of the layer, after its rows were observed. Their sum must stay.
+  virtual void AllocateLayer(const LayerRows&, std::span<size_t> /*budgets*/) const {}
+  // kModel: changes `budgets` [heads] of all layers, each observed. Their sum must stay.
+  virtual void AllocateModel(const BudgetRequest&, std::span<const LayerRows> /*layers*/,
+                             std::span<size_t> /*budgets*/) const {}
 };
 
 }  // namespace lesskv

@@ -51,9 +51,9 @@ class PyramidBudgeter final : public Budgeter {
 
   std::vector<size_t> Allocate(const BudgetRequest& request) const override {
     const std::vector<size_t> layers =
-        PyramidRows(request.n_layers, request.rows, request.window, beta_, request.n_tokens);
+        PyramidRows(request.n_layers(), request.rows, request.window, beta_, request.n_tokens);
     std::vector<size_t> result;
-    for (size_t rows : layers) result.insert(result.end(), request.n_kv_heads, rows);
+    for (size_t l = 0; l < layers.size(); ++l) result.insert(result.end(), request.n_kv_heads[l], layers[l]);
     return result;
   }
 
@@ -75,7 +75,7 @@ extern const Method kPyramidMethod{
     .reference = "arXiv 2406.02069",
     .parameters = kParameters,
     .traits = [](const Arguments&) { return MethodTraits{.needs_eviction = true}; },
-    .make_budgeter = [](const Arguments& arguments) -> std::unique_ptr<const Budgeter> {
+    .make_budgeter = [](const Arguments& arguments, const MethodContext&) -> std::unique_ptr<const Budgeter> {
       return std::make_unique<PyramidBudgeter>(arguments.Real("beta"));
     },
 };

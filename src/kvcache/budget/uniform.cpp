@@ -8,7 +8,7 @@ namespace {
 class UniformBudgeter final : public Budgeter {
  public:
   std::vector<size_t> Allocate(const BudgetRequest& request) const override {
-    return std::vector<size_t>(request.n_layers * request.n_kv_heads, request.rows);
+    return std::vector<size_t>(request.n_heads(), request.rows);
   }
 };
 
@@ -19,7 +19,7 @@ extern const Method kUniformMethod{
     .stage = Stage::kBudget,
     .summary = "every layer and head keeps the same number of rows",
     .reference = "",
-    .make_budgeter = [](const Arguments&) -> std::unique_ptr<const Budgeter> {
+    .make_budgeter = [](const Arguments&, const MethodContext&) -> std::unique_ptr<const Budgeter> {
       return std::make_unique<UniformBudgeter>();
     },
 };

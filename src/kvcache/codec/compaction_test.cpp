@@ -1,4 +1,4 @@
-// Compaction plans against what they mean: who stays, dense slots, no row lost on the way.
+// Slot maps against what they mean: who stays, dense slots, no row lost on the way.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace lesskv {
 namespace {
 
 // Carries the plan out on rows 0 .. n-1, the step's rows in a place of their own, as stores do.
-std::vector<uint32_t> Carry(size_t n_resident, size_t n_step, const Compaction& plan) {
+std::vector<uint32_t> Carry(size_t n_resident, size_t n_step, const SlotMap& plan) {
   constexpr uint32_t kEmpty = ~0u;
   std::vector<uint32_t> slots(std::max(n_resident, plan.n_rows), kEmpty);
   for (uint32_t i = 0; i < n_resident; ++i) slots[i] = i;
@@ -24,18 +24,24 @@ std::vector<uint32_t> Carry(size_t n_resident, size_t n_step, const Compaction& 
   return slots;
 }
 
+std::vector<Departure> Leaving(const std::vector<uint32_t>& rows) {
+  std::vector<Departure> leaving;
+  for (const uint32_t row : rows) leaving.push_back({row});
+  return leaving;
+}
+
 TEST(Compaction, ByHand) {
   // The newcomer takes the victim's slot.
-  const uint32_t one[] = {1};
+  const std::vector<Departure> one = Leaving({1});
   EXPECT_EQ(Carry(4, 1, PlanCompaction(4, 1, one)), (std::vector<uint32_t>{0, 4, 2, 3}));
   // The newcomer itself leaves: nothing moves.
-  const uint32_t self[] = {4};
+  const std::vector<Departure> self = Leaving({4});
   EXPECT_TRUE(PlanCompaction(4, 1, self).moves.empty());
   // More holes than newcomers: the last rows fill them.
-  const uint32_t three[] = {0, 2, 4};
+  const std::vector<Departure> three = Leaving({0, 2, 4});
   EXPECT_EQ(Carry(5, 1, PlanCompaction(5, 1, three)), (std::vector<uint32_t>{5, 1, 3}));
   EXPECT_EQ(Carry(0, 3, PlanCompaction(0, 3, {})), (std::vector<uint32_t>{0, 1, 2}));
-  const uint32_t all[] = {0, 1, 2};
+  const std::vector<Departure> all = Leaving({0, 1, 2});
   EXPECT_EQ(PlanCompaction(2, 1, all).n_rows, 0u);
 }
 
@@ -46,7 +52,7 @@ TEST(Compaction, KeepsExactlyTheSurvivors) {
     std::vector<uint32_t> victims, survivors;
     const uint64_t odds = 1 + rng.Below(5);
     for (uint32_t r = 0; r < n; ++r) (rng.Below(odds) == 0 ? victims : survivors).push_back(r);
-    const Compaction plan = PlanCompaction(n_resident, n_step, victims);
+    const SlotMap plan = PlanCompaction(n_resident, n_step, Leaving(victims));
     ASSERT_EQ(plan.n_rows, survivors.size());
     std::vector<uint32_t> slots = Carry(n_resident, n_step, plan);
     // A resident row that stays in range and is not a hole does not move: no more copies than must be.

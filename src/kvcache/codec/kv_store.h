@@ -1,8 +1,9 @@
-// Where the exact keys and values of one sequence live: all layers, all KV heads. A codec is a kind of store.
+// Where the exact keys and values of one sequence live: some layers, all their KV heads. A codec is a kind of store.
 //
 // Rows of a (layer, KV head) are indexed as attention sees them in a step: the resident rows first, in slot order, then
-// the step's own rows in the order of their tokens. After the layer's attention a Compaction says which rows stay and
-// where; the ledger (positions, scores) follows the same one, so that slots mean the same in both.
+// the step's own rows in the order of their tokens. When a layer has been attended it is closed, whatever the spec:
+// the cache says which rows depart and how, the store puts the others in order as suits its layout (and may encode),
+// and hands back the slot map that positions and scores then follow.
 #pragma once
 
 #include <cstddef>
@@ -11,50 +12,91 @@
 #include <span>
 #include <vector>
 
+#include "kernels/attention/attention.h"
 #include "kvcache/bytes.h"
 #include "kvcache/kv_cache.h"
 #include "kvcache/memory.h"
 
 namespace lesskv {
 
+// What becomes of a row that leaves: it is forgotten, folded into a residual state (the cache has read it by then),
+// averaged into a row that stays, or moved to where it can be recalled.
+enum class Fate : uint8_t { kDrop, kAbsorb, kMerge, kOffload };
+inline constexpr size_t kFates = 4;
+
+struct Departure {
+  uint32_t row = 0;  // index before
+  Fate fate = Fate::kDrop;
+  // kMerge: the row that stays, and how much of the merged row is the departing one's:
+  // target <- target * (1 - sum of shares) + sum of share * departing row.
+  uint32_t target = 0;
+  float share = 0;
+};
+
 struct RowMove {
   uint32_t from;  // row index before
   uint32_t to;    // slot after
 };
 
-// What becomes of n_resident + n_step rows when some leave: `moves` in the order to be carried out, each to a slot that
-// is free by then; rows not mentioned and not victims stay where they are. Newcomers take the victims' slots; if there
-// are fewer newcomers than holes, the last rows fill the rest, so that slots [0, n_rows) are always dense.
-struct Compaction {
+// Where the rows are after a layer was closed: slots [0, n_rows) are in use. Rows that are in no move and do not depart
+// stay where they are.
+struct SlotMap {
   size_t n_rows = 0;
   std::vector<RowMove> moves;
+  // Moves one after the other, each to a slot that is free by then; or all at once (any permutation).
+  bool at_once = false;
 };
 
-// victims: row indices, ascending.
-Compaction PlanCompaction(size_t n_resident, size_t n_step, std::span<const uint32_t> victims);
+// The usual map: newcomers take the slots of rows that leave; if there are fewer newcomers than holes, the last rows
+// fill the rest, so that slots stay dense. leaving: row indices, ascending.
+SlotMap PlanCompaction(size_t n_resident, size_t n_step, std::span<const Departure> leaving);
 
 // What a step needs room for.
 struct StepRoom {
   size_t n_step = 0;
-  bool evicts = false;             // rows may leave after each layer
-  bool is_prompt = false;          // the step's own rows are freed at its end
-  std::span<const size_t> budgets;  // [n_layers * n_kv_heads] rows that stay at most; empty when nothing ever leaves
+  bool evicts = false;     // rows may leave when a layer is closed
+  bool is_prompt = false;  // the step's own rows are freed at its end
+  // All layers stay open to the step's end: each needs a staging area of its own.
+  bool defers = false;
+  // Rows that stay at most, a head; empty when nothing leaves in any step. Where budgets are decided during the step
+  // (defers, or a layer at a time) SetBudgets says them before a layer is closed.
+  std::span<const size_t> budgets;
+  bool budgets_later = false;
+};
+
+// Rows of a head, half-open.
+struct RowRange {
+  uint32_t begin = 0, end = 0;
 };
 
 // Queries of one layer against resident rows and the step's rows up to the last query.
 struct StoreQuery {
   size_t layer = 0;
-  const float* queries = nullptr;  // [n_queries, n_heads, head_dim]; rotated unless read_positions is given
+  const float* queries = nullptr;  // [n_queries, n_heads, head_dim], rotated by the caller
   size_t first_query = 0;          // index within the step of the first query
   size_t n_queries = 0;
-  // For stores of unrotated keys: the read position of each resident and step row [n_resident + n_step]. Queries are
-  // rotated by the caller.
-  const int32_t* read_positions = nullptr;
+  // Where keys are kept unrotated: for each KV head the position at which each resident and step row is read.
+  std::span<const int32_t* const> read_positions = {};
   float* out = nullptr;  // [n_queries, n_heads, head_dim]
-  float* lse = nullptr;  // [n_heads, n_queries]: grouped by KV head as [n_kv_heads][n_queries, group]
-  // Optional, n_queries == 1: receives for each KV head the attention its rows received, summed over the group,
-  // [n_resident + n_step]. Empty: not wanted.
-  std::span<float* const> received = {};
+  float* lse = nullptr;  // [n_kv_heads][n_queries, group]
+};
+
+// Attention jobs of a step's queries, of one store or of many, and the memory they point to until Clear.
+class JobList {
+ public:
+  std::vector<AttentionJob> jobs;
+
+  // Lists that live until Clear; their elements do not move when other lists are made.
+  std::vector<RowSpan>& NewSpans();
+  std::vector<float>& NewFloats();
+  std::vector<int32_t>& NewInts();
+  void Clear();
+
+ private:
+  std::vector<std::unique_ptr<std::vector<RowSpan>>> spans_;
+  std::vector<std::unique_ptr<std::vector<float>>> floats_;
+  std::vector<std::unique_ptr<std::vector<int32_t>>> ints_;
+  size_t n_spans_ = 0, n_floats_ = 0, n_ints_ = 0;
 };
 
 class KvStore {
@@ -64,22 +106,27 @@ class KvStore {
 
   // Makes room for a step in every layer. Throws Error(kOutOfMemory) without having changed any row.
   virtual void Reserve(const StepRoom& room) = 0;
+  // budgets_later: the rows that may stay in each KV head of a layer; makes room for them. Throws Error(kOutOfMemory).
+  virtual void SetBudgets(size_t layer, std::span<const size_t> budgets) = 0;
 
-  // The step's rows of tokens [first, first + n) of a layer: keys, values [n, n_kv_heads, head_dim].
+  // The step's rows of tokens [first, first + n) of a layer: keys, values [n, n_kv_heads, head_dim]; keys rotated to
+  // their positions, or as they came where the store was made for unrotated ones.
   virtual void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) = 0;
-  virtual void Attend(const StoreQuery& query) const = 0;
-  // Attention received from those queries of `query`, which Attend has just answered, whose index in it is `first` or
-  // more, summed over the group: added to sums, for each KV head [n_resident + n_step]. A query of the whole step
-  // overwrites them.
-  virtual void AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const = 0;
 
-  // Rows of one KV head as stored, decoded: keys, values [rows.size(), head_dim].
+  // Adds one job a KV head (scores, softmax and values are the kernels' work; a store of another layout gives spans
+  // with a RowReader). What has been attended then passes through Finish, once.
+  virtual void AddJobs(const StoreQuery& query, JobList& list) const = 0;
+  virtual void Finish(const StoreQuery&) const {}
+
+  // Rows of one KV head, decoded: keys, values [rows.size(), head_dim], in the space they were appended in.
   virtual void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                         float* values) const = 0;
-  // Carries out a compaction of one KV head; called once a step for each, from several threads for different heads.
-  virtual void Commit(size_t layer, size_t kv_head, const Compaction& compaction) = 0;
+
+  // Closes one KV head's step in a layer: the rows of `leaving` (ascending by row) depart, the others stay. Called once
+  // a step for every head of every layer, from several threads for different heads. Throws only what allocation throws.
+  virtual SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) = 0;
   virtual void EndStep() = 0;
-  // Takes back a Reserve: room that no resident row needs is freed.
+  // Takes back a Reserve before anything was appended: room that no resident row needs is freed.
   virtual void CancelStep() = 0;
 
   virtual size_t n_rows(size_t layer, size_t kv_head) const = 0;

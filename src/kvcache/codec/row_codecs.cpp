@@ -1,8 +1,30 @@
 // Codecs that store each row by itself: one element type for keys and one for values.
+#include "kvcache/codec/row_store.h"
 #include "kvcache/registry.h"
 
 namespace lesskv {
 namespace {
+
+class RowCodec final : public Codec {
+ public:
+  explicit RowCodec(const RowTypes& types) : types_(types) {}
+  std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
+    return std::make_unique<RowStore>(counter, shape, types_);
+  }
+
+ private:
+  RowTypes types_;
+};
+
+// Throws Error for head sizes that the types do not take.
+std::unique_ptr<const Codec> Make(const RowTypes& types, const MethodContext& context) {
+  for (const LayerShape& layer : context.layers)
+    for (const RowType type : {types.keys, types.values})
+      if (!Supports(type, layer.head_dim))
+        Fail(ErrorCode::kInvalidArgument, "codec {} needs a head size that is a multiple of 32; this model's is {}",
+             Name(type), layer.head_dim);
+  return std::make_unique<RowCodec>(types);
+}
 
 RowTypes Both(RowType type, bool rotate = false) { return {type, type, rotate}; }
 
@@ -44,7 +66,7 @@ extern const Method kF16Method{
     .stage = Stage::kCodec,
     .summary = "half precision",
     .reference = "",
-    .row_types = [](const Arguments&) { return Both(RowType::kF16); },
+    .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF16), context); },
 };
 
 extern const Method kF32Method{
@@ -52,7 +74,7 @@ extern const Method kF32Method{
     .stage = Stage::kCodec,
     .summary = "single precision: exact",
     .reference = "",
-    .row_types = [](const Arguments&) { return Both(RowType::kF32); },
+    .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF32), context); },
 };
 
 extern const Method kBf16Method{
@@ -60,7 +82,7 @@ extern const Method kBf16Method{
     .stage = Stage::kCodec,
     .summary = "bfloat16",
     .reference = "",
-    .row_types = [](const Arguments&) { return Both(RowType::kBF16); },
+    .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kBF16), context); },
 };
 
 extern const Method kQ8Method{
@@ -69,7 +91,7 @@ extern const Method kQ8Method{
     .summary = "8 bits in blocks of 32 channels with one scale (the content of q8_0)",
     .reference = "",
     .parameters = kLowBitParameters,
-    .row_types = [](const Arguments& a) { return Both(RowType::kQ8, Rotates(a)); },
+    .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ8, Rotates(a)), context); },
 };
 
 extern const Method kQ4Method{
@@ -78,7 +100,7 @@ extern const Method kQ4Method{
     .summary = "4 bits in blocks of 32 channels with one scale (the content of q4_0)",
     .reference = "",
     .parameters = kLowBitParameters,
-    .row_types = [](const Arguments& a) { return Both(RowType::kQ4, Rotates(a)); },
+    .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ4, Rotates(a)), context); },
 };
 
 extern const Method kMixMethod{
@@ -88,8 +110,10 @@ extern const Method kMixMethod{
     .reference = "",
     .parameters = kMixParameters,
     .validate = ValidateMix,
-    .row_types =
-        [](const Arguments& a) { return RowTypes{ParseRowType(a.Text("k")), ParseRowType(a.Text("v")), Rotates(a)}; },
+    .make_codec =
+        [](const Arguments& a, const MethodContext& context) {
+          return Make({ParseRowType(a.Text("k")), ParseRowType(a.Text("v")), Rotates(a)}, context);
+        },
     .example = "mix(k=f32, v=bf16)",
 };
 

@@ -1,8 +1,8 @@
 #include "kvcache/codec/row_store.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <map>
 
 #include "base/check.h"
 #include "base/checked.h"
@@ -11,78 +11,70 @@
 #include "kernels/rows/hadamard.h"
 
 namespace lesskv {
-namespace {
 
-// Transformed copies of the calling thread: nothing in them outlives a call.
-struct TransformedRows {
-  std::vector<float> keys, values, queries;
-};
-
-TransformedRows& Work() {
-  thread_local TransformedRows rows;
-  return rows;
-}
-
-}  // namespace
-
-RowStore::RowStore(ByteCounter& counter, const CacheShape& shape, const RowStoreOptions& options)
-    : counter_(&counter),
-      shape_(shape),
-      options_(options),
-      key_format_{options.types.keys, RowSide::kKeys, shape.head_dim},
-      value_format_{options.types.values, RowSide::kValues, shape.head_dim},
-      hadamard_block_(options.types.rotate ? HadamardBlock(shape.head_dim) : 0),
-      heads_(shape.n_layers * shape.n_kv_heads),
-      staging_(shape.n_kv_heads) {
-  if (!options.grows) return;
+RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types)
+    : counter_(&counter), shape_(shape), types_(types), table_(shape.layers), heads_(table_.size()) {
+  for (const LayerShape& layer : shape.layers) {
+    formats_.push_back({{types.keys, RowSide::kKeys, layer.head_dim},
+                        {types.values, RowSide::kValues, layer.head_dim},
+                        types.rotate ? HadamardBlock(layer.head_dim) : 0});
+    most_heads_ = std::max(most_heads_, layer.n_kv_heads);
+    if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
+  }
+  staging_.resize(most_heads_);
+  if (!shape.grows) return;
   for (Head& head : heads_) head.region_rows = kBlockRows;
 }
 
-size_t RowStore::BytesFor(size_t rows) const {
-  return RegionBytes(key_format_, rows) + RegionBytes(value_format_, rows);
-}
-
 std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
-  auto copy = std::make_unique<RowStore>(counter, shape_, options_);
-  const auto clone = [&](const std::vector<Head>& from, std::vector<Head>& to) {
-    for (size_t i = 0; i < from.size(); ++i) {
-      to[i].region_rows = from[i].region_rows;
-      to[i].n_rows = from[i].n_rows;
-      to[i].regions = Allocate(counter, from[i].regions.size(), from[i].region_rows);
-      for (size_t r = 0; r < to[i].regions.size(); ++r)
-        if (from[i].regions[r].data != nullptr)
-          std::memcpy(to[i].regions[r].data, from[i].regions[r].data, BytesFor(from[i].region_rows));
-    }
+  auto copy = std::make_unique<RowStore>(counter, shape_, types_);
+  copy->defers_ = defers_;
+  copy->staging_.resize(staging_.size());
+  const auto clone = [&](const Formats& formats, const Head& from, Head& to) {
+    to.region_rows = from.region_rows;
+    to.n_rows = from.n_rows;
+    const std::vector<const Formats*> all(from.regions.size(), &formats);
+    to.regions = Allocate(counter, all, std::vector<size_t>(from.regions.size(), from.region_rows));
+    for (size_t r = 0; r < to.regions.size(); ++r)
+      if (from.regions[r].data != nullptr)
+        std::memcpy(to.regions[r].data, from.regions[r].data, formats.Bytes(from.region_rows));
   };
-  clone(heads_, copy->heads_);
-  clone(staging_, copy->staging_);
+  for (size_t i = 0; i < heads_.size(); ++i) clone(FormatsOf(i), heads_[i], copy->heads_[i]);
+  for (size_t i = 0; i < staging_.size(); ++i) clone(StagingFormats(i), staging_[i], copy->staging_[i]);
   return copy;
 }
 
-std::byte* RowStore::Values(const Region& region, size_t region_rows) const {
-  return Keys(region) + RegionBytes(key_format_, region_rows);
+std::byte* RowStore::Values(const Formats& formats, const Region& region, size_t region_rows) {
+  return Keys(region) + RegionBytes(formats.keys, region_rows);
 }
 
-std::vector<RowStore::Region> RowStore::Allocate(ByteCounter& counter, size_t n, size_t rows) const {
-  std::vector<Region> regions(n);
-  if (n == 0) return regions;
-  const size_t bytes = BytesFor(rows);
-  const auto memory = std::make_shared<CountedBuffer>(counter, CheckedMul(n, bytes, "bytes of rows"));
-  for (size_t i = 0; i < n; ++i)
-    regions[i] = {memory, memory->data() == nullptr ? nullptr : memory->data() + i * bytes};
+std::vector<RowStore::Region> RowStore::Allocate(ByteCounter& counter, std::span<const Formats* const> formats,
+                                                 std::span<const size_t> rows) const {
+  std::vector<Region> regions(formats.size());
+  size_t bytes = 0;
+  std::vector<size_t> offsets;
+  for (size_t i = 0; i < regions.size(); ++i) {
+    offsets.push_back(bytes);
+    bytes = CheckedAdd(bytes, formats[i]->Bytes(rows[i]), "bytes of rows");
+  }
+  if (regions.empty()) return regions;
+  const auto memory = std::make_shared<CountedBuffer>(counter, bytes);
+  for (size_t i = 0; i < regions.size(); ++i)
+    regions[i] = {memory, memory->data() == nullptr ? nullptr : memory->data() + offsets[i]};
   return regions;
 }
 
 // A new arena of `rows` rows in place of the head's old one; rows in slots below both sizes keep their slots.
-void RowStore::ResizeArena(Head& head, size_t rows) {
+void RowStore::ResizeArena(const Formats& formats, Head& head, size_t rows) {
   const size_t old_rows = head.region_rows;
   if (old_rows == rows && !head.regions.empty()) return;
-  std::vector<Region> arena = Allocate(*counter_, 1, rows);
+  const Formats* const one[] = {&formats};
+  std::vector<Region> arena = Allocate(*counter_, one, {&rows, 1});
   const size_t common = head.regions.empty() ? 0 : std::min(rows, old_rows);
   if (common > 0 && arena[0].data != nullptr) {
     const Region& from = head.regions[0];
-    std::memcpy(arena[0].data, from.data, RegionBytes(key_format_, common));
-    std::memcpy(Values(arena[0], rows), Values(from, old_rows), RegionBytes(value_format_, common));
+    std::memcpy(arena[0].data, from.data, RegionBytes(formats.keys, common));
+    std::memcpy(Values(formats, arena[0], rows), Values(formats, from, old_rows), RegionBytes(formats.values, common));
   }
   head.region_rows = rows;
   head.regions = std::move(arena);
@@ -91,31 +83,45 @@ void RowStore::ResizeArena(Head& head, size_t rows) {
 void RowStore::Grow(std::span<const size_t> rows) {
   const auto missing = [&](size_t i) {
     const size_t capacity = heads_[i].capacity();
-    return rows[i] > capacity ? (rows[i] - capacity + kBlockRows - 1) / kBlockRows : 0;
+    return rows[i] > capacity ? CeilDiv(rows[i] - capacity, kBlockRows) : 0;
   };
-  size_t n_blocks = 0;
-  for (size_t i = 0; i < heads_.size(); ++i) n_blocks += missing(i);
-  const std::vector<Region> blocks = Allocate(*counter_, n_blocks, kBlockRows);
+  std::vector<const Formats*> formats;
+  for (size_t i = 0; i < heads_.size(); ++i) formats.insert(formats.end(), missing(i), &FormatsOf(i));
+  const std::vector<Region> blocks = Allocate(*counter_, formats, std::vector<size_t>(formats.size(), kBlockRows));
   for (size_t i = 0, next = 0; i < heads_.size(); ++i)
     for (size_t n = missing(i); n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
 }
 
 // The arena as it was before Reserve. Without memory for a smaller copy the larger one stays, which the next step uses.
-void RowStore::TakeBackArena(Head& head) {
+void RowStore::TakeBackArena(const Formats& formats, Head& head) {
   if (head.rows_before == 0) {
     head.regions.clear();
     head.region_rows = 0;
     return;
   }
   try {
-    ResizeArena(head, head.rows_before);
-  } catch (const Error&) {
+    ResizeArena(formats, head, head.rows_before);
+  } catch (const std::exception&) {
   }
 }
 
 // Gives back blocks beyond the resident rows.
 void RowStore::Trim(Head& head) {
   while (!head.regions.empty() && head.capacity() - head.region_rows >= head.n_rows) head.regions.pop_back();
+}
+
+void RowStore::ReserveStaging(const StepRoom& room) {
+  const size_t rows = room.evicts ? RoundUp(room.n_step, kTileRows) : 0;
+  const size_t n = room.defers ? table_.size() : most_heads_;
+  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<Head>(n);
+  defers_ = room.defers;
+  for (size_t i = 0; i < n; ++i) {
+    Head& head = staging_[i];
+    if (rows == 0)
+      head = Head{};
+    else if (head.capacity() != rows)
+      head = Head{}, ResizeArena(StagingFormats(i), head, rows);
+  }
 }
 
 void RowStore::Reserve(const StepRoom& room) {
@@ -127,19 +133,16 @@ void RowStore::Reserve(const StepRoom& room) {
       const size_t all = head.n_rows + room.n_step;
       if (!room.evicts)
         grown[i] = all;
-      else if (options_.grows)
+      else if (room.budgets_later)
+        grown[i] = head.n_rows;
+      else if (shape_.grows)
         grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
       else if (head.capacity() < room.budgets[i])
-        ResizeArena(head, RoundUp(room.budgets[i], kTileRows));
+        ResizeArena(FormatsOf(i), head, RoundUp(room.budgets[i], kTileRows));
     }
-    Grow(grown);
-    const size_t staging_rows = room.evicts ? RoundUp(room.n_step, kTileRows) : 0;
-    for (Head& head : staging_) {
-      if (staging_rows == 0)
-        head = Head{};
-      else if (head.capacity() != staging_rows)
-        head = Head{}, ResizeArena(head, staging_rows);
-    }
+    if (shape_.grows || !room.evicts) Grow(grown);
+    ReserveStaging(room);
+    budgets_.assign(room.budgets.begin(), room.budgets.end());
   } catch (...) {
     CancelStep();
     throw;
@@ -147,181 +150,222 @@ void RowStore::Reserve(const StepRoom& room) {
   n_step_ = room.n_step;
   evicts_ = room.evicts;
   is_prompt_ = room.is_prompt;
-  budgets_.assign(room.budgets.begin(), room.budgets.end());
+}
+
+void RowStore::SetBudgets(size_t layer, std::span<const size_t> budgets) {
+  for (size_t h = 0; h < budgets.size(); ++h) {
+    const size_t i = table_(layer, h);
+    Head& head = heads_[i];
+    budgets_[i] = budgets[h];
+    const size_t rows = std::min(head.n_rows + n_step_, budgets[h]);
+    if (!shape_.grows && head.capacity() < budgets[h]) ResizeArena(formats_[layer], head, RoundUp(budgets[h], kTileRows));
+    if (!shape_.grows) continue;
+    const size_t missing = rows > head.capacity() ? CeilDiv(rows - head.capacity(), kBlockRows) : 0;
+    const std::vector<const Formats*> formats(missing, &formats_[layer]);
+    for (const Region& block : Allocate(*counter_, formats, std::vector<size_t>(missing, kBlockRows)))
+      head.regions.push_back(block);
+  }
 }
 
 void RowStore::CancelStep() {
-  for (Head& head : heads_) {
-    if (options_.grows)
-      Trim(head);
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    if (shape_.grows)
+      Trim(heads_[i]);
     else
-      TakeBackArena(head);
+      TakeBackArena(FormatsOf(i), heads_[i]);
   }
   for (Head& head : staging_) head = Head{};
   n_step_ = 0;
 }
 
 void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
-  const size_t d = shape_.head_dim, stride = shape_.n_kv_heads * d;
-  if (hadamard_block_ > 0) {
-    const auto transformed = [&](const float* rows, std::vector<float>& copy) {
-      copy.assign(rows, rows + n * stride);
-      HadamardRows(copy.data(), n * shape_.n_kv_heads);
-      return copy.data();
-    };
-    keys = transformed(keys, Work().keys);
-    values = transformed(values, Work().values);
+  const Formats& formats = formats_[layer];
+  const size_t d = Layer(layer).head_dim, n_kv = Layer(layer).n_kv_heads, stride = n_kv * d;
+  std::vector<float> transformed;
+  if (formats.hadamard_block > 0) {
+    transformed.assign(keys, keys + n * stride);
+    transformed.insert(transformed.end(), values, values + n * stride);
+    HadamardRows(layer, transformed.data(), 2 * n * n_kv);
+    keys = transformed.data();
+    values = keys + n * stride;
   }
-  ParallelFor(shape_.n_kv_heads, [&](size_t h) {
-    Head& head = evicts_ ? staging_[h] : At(layer, h);
+  ParallelFor(n_kv, [&](size_t h) {
+    Head& head = evicts_ ? Staging(layer, h) : At(layer, h);
     const size_t first_row = (evicts_ ? 0 : head.n_rows) + first;
     for (size_t done = 0; done < n;) {
       const size_t row = first_row + done, slot = row % head.region_rows;
       const size_t run = std::min(n - done, head.region_rows - slot);
       const Region& region = head.regions[row / head.region_rows];
       const size_t offset = done * stride + h * d;
-      WriteRows(key_format_, Keys(region), slot, run, keys + offset, stride);
-      WriteRows(value_format_, Values(region, head.region_rows), slot, run, values + offset, stride);
+      WriteRows(formats.keys, Keys(region), slot, run, keys + offset, stride);
+      WriteRows(formats.values, Values(formats, region, head.region_rows), slot, run, values + offset, stride);
       done += run;
     }
   });
 }
 
-void RowStore::HadamardRows(float* rows, size_t n) const {
+void RowStore::HadamardRows(size_t layer, float* rows, size_t n) const {
   constexpr size_t kRowsATask = 256;
-  ParallelFor((n + kRowsATask - 1) / kRowsATask, [&](size_t task) {
+  const size_t d = Layer(layer).head_dim, block = formats_[layer].hadamard_block;
+  ParallelFor(CeilDiv(n, kRowsATask), [&](size_t task) {
     const size_t first = task * kRowsATask, count = std::min(kRowsATask, n - first);
-    Hadamard(rows + first * shape_.head_dim, count * shape_.head_dim, hadamard_block_);
+    Hadamard(rows + first * d, count * d, block);
   });
 }
 
-void RowStore::AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const {
+void RowStore::AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,
+                           std::vector<RowSpan>& values) const {
   for (size_t row = 0; row < n_rows; row += head.region_rows) {
     const Region& region = head.regions[row / head.region_rows];
-    spans.push_back({Keys(region), Values(region, head.region_rows), 0, std::min(head.region_rows, n_rows - row)});
+    const size_t n = std::min(head.region_rows, n_rows - row);
+    keys.push_back({formats.keys, Keys(region), 0, n});
+    values.push_back({formats.values, Values(formats, region, head.region_rows), 0, n});
   }
 }
 
-std::vector<KvSpan> RowStore::Spans(size_t layer, size_t kv_head, size_t n_step_rows) const {
-  std::vector<KvSpan> spans;
-  const Head& head = At(layer, kv_head);
-  AppendSpans(head, evicts_ ? head.n_rows : head.n_rows + n_step_rows, spans);
-  if (evicts_) AppendSpans(staging_[kv_head], n_step_rows, spans);
-  return spans;
+// Nothing depends on where a row is read when nothing is rotated.
+bool RowStore::ReadsAtPositions(const StoreQuery& query) const {
+  return !query.read_positions.empty() && Layer(query.layer).rope->n_dims() > 0;
 }
 
-AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const {
-  const size_t group = shape_.group(), d = shape_.head_dim;
+bool RowStore::Transforms(const StoreQuery& query) const {
+  return formats_[query.layer].hadamard_block > 0 && !ReadsAtPositions(query);
+}
+
+AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
+  const LayerShape& layer = Layer(query.layer);
+  const Formats& formats = formats_[query.layer];
+  const Head& head = At(query.layer, kv_head);
+  const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
+  std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
+  AppendSpans(formats, head, evicts_ ? head.n_rows : head.n_rows + n_step, keys, values);
+  if (evicts_) AppendSpans(formats, Staging(query.layer, kv_head), n_step, keys, values);
   AttentionJob job;
-  job.key_format = key_format_;
-  job.value_format = value_format_;
-  job.spans = spans;
-  job.n_past = At(query.layer, kv_head).n_rows + query.first_query;
+  job.keys = keys;
+  job.values = values;
+  job.n_past = head.n_rows + query.first_query;
   job.n_queries = query.n_queries;
   job.q = query.queries + kv_head * group * d;
-  job.q_stride = shape_.n_heads * d;
+  job.q_stride = layer.q_dim();
   job.group = group;
-  job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
-  job.rope = query.read_positions == nullptr ? nullptr : &shape_.rope;
-  job.read_positions = query.read_positions;
-  if (query.read_positions != nullptr) job.key_hadamard_block = hadamard_block_;
+  job.scale = layer.scale;
+  if (ReadsAtPositions(query)) {
+    job.rope = layer.rope.get();
+    job.read_positions = query.read_positions[kv_head];
+    job.key_hadamard_block = formats.hadamard_block;
+  }
   job.compute = shape_.compute;
   job.out = query.out + kv_head * group * d;
   job.out_stride = job.q_stride;
   job.lse = query.lse + kv_head * query.n_queries * group;
-  if (!query.received.empty()) job.received = query.received[kv_head];
   return job;
 }
 
-StoreQuery RowStore::Transformed(const StoreQuery& query) const {
-  StoreQuery stored = query;
-  if (shape_.rope.n_dims() == 0) stored.read_positions = nullptr;  // then nothing depends on where a row is read
-  if (hadamard_block_ == 0 || stored.read_positions != nullptr) return stored;
-  std::vector<float>& queries = Work().queries;
-  const size_t n = query.n_queries * shape_.n_heads;
-  queries.assign(query.queries, query.queries + n * shape_.head_dim);
-  HadamardRows(queries.data(), n);
-  stored.queries = queries.data();
-  return stored;
+void RowStore::AddJobs(const StoreQuery& given, JobList& list) const {
+  StoreQuery query = given;
+  const LayerShape& layer = Layer(query.layer);
+  if (Transforms(query)) {
+    std::vector<float>& queries = list.NewFloats();
+    queries.assign(query.queries, query.queries + query.n_queries * layer.q_dim());
+    HadamardRows(query.layer, queries.data(), query.n_queries * layer.n_heads);
+    query.queries = queries.data();
+  }
+  for (size_t h = 0; h < layer.n_kv_heads; ++h) list.jobs.push_back(Job(query, h, list));
 }
 
-void RowStore::Attend(const StoreQuery& given) const {
-  const StoreQuery query = Transformed(given);
-  std::vector<std::vector<KvSpan>> spans;
-  std::vector<AttentionJob> jobs;
-  for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
-    spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
-    jobs.push_back(Job(query, h, spans.back()));
-  }
-  lesskv::Attend(jobs);
-  if (hadamard_block_ > 0) HadamardRows(query.out, query.n_queries * shape_.n_heads);
-}
-
-void RowStore::AddColumnSums(const StoreQuery& given, size_t first, std::span<float* const> sums) const {
-  const StoreQuery query = Transformed(given);
-  const size_t n_kv = shape_.n_kv_heads;
-  const auto tile_rows = [&](size_t h) { return At(query.layer, h).n_rows + query.first_query + query.n_queries; };
-  const bool whole_step = query.n_queries == n_step_;  // nothing to add to: written in place
-  std::vector<std::vector<KvSpan>> spans;
-  std::vector<std::vector<float>> tile_sums;
-  std::vector<ColumnSumJob> jobs;
-  for (size_t h = 0; h < n_kv; ++h) {
-    spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
-    tile_sums.emplace_back(whole_step ? 0 : tile_rows(h));
-    ColumnSumJob job;
-    job.attention = Job(query, h, spans.back());
-    job.lse = job.attention.lse;
-    job.first_query = first;
-    job.sums = whole_step ? sums[h] : tile_sums.back().data();
-    jobs.push_back(job);
-  }
-  ColumnSums(jobs);
-  if (whole_step) return;
-  for (size_t h = 0; h < n_kv; ++h) Add(sums[h], tile_sums[h].data(), tile_rows(h));
+// Values are stored transformed also where keys are taken back row by row.
+void RowStore::Finish(const StoreQuery& query) const {
+  if (formats_[query.layer].hadamard_block > 0)
+    HadamardRows(query.layer, query.out, query.n_queries * Layer(query.layer).n_heads);
 }
 
 RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const {
   const Head& own = At(layer, kv_head);
   const bool staged = evicts_ && row >= own.n_rows;
-  const Head& head = staged ? staging_[kv_head] : own;
+  const Head& head = staged ? Staging(layer, kv_head) : own;
   const size_t r = staged ? row - own.n_rows : row;
   return {&head.regions[r / head.region_rows], head.region_rows, r % head.region_rows};
 }
 
 void RowStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                         float* values) const {
-  const size_t d = shape_.head_dim;
+  const Formats& formats = formats_[layer];
+  const size_t d = Layer(layer).head_dim;
   for (size_t i = 0; i < rows.size(); ++i) {
     const Place at = Find(layer, kv_head, rows[i]);
-    lesskv::ReadRows(key_format_, Keys(*at.region), at.slot, 1, keys + i * d, d);
-    lesskv::ReadRows(value_format_, Values(*at.region, at.region_rows), at.slot, 1, values + i * d, d);
+    lesskv::ReadRows(formats.keys, Keys(*at.region), at.slot, 1, keys + i * d, d);
+    lesskv::ReadRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, 1, values + i * d, d);
   }
-  if (hadamard_block_ == 0) return;
-  Hadamard(keys, rows.size() * d, hadamard_block_);
-  Hadamard(values, rows.size() * d, hadamard_block_);
+  if (formats.hadamard_block == 0) return;
+  Hadamard(keys, rows.size() * d, formats.hadamard_block);
+  Hadamard(values, rows.size() * d, formats.hadamard_block);
 }
 
-void RowStore::Commit(size_t layer, size_t kv_head, const Compaction& compaction) {
+// Averages rows that depart by Fate::kMerge into their targets, in floats, each target written once.
+void RowStore::Merge(size_t layer, size_t kv_head, std::span<const Departure> leaving) {
+  const size_t d = Layer(layer).head_dim;
+  std::map<uint32_t, std::vector<const Departure*>> by_target;
+  for (const Departure& departure : leaving)
+    if (departure.fate == Fate::kMerge) by_target[departure.target].push_back(&departure);
+  std::vector<float> keys(d), values(d), merged_keys(d), merged_values(d);
+  for (const auto& [target, parts] : by_target) {
+    const Formats& formats = formats_[layer];
+    ReadRows(layer, kv_head, {&target, 1}, merged_keys.data(), merged_values.data());
+    float rest = 1;
+    for (const Departure* part : parts) rest -= part->share;
+    Scale(merged_keys.data(), rest, d);
+    Scale(merged_values.data(), rest, d);
+    for (const Departure* part : parts) {
+      ReadRows(layer, kv_head, {&part->row, 1}, keys.data(), values.data());
+      for (size_t c = 0; c < d; ++c) merged_keys[c] += part->share * keys[c];
+      for (size_t c = 0; c < d; ++c) merged_values[c] += part->share * values[c];
+    }
+    if (formats.hadamard_block > 0) {
+      Hadamard(merged_keys.data(), d, formats.hadamard_block);
+      Hadamard(merged_values.data(), d, formats.hadamard_block);
+    }
+    const Place at = Find(layer, kv_head, target);
+    WriteRows(formats.keys, Keys(*at.region), at.slot, 1, merged_keys.data(), d);
+    WriteRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, 1, merged_values.data(), d);
+  }
+}
+
+SlotMap RowStore::Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) {
   Head& head = At(layer, kv_head);
-  for (const RowMove& move : compaction.moves) {
+  if (!evicts_) {
+    CHECK(leaving.empty(), "{} rows leave in a step that evicts nothing", leaving.size());
+    head.n_rows += n_step_;
+    return {head.n_rows, {}};
+  }
+  for (const Departure& departure : leaving) {
+    CHECK(departure.fate != Fate::kOffload, "rows of this store cannot be offloaded");
+    if (departure.fate == Fate::kMerge && counter_->only_counts == false) {
+      Merge(layer, kv_head, leaving);
+      break;
+    }
+  }
+  SlotMap map = PlanCompaction(head.n_rows, n_step_, leaving);
+  const Formats& formats = formats_[layer];
+  for (size_t i = 0; i < map.moves.size() && !counter_->only_counts; ++i) {
+    const RowMove& move = map.moves[i];
     const Place from = Find(layer, kv_head, move.from);
     const Region& to = head.regions[move.to / head.region_rows];
     const size_t slot = move.to % head.region_rows;
-    CopyRow(key_format_, Keys(*from.region), from.slot, Keys(to), slot);
-    CopyRow(value_format_, Values(*from.region, from.region_rows), from.slot, Values(to, head.region_rows), slot);
+    CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(to), slot);
+    CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot,
+            Values(formats, to, head.region_rows), slot);
   }
-  head.n_rows = compaction.n_rows;
+  head.n_rows = map.n_rows;
+  return map;
 }
 
 void RowStore::EndStep() {
-  for (size_t i = 0; i < heads_.size(); ++i) {
+  for (size_t i = 0; i < heads_.size() && evicts_; ++i) {
     Head& head = heads_[i];
-    if (!evicts_)
-      head.n_rows += n_step_;
-    else if (options_.grows)
+    if (shape_.grows)
       Trim(head);
     else
-      ResizeArena(head, RoundUp(budgets_[i], kTileRows));
+      ResizeArena(FormatsOf(i), head, RoundUp(budgets_[i], kTileRows));
   }
   if (is_prompt_)
     for (Head& head : staging_) head = Head{};
@@ -335,38 +379,43 @@ void RowStore::SaveTile(const RowFormat& format, const std::byte* tile, size_t n
   ByteCounter scratch;
   CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
   std::memcpy(copy.data(), tile, bytes);
-  const std::vector<float> zeros(shape_.head_dim, 0.0f);
+  const std::vector<float> zeros(format.head_dim, 0.0f);
   WriteRows(format, copy.data(), n_rows, kTileRows - n_rows, zeros.data(), 0);
   out.Raw(copy.data(), bytes);
 }
 
 void RowStore::Save(ByteWriter& out) const {
-  const size_t key_tile = TileBytes(key_format_), value_tile = TileBytes(value_format_);
-  for (const Head& head : heads_) {
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    const Head& head = heads_[i];
+    const Formats& formats = FormatsOf(i);
     out.Put<uint64_t>(head.n_rows);
     for (size_t row = 0; row < head.n_rows; row += kTileRows) {
       const Region& region = head.regions[row / head.region_rows];
       const size_t tile = row % head.region_rows / kTileRows;
-      SaveTile(key_format_, Keys(region) + tile * key_tile, head.n_rows - row, out);
-      SaveTile(value_format_, Values(region, head.region_rows) + tile * value_tile, head.n_rows - row, out);
+      SaveTile(formats.keys, Keys(region) + tile * TileBytes(formats.keys), head.n_rows - row, out);
+      SaveTile(formats.values, Values(formats, region, head.region_rows) + tile * TileBytes(formats.values),
+               head.n_rows - row, out);
     }
   }
 }
 
 void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
-  const size_t key_tile = TileBytes(key_format_), value_tile = TileBytes(value_format_);
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
-    const size_t n_rows = in.Count(options_.grows ? max_rows : budgets[i], "a head's number of rows");
-    if (options_.grows)
-      head.regions = Allocate(*counter_, (n_rows + kBlockRows - 1) / kBlockRows, kBlockRows);
-    else
-      ResizeArena(head, RoundUp(budgets[i], kTileRows));
+    const Formats& formats = FormatsOf(i);
+    const size_t key_tile = TileBytes(formats.keys), value_tile = TileBytes(formats.values);
+    const size_t n_rows = in.Count(shape_.grows ? max_rows : budgets[i], "a head's number of rows");
+    if (shape_.grows) {
+      const std::vector<const Formats*> all(CeilDiv(n_rows, kBlockRows), &formats);
+      head.regions = Allocate(*counter_, all, std::vector<size_t>(all.size(), kBlockRows));
+    } else {
+      ResizeArena(formats, head, RoundUp(budgets[i], kTileRows));
+    }
     for (size_t row = 0; row < n_rows; row += kTileRows) {
       const Region& region = head.regions[row / head.region_rows];
       const size_t tile = row % head.region_rows / kTileRows;
       in.Raw(Keys(region) + tile * key_tile, key_tile);
-      in.Raw(Values(region, head.region_rows) + tile * value_tile, value_tile);
+      in.Raw(Values(formats, region, head.region_rows) + tile * value_tile, value_tile);
     }
     head.n_rows = n_rows;
   }

@@ -3,7 +3,8 @@
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
 // can hold them. Where rows may leave after a step, the step's own rows wait in a staging area that all
-// layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk.
+// layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk. Only where
+// budgets wait for all layers does each have an area of its own.
 //
 // Types that rotate store H k and H v for keys and values, H the Hadamard transform of hadamard.h. Scores are those of
 // H q, and outputs come back by H, its own inverse: once a query rather than once a row. Everything outside the store
@@ -16,7 +17,7 @@
 #include <vector>
 
 #include "kernels/attention/attention.h"
-#include "kvcache/cache_config.h"
+#include "kvcache/codec/codec.h"
 #include "kvcache/codec/kv_store.h"
 #include "kvcache/memory.h"
 
@@ -24,23 +25,25 @@ namespace lesskv {
 
 inline constexpr size_t kBlockRows = 128;
 
-struct RowStoreOptions {
-  RowTypes types;
-  bool grows = false;  // no bound on the rows of a head
+struct RowTypes {
+  RowType keys = RowType::kF16;
+  RowType values = RowType::kF16;
+  bool rotate = false;  // keys and values are stored transformed by hadamard.h
 };
 
 class RowStore final : public KvStore {
  public:
-  RowStore(ByteCounter& counter, const CacheShape& shape, const RowStoreOptions& options);
+  RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
   void Reserve(const StepRoom& room) override;
+  void SetBudgets(size_t layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
-  void Attend(const StoreQuery& query) const override;
-  void AddColumnSums(const StoreQuery& query, size_t first, std::span<float* const> sums) const override;
+  void AddJobs(const StoreQuery& query, JobList& list) const override;
+  void Finish(const StoreQuery& query) const override;
   void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                 float* values) const override;
-  void Commit(size_t layer, size_t kv_head, const Compaction& compaction) override;
+  SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) override;
   void EndStep() override;
   void CancelStep() override;
   size_t n_rows(size_t layer, size_t kv_head) const override { return At(layer, kv_head).n_rows; }
@@ -64,40 +67,57 @@ class RowStore final : public KvStore {
     size_t region_rows;
     size_t slot;
   };
+  struct Formats {  // of one layer
+    RowFormat keys, values;
+    size_t hadamard_block = 0;  // 0: rows are stored as they are
+    size_t Bytes(size_t rows) const { return RegionBytes(keys, rows) + RegionBytes(values, rows); }
+  };
 
-  Head& At(size_t layer, size_t kv_head) { return heads_[layer * shape_.n_kv_heads + kv_head]; }
-  const Head& At(size_t layer, size_t kv_head) const { return heads_[layer * shape_.n_kv_heads + kv_head]; }
+  const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
+  Head& At(size_t layer, size_t kv_head) { return heads_[table_(layer, kv_head)]; }
+  const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
+  Head& Staging(size_t layer, size_t kv_head) { return staging_[defers_ ? table_(layer, kv_head) : kv_head]; }
+  const Head& Staging(size_t layer, size_t kv_head) const {
+    return staging_[defers_ ? table_(layer, kv_head) : kv_head];
+  }
+  const Formats& FormatsOf(size_t head) const { return formats_[table_.LayerOf(head)]; }
+  // Layers that share a staging area: it has room for rows of the widest.
+  const Formats& StagingFormats(size_t head) const { return defers_ ? FormatsOf(head) : formats_[widest_]; }
   Place Find(size_t layer, size_t kv_head, uint32_t row) const;
 
-  size_t BytesFor(size_t rows) const;  // keys and values of a region
   static std::byte* Keys(const Region& region) { return region.data; }
-  std::byte* Values(const Region& region, size_t region_rows) const;
-  // `n` regions of `rows` rows side by side in one allocation.
-  std::vector<Region> Allocate(ByteCounter& counter, size_t n, size_t rows) const;
-  void ResizeArena(Head& head, size_t rows);
-  void TakeBackArena(Head& head);
-  void SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const;
+  static std::byte* Values(const Formats& formats, const Region& region, size_t region_rows);
+  // A region each of rows[i] rows for formats[i], side by side in one allocation.
+  std::vector<Region> Allocate(ByteCounter& counter, std::span<const Formats* const> formats,
+                               std::span<const size_t> rows) const;
+  void ResizeArena(const Formats& formats, Head& head, size_t rows);
+  void TakeBackArena(const Formats& formats, Head& head);
+  void ReserveStaging(const StepRoom& room);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void Trim(Head& head);
-  void AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const;
-  std::vector<KvSpan> Spans(size_t layer, size_t kv_head, size_t n_step_rows) const;
-  AttentionJob Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const;
-  // The query as attention of the stored rows takes it; transformed queries lie in the calling thread's memory.
-  StoreQuery Transformed(const StoreQuery& query) const;
-  void HadamardRows(float* rows, size_t n) const;  // n rows of head_dim floats, in place
+  void SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const;
+  void AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,
+                   std::vector<RowSpan>& values) const;
+  AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
+  void HadamardRows(size_t layer, float* rows, size_t n) const;  // n rows of head_dim floats, in place
+  bool Transforms(const StoreQuery& query) const;                // queries go through H, outputs come back
+  bool ReadsAtPositions(const StoreQuery& query) const;
+  void Merge(size_t layer, size_t kv_head, std::span<const Departure> leaving);
 
   ByteCounter* counter_;
-  CacheShape shape_;
-  RowStoreOptions options_;
-  RowFormat key_format_, value_format_;
-  size_t hadamard_block_ = 0;  // 0: rows are stored as they are
-  std::vector<Head> heads_;    // [n_layers, n_kv_heads]
-  std::vector<Head> staging_;  // [n_kv_heads], empty regions outside evicting steps
+  StoreShape shape_;
+  RowTypes types_;
+  HeadTable table_;
+  std::vector<Formats> formats_;  // [n_layers]
+  size_t widest_ = 0, most_heads_ = 0;
+  std::vector<Head> heads_;       // [heads]
+  std::vector<Head> staging_;     // a layer's heads, or all when the step defers; empty regions outside evicting steps
   // The step in progress.
   size_t n_step_ = 0;
   bool evicts_ = false;
   bool is_prompt_ = false;
-  std::vector<size_t> budgets_;
+  bool defers_ = false;
+  std::vector<size_t> budgets_;  // [heads], or empty
 };
 
 }  // namespace lesskv

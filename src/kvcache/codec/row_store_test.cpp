@@ -10,13 +10,11 @@
 namespace lesskv {
 namespace {
 
-CacheShape Shape(size_t head_dim, RopeStyle style) {
-  return {.n_layers = 1,
-          .n_heads = 4,
-          .n_kv_heads = 2,
-          .head_dim = head_dim,
-          .ctx = 400,
-          .rope = RopeTable({.n_dims = head_dim / 2, .style = style, .base = 100.0, .frequency_factors = {}})};
+LayerShape Shape(size_t head_dim, RopeStyle style) {
+  return {4, 2, head_dim, UsualScale(head_dim),
+          std::make_shared<RopeTable>(
+              RopeConfig{.n_dims = head_dim / 2, .style = style, .base = 100.0, .frequency_factors = {}}),
+          0};
 }
 
 std::vector<float> Random(size_t n, uint64_t seed) {
@@ -41,17 +39,18 @@ struct Answer {
 };
 
 // 300 rows, then a step of n_queries that may evict, so that its rows wait apart.
-Answer Ask(const CacheShape& shape, RowTypes types, size_t n_queries, bool evicts, bool cache_positions) {
+Answer Ask(const LayerShape& shape, RowTypes types, size_t n_queries, bool evicts, bool cache_positions) {
   const size_t d = shape.head_dim, n_past = 300, n_rows = n_past + n_queries, n_kv = shape.n_kv_heads;
   ByteCounter counter;
-  RowStore store(counter, shape, {types, true});
+  RowStore store(counter, {{shape}, ComputeType::kF32, cache_positions, true}, types);
   const std::vector<float> keys = Random(n_rows * n_kv * d, 1), values = Random(n_rows * n_kv * d, 2),
                            queries = Random(n_queries * shape.n_heads * d, 3);
   const std::vector<size_t> budgets(n_kv, n_past);
-  store.Reserve({n_past, false, false, {}});
+  store.Reserve({.n_step = n_past, .budgets = {}});
   store.Append(0, 0, n_past, keys.data(), values.data());
+  for (size_t h = 0; h < n_kv; ++h) store.Close(0, h, {});
   store.EndStep();
-  store.Reserve({n_queries, evicts, false, budgets});
+  store.Reserve({.n_step = n_queries, .evicts = evicts, .budgets = budgets});
   store.Append(0, 0, n_queries, keys.data() + n_past * n_kv * d, values.data() + n_past * n_kv * d);
 
   std::vector<int32_t> positions(n_rows);
@@ -63,13 +62,18 @@ Answer Ask(const CacheShape& shape, RowTypes types, size_t n_queries, bool evict
   StoreQuery query;
   query.queries = queries.data();
   query.n_queries = n_queries;
-  query.read_positions = cache_positions ? positions.data() : nullptr;
+  const std::vector<const int32_t*> read_positions(cache_positions ? n_kv : 0, positions.data());
+  query.read_positions = read_positions;
   query.out = answer.out.data();
   query.lse = answer.lse.data();
-  store.Attend(query);
-  std::vector<float*> sums;
-  for (size_t h = 0; h < n_kv; ++h) sums.push_back(answer.sums.data() + h * shape.group() * n_rows);
-  store.AddColumnSums(query, 0, sums);
+  JobList list;
+  store.AddJobs(query, list);
+  Attend(list.jobs);
+  std::vector<ColumnSumJob> sums;
+  for (size_t h = 0; h < n_kv; ++h)
+    sums.push_back({.attention = list.jobs[h], .lse = list.jobs[h].lse, .sums = answer.sums.data() + h * shape.group() * n_rows});
+  ColumnSums(sums);
+  store.Finish(query);
   const uint32_t rows[] = {0, 17, 299, static_cast<uint32_t>(n_rows - 1)};
   answer.keys.resize(std::size(rows) * d);
   answer.values.resize(std::size(rows) * d);
@@ -93,7 +97,7 @@ TEST(RowStore, TransformedRowsAnswerAsPlainOnes) {
           for (bool cache_positions : {false, true}) {
             SCOPED_TRACE(testing::Message() << "heads of " << head_dim << ", " << n_queries << " queries, evicts "
                                             << evicts << ", cache positions " << cache_positions);
-            const CacheShape shape = Shape(head_dim, style);
+            const LayerShape shape = Shape(head_dim, style);
             const auto ask = [&](bool rotate) {
               return Ask(shape, {RowType::kF32, RowType::kF32, rotate}, n_queries, evicts, cache_positions);
             };
@@ -107,7 +111,7 @@ TEST(RowStore, TransformedLowBitRowsAnswerAsExactOnesToTheirPrecision) {
       for (bool cache_positions : {false, true}) {
         SCOPED_TRACE(testing::Message() << "heads of " << head_dim << ", " << n_queries << " queries, cache positions "
                                         << cache_positions);
-        const CacheShape shape = Shape(head_dim, RopeStyle::kInterleaved);
+        const LayerShape shape = Shape(head_dim, RopeStyle::kInterleaved);
         const Answer exact = Ask(shape, {RowType::kF32, RowType::kF32, false}, n_queries, true, cache_positions);
         ExpectSame(Ask(shape, {RowType::kQ8, RowType::kQ8, true}, n_queries, true, cache_positions), exact, 0.02);
         ExpectSame(Ask(shape, {RowType::kQ4, RowType::kQ4, true}, n_queries, true, cache_positions), exact, 0.25);

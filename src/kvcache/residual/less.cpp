@@ -28,15 +28,18 @@ class LessResidual final : public Residual {
     ParallelFor(evicted.size(), [&](size_t i) { AbsorbHead(layer, evicted[i]); });
   }
 
-  void Attend(size_t layer, const float* queries, size_t n_queries, std::span<const float* const> states, float* out,
-              float* lse) const override {
+  void Attend(size_t layer, std::span<const ResidualQuery> queries) const override {
     const size_t n_heads = maps_->shape().n_heads;
-    CHECK(states.size() == maps_->shape().n_kv_heads, "{} states", states.size());
-    const size_t n_blocks = (n_queries + kReadBlock - 1) / kReadBlock;
-    ParallelFor(n_heads * n_blocks, [&](size_t task) {
-      const size_t head = task % n_heads, first = task / n_heads * kReadBlock;
-      const float* state = states[head / (n_heads / states.size())];
-      ReadHead(layer, head, queries, first, std::min(n_queries - first, kReadBlock), state, out, lse);
+    struct Block {
+      const ResidualQuery* query;
+      size_t first;
+    };
+    std::vector<Block> blocks;
+    for (const ResidualQuery& query : queries)
+      for (size_t first = 0; first < query.n_queries; first += kReadBlock) blocks.push_back({&query, first});
+    ParallelFor(n_heads * blocks.size(), [&](size_t task) {
+      const Block& block = blocks[task / n_heads];
+      ReadHead(layer, task % n_heads, *block.query, block.first, std::min(block.query->n_queries - block.first, kReadBlock));
     });
   }
 
@@ -55,19 +58,19 @@ class LessResidual final : public Residual {
     }
   }
 
-  void ReadHead(size_t layer, size_t head, const float* queries, size_t first, size_t n, const float* state, float* out,
-                float* lse) const {
-    const size_t n_heads = maps_->shape().n_heads;
+  void ReadHead(size_t layer, size_t head, const ResidualQuery& query, size_t first, size_t n) const {
+    const size_t n_heads = maps_->shape().n_heads, group = n_heads / maps_->shape().n_kv_heads;
+    const float* state = query.states + head / group * StateFloats();
     const float* z = state + rank() * head_dim();
     // psi >= 0: z is zero exactly while nothing with mass was absorbed, and then there is nothing to compute.
     const bool is_empty = std::all_of(z, z + rank(), [](float mass) { return mass == 0; });
     float phi[kReadBlock * internal::kMaxRank];
     if (!is_empty || clamp_)
-      maps_->Phi(layer, head, queries + (first * n_heads + head) * head_dim(), n_heads * head_dim(), n, phi);
+      maps_->Phi(layer, head, query.queries + (first * n_heads + head) * head_dim(), n_heads * head_dim(), n, phi);
     for (size_t m = 0; m < n; ++m) {
       const size_t row = (first + m) * n_heads + head;
-      float* o = out + row * head_dim();
-      lse[row] = is_empty && !clamp_ ? Empty(o) : ReadQuery(phi + m * rank(), state, z, o);
+      float* o = query.out + row * head_dim();
+      query.lse[row] = is_empty && !clamp_ ? Empty(o) : ReadQuery(phi + m * rank(), state, z, o);
     }
   }
 
@@ -97,14 +100,15 @@ class LessResidual final : public Residual {
 
 }  // namespace
 
-std::unique_ptr<const Residual> MakeLessResidual(const LessOptions& options, size_t n_layers, size_t n_heads,
-                                                 size_t n_kv_heads, size_t head_dim,
+std::unique_ptr<const Residual> MakeLessResidual(const LessOptions& options, std::span<const LayerShape> layers,
                                                  std::shared_ptr<const FeatureMaps> maps) {
   const SidecarShape& s = maps->shape();
-  if (s.n_layers != n_layers || s.n_heads != n_heads || s.n_kv_heads != n_kv_heads || s.head_dim != head_dim)
-    Fail(ErrorCode::kMismatch,
-         "feature maps are for {}, but the model has {} layers, {} query heads, {} KV heads of {}", s.ToString(),
-         n_layers, n_heads, n_kv_heads, head_dim);
+  for (const LayerShape& layer : layers)
+    if (s.n_layers != layers.size() || s.n_heads != layer.n_heads || s.n_kv_heads != layer.n_kv_heads ||
+        s.head_dim != layer.head_dim)
+      Fail(ErrorCode::kMismatch,
+           "feature maps are for {}, but the model has {} layers, {} query heads, {} KV heads of {}", s.ToString(),
+           layers.size(), layer.n_heads, layer.n_kv_heads, layer.head_dim);
   return std::make_unique<LessResidual>(options, std::move(maps));
 }
 

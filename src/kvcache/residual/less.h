@@ -9,6 +9,9 @@
 #pragma once
 
 #include <memory>
+#include <span>
+
+#include "kvcache/cache_shape.h"
 
 #include "kvcache/residual/feature_maps.h"
 #include "kvcache/residual/residual.h"
@@ -21,9 +24,8 @@ struct LessOptions {
   bool clamp = false;
 };
 
-// Throws Error kMismatch when the maps were trained for another shape.
-std::unique_ptr<const Residual> MakeLessResidual(const LessOptions& options, size_t n_layers, size_t n_heads,
-                                                 size_t n_kv_heads, size_t head_dim,
+// For the layers given. Throws Error kMismatch when the maps were trained for another shape.
+std::unique_ptr<const Residual> MakeLessResidual(const LessOptions& options, std::span<const LayerShape> layers,
                                                  std::shared_ptr<const FeatureMaps> maps);
 
 // Floats of state a KV head: rank * (head_dim + 1).

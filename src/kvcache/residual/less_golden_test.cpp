@@ -113,10 +113,11 @@ class Decoder {
   }
 
   void MergeState(size_t t, size_t h, double lse, std::vector<double>& out) const {
-    std::vector<const float*> states;
-    for (const Head& head : heads_) states.push_back(head.state.data());
+    std::vector<float> states;
+    for (const Head& head : heads_) states.insert(states.end(), head.state.begin(), head.state.end());
     std::vector<float> state_out(g_.n_heads * g_.dim), state_lse(g_.n_heads);
-    less_->Attend(0, &g_.q[t * g_.n_heads * g_.dim], 1, states, state_out.data(), state_lse.data());
+    const ResidualQuery query{&g_.q[t * g_.n_heads * g_.dim], 1, states.data(), state_out.data(), state_lse.data()};
+    less_->Attend(0, {&query, 1});
     const double gate = 1 / (1 + std::exp(double(state_lse[h]) - lse));
     for (size_t d = 0; d < g_.dim; ++d) out[d] = gate * out[d] + (1 - gate) * state_out[h * g_.dim + d];
   }
@@ -126,6 +127,8 @@ class Decoder {
   std::vector<Head> heads_;
 };
 
+std::vector<LayerShape> OneLayer(size_t n_heads, size_t dim) { return {{n_heads, n_heads, dim, UsualScale(dim), nullptr, 0}}; }
+
 class LessGolden : public testing::TestWithParam<std::tuple<const char*, bool>> {};
 
 // Outputs within 1e-4, kept sets identical, final H and z within 1e-4, with and without the reference's clamps.
@@ -134,7 +137,7 @@ TEST_P(LessGolden, DecodeEqualsTheAuthorsModules) {
   if (!std::filesystem::exists(GoldenPath(name))) GTEST_SKIP() << "no golden vectors at " << GoldenPath(name);
   const SafetensorsFile file = SafetensorsFile::Open(GoldenPath(name));
   const Golden g = LoadDecode(file);
-  const auto less = MakeLessResidual({clamp}, 1, g.n_heads, g.n_heads, g.dim, FeatureMaps::Create(g.sidecar));
+  const auto less = MakeLessResidual({clamp}, OneLayer(g.n_heads, g.dim), FeatureMaps::Create(g.sidecar));
   for (const Residual* residual : {static_cast<const Residual*>(nullptr), less.get()}) {
     const auto want_out = file.Values<float>(residual ? "out_less" : "out_sparse");
     const auto want_kept = file.Values<uint8_t>(residual ? "kept_less" : "kept_sparse");

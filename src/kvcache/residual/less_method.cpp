@@ -18,7 +18,8 @@ constexpr Parameter kParameters[] = {
      .help = "clamp features and mass at 1e-6 as the authors' decode code does", .choices = "true|false"},
 };
 
-MadeResidual Make(const Arguments& arguments, const CacheShape& shape, const SidecarSource& sidecar) {
+MadeResidual Make(const Arguments& arguments, const MethodContext& context) {
+  const SidecarSource& sidecar = context.sidecar;
   const bool named = arguments.Has("file");
   const std::string path(named ? arguments.Text("file") : std::string_view(sidecar.path));
   if (!named && (path.empty() || !std::filesystem::exists(path)))
@@ -30,8 +31,7 @@ MadeResidual Make(const Arguments& arguments, const CacheShape& shape, const Sid
          arguments.Text("sidecar"));
   auto maps = FeatureMaps::Load(path, sidecar.model_fingerprint);
   const LessOptions options{.clamp = arguments.Text("clamp") == "true"};
-  return {MakeLessResidual(options, shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_dim, std::move(maps)),
-          fingerprint};
+  return {MakeLessResidual(options, context.layers, std::move(maps)), fingerprint};
 }
 
 }  // namespace
@@ -42,7 +42,12 @@ extern const Method kLessMethod{
     .summary = "tokens that leave are folded into a small recurrent state that later queries read",
     .reference = "arXiv 2402.09398",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.needs_true_positions = true, .needs_eviction = true}; },
+    .traits = [](const Arguments&) { 
+          return MethodTraits{.needs_true_positions = true,
+                              .needs_eviction = true,
+                              .needs_full_keys = true,
+                              .reads_sidecar = true};
+        },
     .make_residual = Make,
 };
 

@@ -16,6 +16,15 @@
 namespace lesskv {
 namespace {
 
+// States that lie apart, put side by side as a cache keeps them.
+void AttendStates(const Residual& residual, size_t layer, const float* q, size_t n, const std::vector<const float*>& states,
+                  float* out, float* lse) {
+  std::vector<float> together;
+  for (const float* state : states) together.insert(together.end(), state, state + residual.StateFloats());
+  const ResidualQuery query{q, n, together.data(), out, lse};
+  residual.Attend(layer, {&query, 1});
+}
+
 SidecarShape Shape(size_t heads, size_t kv_heads, size_t dim, size_t rank, size_t hidden, FeatureKind kind) {
   SidecarShape s;
   s.n_layers = 1;
@@ -60,7 +69,8 @@ double MaxDifference(const std::vector<float>& a, const std::vector<float>& b) {
 
 std::unique_ptr<const Residual> Make(const Sidecar& sidecar, LessOptions options = {}) {
   const SidecarShape& s = sidecar.shape;
-  return MakeLessResidual(options, s.n_layers, s.n_heads, s.n_kv_heads, s.head_dim, FeatureMaps::Create(sidecar));
+  const LayerShape layer{s.n_heads, s.n_kv_heads, s.head_dim, UsualScale(s.head_dim), nullptr, 0};
+  return MakeLessResidual(options, std::vector<LayerShape>(s.n_layers, layer), FeatureMaps::Create(sidecar));
 }
 
 // phi or psi of the paper in double precision, psi unfolded: |u + (u X) d2|, u = |d| g.
@@ -205,7 +215,7 @@ TEST_P(LessKinds, ReadEqualsTheSumOverEvictedPairs) {
     }
     const std::vector<float> q = RandomRows(n_queries * s.n_heads * dim, 30);
     std::vector<float> out(q.size()), lse(n_queries * s.n_heads);
-    less->Attend(0, q.data(), n_queries, std::vector<const float*>{states[0].data(), states[1].data()}, out.data(),
+    AttendStates(*less, 0, q.data(), n_queries, std::vector<const float*>{states[0].data(), states[1].data()}, out.data(),
                  lse.data());
     for (size_t row = 0; row < n_queries * s.n_heads; ++row) {
       const size_t head = row % s.n_heads, kv = head / 3;
@@ -230,7 +240,7 @@ TEST_P(LessKinds, EmptyStateIsTheIdentityOfMerging) {
   const auto less = Make(RandomSidecar(s, 3));
   const std::vector<float> state(less->StateFloats()), q = RandomRows(3 * 16, 1);
   std::vector<float> out(q.size(), 5.0f), lse(6, 5.0f);
-  less->Attend(0, q.data(), 3, std::vector<const float*>{state.data()}, out.data(), lse.data());
+  AttendStates(*less, 0, q.data(), 3, std::vector<const float*>{state.data()}, out.data(), lse.data());
   for (float o : out) EXPECT_EQ(o, 0.0f);
   for (float l : lse) EXPECT_EQ(l, -std::numeric_limits<float>::infinity());
 }
@@ -242,7 +252,7 @@ TEST_P(LessKinds, ConstantValuesComeBack) {
   const std::vector<float> k = RandomRows(30 * 16, 1), v(30 * 16, -2.5f), q = RandomRows(4 * 32, 2);
   std::vector<float> state(less->StateFloats()), out(q.size()), lse(8);
   less->Absorb(0, std::vector<EvictedRows>{{0, 30, k.data(), v.data(), state.data()}});
-  less->Attend(0, q.data(), 4, std::vector<const float*>{state.data()}, out.data(), lse.data());
+  AttendStates(*less, 0, q.data(), 4, std::vector<const float*>{state.data()}, out.data(), lse.data());
   for (float o : out) EXPECT_NEAR(o, -2.5f, 1e-5);
 }
 
@@ -265,10 +275,10 @@ TEST(Less, ScaleOfPsiScalesTheStateExactly) {
     EXPECT_EQ(c[i], 0.0f);
   }
   std::vector<float> out(32), lse(2), lse4(2);
-  one->Attend(0, q.data(), 1, std::vector<const float*>{a.data(), a.data()}, out.data(), lse.data());
-  four->Attend(0, q.data(), 1, std::vector<const float*>{b.data(), b.data()}, out.data(), lse4.data());
+  AttendStates(*one, 0, q.data(), 1, std::vector<const float*>{a.data(), a.data()}, out.data(), lse.data());
+  AttendStates(*four, 0, q.data(), 1, std::vector<const float*>{b.data(), b.data()}, out.data(), lse4.data());
   EXPECT_NEAR(lse4[0] - lse[0], std::log(4.0f), 1e-6);
-  zero->Attend(0, q.data(), 1, std::vector<const float*>{c.data(), c.data()}, out.data(), lse.data());
+  AttendStates(*zero, 0, q.data(), 1, std::vector<const float*>{c.data(), c.data()}, out.data(), lse.data());
   EXPECT_EQ(lse[0], -std::numeric_limits<float>::infinity());
 }
 
@@ -308,7 +318,7 @@ TEST(Less, ResultsDoNotDependOnThreadsOrNeighbours) {
     less->Absorb(0, std::vector<EvictedRows>{{0, 70, k.data(), v.data(), a.data()}, {1, 3, v.data(), k.data(), b.data()}});
     outs[threads - 1].resize(q.size());
     lses[threads - 1].resize(70 * 4);
-    less->Attend(0, q.data(), 70, std::vector<const float*>{a.data(), b.data()}, outs[threads - 1].data(),
+    AttendStates(*less, 0, q.data(), 70, std::vector<const float*>{a.data(), b.data()}, outs[threads - 1].data(),
                  lses[threads - 1].data());
   }
   SetThreads(0);
@@ -326,7 +336,7 @@ TEST(Less, HugeAndTinyKeysStayFinite) {
       for (float& x : q) x *= scale;
       std::vector<float> state(less->StateFloats()), out(16), lse(1);
       less->Absorb(0, std::vector<EvictedRows>{{0, 1, k.data(), v.data(), state.data()}});
-      less->Attend(0, q.data(), 1, std::vector<const float*>{state.data()}, out.data(), lse.data());
+      AttendStates(*less, 0, q.data(), 1, std::vector<const float*>{state.data()}, out.data(), lse.data());
       for (size_t d = 0; d < 16; ++d) EXPECT_TRUE(std::isfinite(out[d]));
       EXPECT_FALSE(std::isnan(lse[0]));
     }
@@ -336,7 +346,8 @@ TEST(Less, HugeAndTinyKeysStayFinite) {
 TEST(Less, RefusesMapsOfAnotherShape) {
   const auto maps = FeatureMaps::Create(InitialSidecar(Shape(4, 2, 16, 4, 8, FeatureKind::kGelu), 1));
   try {
-    MakeLessResidual({}, 1, 4, 2, 32, maps);
+    const std::vector<LayerShape> layers = {{4, 2, 32, UsualScale(32), nullptr, 0}};
+    MakeLessResidual({}, layers, maps);
     FAIL() << "accepted";
   } catch (const Error& e) {
     EXPECT_EQ(e.code(), ErrorCode::kMismatch);

@@ -8,10 +8,11 @@ namespace {
 
 class FullSelector final : public Selector {
  public:
-  bool Evicts(StepKind) const override { return false; }
-  size_t Rows() const override { return 0; }
+  Growth After(StepKind, size_t) const override { return {}; }
   size_t Window(size_t) const override { return 0; }
-  void Choose(const LayerRows&, VictimLists&) const override { CHECK(false, "nothing leaves the full cache"); }
+  void Choose(const LayerRows&, size_t, std::vector<uint32_t>&) const override {
+    CHECK(false, "nothing leaves the full cache");
+  }
 };
 
 }  // namespace
@@ -21,7 +22,7 @@ extern const Method kFullMethod{
     .stage = Stage::kSelect,
     .summary = "every token stays",
     .reference = "",
-    .make_selector = [](const Arguments&, const CacheShape&) -> std::unique_ptr<const Selector> {
+    .make_selector = [](const Arguments&, const MethodContext&) -> std::unique_ptr<const Selector> {
       return std::make_unique<FullSelector>();
     },
 };

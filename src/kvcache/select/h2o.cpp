@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "kernels/basic/basic.h"
-#include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
 
@@ -18,17 +17,22 @@ class H2oSelector final : public Selector {
  public:
   H2oSelector(size_t heavy, size_t recent) : heavy_(heavy), recent_(recent) {}
 
-  bool Evicts(StepKind) const override { return true; }
-  size_t Rows() const override { return heavy_ + recent_; }
-  size_t Window(size_t budget) const override { return budget == Rows() ? recent_ : std::min(recent_, budget / 2); }
-  Observation Observes(StepKind) const override { return {Observation::Queries::kAll}; }
-  bool KeepsScores() const override { return true; }
+  Growth After(StepKind, size_t) const override { return {true, heavy_ + recent_}; }
+  size_t Window(size_t budget) const override {
+    return budget == heavy_ + recent_ ? recent_ : std::min(recent_, budget / 2);
+  }
+  Observation Observes(StepKind) const override { return {.queries = Observation::Queries::kAll}; }
+  Votes votes() const override { return Votes::kKept; }
 
- protected:
-  void ChooseHead(const LayerRows& layer, const HeadRows& head, std::vector<uint32_t>& victims) const override {
-    Add(head.scores.data(), head.attention.data(), head.n_rows());
+  void Observe(const LayerRows& layer, size_t h) const override {
+    const HeadRows& head = layer.heads[h];
+    Add(head.votes.data(), head.attention.data(), head.n_rows());
+  }
+
+  void Choose(const LayerRows& layer, size_t h, std::vector<uint32_t>& victims) const override {
+    const HeadRows& head = layer.heads[h];
     const auto recent_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(Window(head.budget));
-    ChooseWorst(head, head.scores, {0, recent_from}, *layer.protect, head.n_leaving(), victims);
+    ChooseWorst(head, head.votes, {0, recent_from}, *layer.protect, head.n_leaving(), victims);
   }
 
  private:
@@ -44,22 +48,22 @@ void Validate(const Arguments& arguments) {
          "cache spec: h2o needs its rows, such as h2o(256), h2o(5%) or h2o(heavy=128, recent=128)");
 }
 
-std::unique_ptr<const Selector> Make(const Arguments& arguments, const CacheShape& shape) {
+std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
   size_t heavy, recent;
   if (arguments.Has("heavy")) {
-    heavy = arguments.Rows("heavy", shape.ctx);
-    recent = arguments.Rows("recent", shape.ctx);
+    heavy = arguments.Rows("heavy", context.ctx);
+    recent = arguments.Rows("recent", context.ctx);
   } else if (arguments.Text("rows").ends_with('%')) {
-    heavy = recent = arguments.Rows("rows", shape.ctx, 2);
+    heavy = recent = arguments.Rows("rows", context.ctx, 2);
   } else {
-    recent = arguments.Rows("rows", shape.ctx, 2);
-    heavy = arguments.Rows("rows", shape.ctx) - recent;
+    recent = arguments.Rows("rows", context.ctx, 2);
+    heavy = arguments.Rows("rows", context.ctx) - recent;
   }
   const size_t extra = arguments.Count("extra");
   heavy += (extra + 1) / 2;
   recent += extra / 2;
   if (heavy + recent == 0)
-    Fail(ErrorCode::kInvalidArgument, "h2o: a budget of 0 rows keeps nothing (context {})", shape.ctx);
+    Fail(ErrorCode::kInvalidArgument, "h2o: a budget of 0 rows keeps nothing (context {})", context.ctx);
   return std::make_unique<H2oSelector>(heavy, recent);
 }
 
@@ -80,7 +84,7 @@ extern const Method kH2oMethod{
     .summary = "heavy hitters by accumulated attention, and the most recent tokens, stay",
     .reference = "arXiv 2306.14048, 2402.09398",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.evicts = true}; },
+    .traits = [](const Arguments&) { return MethodTraits{.evicts = true, .is_rival = true}; },
     .validate = Validate,
     .make_selector = Make,
     .example = "h2o(5%)",

@@ -1,13 +1,15 @@
-// Which tokens leave. A selector is immutable and shared; what it must remember about rows (accumulated scores) lies in
+// Which tokens leave. A selector is immutable and shared; what it must remember about rows (accumulated votes) lies in
 // the cache's ledger and travels with the rows.
 //
-// After a step's attention a selector that asked for it sees the attention each row received, may update the rows'
-// scores, and names the rows that leave. Rows are indexed as in the step's attention: first the rows that were resident
-// before the step (in slot order, which after the first eviction is not the order of positions), then the step's own.
+// After a step's attention a layer is observed (rows get votes), then cut: the selector names the rows that leave. The
+// two are apart because a budgeter may want to see the votes of a whole layer, or of all layers, before it says how many
+// rows each head keeps. Rows are indexed as in the step's attention: first the rows that were resident before the step
+// (in slot order, which after the first eviction is not the order of positions), then the step's own.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -16,68 +18,101 @@
 
 namespace lesskv {
 
-// What a selector must see of a step. Whoever needs nothing pays nothing.
+// What must be seen of a step. Whoever needs nothing pays nothing.
 struct Observation {
   enum class Queries { kNone, kAll, kLast };
   Queries queries = Queries::kNone;
-  size_t last = 0;  // kLast: the last min(last, n) queries of the step
+  size_t last = 0;             // kLast: the last min(last, n) queries of the step
+  bool by_query_head = false;  // HeadRows::attention apart for each query head, not summed over the group
+  float decay = 1;             // query m of n weighs decay^(n - 1 - m)
+  bool keeps_queries = false;  // LayerRows::queries: the queries themselves
+
+  bool wanted() const { return queries != Queries::kNone; }
+  // Index of the first query of a step of n tokens that is observed; n when none is.
+  size_t First(size_t n) const {
+    return queries == Queries::kNone ? n : queries == Queries::kAll ? 0 : n - (last < n ? last : n);
+  }
 };
+
+// Votes on rows: none; made anew in each step by Observe; or kept and accumulated (a column of the ledger).
+enum class Votes { kNone, kStep, kKept };
 
 // One KV head's rows after a step's attention and before anything leaves.
 struct HeadRows {
-  size_t budget = 0;                    // rows that may stay
+  size_t budget = 0;                    // rows that may stay; not known yet in Observe where budgets are decided later
   std::span<const Position> positions;  // [n_rows]
-  std::span<float> scores;              // [n_rows], 0 for new rows; empty unless KeepsScores
-  // Column sums of the exact softmax over the observed queries and the group's heads, [n_rows]; empty unless observed.
-  std::span<const float> attention;
+  std::span<float> votes;               // [n_rows]; kKept: 0 for new rows; kStep: not initialised; empty for kNone
+  // Column sums of the exact softmax over the observed queries, [n_rows] summed over the group's heads, or
+  // [group, n_rows] by_query_head; empty unless observed. `measured` is the same as the budgeter asked for it.
+  std::span<const float> attention, measured;
 
   size_t n_rows() const { return positions.size(); }
   size_t n_leaving() const { return n_rows() > budget ? n_rows() - budget : 0; }
 };
 
 struct LayerRows {
-  size_t layer = 0;
+  size_t layer = 0;  // among the layers that the selector governs
   StepKind kind = StepKind::kDecode;
   size_t group = 1;               // query heads a KV head
   size_t tokens_seen = 0;         // this step included: positions are below it
   size_t n_step = 0;              // tokens of this step
   size_t n_observed_queries = 0;  // queries summed in HeadRows::attention
+  double need = 0;                // what the budgeter measured of this layer
   const ProtectedSet* protect = nullptr;  // tokens that always stay
-  std::span<HeadRows> heads;      // [n_kv_heads]
+  std::span<const float> queries;  // keeps_queries: [n_observed_queries, n_heads, head_dim], rotated, not scaled
+  std::span<HeadRows> heads;       // [n_kv_heads]
 };
 
 // Per KV head the rows that leave, ascending.
 using VictimLists = std::vector<std::vector<uint32_t>>;
 
+// How the rows of a KV head grow: what is true at the end of a step, before a budgeter divides the rows.
+struct Growth {
+  bool evicts = false;  // rows may leave
+  size_t rows = 0;      // where they do: rows that stay at most
+};
+
 class Selector {
  public:
   virtual ~Selector() = default;
 
-  // Whether tokens may leave at the end of a step of this kind.
-  virtual bool Evicts(StepKind kind) const = 0;
+  // The growth law: after a step of this kind, once `tokens_seen` tokens (the step included) have been seen.
+  virtual Growth After(StepKind kind, size_t tokens_seen) const = 0;
 
-  // Rows per KV head after a step (sinks and window included), before a budgeter changes it; 0 when nothing leaves.
-  virtual size_t Rows() const = 0;
-  // Rows among them that the selector itself always keeps (sinks, recent or observation window).
+  // Rows of a budget that the selector itself always keeps (sinks, recent or observation window).
   virtual size_t Window(size_t budget) const = 0;
-
   // First tokens that it always keeps (part of Window).
   virtual size_t Sinks() const { return 0; }
 
   virtual Observation Observes(StepKind) const { return {}; }
-  virtual bool KeepsScores() const { return false; }
-  // All heads of a layer keep the same rows in the same slots.
+  virtual Votes votes() const { return Votes::kNone; }
+  // All heads of a layer keep the same rows in the same slots: head 0 is observed and cut for all.
   virtual bool KeepsOneSetALayer() const { return false; }
   // Keys are read at consecutive positions inside the cache instead of their true ones.
   virtual bool UsesCachePositions() const { return false; }
 
-  // Chooses the rows of each KV head of a layer that leave; `victims` has n_kv_heads empty lists. Called after every
-  // step whose kind Evicts, also when no head is over its budget (scores are updated here). Exactly n_leaving() rows
-  // leave each head, never protected ones; ties: the lower position stays. The default asks ChooseHead, in parallel.
-  virtual void Choose(const LayerRows& layer, VictimLists& victims) const;
+  // Fills or updates the votes of one KV head. Called once a step whose growth evicts, also when no row must leave; in
+  // parallel for different heads.
+  virtual void Observe(const LayerRows&, size_t /*kv_head*/) const {}
 
- protected:
-  virtual void ChooseHead(const LayerRows& layer, const HeadRows& head, std::vector<uint32_t>& victims) const;
+  // Appends the rows of one KV head that leave: exactly n_leaving() of them, ascending, never protected ones; ties: the
+  // lower position stays. In parallel for different heads, after Observe.
+  virtual void Choose(const LayerRows& layer, size_t kv_head, std::vector<uint32_t>& victims) const = 0;
+
+  // Derived from the growth law.
+  bool EvictsIn(StepKind kind) const { return After(kind, 1).evicts; }
+  bool Evicts() const {
+    return EvictsIn(StepKind::kPrompt) || EvictsIn(StepKind::kStream) || EvictsIn(StepKind::kDecode);
+  }
+  // No head ever holds more rows than a number known from the start.
+  bool Bounded() const {
+    constexpr size_t kFar = size_t{1} << 40;
+    const size_t rows = After(StepKind::kDecode, kFar).rows;
+    for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})
+      for (const size_t seen : {size_t{1}, kFar})
+        if (const Growth growth = After(kind, seen); !growth.evicts || growth.rows != rows) return false;
+    return true;
+  }
 };
 
 }  // namespace lesskv

@@ -14,13 +14,9 @@ std::vector<int> Leaving(const char* spec, size_t ctx, size_t budget, const std:
                          std::vector<float>* scores = nullptr, size_t group = 1) {
   const CacheSpec parsed = CacheSpec::Parse(spec);
   const Method& method = *FindMethod(parsed.terms()[0].name);
-  const CacheShape shape{.n_layers = 1,
-                         .n_heads = group,
-                         .n_kv_heads = 1,
-                         .head_dim = 2,
-                         .ctx = ctx,
-                         .rope = RopeTable({.n_dims = 2, .frequency_factors = {}})};
-  const auto selector = method.make_selector(Arguments(method.parameters, parsed.terms()[0]), shape);
+  const SidecarSource no_sidecar;
+  const MethodContext context{{}, ctx, ComputeType::kF32, no_sidecar};
+  const auto selector = method.make_selector(Arguments(method.parameters, parsed.terms()[0]), context);
   std::vector<Position> at;
   for (int p : positions) at.push_back(Position(p));
   std::vector<float> kept(positions.size());
@@ -29,18 +25,19 @@ std::vector<int> Leaving(const char* spec, size_t ctx, size_t budget, const std:
   head.budget = budget;
   head.positions = at;
   head.attention = attention;
-  if (selector->KeepsScores()) head.scores = scores != nullptr ? *scores : kept;
+  head.votes = scores != nullptr ? *scores : kept;
   LayerRows layer;
   layer.kind = kind;
   layer.group = group;
   layer.tokens_seen = seen;
   layer.protect = &none;
   layer.heads = {&head, 1};
-  VictimLists victims(1);
-  selector->Choose(layer, victims);
-  EXPECT_TRUE(std::is_sorted(victims[0].begin(), victims[0].end()));
+  std::vector<uint32_t> victims;
+  selector->Observe(layer, 0);
+  selector->Choose(layer, 0, victims);
+  EXPECT_TRUE(std::is_sorted(victims.begin(), victims.end()));
   std::vector<int> left;
-  for (uint32_t r : victims[0]) left.push_back(positions[r]);
+  for (uint32_t r : victims) left.push_back(positions[r]);
   return left;
 }
 

@@ -9,7 +9,6 @@
 #include <limits>
 #include <numeric>
 
-#include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
 
@@ -21,32 +20,29 @@ class SnapkvSelector final : public Selector {
   SnapkvSelector(size_t rows, size_t window, size_t kernel, bool average)
       : rows_(rows), window_(window), kernel_(kernel), average_(average) {}
 
-  bool Evicts(StepKind kind) const override { return kind != StepKind::kDecode; }
-  size_t Rows() const override { return rows_; }
+  Growth After(StepKind kind, size_t) const override {
+    return kind == StepKind::kDecode ? Growth{} : Growth{true, rows_};
+  }
   size_t Window(size_t budget) const override { return std::min(window_, budget); }
   Observation Observes(StepKind kind) const override {
-    return Evicts(kind) ? Observation{Observation::Queries::kLast, window_} : Observation{};
+    if (kind == StepKind::kDecode) return {};
+    return {.queries = Observation::Queries::kLast, .last = window_};
   }
+  Votes votes() const override { return Votes::kStep; }
 
- protected:
-  void ChooseHead(const LayerRows& layer, const HeadRows& head, std::vector<uint32_t>& victims) const override {
-    if (head.n_leaving() == 0) return;
-    const auto window_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(Window(head.budget));
-    const std::vector<float> votes = PooledVotes(layer, head, window_from);
-    ChooseWorst(head, votes, {0, window_from}, *layer.protect, head.n_leaving(), victims);
-  }
-
- private:
   // Votes of the rows before the window, pooled along increasing position; 0 for the window's own rows.
-  std::vector<float> PooledVotes(const LayerRows& layer, const HeadRows& head, int32_t window_from) const {
-    const std::span<const float> sums = head.attention;
+  void Observe(const LayerRows& layer, size_t h) const override {
+    const HeadRows& head = layer.heads[h];
+    const auto window_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(window_);
     std::vector<uint32_t> order;
     for (uint32_t r = 0; r < head.n_rows(); ++r)
       if (ToInt(head.positions[r]) < window_from) order.push_back(r);
     const auto earlier = [&](uint32_t a, uint32_t b) { return ToInt(head.positions[a]) < ToInt(head.positions[b]); };
     if (!std::is_sorted(order.begin(), order.end(), earlier)) std::sort(order.begin(), order.end(), earlier);
 
-    std::vector<float> pooled(head.n_rows(), 0.0f);
+    const std::span<const float> sums = head.attention;
+    const std::span<float> pooled = head.votes;
+    std::fill(pooled.begin(), pooled.end(), 0.0f);
     const size_t half = kernel_ / 2;
     const float scale = 1.0f / static_cast<float>(layer.group);
     for (size_t i = 0; i < order.size(); ++i) {
@@ -58,9 +54,15 @@ class SnapkvSelector final : public Selector {
       }
       pooled[order[i]] = average_ ? sum / static_cast<float>(kernel_) : best;
     }
-    return pooled;
   }
 
+  void Choose(const LayerRows& layer, size_t h, std::vector<uint32_t>& victims) const override {
+    const HeadRows& head = layer.heads[h];
+    const auto window_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(Window(head.budget));
+    ChooseWorst(head, head.votes, {0, window_from}, *layer.protect, head.n_leaving(), victims);
+  }
+
+ private:
   size_t rows_, window_, kernel_;
   bool average_;
 };
@@ -71,12 +73,12 @@ void Validate(const Arguments& arguments) {
     Fail(ErrorCode::kInvalidArgument, "cache spec: snapkv's kernel must be odd, not {}", arguments.Count("kernel"));
 }
 
-std::unique_ptr<const Selector> Make(const Arguments& arguments, const CacheShape& shape) {
-  const size_t rows = arguments.Rows("rows", shape.ctx) + arguments.Count("extra");
+std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
+  const size_t rows = arguments.Rows("rows", context.ctx) + arguments.Count("extra");
   const size_t window = arguments.Has("window") ? arguments.Count("window") : std::min<size_t>(32, rows / 2);
   if (rows <= window)
     Fail(ErrorCode::kInvalidArgument, "snapkv: a capacity of {} rows must exceed its window of {} (context {})", rows,
-         window, shape.ctx);
+         window, context.ctx);
   return std::make_unique<SnapkvSelector>(rows, window, arguments.Count("kernel"), arguments.Text("pool") == "avg");
 }
 

@@ -4,8 +4,6 @@
 #include <algorithm>
 
 #include "kernels/basic/basic.h"
-#include "kernels/basic/basic.h"
-#include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
 
@@ -16,23 +14,25 @@ class TovaSelector final : public Selector {
  public:
   explicit TovaSelector(size_t rows) : rows_(rows) {}
 
-  bool Evicts(StepKind) const override { return true; }
+  Growth After(StepKind, size_t) const override { return {true, rows_}; }
   bool KeepsOneSetALayer() const override { return true; }
-  size_t Rows() const override { return rows_; }
   size_t Window(size_t) const override { return 0; }
-  Observation Observes(StepKind) const override { return {Observation::Queries::kLast, 1}; }
+  Observation Observes(StepKind) const override { return {.queries = Observation::Queries::kLast, .last = 1}; }
+  Votes votes() const override { return Votes::kStep; }
 
-  void Choose(const LayerRows& layer, VictimLists& victims) const override {
-    const HeadRows& first = layer.heads[0];
-    if (first.n_leaving() == 0) return;
-    // All heads hold the same rows in the same order, since they have always lost the same ones.
-    std::vector<float> mean(first.n_rows(), 0.0f);
+  // All heads hold the same rows in the same order, since they have always lost the same ones.
+  void Observe(const LayerRows& layer, size_t h) const override {
+    const std::span<float> sum = layer.heads[h].votes;
+    std::fill(sum.begin(), sum.end(), 0.0f);
     for (const HeadRows& head : layer.heads) {
-      CHECK(head.n_rows() == first.n_rows() && head.budget == first.budget);
-      Add(mean.data(), head.attention.data(), mean.size());
+      CHECK(head.n_rows() == sum.size());
+      Add(sum.data(), head.attention.data(), sum.size());
     }
-    ChooseWorst(first, mean, {}, *layer.protect, first.n_leaving(), victims[0]);
-    for (size_t h = 1; h < victims.size(); ++h) victims[h] = victims[0];
+  }
+
+  void Choose(const LayerRows& layer, size_t h, std::vector<uint32_t>& victims) const override {
+    const HeadRows& head = layer.heads[h];
+    ChooseWorst(head, head.votes, {}, *layer.protect, head.n_leaving(), victims);
   }
 
  private:
@@ -55,9 +55,9 @@ extern const Method kTovaMethod{
     .parameters = kParameters,
     .traits = [](const Arguments&) { return MethodTraits{.evicts = true}; },
     .validate = [](const Arguments& arguments) { RequireGiven(arguments, "tova", "rows", "tova(256) or tova(5%)"); },
-    .make_selector = [](const Arguments& arguments, const CacheShape& shape) -> std::unique_ptr<const Selector> {
-      const size_t rows = arguments.Rows("rows", shape.ctx) + arguments.Count("extra");
-      if (rows == 0) Fail(ErrorCode::kInvalidArgument, "tova: a budget of 0 rows keeps nothing (context {})", shape.ctx);
+    .make_selector = [](const Arguments& arguments, const MethodContext& context) -> std::unique_ptr<const Selector> {
+      const size_t rows = arguments.Rows("rows", context.ctx) + arguments.Count("extra");
+      if (rows == 0) Fail(ErrorCode::kInvalidArgument, "tova: a budget of 0 rows keeps nothing (context {})", context.ctx);
       return std::make_unique<TovaSelector>(rows);
     },
     .example = "tova(5%)",

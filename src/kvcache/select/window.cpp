@@ -4,9 +4,10 @@
 // positions=true: keys keep their true rotary positions (Λ-masking, LM-Infinite, arXiv 2308.16137, as LESS uses it).
 // positions=cache: keys are read at consecutive positions inside the cache (StreamingLLM, arXiv 2309.17453), so that the
 // largest position ever used is rows + step and text can run far beyond the trained context.
+#include "kvcache/select/window.h"
+
 #include <algorithm>
 
-#include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
 
@@ -18,16 +19,15 @@ class WindowSelector final : public Selector {
   WindowSelector(size_t rows, size_t sinks, bool cache_positions)
       : rows_(rows), sinks_(sinks), cache_positions_(cache_positions) {}
 
-  bool Evicts(StepKind) const override { return true; }
+  Growth After(StepKind, size_t) const override { return {true, rows_}; }
   bool KeepsOneSetALayer() const override { return true; }
-  size_t Rows() const override { return rows_; }
   // The sinks and the newest token; how far the window reaches beyond it is what protected tokens may shorten.
   size_t Window(size_t budget) const override { return std::min(sinks_ + 1, budget); }
   size_t Sinks() const override { return sinks_; }
   bool UsesCachePositions() const override { return cache_positions_; }
 
- protected:
-  void ChooseHead(const LayerRows& layer, const HeadRows& head, std::vector<uint32_t>& victims) const override {
+  void Choose(const LayerRows& layer, size_t h, std::vector<uint32_t>& victims) const override {
+    const HeadRows& head = layer.heads[h];
     const auto evictable = [&](uint32_t r) {
       return ToInt(head.positions[r]) >= static_cast<int32_t>(sinks_) && !layer.protect->Contains(head.positions[r]);
     };
@@ -62,6 +62,10 @@ constexpr Parameter kParameters[] = {
 
 }  // namespace
 
+std::unique_ptr<const Selector> MakeLocalSelector(size_t window) {
+  return std::make_unique<WindowSelector>(std::max<size_t>(window, 2) - 1, 0, false);
+}
+
 extern const Method kWindowMethod{
     .name = "window",
     .stage = Stage::kSelect,
@@ -70,15 +74,15 @@ extern const Method kWindowMethod{
     .parameters = kParameters,
     .traits =
         [](const Arguments& arguments) {
-          return MethodTraits{.renumbers_positions = arguments.Text("positions") == "cache", .evicts = true};
+          return MethodTraits{.renumbers_positions = arguments.Text("positions") == "cache", .evicts = true, .is_rival = true};
         },
     .validate = [](const Arguments& arguments) { RequireGiven(arguments, "window", "rows", "window(256) or window(5%)"); },
-    .make_selector = [](const Arguments& arguments, const CacheShape& shape) -> std::unique_ptr<const Selector> {
-      const size_t rows = arguments.Rows("rows", shape.ctx) + arguments.Count("extra");
+    .make_selector = [](const Arguments& arguments, const MethodContext& context) -> std::unique_ptr<const Selector> {
+      const size_t rows = arguments.Rows("rows", context.ctx) + arguments.Count("extra");
       const size_t sinks = arguments.Count("sinks");
       if (rows <= sinks)
         Fail(ErrorCode::kInvalidArgument, "window: {} rows do not hold {} sinks and a recent token (context {})", rows,
-             sinks, shape.ctx);
+             sinks, context.ctx);
       return std::make_unique<WindowSelector>(rows, sinks, arguments.Text("positions") == "cache");
     },
     .example = "window(5%)",

@@ -1,0 +1,55 @@
+// One step of an engine: checks, begins, runs the model, ends, hands out logits; and what becomes of items that fail on
+// the way. Used by engine.cpp only.
+#pragma once
+
+#include <exception>
+#include <vector>
+
+#include "engine/engine.h"
+
+namespace lesskv {
+
+class Engine::StepRun {
+ public:
+  StepRun(Engine& engine, const LogitsSink& sink, const StepControl& control)
+      : engine_(engine), sink_(sink), control_(control) {}
+
+  // `first_row` is added to the row numbers of the item's logits: what was fed before it in the same call.
+  void Add(const StepItem& item, size_t first_row = 0) { entries_.push_back({item, first_row}); }
+
+  // `done` and `share` of the whole call for the progress report: what was done before, how much this step is.
+  // Returns false when stopped. Throws what Engine::Step throws.
+  bool Run(double done = 0, double share = 1);
+
+  // Whether an item took part to the end.
+  bool finished(size_t i) const { return entries_[i].state == State::kFinished; }
+
+ private:
+  enum class State { kWaiting, kBegun, kFinished, kFailed };
+  struct Entry {
+    StepItem item;
+    size_t first_row = 0;
+    State state = State::kWaiting;
+    bool took_part = false;  // its rows are among the step's
+    size_t in_batch = 0;     // its number in the batch
+  };
+
+  void Check();
+  void CheckItem(const Entry& entry) const;
+  void BeginAll();
+  bool Forward(double done, double share);
+  void EndAll();
+  void EmitLogits();
+  void Fail(Entry& entry, std::exception_ptr why);
+  void Interrupt();
+  bool AfterLayer(size_t layers_done, double done, double share);
+  size_t CountRows() const;
+
+  Engine& engine_;
+  const LogitsSink& sink_;
+  const StepControl& control_;
+  std::vector<Entry> entries_;
+  std::exception_ptr first_failure_;  // where nobody wants to be told of each
+};
+
+}  // namespace lesskv

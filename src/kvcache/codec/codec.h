@@ -1,0 +1,42 @@
+// How resident tokens are stored. A codec is immutable and shared; it makes one store a sequence.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvcache/cache_shape.h"
+#include "kvcache/codec/kv_store.h"
+
+namespace lesskv {
+
+// What the cache must know of a codec before it combines it with other methods.
+struct CodecTraits {
+  // Rows leave only in groups of so many neighbours along the slots; 1: each by itself.
+  size_t group_rows = 1;
+  bool gives_full_keys = true;  // ReadRows gives keys with all their channels
+  bool rewrites_rows = true;    // a row can be changed after it was written (Fate::kMerge)
+  bool unrotated_keys = false;  // keys are kept unrotated whatever the selector wants, and rotated when read
+};
+
+// The layers that a store serves, and how.
+struct StoreShape {
+  std::vector<LayerShape> layers;
+  ComputeType compute = ComputeType::kF32;
+  bool unrotated_keys = false;  // keys come unrotated, and queries with read positions
+  bool grows = false;           // no bound on the rows of a head while decoding
+};
+
+class Codec {
+ public:
+  virtual ~Codec() = default;
+  virtual CodecTraits traits() const { return {}; }
+  virtual std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const = 0;
+
+  // The trained artefact it reads: its fingerprint (empty: none) and bytes, shared by all sequences.
+  virtual std::string artefact() const { return {}; }
+  virtual size_t ArtefactBytes() const { return 0; }
+};
+
+}  // namespace lesskv

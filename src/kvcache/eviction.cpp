@@ -1,0 +1,243 @@
+#include "kvcache/eviction.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "base/check.h"
+#include "base/threads.h"
+#include "kernels/basic/rope.h"
+
+namespace lesskv {
+namespace {
+
+// Evicted rows absorbed at a time, a head.
+constexpr size_t kAbsorbRows = 512;
+
+// Calls body(h) for the KV heads of a layer. One token a head is less work than waking a thread.
+template <typename Body>
+void ForHeads(const PolicyCache& cache, size_t layer, Body&& body) {
+  const size_t n = cache.policy.heads.n_heads(layer);
+  if (cache.step.n > 1) return ParallelFor(n, body);
+  for (size_t h = 0; h < n; ++h) body(h);
+}
+
+// Rows as the selector sees them, before anything is observed.
+void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
+  const LayerPolicy& policy = cache.policy;
+  const Votes votes = policy.selector->votes();
+  const size_t n_kv = policy.heads.n_heads(layer);
+  work.heads.assign(n_kv, {});
+  work.spills.resize(n_kv);
+  work.ledger_rows.resize(n_kv);
+  work.votes.resize(n_kv);
+  const bool observed = cache.SelectorObserves().wanted(), measured = cache.BudgeterMeasures().wanted();
+  for (size_t h = 0; h < n_kv; ++h) {
+    HeadRows& head = work.heads[h];
+    LedgerRows& rows = work.ledger_rows[h];
+    rows = cache.Ledger(layer, h).Gather(cache.step.seen, cache.step.n, votes == Votes::kKept, !cache.decides_budgets,
+                                         work.spills[h]);
+    head.budget = cache.budgets[policy.heads(layer, h)];
+    head.positions = rows.positions;
+    head.votes = rows.votes;
+    if (votes == Votes::kStep && (h == 0 || !policy.selector->KeepsOneSetALayer())) {
+      work.votes[h].resize(rows.positions.size());
+      head.votes = work.votes[h];
+    }
+    if (observed) head.attention = work.attention[h];
+    if (measured) head.measured = work.measured[h];
+  }
+  LayerRows& rows = work.rows;
+  rows = {};
+  rows.layer = layer;
+  rows.kind = cache.step.kind;
+  rows.group = policy.layers[layer].group();
+  rows.tokens_seen = cache.step.seen + cache.step.n;
+  rows.n_step = cache.step.n;
+  rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
+  rows.protect = &policy.protect;
+  rows.queries = work.queries;
+  rows.heads = work.heads;
+}
+
+// Calls body(h) for the heads that a selector decides on: one for all where the layer keeps one set.
+template <typename Body>
+void ForDecidingHeads(const PolicyCache& cache, size_t layer, Body&& body) {
+  if (cache.policy.selector->KeepsOneSetALayer()) return body(size_t{0});
+  const size_t n = cache.policy.heads.n_heads(layer);
+  ParallelFor(n, body);
+}
+
+void ClearVictims(const PolicyCache& cache, size_t layer, LayerStep& work) {
+  work.victims.resize(cache.policy.heads.n_heads(layer));
+  for (auto& list : work.victims) list.clear();
+}
+
+void ShareVictims(const PolicyCache& cache, LayerStep& work) {
+  if (!cache.policy.selector->KeepsOneSetALayer()) return;
+  for (size_t h = 1; h < work.victims.size(); ++h) {
+    CHECK(work.heads[h].budget == work.heads[0].budget, "heads of a layer that keeps one set have one budget");
+    work.victims[h] = work.victims[0];
+  }
+}
+
+std::vector<size_t> LayerBudgets(const PolicyCache& cache, size_t layer) {
+  std::vector<size_t> budgets;
+  for (size_t h = 0; h < cache.policy.heads.n_heads(layer); ++h)
+    budgets.push_back(cache.budgets[cache.policy.heads(layer, h)]);
+  return budgets;
+}
+
+// Takes budgets that a budgeter made over, after checking that it only divided what there was.
+void TakeBudgets(PolicyCache& cache, size_t layer, LayerStep& work, std::span<const size_t> budgets) {
+  cache.SetBudgets(layer, budgets);
+  for (size_t h = 0; h < budgets.size(); ++h) work.heads[h].budget = budgets[h];
+}
+
+void CheckSum(const std::vector<size_t>& before, const std::vector<size_t>& after) {
+  const size_t was = std::accumulate(before.begin(), before.end(), size_t{0});
+  const size_t is = std::accumulate(after.begin(), after.end(), size_t{0});
+  CHECK(was == is, "a budgeter made {} rows of {}", is, was);
+}
+
+void Choose(PolicyCache& cache, size_t layer, LayerStep& work) {
+  ClearVictims(cache, layer, work);
+  ForDecidingHeads(cache, layer, [&](size_t h) {
+    if (work.heads[h].n_leaving() > 0) cache.policy.selector->Choose(work.rows, h, work.victims[h]);
+  });
+  ShareVictims(cache, work);
+}
+
+// What the selector let go becomes departures, with the fate that the residual gives them.
+void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
+  const Residual* residual = cache.policy.residual.get();
+  const Fate usual = cache.StateFloats() > 0 ? Fate::kAbsorb : Fate::kDrop;
+  work.departures.resize(work.victims.size());
+  for (size_t h = 0; h < work.victims.size(); ++h) {
+    const HeadRows& head = work.heads[h];
+    CHECK(work.victims[h].size() == head.n_leaving(), "{} rows leave where {} must", work.victims[h].size(),
+          head.n_leaving());
+    work.departures[h].clear();
+    for (const uint32_t row : work.victims[h]) work.departures[h].push_back({row, usual});
+  }
+  if (residual != nullptr)
+    ForHeads(cache, layer, [&](size_t h) { residual->Decide(work.rows, h, work.departures[h]); });
+  for (const auto& list : work.departures)
+    for (const Departure& departure : list) ++cache.departed[static_cast<size_t>(departure.fate)];
+}
+
+// Rows of one head that are absorbed, read and rotated to their true positions.
+struct Absorbed {
+  std::vector<uint32_t> rows;
+  std::vector<float> keys, values;
+
+  void Read(const PolicyCache& cache, size_t layer, size_t h, const LayerStep& work, size_t first) {
+    const LayerShape& shape = cache.policy.layers[layer];
+    const auto some = std::span(rows).subspan(first, std::min(kAbsorbRows, rows.size() - first));
+    keys.resize(some.size() * shape.head_dim);
+    values.resize(some.size() * shape.head_dim);
+    cache.store->ReadRows(layer, h, some, keys.data(), values.data());
+    if (!cache.policy.unrotated_keys()) return;
+    std::vector<int32_t> positions;
+    for (const uint32_t row : some) positions.push_back(ToInt(work.heads[h].positions[row]));
+    RotateRows(*shape.rope, keys.data(), some.size(), shape.head_dim, 1, shape.head_dim, positions.data());
+  }
+};
+
+void Absorb(PolicyCache& cache, size_t layer, const LayerStep& work) {
+  const size_t n_kv = work.departures.size();
+  std::vector<Absorbed> heads(n_kv);
+  size_t most = 0;
+  for (size_t h = 0; h < n_kv; ++h) {
+    for (const Departure& departure : work.departures[h])
+      if (departure.fate == Fate::kAbsorb) heads[h].rows.push_back(departure.row);
+    most = std::max(most, heads[h].rows.size());
+  }
+  for (size_t first = 0; first < most; first += kAbsorbRows) {
+    std::vector<EvictedRows> evicted(n_kv);
+    ParallelFor(n_kv, [&](size_t h) {
+      Absorbed& own = heads[h];
+      if (first >= own.rows.size()) return;
+      own.Read(cache, layer, h, work, first);
+      evicted[h] = {h, std::min(kAbsorbRows, own.rows.size() - first), own.keys.data(), own.values.data(),
+                    cache.State(cache.policy.heads(layer, h))};
+    });
+    std::erase_if(evicted, [](const EvictedRows& rows) { return rows.n_rows == 0; });
+    cache.policy.residual->Absorb(layer, evicted);
+    cache.has_absorbed[layer] = 1;
+  }
+}
+
+// Cuts a layer whose rows were observed and whose victims are named, and closes its step.
+void Close(PolicyCache& cache, size_t layer, LayerStep& work) {
+  Decide(cache, layer, work);
+  if (cache.StateFloats() > 0) Absorb(cache, layer, work);
+  ForHeads(cache, layer, [&](size_t h) {
+    const SlotMap map = cache.store->Close(layer, h, work.departures[h]);
+    cache.Ledger(layer, h).Apply(map, work.ledger_rows[h]);
+  });
+}
+
+void CloseWhole(PolicyCache& cache, size_t layer) {
+  ForHeads(cache, layer, [&](size_t h) {
+    cache.store->Close(layer, h, {});
+    if (cache.tracks()) cache.Ledger(layer, h).AppendNew(cache.step.seen, cache.step.n);
+  });
+}
+
+}  // namespace
+
+void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
+  if (!cache.evicts) return CloseWhole(cache, layer);
+  const Selector& selector = *cache.policy.selector;
+  GatherRows(cache, layer, work);
+  if (!cache.decides_budgets) {  // the usual case: observed and cut in one go
+    ClearVictims(cache, layer, work);
+    ForDecidingHeads(cache, layer, [&](size_t h) {
+      selector.Observe(work.rows, h);
+      if (work.heads[h].n_leaving() > 0) selector.Choose(work.rows, h, work.victims[h]);
+    });
+    ShareVictims(cache, work);
+    return Close(cache, layer, work);
+  }
+  ForDecidingHeads(cache, layer, [&](size_t h) { selector.Observe(work.rows, h); });
+  if (cache.BudgeterMeasures().wanted()) work.rows.need = cache.policy.budgeter->Need(work.rows);
+  if (cache.defers) {
+    work.measured.clear();  // only what they came to is kept
+    work.attention.clear();
+    for (HeadRows& head : work.heads) head.measured = head.attention = {};
+    cache.deferred[layer] = std::make_unique<LayerStep>(std::exchange(work, {}));
+    LayerStep& kept = *cache.deferred[layer];
+    kept.rows.heads = kept.heads;
+    kept.counted = CountedBytes(cache.counter, kept.Bytes());
+    return;
+  }
+  const std::vector<size_t> before = LayerBudgets(cache, layer);
+  std::vector<size_t> budgets = before;
+  cache.policy.budgeter->AllocateLayer(work.rows, budgets);
+  CheckSum(before, budgets);
+  TakeBudgets(cache, layer, work, budgets);
+  Choose(cache, layer, work);
+  Close(cache, layer, work);
+}
+
+void CutDeferred(PolicyCache& cache) {
+  const LayerPolicy& policy = cache.policy;
+  std::vector<LayerRows> layers;
+  for (const auto& work : cache.deferred) layers.push_back(work->rows);
+  std::vector<size_t> budgets = cache.budgets;
+  policy.budgeter->AllocateModel(policy.Request(policy.selector->After(cache.step.kind, cache.step.seen + cache.step.n).rows,
+                                                cache.step.seen + cache.step.n),
+                                 layers, budgets);
+  CheckSum(cache.budgets, budgets);
+  for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
+    LayerStep& work = *cache.deferred[layer];
+    const std::span<const size_t> own(&budgets[policy.heads(layer, 0)], policy.heads.n_heads(layer));
+    TakeBudgets(cache, layer, work, own);
+    Choose(cache, layer, work);
+    Close(cache, layer, work);
+    cache.deferred[layer].reset();
+  }
+}
+
+}  // namespace lesskv

@@ -1,0 +1,15 @@
+// After a layer's attention: observe, allocate, choose, absorb, close. Internal to this folder.
+#pragma once
+
+#include "kvcache/policy_cache.h"
+
+namespace lesskv {
+
+// Observes a layer and, unless all layers wait for the model's budgets, cuts and closes it. `work` holds what was
+// observed; a deferred layer takes it over.
+void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work);
+
+// At the end of a step that deferred: budgets over the whole model, then each layer is cut and closed.
+void CutDeferred(PolicyCache& cache);
+
+}  // namespace lesskv

@@ -1,0 +1,149 @@
+#include "kvcache/policy_cache.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "kvcache/eviction.h"
+
+namespace lesskv {
+
+size_t LayerStep::Bytes() const {
+  size_t bytes = queries.size() * sizeof(float);
+  for (const std::vector<float>& floats : votes) bytes += floats.size() * sizeof(float);
+  for (const LedgerSpill& spill : spills)
+    bytes += spill.positions.size() * sizeof(Position) + spill.votes.size() * sizeof(float);
+  return bytes;
+}
+
+PolicyCache::PolicyCache(const LayerPolicy& of, ByteCounter& count)
+    : policy(of),
+      counter(count),
+      store(of.codec->MakeStore(count, of.store_shape())),
+      ledgers(of.heads.size()),
+      has_absorbed(of.layers.size()),
+      tracks_(of.selector->Evicts()),
+      bounded_(of.selector->Bounded()) {}
+
+std::unique_ptr<PolicyCache> PolicyCache::Clone(ByteCounter& into) const {
+  auto copy = std::make_unique<PolicyCache>(policy, into);
+  copy->store = store->Clone(into);
+  for (size_t i = 0; i < ledgers.size(); ++i) copy->ledgers[i] = ledgers[i].Clone(into);
+  copy->states = states.Clone(into);
+  copy->has_absorbed = has_absorbed;
+  copy->budgets = budgets;
+  copy->budget_rows_ = budget_rows_;
+  copy->departed = departed;
+  return copy;
+}
+
+size_t PolicyCache::Rows() const {
+  size_t rows = 0;
+  for (size_t l = 0; l < policy.layers.size(); ++l)
+    for (size_t h = 0; h < policy.heads.n_heads(l); ++h) rows += store->n_rows(l, h);
+  return rows;
+}
+
+bool PolicyCache::ReadsState(size_t layer) const {
+  if (StateFloats() == 0) return false;
+  return has_absorbed[layer] || (policy.residual->ReadsEmptyState() && step.kind != StepKind::kPrompt && step.seen > 0);
+}
+
+void PolicyCache::Begin(const StepInfo& info) {
+  const bool is_prompt = info.kind == StepKind::kPrompt;
+  const Growth growth = policy.selector->After(info.kind, info.seen + info.n);
+  std::vector<size_t> new_budgets = budgets;
+  if (growth.evicts && (is_prompt || budgets.empty() || growth.rows != budget_rows_))
+    new_budgets = policy.Budgets(growth.rows, is_prompt ? info.seen + info.n : policy.ctx);
+  const AllocationScope scope = policy.budgeter->scope();
+  const bool later = growth.evicts && is_prompt && scope != AllocationScope::kGiven;
+  step = info;
+  store->Reserve({info.n, growth.evicts, is_prompt, later && scope == AllocationScope::kModel, new_budgets, later});
+  evicts = growth.evicts;
+  decides_budgets = later;
+  defers = later && scope == AllocationScope::kModel;
+  try {
+    ReserveLedgers(new_budgets, !later);
+    if (StateFloats() > 0 && states.size() == 0)
+      states = CountedBuffer(counter, policy.heads.size() * StateFloats() * sizeof(float));
+    deferred.clear();
+    if (defers) deferred.resize(policy.layers.size());
+  } catch (...) {
+    TakeBackRoom(budgets);
+    throw;
+  }
+  if (growth.evicts) budget_rows_ = growth.rows;
+  previous_budgets_ = std::exchange(budgets, std::move(new_budgets));
+}
+
+void PolicyCache::ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known) {
+  if (!tracks_) return;
+  for (size_t i = 0; i < ledgers.size(); ++i) {
+    const size_t held = ledgers[i].n_rows, all = held + step.n;
+    size_t rows = all;
+    if (evicts) rows = budgets_known ? std::max(held, std::min(all, new_budgets[i])) : held;
+    ledgers[i].Reserve(counter, rows, bounded_ && budgets_known ? new_budgets[i] : 0,
+                       policy.selector->votes() == Votes::kKept);
+  }
+}
+
+// Budgets that were decided during the step.
+void PolicyCache::SetBudgets(size_t layer, std::span<const size_t> of_layer) {
+  store->SetBudgets(layer, of_layer);
+  for (size_t h = 0; h < of_layer.size(); ++h) {
+    const size_t i = policy.heads(layer, h);
+    budgets[i] = of_layer[h];
+    const size_t held = ledgers[i].n_rows;
+    ledgers[i].Reserve(counter, std::max(held, std::min(held + step.n, budgets[i])), bounded_ ? budgets[i] : 0,
+                       policy.selector->votes() == Votes::kKept);
+  }
+}
+
+// Frees what Begin reserved; `old_budgets` are those of the step before.
+void PolicyCache::TakeBackRoom(const std::vector<size_t>& old_budgets) {
+  store->CancelStep();
+  const bool fixed = bounded_ && !old_budgets.empty();
+  for (size_t i = 0; i < ledgers.size(); ++i)
+    ledgers[i].Shrink(counter, fixed ? old_budgets[i] : 0, policy.selector->votes() == Votes::kKept);
+  if (step.seen == 0) states = CountedBuffer();
+}
+
+void PolicyCache::Cancel() {
+  budgets = std::move(previous_budgets_);
+  TakeBackRoom(budgets);
+}
+
+void PolicyCache::End() {
+  if (defers) CutDeferred(*this);
+  store->EndStep();
+  deferred.clear();
+}
+
+void PolicyCache::CountStep(const StepInfo& info) {
+  CHECK(counter.only_counts);
+  Begin(info);
+  CountedBytes waiting;
+  if (defers) {
+    size_t rows = 0;
+    for (const HeadLedger& ledger : ledgers) rows += ledger.n_rows + info.n;
+    const bool votes = policy.selector->votes() != Votes::kNone;
+    waiting = CountedBytes(counter, rows * (sizeof(Position) + (votes ? sizeof(float) : 0)));
+  }
+  std::vector<Departure> leaving;
+  for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
+    if (decides_budgets) SetBudgets(layer, std::vector<size_t>(budgets.begin() + static_cast<ptrdiff_t>(policy.heads(layer, 0)),
+                                                               budgets.begin() + static_cast<ptrdiff_t>(policy.heads(layer + 1, 0))));
+    for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) {
+      HeadLedger& ledger = Ledger(layer, h);
+      const size_t all = store->n_rows(layer, h) + info.n;
+      leaving.clear();
+      for (size_t row = evicts ? budgets[policy.heads(layer, h)] : all; row < all; ++row)
+        leaving.push_back({static_cast<uint32_t>(row), Fate::kDrop});
+      const SlotMap map = store->Close(layer, h, leaving);
+      if (tracks_) ledger.n_rows = map.n_rows;
+    }
+  }
+  store->EndStep();
+}
+
+}  // namespace lesskv

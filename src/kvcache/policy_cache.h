@@ -1,0 +1,97 @@
+// One sequence's state of the layers of one policy: rows, who is where, residual states, budgets. What happens to it in
+// a step is written apart: cache_batch.cpp attends, eviction.cpp observes, cuts and closes, cache_state.cpp saves.
+// Internal to this folder.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kvcache/cache_config.h"
+#include "kvcache/ledger.h"
+
+namespace lesskv {
+
+// A step in progress.
+struct StepInfo {
+  size_t n = 0;     // its tokens
+  size_t seen = 0;  // tokens before it
+  StepKind kind = StepKind::kDecode;
+};
+
+// What is known of one layer of one sequence between its attention and its close. Work memory, used again for the next
+// layer; where layers wait for the model's budgets, one a layer.
+struct LayerStep {
+  std::vector<std::vector<int32_t>> read_positions;  // a KV head, or one for all; empty where keys are stored rotated
+  std::vector<const int32_t*> read_pointers;         // a KV head
+  std::vector<std::vector<float>> attention, measured;  // a KV head: what selector and budgeter observe
+  std::vector<float> queries;                           // Observation::keeps_queries
+  std::vector<std::vector<float>> votes;                // a KV head: Votes::kStep
+  std::vector<LedgerSpill> spills;                      // a KV head
+  std::vector<LedgerRows> ledger_rows;                  // a KV head
+  std::vector<HeadRows> heads;
+  LayerRows rows;
+  VictimLists victims;
+  std::vector<std::vector<Departure>> departures;  // a KV head
+  CountedBytes counted;                            // of a layer that waits
+
+  size_t Bytes() const;  // of votes, positions and queries
+};
+
+class PolicyCache {
+ public:
+  PolicyCache(const LayerPolicy& policy, ByteCounter& counter);
+  std::unique_ptr<PolicyCache> Clone(ByteCounter& counter) const;
+
+  // Reserves what the step can need in every layer; throws Error and changes nothing if it cannot be had.
+  void Begin(const StepInfo& info);
+  // Takes back a Begin before anything was appended.
+  void Cancel();
+  // After all layers of the step were closed. Deferred layers are cut here.
+  void End();
+
+  // Whether positions of rows are kept: where a token can leave at all.
+  bool tracks() const { return tracks_; }
+  size_t StateFloats() const { return policy.residual == nullptr ? 0 : policy.residual->StateFloats(); }
+  float* State(size_t head) { return states.As<float>().data() + head * StateFloats(); }
+  HeadLedger& Ledger(size_t layer, size_t kv_head) { return ledgers[policy.heads(layer, kv_head)]; }
+  const HeadLedger& Ledger(size_t layer, size_t kv_head) const { return ledgers[policy.heads(layer, kv_head)]; }
+  size_t Rows() const;  // of all heads
+  // What the selector, and the budgeter, observe of the step in progress.
+  Observation SelectorObserves() const { return evicts ? policy.selector->Observes(step.kind) : Observation{}; }
+  Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
+  bool ReadsState(size_t layer) const;
+  void SetBudgets(size_t layer, std::span<const size_t> of_layer);
+  // A step of a plan, which has no text and no memory: allocates and frees what a real one does; as many rows leave as
+  // must.
+  void CountStep(const StepInfo& info);
+
+  const LayerPolicy& policy;
+  ByteCounter& counter;
+  std::unique_ptr<KvStore> store;
+  std::vector<HeadLedger> ledgers;    // [heads]
+  CountedBuffer states;               // residual states, float [heads, StateFloats()]
+  std::vector<uint8_t> has_absorbed;  // a layer: some state is not empty
+  std::vector<size_t> budgets;        // [heads]; empty until a step evicts
+  std::array<uint64_t, kFates> departed = {};  // rows that left, by fate
+
+  // The step in progress.
+  StepInfo step;
+  bool evicts = false;
+  bool decides_budgets = false;  // during the step
+  bool defers = false;           // at its end, for all layers
+  std::vector<std::unique_ptr<LayerStep>> deferred;  // [n_layers]
+
+ private:
+  void ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known);
+  void TakeBackRoom(const std::vector<size_t>& old_budgets);
+
+  bool tracks_ = false;
+  bool bounded_ = false;
+  size_t budget_rows_ = 0;  // the growth law's rows that budgets divide
+  std::vector<size_t> previous_budgets_;
+};
+
+}  // namespace lesskv

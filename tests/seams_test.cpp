@@ -1,0 +1,253 @@
+// What the cache offers to methods, shown by methods from outside the library (test_methods.cpp, example_method.h), and
+// models whose layers differ.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "base/error.h"
+#include "cache_harness.h"
+#include "kvcache/registry.h"
+#include "test_methods.h"
+
+namespace lesskv {
+namespace {
+
+using namespace testing_support;  // NOLINT
+
+constexpr TinyShape kShape{3, 4, 2, 10};
+
+class Seams : public testing::Test {
+ protected:
+  static void SetUpTestSuite() { RegisterTestMethods(); }
+
+  std::shared_ptr<const CacheConfig> Config(const std::string& spec, std::vector<ProtectedSpan> protect = {}) {
+    return MakeConfig(spec, kShape, sidecar_, std::move(protect));
+  }
+  // All outputs of the usual life, one after the other.
+  static std::vector<float> Run(SequenceCache& cache, const Text& text, size_t first = 0) {
+    std::vector<float> all;
+    for (const LifeStep& step : UsualLife()) {
+      for (const auto& layer : Live(cache, text, first, step)) all.insert(all.end(), layer.begin(), layer.end());
+      first += step.n;
+    }
+    return all;
+  }
+
+  TempSidecar sidecar_{kShape};
+  Text text_ = RandomText(kShape, 120, 3);
+};
+
+// A store of its own layout (keys unrotated, rows in the order of the text, keys and values cut apart) gives what rows
+// of the library give, under every kind of selector, budget and residual.
+TEST_F(Seams, AStoreOfAnotherLayoutAnswersAsRows) {
+  for (const std::string spec : {"full", "h2o(12)", "tova(10)", "snapkv(14, window=4)", "window(12, sinks=2)",
+                                 "window(12, sinks=2, positions=cache)", "h2o(12)+less", "h2o(12)+pyramid+less",
+                                 "h2o(12)+prefill(chunk=7)", "window(12)+less+prefill(chunk=5)", "sample(12)"})
+    for (const std::string codec : {"plain", "plain(rotated=true)"}) {
+      SCOPED_TRACE(spec + "+" + codec);
+      SequenceCache rows(Config(spec + "+f32")), plain(Config(spec + "+" + codec));
+      EXPECT_LT(RelativeError(Run(plain, text_), Run(rows, text_)), 2e-5);
+      EXPECT_EQ(AllResident(plain, kShape), AllResident(rows, kShape));
+      const auto copy = plain.Clone();
+      SequenceCache restored(Config(spec + "+" + codec));
+      const auto bytes = plain.Serialize();
+      restored.Restore(bytes.data(), bytes.size());
+      const std::vector<float> next = Feed(plain, text_, 96, 5, StepKind::kDecode)[1];
+      EXPECT_EQ(Feed(*copy, text_, 96, 5, StepKind::kDecode)[1], next);
+      EXPECT_EQ(Feed(restored, text_, 96, 5, StepKind::kDecode)[1], next);
+    }
+}
+
+// Doubling is exact, so the wrapper changes no bit.
+TEST_F(Seams, ATermWrapsTheCodec) {
+  for (const std::string spec : {"h2o(12)+f32", "full", "h2o(12)+less+bf16"}) {
+    SequenceCache bare(Config(spec)), wrapped(Config(spec + "+scaled"));
+    EXPECT_EQ(Run(wrapped, text_), Run(bare, text_)) << spec;
+  }
+  EXPECT_EQ(CacheSpec::Parse("scaled+f32+h2o(12)").ToString(), "h2o(12)+f32+scaled");
+  EXPECT_THROW(CacheSpec::Parse("h2o(12)+average+scaled"), Error);
+}
+
+size_t TotalRows(const SequenceCache& cache) {
+  size_t n = 0;
+  for (const auto& head : AllResident(cache, kShape)) n += head.size();
+  return n;
+}
+
+// Budgets of a layer, and of the model, that are known only when the prompt has been attended.
+TEST_F(Seams, BudgetsAreDecidedLate) {
+  for (const std::string budget : {"by_vote", "by_need"})
+    for (const std::string spec : {"h2o(16)+f32", "snapkv(16, window=4)+less+f32", "h2o(16)+plain"}) {
+      SCOPED_TRACE(spec + "+" + budget);
+      SequenceCache late(Config(spec + "+" + budget)), uniform(Config(spec));
+      const Outputs prompt = Feed(late, text_, 0, 45, StepKind::kPrompt);
+      EXPECT_EQ(prompt, Feed(uniform, text_, 0, 45, StepKind::kPrompt));  // a prompt is attended in full
+      EXPECT_EQ(TotalRows(late), 16 * kShape.n_layers * kShape.n_kv_heads);
+      const auto held = AllResident(late, kShape);
+      const auto [least, most] = std::minmax_element(held.begin(), held.end(), [](auto& a, auto& b) { return a.size() < b.size(); });
+      EXPECT_LT(least->size(), 16u);
+      EXPECT_GT(most->size(), 16u);
+      const CacheStats stats = late.Stats();
+      EXPECT_EQ(stats.tokens_resident + stats.tokens_dropped + stats.tokens_absorbed, 45);
+      // All layers waited in full where the whole model decides; that is in the peak.
+      if (budget == "by_need" && spec.find("plain") == std::string::npos) {
+        EXPECT_GT(stats.kv_bytes_peak, kShape.n_layers * kShape.n_kv_heads * 45 * 2 * kShape.head_dim * sizeof(float));
+      }
+      for (size_t i = 45; i < 60; ++i) Feed(late, text_, i, 1, StepKind::kDecode);
+      if (spec.find("snapkv") == std::string::npos) {
+        EXPECT_EQ(TotalRows(late), 16 * kShape.n_layers * kShape.n_kv_heads);
+      }
+      const auto bytes = late.Serialize();
+      SequenceCache restored(Config(spec + "+" + budget));
+      restored.Restore(bytes.data(), bytes.size());
+      const auto copy = late.Clone();
+      const Outputs next = Feed(late, text_, 60, 30, StepKind::kPrompt);
+      EXPECT_EQ(Feed(restored, text_, 60, 30, StepKind::kPrompt), next);
+      EXPECT_EQ(Feed(*copy, text_, 60, 30, StepKind::kPrompt), next);
+      EXPECT_EQ(AllResident(*copy, kShape), AllResident(late, kShape));
+      EXPECT_EQ(restored.Stats().kv_bytes, late.Stats().kv_bytes);
+    }
+  EXPECT_THROW(CacheSpec::Parse("h2o(16)+by_need+prefill(chunk=8)"), Error);
+}
+
+// By hand: with keys of zero a query's output is the mean of the values it sees.
+TEST_F(Seams, RowsAreMergedIntoRowsThatStay) {
+  for (const std::string codec : {"f32", "plain", "plain(rotated=true)"}) {
+    Text text = text_;
+    for (auto& k : text.k) std::fill(k.begin(), k.end(), 0.0f);
+    for (auto& v : text.v)
+      for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(i / (kShape.n_kv_heads * kShape.head_dim));
+    SequenceCache cache(Config("window(3, sinks=1)+average+" + codec));
+    const auto out = [&](size_t t) { return Feed(cache, text, t, 1, StepKind::kDecode)[2][7]; };
+    EXPECT_FLOAT_EQ(out(0), 0);
+    EXPECT_FLOAT_EQ(out(1), 0.5f);
+    EXPECT_FLOAT_EQ(out(2), 1);
+    EXPECT_FLOAT_EQ(out(3), 6 / 4.0f);             // then token 1 leaves: row 0 becomes (0 + 1) / 2
+    EXPECT_FLOAT_EQ(out(4), (0.5f + 2 + 3 + 4) / 4);  // then token 2: (0.5 + 2) / 2
+    EXPECT_FLOAT_EQ(out(5), (1.25f + 3 + 4 + 5) / 4);
+    const CacheStats stats = cache.Stats();
+    EXPECT_EQ(stats.tokens_merged, 3);
+    EXPECT_EQ(stats.tokens_resident + stats.tokens_merged + stats.tokens_dropped, 6);
+  }
+}
+
+// The method of docs/kv-cache.md keeps what every method keeps.
+TEST_F(Seams, AMethodFromOutsideIsAMethod) {
+  EXPECT_EQ(CacheSpec::Parse("less+sample(5%, recent=4)").ToString(), "sample(5%)+less");
+  EXPECT_THROW(CacheSpec::Parse("sample"), Error);
+  const auto config = Config("sample(12)+less+f32+pyramid(2)", {{5, 7}});
+  SequenceCache cache(config);
+  Run(cache, text_);
+  for (const auto& held : AllResident(cache, kShape)) {
+    EXPECT_TRUE(std::binary_search(held.begin(), held.end(), 5));
+    EXPECT_TRUE(std::binary_search(held.begin(), held.end(), 6));
+    EXPECT_TRUE(std::binary_search(held.begin(), held.end(), 94));
+  }
+  EXPECT_EQ(TotalRows(cache), 12 * kShape.n_layers * kShape.n_kv_heads);
+  EXPECT_EQ(config->Plan(45, 20).bytes_end > 0, true);
+}
+
+// Exact attention of a layer in double, a query seeing the last `window` tokens (0: all before it).
+std::vector<double> Exact(const LayerShape& shape, const Text& text, size_t layer, size_t query, size_t window) {
+  const size_t d = shape.head_dim;
+  std::vector<float> q(text.q[layer].begin() + static_cast<ptrdiff_t>(query * shape.q_dim()),
+                       text.q[layer].begin() + static_cast<ptrdiff_t>((query + 1) * shape.q_dim()));
+  const int32_t at = static_cast<int32_t>(query);
+  RotateRows(*shape.rope, q.data(), 1, shape.q_dim(), shape.n_heads, d, &at);
+  std::vector<double> out(shape.q_dim());
+  const size_t first = window == 0 || query + 1 < window ? 0 : query + 1 - window;
+  for (size_t head = 0; head < shape.n_heads; ++head) {
+    const size_t h = head / shape.group();
+    std::vector<double> p;
+    for (size_t j = first; j <= query; ++j) {
+      std::vector<float> k(&text.k[layer][(j * shape.n_kv_heads + h) * d], &text.k[layer][(j * shape.n_kv_heads + h) * d] + d);
+      const int32_t position = static_cast<int32_t>(j);
+      RotateRows(*shape.rope, k.data(), 1, d, 1, d, &position);
+      double score = 0;
+      for (size_t c = 0; c < d; ++c) score += double(q[head * d + c]) * k[c];
+      p.push_back(std::exp(score * shape.scale));
+    }
+    const double sum = std::accumulate(p.begin(), p.end(), 0.0);
+    for (size_t j = first; j <= query; ++j)
+      for (size_t c = 0; c < d; ++c)
+        out[head * d + c] += p[j - first] / sum * text.v[layer][(j * shape.n_kv_heads + h) * d + c];
+  }
+  return out;
+}
+
+// Layers 0 and 2 are local with a rope of their own; layer 1 is global.
+CacheShape MixedShape(size_t window) {
+  CacheShape shape = MakeCacheShape(kShape);
+  const auto rope = std::make_shared<RopeTable>(RopeConfig{.n_dims = 10, .base = 7.0, .frequency_factors = {}});
+  for (const size_t local : {size_t{0}, size_t{2}}) {
+    shape.layers[local].window = window;
+    shape.layers[local].rope = rope;
+    shape.layers[local].scale = 0.2f;
+  }
+  return shape;
+}
+
+TEST_F(Seams, LocalLayersSeeTheirWindowAndKeepNoMore) {
+  for (const size_t window : {1, 2, 9, 50})
+    for (const std::string spec : {"full+f32", "h2o(200)+f32", "full+f32+prefill(chunk=7)", "full+plain"}) {
+      SCOPED_TRACE(testing::Message() << spec << ", window " << window);
+      const CacheShape shape = MixedShape(window);
+      SequenceCache cache(CacheConfig::Create(CacheSpec::Parse(spec), shape));
+      size_t seen = 0;
+      for (const LifeStep& step : UsualLife()) {
+        const Outputs out = Live(cache, text_, seen, step);
+        for (size_t layer = 0; layer < 3; ++layer)
+          for (size_t i = 0; i < step.n; ++i) {
+            const std::vector<double> want = Exact(shape.layers[layer], text_, layer, seen + i, shape.layers[layer].window);
+            for (size_t c = 0; c < want.size(); ++c)
+              ASSERT_NEAR(out[layer][i * want.size() + c], want[c], 2e-5) << "layer " << layer << ", token " << seen + i;
+          }
+        seen += step.n;
+        for (size_t h = 0; h < kShape.n_kv_heads; ++h) {
+          EXPECT_EQ(Resident(cache, 1, h).size(), seen);
+          EXPECT_EQ(Resident(cache, 2, h).size(), std::min(seen, std::max<size_t>(window, 2) - 1));
+        }
+        EXPECT_EQ(cache.Stats().tokens_resident, static_cast<double>(seen));  // local layers are not in it
+      }
+    }
+}
+
+// What a spec says is about the global layers: there nothing changes when local ones stand beside them.
+TEST_F(Seams, LocalLayersAreExemptFromTheSpec) {
+  const CacheShape mixed = MixedShape(9);
+  CacheShape global = mixed;
+  global.layers = {mixed.layers[1]};
+  TinyShape one = kShape;
+  one.n_layers = 1;
+  const TempSidecar maps(one);
+  Text alone = text_;
+  for (auto* x : {&alone.q, &alone.k, &alone.v}) *x = {(*x)[1]};
+  for (const std::string spec : {"h2o(12)+less", "tova(12)+pyramid", "snapkv(14, window=4)", "window(12)+prefill(chunk=7)"}) {
+    SCOPED_TRACE(spec);
+    const auto config = CacheConfig::Create(CacheSpec::Parse(spec), mixed, {}, maps.source());
+    SequenceCache a(config), b(CacheConfig::Create(CacheSpec::Parse(spec), global, {}, maps.source()));
+    size_t seen = 0;
+    for (const LifeStep& step : UsualLife()) {
+      EXPECT_EQ(Live(a, text_, seen, step)[1], Live(b, alone, seen, step)[0]);
+      seen += step.n;
+    }
+    EXPECT_EQ(Resident(a, 1, 0), Resident(b, 0, 0));
+    EXPECT_EQ(a.Stats().tokens_resident, b.Stats().tokens_resident);
+    const auto bytes = a.Serialize();
+    SequenceCache restored(config);
+    restored.Restore(bytes.data(), bytes.size());
+    EXPECT_EQ(Feed(restored, text_, seen, 4, StepKind::kDecode), Feed(a, text_, seen, 4, StepKind::kDecode));
+    const CachePlan plan = config->Plan(45, 20);
+    SequenceCache planned(config);
+    Live(planned, text_, 0, {45, StepKind::kPrompt});
+    for (size_t i = 0; i < 20; ++i) Feed(planned, text_, 45 + i, 1, StepKind::kDecode);
+    EXPECT_EQ(plan.bytes_end, planned.Stats().kv_bytes);
+    EXPECT_EQ(plan.bytes_peak, planned.Stats().kv_bytes_peak);
+  }
+}
+
+}  // namespace
+}  // namespace lesskv
