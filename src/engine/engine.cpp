@@ -39,7 +39,7 @@ Sequence Sequence::Clone() const {
 }
 
 Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
-    : model_(std::move(model)), batch_(std::make_unique<CacheBatch>()) {
+    : model_(std::move(model)), batch_invariant_(options.batch_invariant), batch_(std::make_unique<CacheBatch>()) {
   if (options.threads < 0 || options.threads > 1024)
     Fail(ErrorCode::kInvalidArgument, "--threads: expected 0 (all CPUs) to 1024, found {}", options.threads);
   SetThreads(options.threads);
@@ -72,22 +72,17 @@ void Engine::Reserve(size_t n_rows) {
   reserved_rows_ = std::max(reserved_rows_, n_rows);
 }
 
-bool Engine::Step(StepItems items, const LogitsSink& sink, const StepControl& control) {
-  StepRun run(*this, sink, control);
-  for (const StepItem& item : items) run.Add(item);
-  return run.Run();
-}
-
-bool Engine::Decode(StepItems items, const LogitsSink& sink, const StepControl& control) {
-  StepRun run(*this, sink, control);
-  for (StepItem item : items) {
-    item.kind = StepKind::kDecode;
-    run.Add(item);
-  }
-  return run.Run();
-}
-
 namespace {
+
+// What the caller gets to see when memory for the engine's own lists cannot be had.
+template <typename Body>
+bool WithErrors(Body&& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    Fail(ErrorCode::kOutOfMemory, "memory that a step needs cannot be had");
+  }
+}
 
 // A prompt on its way, in one step or in chunks.
 struct Prompt {
@@ -111,7 +106,30 @@ size_t ChunkOf(const StepItem& item) {
 
 }  // namespace
 
+bool Engine::Step(StepItems items, const LogitsSink& sink, const StepControl& control) {
+  return WithErrors([&] {
+    StepRun run(*this, sink, control);
+    for (const StepItem& item : items) run.Add(item);
+    return run.Run();
+  });
+}
+
+bool Engine::Decode(StepItems items, const LogitsSink& sink, const StepControl& control) {
+  return WithErrors([&] {
+    StepRun run(*this, sink, control);
+    for (StepItem item : items) {
+      item.kind = StepKind::kDecode;
+      run.Add(item);
+    }
+    return run.Run();
+  });
+}
+
 bool Engine::Prefill(StepItems items, const LogitsSink& sink, const StepControl& control) {
+  return WithErrors([&] { return PrefillAll(items, sink, control); });
+}
+
+bool Engine::PrefillAll(StepItems items, const LogitsSink& sink, const StepControl& control) {
   RequirePrefillMemory(items);
   std::vector<Prompt> prompts;
   double longest = 1;  // in steps of tokens, for the progress report

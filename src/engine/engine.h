@@ -35,6 +35,9 @@ ComputeChoice ParseComputeChoice(const std::string& text);  // "auto", "f32", "b
 struct EngineOptions {
   int threads = 0;                              // 0: all CPUs
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: bf16 where the CPU multiplies bf16 pairs, else f32
+  // A sequence's bits do not depend on which others share its steps. Costs speed in steps of many short sequences: their
+  // products then go a few rows at a time.
+  bool batch_invariant = false;
 };
 
 // One text in progress: its cache and the tokens it has seen. Everything that changes while text is processed.
@@ -138,11 +141,13 @@ class Engine {
   class StepRun;  // one step from its checks to its logits (step_run.h)
   friend class StepRun;
 
+  bool PrefillAll(StepItems items, const LogitsSink& sink, const StepControl& control);
   void Reserve(size_t n_rows);
   void RequirePrefillMemory(StepItems items) const;
 
   std::shared_ptr<const Model> model_;
   ComputeType compute_;
+  bool batch_invariant_;
   ForwardWorkspace workspace_;
   std::unique_ptr<CacheBatch> batch_;
   size_t reserved_rows_ = 0;

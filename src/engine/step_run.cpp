@@ -134,15 +134,17 @@ bool Engine::StepRun::Forward(double done, double share) {
   try {
     std::vector<int32_t> tokens;
     std::vector<SequenceCache*> caches;
+    std::vector<size_t> lengths;
     for (Entry& entry : entries_) {
       if (entry.state != State::kBegun) continue;
       entry.took_part = true;
       entry.in_batch = caches.size();
       caches.push_back(&entry.item.sequence->cache());
+      if (engine_.batch_invariant_) lengths.push_back(entry.item.tokens.size());
       tokens.insert(tokens.end(), entry.item.tokens.begin(), entry.item.tokens.end());
     }
     engine_.batch_->Start(caches);
-    finished = lesskv::Forward(*engine_.model_, tokens, *engine_.batch_, engine_.compute_, engine_.workspace_,
+    finished = lesskv::Forward(*engine_.model_, tokens, *engine_.batch_, engine_.compute_, engine_.workspace_, lengths,
                                [&](size_t layers_done) { return AfterLayer(layers_done, done, share); });
   } catch (...) {
     Interrupt();
@@ -175,6 +177,8 @@ void Engine::StepRun::EndAll() {
 // Tiles go across items: the output matrix is read once for the tokens of many sequences.
 void Engine::StepRun::EmitLogits() {
   const size_t n_vocab = engine_.model_->config().n_vocab;
+  const WeightView& output = engine_.model_->output();
+  const size_t few = FewTokens(output.type, output.n_in, engine_.compute_);
   std::vector<LogitsRow> tile;
   std::vector<size_t> rows;
   const auto emit = [&] {
@@ -191,11 +195,13 @@ void Engine::StepRun::EmitLogits() {
     const size_t n = entry.item.tokens.size();
     const LogitsRows wanted = entry.state == State::kFinished ? entry.item.logits : LogitsRows::kNone;
     const size_t begin = wanted == LogitsRows::kAll ? 0 : wanted == LogitsRows::kLast ? n - 1 : n;
+    if (engine_.batch_invariant_ && (n - begin > 1 || tile.size() >= few)) emit();  // as it would be alone
     for (size_t row = begin; row < n; ++row) {
       tile.push_back({entry.item.tag, entry.first_row + row, {}});
       rows.push_back(first + row);
       if (tile.size() == kLogitsTile) emit();
     }
+    if (engine_.batch_invariant_ && n - begin > 1) emit();
     first += n;
   }
   emit();

@@ -12,13 +12,6 @@
 namespace lesskv {
 namespace {
 
-// y [n, w.n_out] = x [n, w.n_in] W^T + bias, both dense.
-void Product(const WeightView& w, const std::vector<float>& bias, const float* x, size_t n, float* y,
-             ComputeType compute) {
-  Linear(w, x, w.n_in, n, y, w.n_out, compute);
-  if (bias.empty()) return;
-  ParallelFor(n, [&](size_t row) { Add(y + row * w.n_out, bias.data(), w.n_out); });
-}
 
 void NormRows(const float* x, const std::vector<float>& weight, float eps, size_t n, float* out) {
   const size_t d = weight.size();
@@ -36,6 +29,7 @@ struct Pass {
   KvCache& cache;
   ComputeType compute;
   ForwardWorkspace& w;
+  std::vector<RowSegment> segments;  // tiles of single sequences; empty: rows go together whatever their sequence
 
   void Embed() {
     const WeightView& table = model.token_embedding();
@@ -58,27 +52,61 @@ struct Pass {
 
     ForTiles([&](size_t row, size_t n) {
       NormRows(w.x.data() + row * d_model, l.attn_norm, eps, n, w.h.data());
-      Product(l.q, l.q_bias, w.h.data(), n, w.q.data() + row * l.q.n_out, compute);
-      Product(l.k, l.k_bias, w.h.data(), n, w.k.data() + row * l.k.n_out, compute);
-      Product(l.v, l.v_bias, w.h.data(), n, w.v.data() + row * l.v.n_out, compute);
+      Product(l.q, l.q_bias, w.h.data(), row, n, w.q.data() + row * l.q.n_out);
+      Product(l.k, l.k_bias, w.h.data(), row, n, w.k.data() + row * l.k.n_out);
+      Product(l.v, l.v_bias, w.h.data(), row, n, w.v.data() + row * l.v.n_out);
     });
     cache.Append(index, w.k.data(), w.v.data());
     cache.Attend(index, w.q.data(), w.out.data());
     ForTiles([&](size_t row, size_t n) {
       float* x = w.x.data() + row * d_model;
-      Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, n, w.h.data(), compute);
+      Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, row, n, w.h.data());
       AddRows(x, w.h.data(), n, d_model);
 
       NormRows(x, l.ffn_norm, eps, n, w.h.data());
-      Product(l.ffn_gate, l.ffn_gate_bias, w.h.data(), n, w.gate.data(), compute);
-      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), n, w.up.data(), compute);
+      Product(l.ffn_gate, l.ffn_gate_bias, w.h.data(), row, n, w.gate.data());
+      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), row, n, w.up.data());
       Gate(n);
-      Product(l.ffn_down, l.ffn_down_bias, w.gate.data(), n, w.h.data(), compute);
+      Product(l.ffn_down, l.ffn_down_bias, w.gate.data(), row, n, w.h.data());
       AddRows(x, w.h.data(), n, d_model);
     });
   }
 
  private:
+  // y [n, out] = x [n, in] W^T + bias, both dense, for the rows [first, first + n) of the step.
+  void Product(const WeightView& weights, const std::vector<float>& bias, const float* x, size_t first, size_t n,
+               float* y) const {
+    const size_t in = weights.n_in, out = weights.n_out;
+    const auto multiply = [&](size_t row, size_t rows) {
+      if (rows > 0) Linear(weights, x + row * in, in, rows, y + row * out, out, compute);
+    };
+    if (segments.empty())
+      multiply(0, n);
+    else
+      ForRuns(FewTokens(weights.type, in, compute), first, n, multiply);
+    if (bias.empty()) return;
+    ParallelFor(n, [&](size_t row) { Add(y + row * out, bias.data(), out); });
+  }
+
+  // Calls f(row, n) for runs of segments inside the tile [first, first + n): all of few rows, and few together, or all
+  // of more. Rows count from the tile's first.
+  template <typename F>
+  void ForRuns(size_t few, size_t first, size_t n, F&& f) const {
+    size_t begin = 0, end = 0;
+    bool is_few = false;
+    for (const RowSegment& segment : segments) {
+      if (segment.first < first || segment.first >= first + n) continue;
+      const bool own = segment.n <= few;
+      if (own != is_few || (own && end + segment.n - begin > few)) {
+        f(begin, end - begin);
+        begin = end;
+        is_few = own;
+      }
+      end += segment.n;
+    }
+    f(begin, end - begin);
+  }
+
   void Gate(size_t n) {
     const size_t d = model.config().d_ffn;
     ParallelFor(n, [&](size_t row) { SiluMul(w.gate.data() + row * d, w.up.data() + row * d, d); });
@@ -86,7 +114,14 @@ struct Pass {
 
   template <typename Body>
   void ForTiles(Body&& body) {
-    for (size_t row = 0; row < tokens.size(); row += kTileTokens) body(row, std::min(kTileTokens, tokens.size() - row));
+    for (size_t row = 0; row < tokens.size() && segments.empty(); row += kTileTokens)
+      body(row, std::min(kTileTokens, tokens.size() - row));
+    for (size_t i = 0; i < segments.size();) {  // whole segments, as many as fit
+      const size_t row = segments[i].first;
+      size_t n = 0;
+      while (i < segments.size() && n + segments[i].n <= kTileTokens) n += segments[i++].n;
+      body(row, n);
+    }
   }
 };
 
@@ -122,9 +157,15 @@ void ForwardWorkspace::Reserve(const ModelConfig& c, size_t n_rows) {
 }
 
 bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
-             ForwardWorkspace& workspace, const LayerHook& hook) {
+             ForwardWorkspace& workspace, std::span<const size_t> lengths, const LayerHook& hook) {
   workspace.Reserve(model.config(), tokens.size());
-  Pass pass{model, tokens, cache, compute, workspace};
+  Pass pass{model, tokens, cache, compute, workspace, {}};
+  size_t first = 0;
+  for (const size_t length : lengths)
+    for (size_t done = 0; done < length; done += pass.segments.back().n) {
+      pass.segments.push_back({first, std::min(kTileTokens, length - done)});
+      first += pass.segments.back().n;
+    }
   pass.Embed();
   for (size_t layer = 0; layer < model.config().n_layers; ++layer) {
     pass.Layer(layer);

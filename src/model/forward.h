@@ -37,10 +37,20 @@ struct ForwardWorkspace {
 // Called after each layer with its number (from 1); false stops.
 using LayerHook = std::function<bool(size_t layers_done)>;
 
+// Rows of a step that are multiplied together: [first, first + n).
+struct RowSegment {
+  size_t first = 0, n = 0;
+};
+
 // Runs all layers over the step's tokens (ids below the embedding's rows); the result is workspace.x. Returns false when
 // the hook stopped it. Throws what the cache throws, and Error kOutOfMemory.
+//
+// Products of few and of many rows add in other orders (FewTokens in linear.h). `lengths` empty: all rows of a step go
+// together, which is fastest. Else the tokens of each sequence, in order: every row goes through the products it would
+// go through alone, and the bits of a sequence do not depend on which others share the step.
 bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
-             ForwardWorkspace& workspace, const LayerHook& hook = {});
+             ForwardWorkspace& workspace, std::span<const size_t> lengths = {},
+             const LayerHook& hook = {});
 
 // Logits of up to kLogitsTile rows of workspace.x, named by their indices: workspace.logits [rows.size(), n_vocab].
 // Needs the x of a finished Forward.

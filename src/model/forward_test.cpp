@@ -118,7 +118,7 @@ TEST(Forward, StopsAfterTheLayerWhoseHookSaysSo) {
   cache.SetStep(tokens.size());
   ForwardWorkspace workspace;
   size_t layers = 0;
-  EXPECT_FALSE(Forward(*model, tokens, cache, ComputeType::kF32, workspace, [&](size_t done) {
+  EXPECT_FALSE(Forward(*model, tokens, cache, ComputeType::kF32, workspace, {}, [&](size_t done) {
     layers = done;
     return done < 2;
   }));

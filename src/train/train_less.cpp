@@ -250,7 +250,7 @@ class Trainer {
       if (!o_.from.empty()) {
         CaptureCompressed(shape, Views(s)[0], tokens, cache, workspace);
       } else {
-        Forward(engine_.model(), tokens, cache, engine_.compute(), workspace,
+        Forward(engine_.model(), tokens, cache, engine_.compute(), workspace, {},
                 [&](size_t layers_done) { return layers_done < o_.end_layer; });
       }
       ++captured;
