@@ -48,7 +48,8 @@ double Median(std::vector<double> values) {
 }
 
 void Run(const Options& options) {
-  SetThreads(options.threads);
+  const ThreadPool pool(options.threads);
+  const ThreadScope scope(pool);
   CacheShape shape{.n_layers = options.layers,
                    .n_heads = options.kv_heads * options.group,
                    .n_kv_heads = options.kv_heads,

@@ -4,8 +4,8 @@
 
 #include "base/check.h"
 #include "base/error.h"
-#include "base/threads.h"
 #include "base/memory.h"
+#include "kernels/basic/cpu.h"
 
 namespace lesskv {
 namespace {
@@ -69,10 +69,9 @@ Sequence Sequence::Clone() const {
   return Sequence(cache_->Clone(), tokens_);
 }
 
-Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options) : model_(std::move(model)) {
-  if (options.threads < 0 || options.threads > 1024)
-    Fail(ErrorCode::kInvalidArgument, "--threads: expected 0 (all CPUs) to 1024, found {}", options.threads);
-  SetThreads(options.threads);
+Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
+    : threads_(options.threads), model_(std::move(model)) {
+  ActiveIsa();  // what LESSKV_ISA asks for in vain is refused here, not in the middle of a step
   compute_ = options.compute == ComputeChoice::kAuto  ? AutoCompute()
              : options.compute == ComputeChoice::kF32 ? ComputeType::kF32
                                                       : ComputeType::kBF16;
@@ -86,6 +85,7 @@ std::shared_ptr<const CacheConfig> Engine::MakeCacheConfig(const CacheSpec& spec
 }
 
 size_t Engine::WorkBytes(size_t n_rows) const {
+  const ThreadScope scope(threads_);
   size_t product = 0;
   const LayerWeights& layer = model_->layer(0);
   for (const WeightView* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.ffn_gate,
@@ -103,6 +103,7 @@ void Engine::Reserve(size_t n_rows) {
 }
 
 bool Engine::Step(std::span<const StepItem> items, StepKind kind, const LogitsSink& sink, const StepControl& control) {
+  const ThreadScope scope(threads_);
   return RunStep(items, kind, sink, control, {});
 }
 
@@ -164,6 +165,7 @@ void Engine::EmitLogits(std::span<const StepItem> items, const LogitsSink& sink,
 
 bool Engine::Prefill(std::span<const StepItem> items, const LogitsSink& sink, const StepControl& control) {
   if (items.empty()) return true;
+  const ThreadScope scope(threads_);
   size_t longest = 0;
   for (const StepItem& item : items) {
     CheckItem(item, model_->config().n_vocab);

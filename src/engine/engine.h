@@ -8,7 +8,7 @@
 //   engine.Prefill({{&sequence, tokens, LogitsRows::kLast}}, sink);     // one-shot or chunked, as the spec says
 //   engine.Decode({{&sequence, {&token, 1}, LogitsRows::kLast}}, sink);
 //
-// One Engine a process is meant (threads are the process's pool). Not thread safe: one step at a time.
+// Engines have threads of their own and do not disturb each other. One engine is not thread safe: one step at a time.
 #pragma once
 
 #include <atomic>
@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "base/threads.h"
 #include "kvcache/sequence_cache.h"
 #include "model/forward.h"
 #include "model/model.h"
@@ -92,6 +93,7 @@ class Engine {
   const Model& model() const { return *model_; }
   std::shared_ptr<const Model> shared_model() const { return model_; }
   ComputeType compute() const { return compute_; }
+  const ThreadPool& threads() const { return threads_; }
 
   // A cache configuration for this model. `ctx` = 0: the trained context.
   std::shared_ptr<const CacheConfig> MakeCacheConfig(const CacheSpec& spec, size_t ctx = 0,
@@ -147,6 +149,7 @@ class Engine {
                      const StepControl& control);
   void EmitLogits(std::span<const StepItem> items, const LogitsSink& sink, size_t row_offset);
 
+  ThreadPool threads_;
   std::shared_ptr<const Model> model_;
   ComputeType compute_;
   ForwardWorkspace workspace_;
