@@ -381,7 +381,8 @@ Shape FindShape(const std::string& name) {
 
 void Main(int argc, char** argv) {
   const Options options = Parse(argc, argv);
-  SetThreads(options.threads);
+  const ThreadPool pool(options.threads);
+  const ThreadScope scope(pool);
   std::printf("isa %s, %d threads, best of %d, peak %.0f GFLOP/s\n", IsaName().c_str(), Threads(), options.repeat,
               PeakGflops());
   for (const std::string& name : options.shapes) {

@@ -48,7 +48,8 @@ double Median(std::vector<double> values) {
 }
 
 void Run(const Options& options) {
-  SetThreads(options.threads);
+  const ThreadPool pool(options.threads);
+  const ThreadScope scope(pool);
   const CacheShape shape = CacheShape::Uniform(options.layers, options.kv_heads * options.group, options.kv_heads,
                                                options.dim, options.ctx, {.n_dims = options.dim}, AutoCompute());
   std::vector<std::unique_ptr<SequenceCache>> caches =

@@ -173,7 +173,8 @@ void CheckSteps(Guard& guard) {
 
 int main() {
   using namespace lesskv;  // NOLINT
-  SetThreads(1);
+  const ThreadPool pool(1);
+  const ThreadScope scope(pool);
   Guard guard;
   const struct {
     DType type;

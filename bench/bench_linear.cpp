@@ -262,7 +262,8 @@ Options Parse(int argc, char** argv) {
 
 int Main(int argc, char** argv) {
   const Options options = Parse(argc, argv);
-  SetThreads(options.threads);
+  const ThreadPool pool(options.threads);
+  const ThreadScope scope(pool);
   std::printf("isa %s, %d threads, compute %s, %zu layers, median of %d\n", IsaName().c_str(), Threads(),
               std::string(ComputeTypeName(options.compute)).c_str(), options.layers, options.repeat);
   if (options.onednn) BenchOneDnn(options);

@@ -54,8 +54,9 @@ namespace {
 using namespace testing_support;  // NOLINT
 
 class CacheMemory : public testing::Test {
- protected:
-  void SetUp() override { SetThreads(1); }
+ private:
+  const ThreadPool pool_{1};
+  const ThreadScope scope_{pool_};
 };
 
 // Kernels keep work memory a thread, which no sequence owns: a first run takes it, so that the measured one does not.

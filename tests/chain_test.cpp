@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <thread>
 
 #include "base/error.h"
 #include "kernels/basic/cpu.h"
@@ -218,6 +219,26 @@ TEST(Chain, CloneGoesOnLikeTheOriginal) {
   engine.Decode({{&original, text.subspan(20, 1), LogitsRows::kAll}}, a.Sink());
   engine.Decode({{&clone, text.subspan(20, 1), LogitsRows::kAll}}, b.Sink());
   EXPECT_EQ(a.logits, b.logits);
+}
+
+TEST(Chain, EnginesOnTwoThreadsEqualEachAlone) {
+  const std::string path = TinyModel("llama-gqa-tied.gguf");
+  const auto model = Model::Load(path);
+  const Golden golden = LoadGolden("llama-gqa-tied");
+  const auto live = [&](int threads, const char* spec) {
+    Engine engine(model, {.threads = threads, .compute = ComputeChoice::kF32});
+    EXPECT_EQ(engine.threads().size(), threads);
+    std::vector<float> logits = StepAll(engine, spec, golden.tokens, 3);
+    const std::vector<float> whole = PrefillAll(engine, spec, golden.tokens);
+    logits.insert(logits.end(), whole.begin(), whole.end());
+    return logits;
+  };
+  const std::vector<float> h2o = live(2, "h2o(12)"), window = live(3, "window(9)+bf16");
+  std::thread other([&] {
+    for (int round = 0; round < 5; ++round) EXPECT_EQ(live(3, "window(9)+bf16"), window);
+  });
+  for (int round = 0; round < 5; ++round) EXPECT_EQ(live(2, "h2o(12)"), h2o);
+  other.join();
 }
 
 std::string ReadFile(const std::string& path) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <set>
 
 #include "base/error.h"
@@ -61,7 +62,12 @@ bool Bounded(const std::string& spec) { return Evicts(spec) && CacheSpec::Parse(
 // The machine's other cores are not ours: with one thread no test waits for a pool.
 class OneThread : public testing::Environment {
  public:
-  void SetUp() override { SetThreads(1); }
+  void SetUp() override { scope_.emplace(pool_); }
+  void TearDown() override { scope_.reset(); }
+
+ private:
+  const ThreadPool pool_{1};
+  std::optional<ThreadScope> scope_;
 };
 const auto* const kOneThread = testing::AddGlobalTestEnvironment(new OneThread);
 
@@ -486,13 +492,12 @@ TEST(Contract, ThreadsDoNotChangeABit) {
                                         {1, StepKind::kDecode},
                                         {18, StepKind::kPrompt},
                                         {2, StepKind::kDecode}};
-    SetThreads(1);
     SequenceCache one(config);
     const auto want = LiveAll(one, text, life);
-    SetThreads(2);
+    const ThreadPool pool(2);
+    const ThreadScope scope(pool);
     SequenceCache two(config);
     const auto got = LiveAll(two, text, life);
-    SetThreads(1);
     ExpectSameLives(got, want);
     EXPECT_TRUE(one.Serialize() == two.Serialize());
   }

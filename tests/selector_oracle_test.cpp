@@ -100,8 +100,9 @@ std::vector<std::vector<LifeStep>> Lives() {
 }
 
 class SelectorOracle : public testing::Test {
- protected:
-  void SetUp() override { SetThreads(1); }
+ private:
+  const ThreadPool pool_{1};
+  const ThreadScope scope_{pool_};
 };
 
 TEST_F(SelectorOracle, SameTokensAndOutputs) {

@@ -11,6 +11,7 @@
 #include "commands.h"
 #include "common.h"
 #include "engine/run_info.h"
+#include "kernels/basic/cpu.h"
 
 namespace lesskv {
 namespace {
@@ -53,6 +54,7 @@ int Run(int argc, char** argv) {
   app.set_version_flag("--version", "lesskv " + Version());
   app.require_subcommand(1);
   AddCommands(app);
+  app.parse_complete_callback([] { ActiveIsa(); });  // refuses a bad LESSKV_ISA, before any command begins
   if (const char* unknown = UnknownCommand(&app, argc, argv))
     return Complain(kBadUsage, fmt::format("there is no command \"{}\" (lesskv --help lists what there is)", unknown));
   try {

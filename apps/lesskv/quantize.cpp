@@ -194,11 +194,11 @@ void RefuseSameFile(const QuantizeOptions& options) {
 }
 
 void Quantize(const QuantizeOptions& options) {
-  if (options.threads < 0) Fail(ErrorCode::kInvalidArgument, "-t: expected 0 or more, found {}", options.threads);
+  const ThreadPool pool(options.threads);
+  const ThreadScope scope(pool);
   const DType target = ParseType(options.type);
   const GgufFile file = GgufFile::Open(options.in);
   RefuseSameFile(options);
-  SetThreads(options.threads);
   GgufWriter writer;
   CopyMetadata(file, target, writer);
   TypePlan plan(target);

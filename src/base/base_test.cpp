@@ -31,7 +31,8 @@ TEST(Checked, OverflowIsAnError) {
 }
 
 TEST(Threads, EveryTaskRunsOnceAlsoNested) {
-  SetThreads(3);
+  const ThreadPool pool(3);
+  const ThreadScope scope(pool);
   std::vector<std::atomic<int>> hits(1000);
   ParallelFor(hits.size(), [&](size_t i) { ++hits[i]; });
   for (const auto& hit : hits) EXPECT_EQ(hit, 1);
@@ -39,7 +40,6 @@ TEST(Threads, EveryTaskRunsOnceAlsoNested) {
   ParallelFor(4, [&](size_t) { ParallelFor(5, [&](size_t) { ++inner; }); });
   EXPECT_EQ(inner, 20);
   ParallelFor(0, [&](size_t) { ADD_FAILURE(); });
-  SetThreads(0);
 }
 
 TEST(Rng, SeedFixesTheSequenceAndRangesHold) {

@@ -6,23 +6,29 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <mutex>
+#include <exception>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include "base/error.h"
 
 namespace lesskv {
 namespace {
 
 constexpr int kSpinMicroseconds = 50;
 
-int g_threads = 0;
+// Of the calling thread: its pool (null: the process's), its index inside a region of that pool, whether it is in one.
+thread_local internal::Workers* t_workers = nullptr;
 thread_local int t_index = 0;
 thread_local bool t_inside = false;
 
-int DefaultThreads() {
+int AvailableThreads() {
   cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const int n = sched_getaffinity(0, sizeof allowed, &allowed) == 0
+                    ? CPU_COUNT(&allowed)
+                    : static_cast<int>(std::thread::hardware_concurrency());
+  return std::clamp(n, 1, ThreadPool::kMaxThreads);
 }
 
 inline void Pause() {
@@ -48,21 +54,25 @@ void Await(std::atomic<uint32_t>& word, Done done) {
     word.wait(value, std::memory_order_acquire);
 }
 
-class Pool {
+}  // namespace
+
+class internal::Workers {
  public:
-  ~Pool() {
+  explicit Workers(int size) : size_(size) { threads_.reserve(static_cast<size_t>(size) - 1); }
+
+  ~Workers() {
     stop_.store(true, std::memory_order_relaxed);
     state_.fetch_add(kEpoch, std::memory_order_release);
     state_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
+    for (std::thread& thread : threads_) thread.join();
   }
 
-  // False when another thread's region is running.
-  bool TryRun(size_t n_tasks, internal::TaskFunction task, void* context, int n_threads) {
-    std::unique_lock lock(owner_, std::try_to_lock);
-    if (!lock.owns_lock()) return false;
-    while (static_cast<int>(workers_.size()) < n_threads - 1)
-      workers_.emplace_back([this, index = static_cast<int>(workers_.size()) + 1] { Work(index); });
+  int size() const { return size_; }
+
+  // False when another thread's region is running. Rethrows what a task threw.
+  bool TryRun(size_t n_tasks, TaskFunction task, void* context, int n_threads) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    Start(n_threads - 1);
     task_ = task;
     context_ = context;
     n_tasks_ = n_tasks;
@@ -76,6 +86,7 @@ class Pool {
     t_inside = false;
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);  // who has not begun by now stays out
     Await(state_, [](uint32_t state) { return (state & kInside) == 0; });
+    Finish();
     return true;
   }
 
@@ -83,13 +94,38 @@ class Pool {
   // One word says all: how many workers are inside the region, whether it may be entered, and which region it is.
   static constexpr uint32_t kInside = 0xffff, kOpen = 1u << 16, kEpoch = 1u << 17;
 
+  // What the system refuses once is not asked for again: a region must not pay for that each time.
+  void Start(int n) {
+    while (may_start_ && static_cast<int>(threads_.size()) < n) {
+      try {
+        threads_.emplace_back([this, index = static_cast<int>(threads_.size()) + 1] { Work(index); });
+      } catch (const std::exception&) {
+        may_start_ = false;
+      }
+    }
+  }
+
   void RunShare() {
-    for (size_t i = next_.fetch_add(1, std::memory_order_relaxed); i < n_tasks_;
-         i = next_.fetch_add(1, std::memory_order_relaxed))
-      task_(context_, i);
+    try {
+      for (size_t i = next_.fetch_add(1, std::memory_order_relaxed); i < n_tasks_;
+           i = next_.fetch_add(1, std::memory_order_relaxed))
+        task_(context_, i);
+    } catch (...) {
+      next_.store(n_tasks_, std::memory_order_relaxed);
+      if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+    }
+  }
+
+  // Everybody has left the region.
+  void Finish() {
+    const std::exception_ptr failure = std::exchange(failure_, nullptr);
+    failed_.store(false, std::memory_order_relaxed);
+    busy_.store(false, std::memory_order_release);
+    if (failure) std::rethrow_exception(failure);
   }
 
   void Work(int index) {
+    t_workers = this;
     t_index = index;
     t_inside = true;
     for (uint32_t seen = 0;;) {
@@ -106,36 +142,63 @@ class Pool {
     }
   }
 
-  std::mutex owner_;
+  const int size_;
+  std::atomic<bool> busy_{false};  // not a mutex: a thread may come back to a pool from inside another's region
   std::atomic<uint32_t> state_{0};
   std::atomic<bool> stop_{false};
   // The region's work: written while nobody is inside, read by those who have entered.
-  internal::TaskFunction task_ = nullptr;
+  TaskFunction task_ = nullptr;
   void* context_ = nullptr;
   size_t n_tasks_ = 0;
   int n_threads_ = 0;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;  // written by the one who set failed_, read when everybody has left
   alignas(64) std::atomic<size_t> next_{0};
-  std::vector<std::thread> workers_;
+  bool may_start_ = true;
+  std::vector<std::thread> threads_;
 };
 
-Pool& ThePool() {
-  static Pool pool;
-  return pool;
+namespace {
+
+internal::Workers& CurrentWorkers() {
+  if (t_workers != nullptr) return *t_workers;
+  static internal::Workers of_the_process(AvailableThreads());
+  return of_the_process;
 }
 
 }  // namespace
 
-void SetThreads(int n) { g_threads = n; }
-int Threads() {
-  static const int available = DefaultThreads();
-  return g_threads > 0 ? g_threads : available;
+ThreadPool::ThreadPool(int threads) {
+  if (threads < 0 || threads > kMaxThreads)
+    Fail(ErrorCode::kInvalidArgument, "threads: expected 0 (all CPUs) to {}, found {}", kMaxThreads, threads);
+  workers_ = std::make_unique<internal::Workers>(threads == 0 ? AvailableThreads() : threads);
+}
+ThreadPool::~ThreadPool() = default;
+int ThreadPool::size() const { return workers_->size(); }
+
+ThreadScope::ThreadScope(const ThreadPool& pool)
+    : outer_workers_(t_workers), outer_index_(t_index), outer_inside_(t_inside) {
+  if (pool.workers_.get() == t_workers) return;  // inside a region of this pool it stays so
+  t_workers = pool.workers_.get();
+  t_index = 0;
+  t_inside = false;
 }
 
+ThreadScope::~ThreadScope() {
+  t_workers = outer_workers_;
+  t_index = outer_index_;
+  t_inside = outer_inside_;
+}
+
+int Threads() { return CurrentWorkers().size(); }
 int ThreadIndex() { return t_index; }
 
 void internal::RunTasks(size_t n_tasks, TaskFunction task, void* context) {
-  const int n_threads = static_cast<int>(std::min<size_t>(static_cast<size_t>(Threads()), n_tasks));
-  if (n_threads > 1 && !t_inside && ThePool().TryRun(n_tasks, task, context, n_threads)) return;
+  if (n_tasks > 1 && !t_inside) {
+    Workers& workers = CurrentWorkers();
+    const auto n_threads = static_cast<int>(std::min(static_cast<size_t>(workers.size()), n_tasks));
+    if (n_threads > 1 && workers.TryRun(n_tasks, task, context, n_threads)) return;
+  }
   for (size_t i = 0; i < n_tasks; ++i) task(context, i);
 }
 

@@ -4,9 +4,9 @@
 
 #include "base/check.h"
 #include "base/error.h"
-#include "base/threads.h"
 #include "base/memory.h"
 #include "engine/step_run.h"
+#include "kernels/basic/cpu.h"
 
 namespace lesskv {
 namespace {
@@ -39,10 +39,11 @@ Sequence Sequence::Clone() const {
 }
 
 Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
-    : model_(std::move(model)), batch_invariant_(options.batch_invariant), batch_(std::make_unique<CacheBatch>()) {
-  if (options.threads < 0 || options.threads > 1024)
-    Fail(ErrorCode::kInvalidArgument, "--threads: expected 0 (all CPUs) to 1024, found {}", options.threads);
-  SetThreads(options.threads);
+    : threads_(options.threads),
+      model_(std::move(model)),
+      batch_invariant_(options.batch_invariant),
+      batch_(std::make_unique<CacheBatch>()) {
+  ActiveIsa();  // what LESSKV_ISA asks for in vain is refused here, not in the middle of a step
   compute_ = options.compute == ComputeChoice::kAuto  ? AutoCompute()
              : options.compute == ComputeChoice::kF32 ? ComputeType::kF32
                                                       : ComputeType::kBF16;
@@ -56,6 +57,7 @@ std::shared_ptr<const CacheConfig> Engine::MakeCacheConfig(const CacheSpec& spec
 }
 
 size_t Engine::WorkBytes(size_t n_rows) const {
+  const ThreadScope scope(threads_);
   size_t product = 0;
   const LayerWeights& layer = model_->layer(0);
   for (const WeightView* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.ffn_gate,
@@ -74,9 +76,11 @@ void Engine::Reserve(size_t n_rows) {
 
 namespace {
 
-// What the caller gets to see when memory for the engine's own lists cannot be had.
+// Runs a call on the engine's threads. What the caller gets to see when memory for the engine's own lists cannot be had
+// is an Error, too.
 template <typename Body>
-bool WithErrors(Body&& body) {
+bool OnThreads(const ThreadPool& threads, Body&& body) {
+  const ThreadScope scope(threads);
   try {
     return body();
   } catch (const std::bad_alloc&) {
@@ -107,7 +111,7 @@ size_t ChunkOf(const StepItem& item) {
 }  // namespace
 
 bool Engine::Step(StepItems items, const LogitsSink& sink, const StepControl& control) {
-  return WithErrors([&] {
+  return OnThreads(threads_, [&] {
     StepRun run(*this, sink, control);
     for (const StepItem& item : items) run.Add(item);
     return run.Run();
@@ -115,7 +119,7 @@ bool Engine::Step(StepItems items, const LogitsSink& sink, const StepControl& co
 }
 
 bool Engine::Decode(StepItems items, const LogitsSink& sink, const StepControl& control) {
-  return WithErrors([&] {
+  return OnThreads(threads_, [&] {
     StepRun run(*this, sink, control);
     for (StepItem item : items) {
       item.kind = StepKind::kDecode;
@@ -126,7 +130,7 @@ bool Engine::Decode(StepItems items, const LogitsSink& sink, const StepControl& 
 }
 
 bool Engine::Prefill(StepItems items, const LogitsSink& sink, const StepControl& control) {
-  return WithErrors([&] { return PrefillAll(items, sink, control); });
+  return OnThreads(threads_, [&] { return PrefillAll(items, sink, control); });
 }
 
 bool Engine::PrefillAll(StepItems items, const LogitsSink& sink, const StepControl& control) {

@@ -8,7 +8,7 @@
 //   engine.Prefill({{&sequence, tokens, LogitsRows::kLast}}, sink);     // one-shot or chunked, as the spec says
 //   engine.Decode({{&sequence, {&token, 1}, LogitsRows::kLast}}, sink);
 //
-// Not thread safe: one step at a time.
+// Engines have threads of their own and do not disturb each other. One engine is not thread safe: one step at a time.
 #pragma once
 
 #include <atomic>
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/threads.h"
 #include "kvcache/cache_batch.h"
 #include "kvcache/sequence_cache.h"
 #include "model/forward.h"
@@ -111,6 +112,7 @@ class Engine {
   const Model& model() const { return *model_; }
   std::shared_ptr<const Model> shared_model() const { return model_; }
   ComputeType compute() const { return compute_; }
+  const ThreadPool& threads() const { return threads_; }
 
   // A cache configuration for this model. `ctx` = 0: the trained context.
   std::shared_ptr<const CacheConfig> MakeCacheConfig(const CacheSpec& spec, size_t ctx = 0,
@@ -145,6 +147,7 @@ class Engine {
   void Reserve(size_t n_rows);
   void RequirePrefillMemory(StepItems items) const;
 
+  ThreadPool threads_;
   std::shared_ptr<const Model> model_;
   ComputeType compute_;
   bool batch_invariant_;

@@ -1,6 +1,5 @@
 #include "engine/run_info.h"
 
-#include "base/threads.h"
 #include "kernels/basic/cpu.h"
 
 namespace lesskv {
@@ -13,7 +12,7 @@ void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, u
   result["kv_spec"] = config.spec_text();
   result["ctx"] = config.shape().ctx;
   result["seed"] = seed;
-  result["threads"] = Threads();
+  result["threads"] = engine.threads().size();
   result["isa"] = IsaName();
   result["compute"] = ComputeTypeName(engine.compute());
   result["version"] = Version();

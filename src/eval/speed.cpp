@@ -289,6 +289,7 @@ class Bench {
 }  // namespace
 
 void MeasureSpeed(Engine& engine, const SpeedOptions& options, PlainRead& plain_read, Report& report) {
+  const ThreadScope scope(engine.threads());
   Bench(engine, options, plain_read, report).Run();
 }
 

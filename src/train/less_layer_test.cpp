@@ -202,10 +202,10 @@ TEST_P(LessLayerKinds, BatchesAverageAndThreadsDoNotMatter) {
   std::vector<float> g[2], ga, gb;
   double loss[2];
   for (int threads : {1, 2}) {
-    SetThreads(threads);
+    const ThreadPool pool(threads);
+    const ThreadScope scope(pool);
     loss[threads - 1] = layer.LossAndGradient(both, {0.3f, 9}, g[threads - 1]);
   }
-  SetThreads(0);
   EXPECT_EQ(loss[0], loss[1]);
   EXPECT_EQ(g[0], g[1]);
   const double joint = layer.LossAndGradient(both, {}, g[0]);

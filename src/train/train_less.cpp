@@ -514,6 +514,7 @@ class Trainer {
 
 TrainLessReport TrainLess(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options,
                           const std::function<void(const TrainProgress&)>& report, const std::atomic<bool>* stop) {
+  const ThreadScope scope(engine.threads());
   return Trainer(engine, tokenizer, options, report, stop).Run();
 }
 

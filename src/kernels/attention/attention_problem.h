@@ -451,10 +451,7 @@ inline void ExpectMatches(const Case& c, double bound = 0) {
 class AttentionIsaTest : public testing::TestWithParam<Isa> {
  protected:
   void SetUp() override { ForceIsa(GetParam()); }
-  void TearDown() override {
-    ForceIsa(BestIsa());
-    SetThreads(0);
-  }
+  void TearDown() override { ForceIsa(BestIsa()); }
   bool Slow() const { return GetParam() == Isa::kScalar; }
 };
 #define INSTANTIATE_ISAS(suite)                                              \

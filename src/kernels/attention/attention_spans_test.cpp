@@ -62,10 +62,11 @@ TEST_P(AttentionSpansTest, CutsOfEitherSideDoNotChangeABit) {
         c.compute = compute;
         const Problem problem(c);
         const Ask ask = {.keep = n_queries == 1};
-        SetThreads(1);
+        const ThreadPool one(1), two(2);
+        const ThreadScope alone(one);
         const Result whole = problem.Run(OneSpan(700), ask);
         for (size_t longest : {2, 50, 400}) {
-          SetThreads(2);
+          const ThreadScope scope(two);
           const Layout keys = RandomLayout(700, rng, longest), values = RandomLayout(700, rng, longest * 2);
           ExpectSameBits(whole, problem.RunCut(keys, values, ask));
         }

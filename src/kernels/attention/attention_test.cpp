@@ -161,10 +161,11 @@ TEST_P(AttentionTest, SpansSlotsAndThreadsDoNotChangeABit) {
           c.compute = compute;
           if (dim == 64) c.rope = RopeStyle::kHalves;
           const Problem problem(c);
-          SetThreads(1);
+          const ThreadPool one(1), two(2);
+          const ThreadScope alone(one);
           const Result whole = problem.Run(OneSpan(c.n_rows()), {.keep = n_queries == 1});
           for (size_t longest : {3, 40, 700}) {
-            SetThreads(longest == 40 ? 1 : 2);
+            const ThreadScope scope(longest == 40 ? one : two);
             ExpectSameBits(whole, problem.Run(RandomLayout(c.n_rows(), rng, longest), {.keep = n_queries == 1}));
           }
         }
@@ -183,7 +184,8 @@ TEST_P(AttentionTest, JobsTogetherGiveTheBitsOfEachAlone) {
     cases[i].key_type = i % 2 ? RowType::kQ8 : RowType::kF16;
     cases[i].seed = i;
   }
-  SetThreads(2);
+  const ThreadPool pool(2);
+  const ThreadScope scope(pool);
   std::vector<AttentionJob> jobs;
   std::vector<Result> alone, together(cases.size());
   std::vector<Region> regions(2 * cases.size());

@@ -188,11 +188,12 @@ TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
     const Matrix m = MakeMatrix(type, 301, 512, rng);
     const std::vector<float> x = RandomVector(70 * 512, rng);
     for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
-      SetThreads(1);
+      const ThreadPool one(1), two(2);
+      const ThreadScope alone(one);
       const size_t most_few = FewTokens(type, 512, compute);
       const std::vector<float> few = RunLinear(m.view, x, most_few, compute);
       const std::vector<float> many = RunLinear(m.view, x, 70, compute);
-      SetThreads(2);
+      const ThreadScope together(two);
       for (size_t n : {size_t{1}, size_t{3}, most_few - 1, most_few}) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), few.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
@@ -201,7 +202,6 @@ TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), many.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
       }
-      SetThreads(0);
     }
   }
 }

@@ -313,7 +313,8 @@ TEST(Less, ResultsDoNotDependOnThreadsOrNeighbours) {
   const std::vector<float> k = RandomRows(70 * 64, 1), v = RandomRows(70 * 64, 2), q = RandomRows(70 * 256, 3);
   std::vector<float> outs[2], lses[2];
   for (int threads : {1, 2}) {
-    SetThreads(threads);
+    const ThreadPool pool(threads);
+    const ThreadScope scope(pool);
     std::vector<float> a(less->StateFloats()), b(less->StateFloats());
     less->Absorb(0, std::vector<EvictedRows>{{0, 70, k.data(), v.data(), a.data()}, {1, 3, v.data(), k.data(), b.data()}});
     outs[threads - 1].resize(q.size());
@@ -321,7 +322,6 @@ TEST(Less, ResultsDoNotDependOnThreadsOrNeighbours) {
     AttendStates(*less, 0, q.data(), 70, std::vector<const float*>{a.data(), b.data()}, outs[threads - 1].data(),
                  lses[threads - 1].data());
   }
-  SetThreads(0);
   EXPECT_EQ(outs[0], outs[1]);
   EXPECT_EQ(lses[0], lses[1]);
 }
