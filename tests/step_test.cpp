@@ -142,12 +142,13 @@ struct Life {
       try {
         if (step == armed_step) arm();
         engine.Step(items, sink, control);
+        g_fail_at = -1;
       } catch (const Error& error) {
+        g_fail_at = -1;
         thrown = error.what();
         break;
       }
     }
-    g_fail_at = -1;
   }
 };
 
