@@ -95,7 +95,7 @@ void ExpectContains(const std::string& text, const std::string& fragment) {
 TEST_F(ModelFileCommands, QuantizeGivesTheRowsOfTheReference) {
   const GgufFile in = GgufFile::Open(Path("in.gguf"));
   const std::vector<float> original = Values(*in.FindTensor("fits"));
-  for (const char* type : {"F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1", "q4_k", "Q5_K", "Q6_K"}) {
+  for (const char* type : {"F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "iq4_nl", "q4_k", "Q5_K", "Q6_K"}) {
     const Result result = Quantize("in.gguf", "out.gguf", type);
     ASSERT_EQ(result.status, 0) << type << ": " << result.err;
     EXPECT_EQ(result.out, "");
@@ -177,6 +177,24 @@ TEST_F(ModelFileCommands, InfoDescribesTheFile) {
   ExpectContains(text.out, "evil \\x1b[2J name");
   ExpectContains(text.out, "[512, 3]");
   EXPECT_EQ(text.out.find('\x1b'), std::string::npos);
+}
+
+TEST_F(ModelFileCommands, InfoNamesEveryType) {
+  GgufWriter writer;
+  const std::vector<std::byte> zeros(8 * 256);
+  std::vector<std::string> names;
+  for (uint32_t number = 0; number < 64; ++number) {
+    const DTypeTraits* traits = FindDType(number);
+    if (traits == nullptr) continue;
+    const DType type = static_cast<DType>(number);
+    names.emplace_back(traits->name);
+    writer.AddTensor(names.back(), type, {256}, std::span(zeros).first(RowBytes(type, 256)));
+  }
+  writer.Write(Path("types.gguf"));
+  ASSERT_EQ(names.size(), 20u);
+  const Result text = Run(fmt::format("info '{}'", Path("types.gguf")));
+  EXPECT_EQ(text.status, 0) << text.err;
+  for (const std::string& name : names) ExpectContains(text.out, fmt::format(" {:<6} {:>14} in 1 tensors", name, 256));
 }
 
 TEST_F(ModelFileCommands, InfoAsJson) {

@@ -170,7 +170,7 @@ void PrintSummary(const GgufFile& file) {
   PrintLine("parameters",
             fmt::format("{} in {} tensors, {}", Grouped(sum.parameters), sum.tensors, HumanBytes(sum.bytes)));
   for (const auto& [name, total] : totals) {
-    PrintLine("", fmt::format("{:<5} {:>15} in {} tensors, {}", name, Grouped(total.parameters), total.tensors,
+    PrintLine("", fmt::format("{:<6} {:>14} in {} tensors, {}", name, Grouped(total.parameters), total.tensors,
                               HumanBytes(total.bytes)));
   }
   const GgufValue* tokens = file.Find("tokenizer.ggml.tokens");
@@ -194,7 +194,7 @@ void PrintTensors(const GgufFile& file) {
   for (const GgufTensor& tensor : file.tensors()) width = std::max(width, tensor.name.size());
   WriteResult("\ntensors (row length first)\n");
   for (const GgufTensor& tensor : file.tensors()) {
-    WriteResult(fmt::format("  {:<{}}  {:<5} {:>12}  {}\n", Unquoted(tensor.name), width, Traits(tensor.type).name,
+    WriteResult(fmt::format("  {:<{}}  {:<6} {:>12}  {}\n", Unquoted(tensor.name), width, Traits(tensor.type).name,
                             HumanBytes(tensor.data.size()), tensor.ShapeString()));
   }
 }

@@ -30,8 +30,9 @@ struct QuantizeOptions {
 constexpr struct {
   DType type;
   uint32_t file_type;
-} kTargets[] = {{DType::kF32, 0},  {DType::kF16, 1},  {DType::kBF16, 32}, {DType::kQ8_0, 7},  {DType::kQ4_0, 2},
-                {DType::kQ5_0, 8}, {DType::kQ5_1, 9}, {DType::kQ4_K, 14}, {DType::kQ5_K, 16}, {DType::kQ6_K, 18}};
+} kTargets[] = {{DType::kF32, 0},     {DType::kF16, 1},   {DType::kBF16, 32}, {DType::kQ8_0, 7},
+                {DType::kQ4_0, 2},    {DType::kQ4_1, 3},  {DType::kQ5_0, 8},  {DType::kQ5_1, 9},
+                {DType::kIQ4_NL, 25}, {DType::kQ4_K, 14}, {DType::kQ5_K, 16}, {DType::kQ6_K, 18}};
 
 DType ParseType(std::string name) {
   std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
@@ -221,7 +222,7 @@ void AddQuantizeCommand(CLI::App& app) {
   auto options = std::make_shared<QuantizeOptions>();
   command->add_option("in", options->in, "Model file (GGUF)")->required()->option_text("IN");
   command->add_option("out", options->out, "File to write")->required()->option_text("OUT");
-  command->add_option("type", options->type, "F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K")
+  command->add_option("type", options->type, "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, Q4_K, Q5_K or Q6_K")
       ->required()
       ->option_text("TYPE");
   command->add_option("-t,--threads", options->threads, "Threads (default: all CPUs)")->option_text("N");

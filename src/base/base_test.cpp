@@ -62,7 +62,7 @@ TEST(Rng, SeedFixesTheSequenceAndRangesHold) {
 TEST(DType, SizesAndUnknownNumbers) {
   EXPECT_EQ(RowBytes(DType::kQ8_0, 64), 68u);
   EXPECT_EQ(RowBytes(DType::kQ4_K, 512), 288u);
-  EXPECT_EQ(FindDType(3), nullptr);
+  EXPECT_EQ(FindDType(16), nullptr);  // IQ2_XXS
   EXPECT_EQ(FindDType(4000), nullptr);
 }
 

@@ -35,9 +35,11 @@ std::string ForeignTypeName(uint32_t type) {
   static constexpr struct {
     uint32_t type;
     const char* name;
-  } kTable[] = {{3, "Q4_1"},    {9, "Q8_1"},     {10, "Q2_K"},  {11, "Q3_K"},   {15, "Q8_K"},  {16, "IQ2_XXS"},
-                {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"}, {20, "IQ4_NL"}, {21, "IQ3_S"}, {22, "IQ2_S"},
-                {23, "IQ4_XS"}, {28, "F64"},     {29, "IQ1_M"}, {34, "TQ1_0"},  {35, "TQ2_0"}, {39, "MXFP4"}};
+  } kTable[] = {{4, "Q4_2"},    {5, "Q4_3"},     {9, "Q8_1"},        {15, "Q8_K"},       {16, "IQ2_XXS"},
+                {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"},      {21, "IQ3_S"},      {22, "IQ2_S"},
+                {28, "F64"},    {29, "IQ1_M"},   {31, "Q4_0_4_4"},   {32, "Q4_0_4_8"},   {33, "Q4_0_8_8"},
+                {34, "TQ1_0"},  {35, "TQ2_0"},   {36, "IQ4_NL_4_4"}, {37, "IQ4_NL_4_8"}, {38, "IQ4_NL_8_8"},
+                {40, "NVFP4"},  {41, "Q1_0"},    {42, "Q2_0"}};
   for (const auto& row : kTable)
     if (row.type == type) return fmt::format("{} ({})", row.name, type);
   return fmt::format("{}, which is not a known type", type);

@@ -11,6 +11,7 @@
 #include "base/threads.h"
 #include "kernels/basic/cpu.h"
 #include "kernels/linear/linear_kernels.h"
+#include "kernels/quants/quants.h"
 
 namespace lesskv {
 namespace {
@@ -108,7 +109,7 @@ void FewTokensF32(const Call& call) {
 
 size_t Int8Bytes(size_t n_padded, size_t n_tokens) {
   const size_t count = n_padded * n_tokens;
-  return count + count * 4 / 4 + count * 4 / 16 + count * 4 / 32;
+  return count + count * 4 / 4 + count * 4 / 16 + count * 4 / 16;
 }
 
 Int8Activations CarveInt8(char* data, size_t n_padded, size_t n_tokens) {
@@ -298,23 +299,7 @@ std::string_view ComputeTypeName(ComputeType compute) { return compute == Comput
 
 ComputeType AutoCompute() { return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
 
-bool IsLinearType(DType type) {
-  switch (type) {
-    case DType::kF32:
-    case DType::kF16:
-    case DType::kBF16:
-    case DType::kQ8_0:
-    case DType::kQ4_0:
-    case DType::kQ5_0:
-    case DType::kQ5_1:
-    case DType::kQ4_K:
-    case DType::kQ5_K:
-    case DType::kQ6_K:
-      return true;
-    default:
-      return false;
-  }
-}
+bool IsLinearType(DType type) { return IsWeightType(type); }
 
 size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
   if (compute == ComputeType::kF32) return kKernelTokens;

@@ -38,7 +38,7 @@ ComputeType AutoCompute();
 size_t FewTokens(DType weights, size_t n_in, ComputeType compute);
 inline constexpr size_t kMostFewTokens = 12;  // FewTokens is never more
 
-// True for the types Linear takes: F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K.
+// True for the types Linear takes: all weight types (quants.h).
 bool IsLinearType(DType type);
 
 // y[t, o] = sum over i of x[t, i] * w[o, i], for t < n_tokens and o < n_out.

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernels/linear/linear_kernels.h"
+#include "kernels/quants/code_tables.h"
 
 namespace lesskv::internal {
 namespace {
@@ -36,14 +37,24 @@ inline float SumLanes(__m256 v) {
 // --- Quantised rows, 32 elements at a time: x[i] = scale[i] * code[i] + offset, codes as signed bytes ---
 
 struct Codes32 {
-  __m256i codes;   // Q8_0: -128..127; others: 0..63, without their offset
-  float scale[2];  // of elements 0..15 and 16..31
-  float minimum;   // added to each element (Q5_1, and minus the minimum of Q4_K and Q5_K)
+  __m256i codes;     // Q8_0 and the IQ4 types: -128..127; others: 0..63, without their offset
+  float scale[2];    // of elements 0..15 and 16..31
+  float minimum[2];  // added to these elements (Q4_1 and Q5_1, and minus the minimum of the K types)
 };
+
+inline Codes32 OneScale(__m256i codes, float scale, float minimum = 0) {
+  return {codes, {scale, scale}, {minimum, minimum}};
+}
 
 inline __m256i SplitNibbles(__m128i v) {
   const __m256i both = _mm256_set_m128i(_mm_srli_epi16(v, 4), v);
   return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+// The entries of a table that sixteen bytes of nibbles stand for.
+inline __m256i LookUp(const int8_t table[16], __m128i nibbles) {
+  const __m128i entries = Load16Bytes(reinterpret_cast<const uint8_t*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), SplitNibbles(nibbles));
 }
 
 // Sixteen in every byte whose bit of `bits` is set.
@@ -62,7 +73,7 @@ inline void K45Scale(const uint8_t* block, size_t g, Codes32& out) {
   const int scale = g < 4 ? packed[g] & 63 : (packed[g + 4] & 15) | (packed[g - 4] >> 6) << 4;
   const int minimum = g < 4 ? packed[g + 4] & 63 : (packed[g + 4] >> 4) | (packed[g] >> 6) << 4;
   out.scale[0] = out.scale[1] = HalfAt(block) * static_cast<float>(scale);
-  out.minimum = -HalfAt(block + 2) * static_cast<float>(minimum);
+  out.minimum[0] = out.minimum[1] = -HalfAt(block + 2) * static_cast<float>(minimum);
 }
 
 // Elements 32 g .. 32 g + 31 of a Q4_K or Q5_K block.
@@ -79,8 +90,7 @@ struct Format<DType::kQ8_0> {
   static constexpr int kOffset = 0;
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 34;
-    const float d = HalfAt(block);
-    return {Load32Bytes(block + 2), {d, d}, 0};
+    return OneScale(Load32Bytes(block + 2), HalfAt(block));
   }
 };
 
@@ -89,8 +99,53 @@ struct Format<DType::kQ4_0> {
   static constexpr int kOffset = 8;
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 18;
-    const float d = HalfAt(block);
-    return {SplitNibbles(Load16Bytes(block + 2)), {d, d}, 0};
+    return OneScale(SplitNibbles(Load16Bytes(block + 2)), HalfAt(block));
+  }
+};
+
+template <>
+struct Format<DType::kQ4_1> {
+  static constexpr int kOffset = 0;
+  static inline Codes32 At(const uint8_t* row, size_t b) {
+    const uint8_t* block = row + b * 20;
+    return OneScale(SplitNibbles(Load16Bytes(block + 4)), HalfAt(block), HalfAt(block + 2));
+  }
+};
+
+template <>
+struct Format<DType::kIQ4_NL> {
+  static constexpr int kOffset = 0;
+  static inline Codes32 At(const uint8_t* row, size_t b) {
+    const uint8_t* block = row + b * 18;
+    return OneScale(LookUp(kIq4Codes, Load16Bytes(block + 2)), HalfAt(block));
+  }
+};
+
+template <>
+struct Format<DType::kIQ4_XS> {
+  static constexpr int kOffset = 0;
+  static inline Codes32 At(const uint8_t* row, size_t b) {
+    const uint8_t* block = row + b / 8 * 136;
+    const size_t g = b % 8;
+    const int low = (block[4 + g / 2] >> (4 * (g % 2))) & 15, high = (Load16(block + 2) >> (2 * g)) & 3;
+    const float scale = HalfAt(block) * static_cast<float>((low | high << 4) - 32);
+    return OneScale(LookUp(kIq4Codes, Load16Bytes(block + 8 + 16 * g)), scale);
+  }
+};
+
+// The codes of MXFP4 plus twelve, so that they are not negative.
+constexpr int8_t kShiftedMxfp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+template <>
+struct Format<DType::kMXFP4> {
+  static constexpr int kOffset = 12;
+  // 2^(e - 128); the two smallest are subnormal.
+  static inline float Scale(uint32_t e) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(e < 2 ? 0x200000u << e : (e - 1) << 23))));
+  }
+  static inline Codes32 At(const uint8_t* row, size_t b) {
+    const uint8_t* block = row + b * 17;
+    return OneScale(LookUp(kShiftedMxfp4Codes, Load16Bytes(block + 1)), Scale(block[0]));
   }
 };
 
@@ -99,8 +154,8 @@ struct Format<DType::kQ5_0> {
   static constexpr int kOffset = 16;
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 22;
-    const float d = HalfAt(block);
-    return {_mm256_or_si256(SplitNibbles(Load16Bytes(block + 6)), FifthBits(Load32(block + 2))), {d, d}, 0};
+    const __m256i codes = _mm256_or_si256(SplitNibbles(Load16Bytes(block + 6)), FifthBits(Load32(block + 2)));
+    return OneScale(codes, HalfAt(block));
   }
 };
 
@@ -109,9 +164,8 @@ struct Format<DType::kQ5_1> {
   static constexpr int kOffset = 0;
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 24;
-    const float d = HalfAt(block);
     const __m256i codes = _mm256_or_si256(SplitNibbles(Load16Bytes(block + 8)), FifthBits(Load32(block + 4)));
-    return {codes, {d, d}, HalfAt(block + 2)};
+    return OneScale(codes, HalfAt(block), HalfAt(block + 2));
   }
 };
 
@@ -142,6 +196,48 @@ struct Format<DType::kQ5_K> {
   }
 };
 
+// The two-bit numbers of the b-th 32 elements of a Q2_K or Q3_K block.
+inline __m256i TwoBits(const uint8_t* codes, size_t g) {
+  const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(2 * (g % 4)));
+  return _mm256_and_si256(_mm256_srl_epi16(Load32Bytes(codes + 32 * (g / 4)), shift), _mm256_set1_epi8(3));
+}
+
+template <>
+struct Format<DType::kQ2_K> {
+  static constexpr int kOffset = 0;
+  static inline Codes32 At(const uint8_t* row, size_t b) {
+    const uint8_t* block = row + b / 8 * 84;
+    const size_t g = b % 8;
+    const float d = HalfAt(block + 80), dmin = -HalfAt(block + 82);
+    const int first = block[2 * g], second = block[2 * g + 1];
+    return {TwoBits(block + 16, g),
+            {d * static_cast<float>(first & 15), d * static_cast<float>(second & 15)},
+            {dmin * static_cast<float>(first >> 4), dmin * static_cast<float>(second >> 4)}};
+  }
+};
+
+template <>
+struct Format<DType::kQ3_K> {
+  static constexpr int kOffset = 4;
+  // Scales 2 g and 2 g + 1, in the two bytes of a number.
+  static inline int TwoScales(const uint8_t* packed, size_t g) {
+    const int low = (Load16(packed + 2 * g % 8) >> (g / 4 * 4)) & 0x0f0f;
+    const int high = (Load16(packed + 8 + 2 * g % 4) >> (g / 2 * 2)) & 0x0303;
+    return low | high << 4;
+  }
+  static inline Codes32 At(const uint8_t* row, size_t b) {
+    const uint8_t* block = row + b / 8 * 110;
+    const size_t g = b % 8;
+    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(Load32Bytes(block), bit), bit);
+    const __m256i codes = _mm256_or_si256(TwoBits(block + 32, g), _mm256_and_si256(set, _mm256_set1_epi8(4)));
+    const float d = HalfAt(block + 108);
+    const int scales = TwoScales(block + 96, g);
+    const float first = d * static_cast<float>((scales & 63) - 32), second = d * static_cast<float>((scales >> 8) - 32);
+    return {codes, {first, second}, {0, 0}};
+  }
+};
+
 template <>
 struct Format<DType::kQ6_K> {
   static constexpr int kOffset = 32;
@@ -155,7 +251,7 @@ struct Format<DType::kQ6_K> {
     const __m256i two_bits = _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(3)), 4);
     const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192) + 2 * (b % 8);
     const float d = HalfAt(block + 208);
-    return {_mm256_or_si256(nibbles, two_bits), {d * scales[0], d * scales[1]}, 0};
+    return {_mm256_or_si256(nibbles, two_bits), {d * scales[0], d * scales[1]}, {0, 0}};
   }
 };
 
@@ -173,10 +269,11 @@ struct Unpacker {
       const Codes32 c = F::At(row, b);
       const __m256i codes = _mm256_sub_epi8(c.codes, _mm256_set1_epi8(F::kOffset));
       const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
-      const __m256 d0 = _mm256_set1_ps(c.scale[0]), d1 = _mm256_set1_ps(c.scale[1]), m = _mm256_set1_ps(c.minimum);
-      sink.Put(b * 32, _mm256_fmadd_ps(EightFloats(low), d0, m),
-               _mm256_fmadd_ps(EightFloats(_mm_srli_si128(low, 8)), d0, m), _mm256_fmadd_ps(EightFloats(high), d1, m),
-               _mm256_fmadd_ps(EightFloats(_mm_srli_si128(high, 8)), d1, m));
+      const __m256 d0 = _mm256_set1_ps(c.scale[0]), d1 = _mm256_set1_ps(c.scale[1]);
+      const __m256 m0 = _mm256_set1_ps(c.minimum[0]), m1 = _mm256_set1_ps(c.minimum[1]);
+      sink.Put(b * 32, _mm256_fmadd_ps(EightFloats(low), d0, m0),
+               _mm256_fmadd_ps(EightFloats(_mm_srli_si128(low, 8)), d0, m0), _mm256_fmadd_ps(EightFloats(high), d1, m1),
+               _mm256_fmadd_ps(EightFloats(_mm_srli_si128(high, 8)), d1, m1));
     }
     return sink;
   }
@@ -248,6 +345,18 @@ inline void SwitchType(DType type, F&& f) {
       return f.template operator()<DType::kQ8_0>();
     case DType::kQ4_0:
       return f.template operator()<DType::kQ4_0>();
+    case DType::kQ4_1:
+      return f.template operator()<DType::kQ4_1>();
+    case DType::kIQ4_NL:
+      return f.template operator()<DType::kIQ4_NL>();
+    case DType::kIQ4_XS:
+      return f.template operator()<DType::kIQ4_XS>();
+    case DType::kMXFP4:
+      return f.template operator()<DType::kMXFP4>();
+    case DType::kQ2_K:
+      return f.template operator()<DType::kQ2_K>();
+    case DType::kQ3_K:
+      return f.template operator()<DType::kQ3_K>();
     case DType::kQ5_0:
       return f.template operator()<DType::kQ5_0>();
     case DType::kQ5_1:
@@ -368,8 +477,14 @@ void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tok
 // --- Few tokens, int8 activations in natural order ---
 //
 // vpmaddubsw adds two products of an unsigned code and a signed activation in 16 bits: codes up to 63 cannot saturate
-// it, and Q8_0 passes the sign of the code to the activation. Offsets are taken off in integers, as in the AVX-512
-// path.
+// it, and signed codes pass their sign to the activation. Offsets are taken off in integers, as in the AVX-512 path.
+
+constexpr bool HasSignedCodes(DType type) {
+  return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;
+}
+
+// Types whose two groups of 16 in 32 elements have a minimum each; their sums are of 16 codes.
+constexpr bool HasTwoMinima(DType type) { return type == DType::kQ2_K; }
 
 inline void QuantizeBlock(const float* x, size_t count, int8_t* q, float* scale) {
   float largest = 0;
@@ -385,24 +500,41 @@ inline void QuantizeBlock(const float* x, size_t count, int8_t* q, float* scale)
 }
 
 constexpr int CodeOffset(DType type) {
-  return type == DType::kQ4_0 ? 8 : type == DType::kQ5_0 ? 16 : type == DType::kQ6_K ? 32 : 0;
+  switch (type) {
+    case DType::kQ4_0:
+      return Format<DType::kQ4_0>::kOffset;
+    case DType::kQ5_0:
+      return Format<DType::kQ5_0>::kOffset;
+    case DType::kQ3_K:
+      return Format<DType::kQ3_K>::kOffset;
+    case DType::kQ6_K:
+      return Format<DType::kQ6_K>::kOffset;
+    case DType::kMXFP4:
+      return Format<DType::kMXFP4>::kOffset;
+    default:
+      return 0;
+  }
 }
 
 void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
   int8_t* q = out.q + token * out.n_padded;
   int32_t* init = out.init + token * out.n_padded / 4;
   float* scale = out.scale + token * out.n_padded / 16;
-  float* sum = out.sum + token * out.n_padded / 32;
+  float* sum = out.sum + token * out.n_padded / 16;
   for (size_t b = 0; b < n / 32; ++b) {
     QuantizeBlock(x + b * 32, 32, q + b * 32, scale + b);
-    int total = 0;
+    int totals[2] = {};
     for (size_t i = 0; i < 8; ++i) {
       const int8_t* four = q + b * 32 + i * 4;
       const int part = four[0] + four[1] + four[2] + four[3];
       init[b * 8 + i] = -CodeOffset(type) * part;
-      total += part;
+      totals[i / 4] += part;
     }
-    sum[b] = scale[b] * static_cast<float>(total);
+    if (HasTwoMinima(type)) {
+      for (size_t i = 0; i < 2; ++i) sum[2 * b + i] = scale[b] * static_cast<float>(totals[i]);
+    } else {
+      sum[b] = scale[b] * static_cast<float>(totals[0] + totals[1]);
+    }
   }
 }
 
@@ -417,13 +549,13 @@ void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, 
     for (size_t t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps(), min_acc[t] = 0;
     for (size_t b = 0; b < block.n / 32; ++b) {
       const Codes32 c = Format<kType>::At(row, b);
-      const __m256i codes = kType == DType::kQ8_0 ? _mm256_abs_epi8(c.codes) : c.codes;
+      const __m256i codes = HasSignedCodes(kType) ? _mm256_abs_epi8(c.codes) : c.codes;
       const __m256 d = _mm256_set_m128(_mm_set1_ps(c.scale[1]), _mm_set1_ps(c.scale[0]));
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) {
         const size_t at = (token + t) * x.n_padded;
         __m256i q = Load32Bytes(reinterpret_cast<const uint8_t*>(x.q + at + b * 32));
-        if constexpr (kType == DType::kQ8_0) q = _mm256_sign_epi8(q, c.codes);
+        if constexpr (HasSignedCodes(kType)) q = _mm256_sign_epi8(q, c.codes);
         __m256i total = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), ones);
         if constexpr (CodeOffset(kType) != 0) {
           const int32_t* init = x.init + at / 4 + b * 8;
@@ -431,7 +563,11 @@ void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, 
         }
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[at / 16 + b]));
         acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc[t]);
-        min_acc[t] += c.minimum * x.sum[at / 32 + b];
+        if constexpr (HasTwoMinima(kType)) {
+          min_acc[t] += c.minimum[0] * x.sum[at / 16 + 2 * b] + c.minimum[1] * x.sum[at / 16 + 2 * b + 1];
+        } else {
+          min_acc[t] += c.minimum[0] * x.sum[at / 16 + b];
+        }
       }
     }
 #pragma GCC unroll 4

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "kernels/linear/linear_kernels.h"
+#include "kernels/quants/code_tables.h"
 
 namespace lesskv::internal {
 namespace {
@@ -45,6 +46,56 @@ inline ScalesAndMins UnpackScales(const uint8_t* packed) {
 
 inline __m256 BytesToFloat8(uint64_t bytes) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
+}
+
+// The entries of a table that sixteen nibbles, or four times sixteen, stand for.
+inline __m128i LoadTable(const int8_t table[16]) { return LoadCodes16(reinterpret_cast<const uint8_t*>(table)); }
+inline __m128i LookUp(__m128i table, __m128i nibbles) { return _mm_shuffle_epi8(table, nibbles); }
+inline __m512i LookUp(__m128i table, __m512i nibbles) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
+}
+
+// The scale of a block of MXFP4, 2^(e - 128); the two smallest are subnormal.
+inline float Mxfp4Scale(uint32_t e) {
+  const uint32_t bits = e < 2 ? 0x200000u << e : (e - 1) << 23;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The eight scales of an IQ4_XS block, times its d. Four low and two upper bits each are spread over the bytes of a
+// word by halves, quarters and so on.
+inline __m256 Iq4XsScales(const uint8_t* block) {
+  uint64_t low = Load32(block + 4), high = Load16(block + 2);
+  low = (low | low << 16) & 0x0000ffff0000ffffu;
+  low = (low | low << 8) & 0x00ff00ff00ff00ffu;
+  low = (low | low << 4) & 0x0f0f0f0f0f0f0f0fu;
+  high = (high | high << 24) & 0x000000ff000000ffu;
+  high = (high | high << 12) & 0x000f000f000f000fu;
+  high = (high | high << 6) & 0x0303030303030303u;
+  const __m256 scales = _mm256_sub_ps(BytesToFloat8(low | high << 4), _mm256_set1_ps(32));
+  return _mm256_mul_ps(scales, _mm256_set1_ps(HalfAt(block)));
+}
+
+// The sixteen scales of a Q3_K block, times its d.
+inline __m512 Q3Scales(const uint8_t* block) {
+  const uint8_t* packed = block + 96;
+  const uint64_t low = Load32(packed) | uint64_t{Load32(packed + 4)} << 32;
+  const uint64_t high = Load32(packed + 8);  // bits 2 i and 2 i + 1 of byte b: scale 4 i + b
+  const uint64_t first = (high | (high >> 2) << 32) & 0x0303030303030303u;
+  const uint64_t second = (high >> 4 | (high >> 6) << 32) & 0x0303030303030303u;
+  const uint64_t nibbles = 0x0f0f0f0f0f0f0f0fu;
+  const __m128i scales = _mm_set_epi64x(static_cast<long long>(((low >> 4) & nibbles) | second << 4),
+                                        static_cast<long long>((low & nibbles) | first << 4));
+  return _mm512_mul_ps(SignedToFloat(_mm_sub_epi8(scales, _mm_set1_epi8(32))), _mm512_set1_ps(HalfAt(block + 108)));
+}
+
+// The sixteen scales of a Q2_K block, times its d, and its sixteen minimums, times its dmin.
+inline __m512 Q2Scales(const uint8_t* block) {
+  return _mm512_mul_ps(UnsignedToFloat(LowNibbles(LoadCodes16(block))), _mm512_set1_ps(HalfAt(block + 80)));
+}
+inline __m512 Q2Mins(const uint8_t* block) {
+  return _mm512_mul_ps(UnsignedToFloat(HighNibbles(LoadCodes16(block))), _mm512_set1_ps(HalfAt(block + 82)));
 }
 
 // A sink receives a row 32 elements at a time; it is passed by value and returned, so that its accumulators stay in
@@ -106,6 +157,62 @@ struct Unpacker<DType::kQ4_0> {
       const __m128i codes = LoadCodes16(row + 2);
       sink.Put(i, _mm512_fmadd_ps(UnsignedToFloat(LowNibbles(codes)), d, offset),
                _mm512_fmadd_ps(UnsignedToFloat(HighNibbles(codes)), d, offset));
+    }
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kQ4_1> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 32, row += 20) {
+      const __m512 d = _mm512_set1_ps(HalfAt(row)), offset = _mm512_set1_ps(HalfAt(row + 2));
+      const __m128i codes = LoadCodes16(row + 4);
+      sink.Put(i, _mm512_fmadd_ps(UnsignedToFloat(LowNibbles(codes)), d, offset),
+               _mm512_fmadd_ps(UnsignedToFloat(HighNibbles(codes)), d, offset));
+    }
+    return sink;
+  }
+};
+
+// Thirty-two entries of a table, times a scale.
+template <typename Sink>
+inline void PutEntries(size_t i, __m128i table, __m128i nibbles, float scale, Sink& sink) {
+  const __m512 d = _mm512_set1_ps(scale);
+  sink.Put(i, _mm512_mul_ps(d, SignedToFloat(LookUp(table, LowNibbles(nibbles)))),
+           _mm512_mul_ps(d, SignedToFloat(LookUp(table, HighNibbles(nibbles)))));
+}
+
+template <>
+struct Unpacker<DType::kIQ4_NL> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    const __m128i table = LoadTable(kIq4Codes);
+    for (size_t i = 0; i < n; i += 32, row += 18) PutEntries(i, table, LoadCodes16(row + 2), HalfAt(row), sink);
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kMXFP4> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    const __m128i table = LoadTable(kMxfp4Codes);
+    for (size_t i = 0; i < n; i += 32, row += 17) PutEntries(i, table, LoadCodes16(row + 1), Mxfp4Scale(row[0]), sink);
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kIQ4_XS> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    const __m128i table = LoadTable(kIq4Codes);
+    for (size_t i = 0; i < n; i += 256, row += 136) {
+      alignas(32) float scale[8];
+      _mm256_store_ps(scale, Iq4XsScales(row));
+      for (size_t g = 0; g < 8; ++g) PutEntries(i + 32 * g, table, LoadCodes16(row + 8 + 16 * g), scale[g], sink);
     }
     return sink;
   }
@@ -219,6 +326,90 @@ inline void Q6Codes(const uint8_t* block, __m512i codes[4]) {
   }
 }
 
+inline __m512 Q6Scales(const uint8_t* block) {
+  return _mm512_mul_ps(SignedToFloat(LoadCodes16(block + 192)), _mm512_set1_ps(HalfAt(block + 208)));
+}
+
+// The 256 two-bit codes of a Q2_K or Q3_K block, in element order: four vectors of 64.
+inline void TwoBitCodes(const uint8_t* at, __m512i codes[4]) {
+  const __m512i mask = _mm512_set1_epi8(3);
+  const __m512i shifts[2] = {_mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0), _mm512_set_epi64(6, 6, 6, 6, 4, 4, 4, 4)};
+  for (size_t v = 0; v < 4; ++v) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * (v / 2)));
+    codes[v] = _mm512_and_si512(_mm512_srlv_epi64(_mm512_broadcast_i64x4(bits), shifts[v % 2]), mask);
+  }
+}
+
+inline void Q2Codes(const uint8_t* block, __m512i codes[4]) { TwoBitCodes(block + 16, codes); }
+
+// 0 to 7. Bit s of byte l of the mask is the third bit of element 32 s + l: turned left to bit 2 in both halves of each
+// vector. A turn of 64-bit words moves neighbours' bits in as well; none of them comes to bit 2 of a byte.
+inline void Q3Codes(const uint8_t* block, __m512i codes[4]) {
+  TwoBitCodes(block + 32, codes);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block));
+  const __m512i third = _mm512_broadcast_i64x4(bits), bit = _mm512_set1_epi8(4);
+  const __m512i turns[4] = {_mm512_set_epi64(1, 1, 1, 1, 2, 2, 2, 2), _mm512_set_epi64(63, 63, 63, 63, 0, 0, 0, 0),
+                            _mm512_set_epi64(61, 61, 61, 61, 62, 62, 62, 62),
+                            _mm512_set_epi64(59, 59, 59, 59, 60, 60, 60, 60)};
+  for (size_t v = 0; v < 4; ++v) {
+    codes[v] = _mm512_or_si512(codes[v], _mm512_and_si512(_mm512_rolv_epi64(third, turns[v]), bit));
+  }
+}
+
+// A block of 16 groups of 16: value(bytes, g) makes the floats of the sixteen codes of group g.
+template <typename Value, typename Sink>
+inline void PutSixteens(size_t i, const __m512i codes[4], int offset, const Value& value, Sink& sink) {
+  for (size_t v = 0; v < 4; ++v) {
+    const __m512i c = _mm512_sub_epi8(codes[v], _mm512_set1_epi8(static_cast<char>(offset)));
+    sink.Put(i + 64 * v, value(_mm512_castsi512_si128(c), 4 * v), value(_mm512_extracti32x4_epi32(c, 1), 4 * v + 1));
+    sink.Put(i + 64 * v + 32, value(_mm512_extracti32x4_epi32(c, 2), 4 * v + 2),
+             value(_mm512_extracti32x4_epi32(c, 3), 4 * v + 3));
+  }
+}
+
+// The same with values that are a scale times a code.
+template <typename Sink>
+inline void PutScaledSixteens(size_t i, const __m512i codes[4], int offset, __m512 scales, Sink& sink) {
+  alignas(64) float scale[16];
+  _mm512_store_ps(scale, scales);
+  const auto value = [&](__m128i bytes, size_t g) {
+    return _mm512_mul_ps(SignedToFloat(bytes), _mm512_set1_ps(scale[g]));
+  };
+  PutSixteens(i, codes, offset, value, sink);
+}
+
+template <>
+struct Unpacker<DType::kQ2_K> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 256, row += 84) {
+      __m512i codes[4];
+      Q2Codes(row, codes);
+      alignas(64) float scale[16], minimum[16];
+      _mm512_store_ps(scale, Q2Scales(row));
+      _mm512_store_ps(minimum, Q2Mins(row));
+      const auto value = [&](__m128i bytes, size_t g) {
+        return _mm512_fmsub_ps(SignedToFloat(bytes), _mm512_set1_ps(scale[g]), _mm512_set1_ps(minimum[g]));
+      };
+      PutSixteens(i, codes, 0, value, sink);
+    }
+    return sink;
+  }
+};
+
+template <>
+struct Unpacker<DType::kQ3_K> {
+  template <typename Sink>
+  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
+    for (size_t i = 0; i < n; i += 256, row += 110) {
+      __m512i codes[4];
+      Q3Codes(row, codes);
+      PutScaledSixteens(i, codes, 4, Q3Scales(row), sink);
+    }
+    return sink;
+  }
+};
+
 template <>
 struct Unpacker<DType::kQ6_K> {
   template <typename Sink>
@@ -226,17 +417,7 @@ struct Unpacker<DType::kQ6_K> {
     for (size_t i = 0; i < n; i += 256, row += 210) {
       __m512i codes[4];
       Q6Codes(row, codes);
-      alignas(64) float scale[16];
-      _mm512_store_ps(scale, _mm512_mul_ps(SignedToFloat(LoadCodes16(row + 192)), _mm512_set1_ps(HalfAt(row + 208))));
-      const __m512i offset = _mm512_set1_epi8(32);
-      for (size_t g = 0; g < 4; ++g) {
-        const __m512i c = _mm512_sub_epi8(codes[g], offset);
-        const auto part = [&](__m128i bytes, size_t j) {
-          return _mm512_mul_ps(SignedToFloat(bytes), _mm512_set1_ps(scale[4 * g + j]));
-        };
-        sink.Put(i + 64 * g, part(_mm512_castsi512_si128(c), 0), part(_mm512_extracti32x4_epi32(c, 1), 1));
-        sink.Put(i + 64 * g + 32, part(_mm512_extracti32x4_epi32(c, 2), 2), part(_mm512_extracti32x4_epi32(c, 3), 3));
-      }
+      PutScaledSixteens(i, codes, 32, Q6Scales(row), sink);
     }
     return sink;
   }
@@ -256,6 +437,18 @@ inline void SwitchType(DType type, F&& f) {
       return f.template operator()<DType::kQ8_0>();
     case DType::kQ4_0:
       return f.template operator()<DType::kQ4_0>();
+    case DType::kQ4_1:
+      return f.template operator()<DType::kQ4_1>();
+    case DType::kIQ4_NL:
+      return f.template operator()<DType::kIQ4_NL>();
+    case DType::kIQ4_XS:
+      return f.template operator()<DType::kIQ4_XS>();
+    case DType::kMXFP4:
+      return f.template operator()<DType::kMXFP4>();
+    case DType::kQ2_K:
+      return f.template operator()<DType::kQ2_K>();
+    case DType::kQ3_K:
+      return f.template operator()<DType::kQ3_K>();
     case DType::kQ5_0:
       return f.template operator()<DType::kQ5_0>();
     case DType::kQ5_1:

@@ -9,27 +9,50 @@ namespace lesskv::internal {
 namespace {
 
 // vpdpbusd multiplies unsigned codes with signed activations and adds four neighbours into an int32 lane. Codes are
-// stored with an offset (8, 16, 32, or 128 after flipping the sign bit of Q8_0); the accumulator starts from minus the
-// offset times the activations' sum, kept in `init`, so the integer result is exact and costs no correction.
+// stored with an offset (4, 8, 12, 16, 32, or 128 after flipping the sign bit of Q8_0 and of the IQ4 table); the
+// accumulator starts from minus the offset times the activations' sum, kept in `init`, so the integer result is exact
+// and costs no correction.
 //
 // Element order of the activations:
-//   Q4_0, Q5_0, Q5_1   per 128: elements 0..15 of four blocks, then elements 16..31 of the four; the two vectors of
-//                      codes then share one accumulator, whose lanes 4 b .. 4 b + 3 belong to block b
-//   Q4_K, Q5_K         per 256: sub-blocks 0, 2, 1, 3, 4, 6, 5, 7, as a load of 64 code bytes splits into nibbles
-//   Q8_0, Q6_K         natural
+//   Q4_0, Q4_1, Q5_0, Q5_1,   per 128: elements 0..15 of four blocks, then elements 16..31 of the four; the two vectors
+//   IQ4_NL, IQ4_XS, MXFP4     of codes then share one accumulator, whose lanes 4 b .. 4 b + 3 belong to block b
+//   Q4_K, Q5_K                per 256: sub-blocks 0, 2, 1, 3, 4, 6, 5, 7, as 64 code bytes split into nibbles
+//   Q8_0, Q2_K, Q3_K, Q6_K    natural
 
-constexpr bool IsMerged(DType type) { return type == DType::kQ4_0 || type == DType::kQ5_0 || type == DType::kQ5_1; }
+constexpr bool IsMerged(DType type) {
+  switch (type) {
+    case DType::kQ4_0:
+    case DType::kQ4_1:
+    case DType::kQ5_0:
+    case DType::kQ5_1:
+    case DType::kIQ4_NL:
+    case DType::kIQ4_XS:
+    case DType::kMXFP4:
+      return true;
+    default:
+      return false;
+  }
+}
 constexpr bool IsK45(DType type) { return type == DType::kQ4_K || type == DType::kQ5_K; }
+
+// Groups of 16 elements with a scale each.
+constexpr bool HasSixteens(DType type) { return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K; }
 
 constexpr int CodeOffset(DType type) {
   switch (type) {
+    case DType::kQ3_K:
+      return 4;
     case DType::kQ4_0:
       return 8;
+    case DType::kMXFP4:
+      return 12;
     case DType::kQ5_0:
       return 16;
     case DType::kQ6_K:
       return 32;
     case DType::kQ8_0:
+    case DType::kIQ4_NL:
+    case DType::kIQ4_XS:
       return 128;
     default:
       return 0;
@@ -50,7 +73,7 @@ inline size_t Int8Place(DType type, size_t i) {
 void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
   int8_t* q = out.q + token * out.n_padded;
   float* scale = out.scale + token * out.n_padded / 16;
-  float* sum = out.sum + token * out.n_padded / 32;
+  float* sum = out.sum + token * out.n_padded / 16;
   for (size_t b = 0; b < out.n_padded / 32; ++b) {
     const size_t first = b * 32, left = first < n ? n - first : 0;
     const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
@@ -63,11 +86,13 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + Int8Place(type, first)), _mm512_cvtsepi32_epi8(q0));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + Int8Place(type, first + 16)), _mm512_cvtsepi32_epi8(q1));
     const float block_scale = largest / 127.0f;
-    sum[b] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1)));
-    if (type == DType::kQ6_K) {
+    if (HasSixteens(type)) {
       scale[2 * b] = scale[2 * b + 1] = block_scale;
+      sum[2 * b] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(q0));
+      sum[2 * b + 1] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(q1));
     } else {
       scale[b] = block_scale;
+      sum[b] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1)));
     }
   }
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(CodeOffset(type)));
@@ -90,7 +115,7 @@ struct Int8Row {
 
 inline Int8Row TokenRow(const Int8Activations& x, size_t token) {
   return {x.q + token * x.n_padded, x.init + token * x.n_padded / 4, x.scale + token * x.n_padded / 16,
-          x.sum + token * x.n_padded / 32};
+          x.sum + token * x.n_padded / 16};
 }
 
 // Four halves `stride` bytes apart, as floats.
@@ -120,50 +145,83 @@ inline __m512i QuarterLanes(int g) {
 }
 inline __m512i HalfLanes(int low, int high) { return _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high); }
 
+inline void SplitNibbles(__m512i v, __m512i codes[2]) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  codes[0] = _mm512_and_si512(v, nibble);
+  codes[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+}
+
 template <DType kType>
-struct Int8Group;  // four blocks of 32
+struct Int8Group;  // four blocks of 32: their codes, scales and, where there are any, minimums
+
+// Scales that are the halves at the start of a block, and minimums that are the halves behind them.
+template <size_t kBytes, bool kMin>
+struct HalfScales {
+  static constexpr size_t kBlockBytes = kBytes;
+  static constexpr bool kHasMin = kMin;
+  static inline __m128 Scales(const uint8_t* p) { return FourHalves(p, kBytes); }
+  static inline __m128 Mins(const uint8_t* p) { return FourHalves(p + 2, kBytes); }
+};
 
 template <>
-struct Int8Group<DType::kQ4_0> {
-  static constexpr size_t kBlockBytes = 18;
-  static constexpr bool kHasMin = false;
+struct Int8Group<DType::kQ4_0> : HalfScales<18, false> {
+  static inline void Codes(const uint8_t* p, __m512i codes[2]) { SplitNibbles(FourCodes16(p + 2, 18), codes); }
+};
+
+template <>
+struct Int8Group<DType::kQ4_1> : HalfScales<20, true> {
+  static inline void Codes(const uint8_t* p, __m512i codes[2]) { SplitNibbles(FourCodes16(p + 4, 20), codes); }
+};
+
+// The table of the IQ4 types with flipped sign bits: its entries plus 128.
+inline __m128i ShiftedIq4Table() { return _mm_xor_si128(LoadTable(kIq4Codes), _mm_set1_epi8(static_cast<char>(0x80))); }
+
+template <>
+struct Int8Group<DType::kIQ4_NL> : HalfScales<18, false> {
   static inline void Codes(const uint8_t* p, __m512i codes[2]) {
-    const __m512i nibble = _mm512_set1_epi8(15), v = FourCodes16(p + 2, 18);
-    codes[0] = _mm512_and_si512(v, nibble);
-    codes[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+    SplitNibbles(FourCodes16(p + 2, 18), codes);
+    for (size_t v = 0; v < 2; ++v) codes[v] = LookUp(ShiftedIq4Table(), codes[v]);
+  }
+};
+
+template <>
+struct Int8Group<DType::kMXFP4> {
+  static constexpr size_t kBlockBytes = 17;
+  static constexpr bool kHasMin = false;
+  static inline __m128 Scales(const uint8_t* p) {
+    return _mm_set_ps(Mxfp4Scale(p[51]), Mxfp4Scale(p[34]), Mxfp4Scale(p[17]), Mxfp4Scale(p[0]));
+  }
+  static inline void Codes(const uint8_t* p, __m512i codes[2]) {
+    const __m128i table = _mm_add_epi8(LoadTable(kMxfp4Codes), _mm_set1_epi8(12));
+    SplitNibbles(FourCodes16(p + 1, 17), codes);
+    for (size_t v = 0; v < 2; ++v) codes[v] = LookUp(table, codes[v]);
   }
 };
 
 template <size_t kBytes>
 inline void FiveBitCodes(const uint8_t* codes_at, const uint8_t* fifth_at, __m512i codes[2]) {
-  const __m512i nibble = _mm512_set1_epi8(15), v = FourCodes16(codes_at, kBytes);
   uint64_t low = 0, high = 0;
   for (size_t b = 0; b < 4; ++b) {
     low |= uint64_t{Load16(fifth_at + b * kBytes)} << (16 * b);
     high |= uint64_t{Load16(fifth_at + b * kBytes + 2)} << (16 * b);
   }
-  codes[0] = AddFifthBits(_mm512_and_si512(v, nibble), low);
-  codes[1] = AddFifthBits(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), high);
+  SplitNibbles(FourCodes16(codes_at, kBytes), codes);
+  codes[0] = AddFifthBits(codes[0], low);
+  codes[1] = AddFifthBits(codes[1], high);
 }
 
 template <>
-struct Int8Group<DType::kQ5_0> {
-  static constexpr size_t kBlockBytes = 22;
-  static constexpr bool kHasMin = false;
+struct Int8Group<DType::kQ5_0> : HalfScales<22, false> {
   static inline void Codes(const uint8_t* p, __m512i codes[2]) { FiveBitCodes<22>(p + 6, p + 2, codes); }
 };
 
 template <>
-struct Int8Group<DType::kQ5_1> {
-  static constexpr size_t kBlockBytes = 24;
-  static constexpr bool kHasMin = true;
+struct Int8Group<DType::kQ5_1> : HalfScales<24, true> {
   static inline void Codes(const uint8_t* p, __m512i codes[2]) { FiveBitCodes<24>(p + 8, p + 4, codes); }
 };
 
 template <>
-struct Int8Group<DType::kQ8_0> {
-  static constexpr size_t kBlockBytes = 34;
-  static constexpr bool kHasMin = false;
+struct Int8Group<DType::kQ8_0> : HalfScales<34, false> {
   static inline __m512i TwoBlocks(const uint8_t* p) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 36));
@@ -179,13 +237,8 @@ struct Int8Group<DType::kQ8_0> {
 // Codes of Q4_K: vectors of sub-blocks (0, 2), (1, 3), (4, 6), (5, 7).
 template <DType kType>
 inline void K45Codes(const uint8_t* block, __m512i codes[4]) {
-  const __m512i nibble = _mm512_set1_epi8(15);
   const uint8_t* at = block + (kType == DType::kQ4_K ? 16 : 48);
-  for (size_t p = 0; p < 2; ++p) {
-    const __m512i v = _mm512_loadu_si512(at + 64 * p);
-    codes[2 * p] = _mm512_and_si512(v, nibble);
-    codes[2 * p + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-  }
+  for (size_t p = 0; p < 2; ++p) SplitNibbles(_mm512_loadu_si512(at + 64 * p), codes + 2 * p);
   if constexpr (kType == DType::kQ5_K) {
     // Bit s of byte l is the fifth bit of element 32 s + l: rotated to bit 4 in both halves of each vector. A rotation
     // of 64-bit words moves neighbours' bits in as well; the mask leaves those that came from the same byte.
@@ -214,8 +267,8 @@ struct Step {
 
   inline void Load(const uint8_t* p) {
     Group::Codes(p, codes);
-    d = FourHalves(p, Group::kBlockBytes);
-    if constexpr (kHasMin) m = FourHalves(p + 2, Group::kBlockBytes);
+    d = Group::Scales(p);
+    if constexpr (kHasMin) m = Group::Mins(p);
   }
 
   inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
@@ -272,16 +325,75 @@ template <>
 struct Step<DType::kQ5_K> : StepK45<DType::kQ5_K> {};
 
 template <>
-struct Step<DType::kQ6_K> {
+struct Step<DType::kIQ4_XS> {
   static constexpr size_t kElements = 256;
-  static constexpr size_t kBytes = 210;
+  static constexpr size_t kBytes = 136;
+  static constexpr bool kHasMin = false;
+  __m512i codes[4];
+  __m256 d;
+
+  inline void Load(const uint8_t* p) {
+    for (size_t v = 0; v < 2; ++v) SplitNibbles(_mm512_loadu_si512(p + 8 + 64 * v), codes + 2 * v);
+    for (size_t v = 0; v < 4; ++v) codes[v] = LookUp(ShiftedIq4Table(), codes[v]);
+    d = Iq4XsScales(p);
+  }
+
+  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256&) const {
+    const __m512 scale = _mm512_castps256_ps512(_mm256_mul_ps(d, _mm256_loadu_ps(x.scale + s * 8)));
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const int8_t* q = x.q + s * 256 + v * 128;
+      __m512i total = _mm512_loadu_si512(x.init + s * 32 + v * 16);
+      total = _mm512_dpbusd_epi32(total, codes[2 * v], _mm512_loadu_si512(q));
+      total = _mm512_dpbusd_epi32(total, codes[2 * v + 1], _mm512_loadu_si512(q + 64));
+      acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_permutexvar_ps(QuarterLanes(v), scale), acc);
+    }
+  }
+};
+
+template <>
+struct Step<DType::kQ2_K> {
+  static constexpr size_t kElements = 256;
+  static constexpr size_t kBytes = 84;
+  static constexpr bool kHasMin = true;
+  __m512i codes[4];
+  __m512 d, m;
+
+  inline void Load(const uint8_t* p) {
+    Q2Codes(p, codes);
+    d = Q2Scales(p);
+    m = Q2Mins(p);
+  }
+
+  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
+    const __m512 scale = _mm512_mul_ps(d, _mm512_loadu_ps(x.scale + s * 16));
+    min_acc = _mm256_fnmadd_ps(_mm512_castps512_ps256(m), _mm256_loadu_ps(x.sum + s * 16), min_acc);
+    min_acc = _mm256_fnmadd_ps(_mm512_extractf32x8_ps(m, 1), _mm256_loadu_ps(x.sum + s * 16 + 8), min_acc);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m512i total =
+          _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[v], _mm512_loadu_si512(x.q + s * 256 + v * 64));
+      acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_permutexvar_ps(QuarterLanes(v), scale), acc);
+    }
+  }
+};
+
+template <DType kType>
+struct StepQ36 {
+  static constexpr size_t kElements = 256;
+  static constexpr size_t kBytes = kType == DType::kQ3_K ? 110 : 210;
   static constexpr bool kHasMin = false;
   __m512i codes[4];
   __m512 d;
 
   inline void Load(const uint8_t* p) {
-    Q6Codes(p, codes);
-    d = _mm512_mul_ps(SignedToFloat(LoadCodes16(p + 192)), _mm512_set1_ps(HalfAt(p + 208)));
+    if constexpr (kType == DType::kQ3_K) {
+      Q3Codes(p, codes);
+      d = Q3Scales(p);
+    } else {
+      Q6Codes(p, codes);
+      d = Q6Scales(p);
+    }
   }
 
   inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256&) const {
@@ -294,6 +406,11 @@ struct Step<DType::kQ6_K> {
     }
   }
 };
+
+template <>
+struct Step<DType::kQ3_K> : StepQ36<DType::kQ3_K> {};
+template <>
+struct Step<DType::kQ6_K> : StepQ36<DType::kQ6_K> {};
 
 // kRows rows times kTokens tokens. The activations of a step are loaded once for all its rows: with four tokens the
 // loads, not the arithmetic, are what a single row would wait for.

@@ -27,7 +27,8 @@ struct Int8Activations {
   int8_t* q;        // [n_tokens, n_padded]
   int32_t* init;    // [n_tokens, n_padded / 4]: what accumulators start from, because stored codes are unsigned
   float* scale;     // [n_tokens, n_padded / 16]: one scale for each 32 codes; twice each for types with groups of 16
-  float* sum;       // [n_tokens, n_padded / 32]: scale times the sum of 32 codes, for types with a minimum
+  float* sum;       // [n_tokens, n_padded / 16]: scale times the sum of 32 codes, for types with a minimum; of 16 codes
+                    // for types with groups of 16
   size_t n_padded;  // n rounded up to 256; the padding is zero
 };
 

@@ -12,12 +12,14 @@
 #include "kernels/basic/basic.h"
 #include "kernels/basic/cpu.h"
 #include "kernels/quants/quants.h"
+#include "kernels/quants/random_row.h"
 
 namespace lesskv {
 namespace {
 
-constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0, DType::kQ4_0,
-                            DType::kQ5_0, DType::kQ5_1, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,   DType::kQ8_0,  DType::kQ4_0, DType::kQ4_1,
+                            DType::kQ5_0, DType::kQ5_1, DType::kIQ4_NL, DType::kMXFP4, DType::kQ2_K, DType::kQ3_K,
+                            DType::kQ4_K, DType::kQ5_K, DType::kQ6_K,   DType::kIQ4_XS};
 constexpr size_t kTokenCounts[] = {1, 2, 3, 4, 5, 8, 9, 17, 33, 70};
 
 // A matrix of random weights of a type, with the values its bytes stand for. The data starts 2 bytes past an aligned
@@ -33,10 +35,8 @@ Matrix MakeMatrix(DType type, size_t n_out, size_t n_in, Rng& rng) {
   const size_t row_bytes = RowBytes(type, n_in);
   m.bytes.resize(2 + n_out * row_bytes);
   m.values.resize(n_out * n_in);
-  std::vector<float> row(n_in);
   for (size_t o = 0; o < n_out; ++o) {
-    for (float& v : row) v = rng.Normal();
-    QuantizeRow(type, row.data(), n_in, m.bytes.data() + 2 + o * row_bytes);
+    RandomRow(type, n_in, rng, m.bytes.data() + 2 + o * row_bytes);
     DequantizeRow(type, m.bytes.data() + 2 + o * row_bytes, n_in, m.values.data() + o * n_in);
   }
   m.view = {type, n_out, n_in, m.bytes.data() + 2};

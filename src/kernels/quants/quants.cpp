@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "kernels/quants/code_tables.h"
 #include "kernels/quants/half.h"
 
 namespace lesskv {
@@ -26,6 +27,62 @@ void DequantizeBlock(const BlockQ4_0& block, float* out) {
   for (int i = 0; i < 16; ++i) {
     out[i] = d * static_cast<float>((block.qs[i] & 15) - 8);
     out[i + 16] = d * static_cast<float>((block.qs[i] >> 4) - 8);
+  }
+}
+
+void DequantizeBlock(const BlockQ4_1& block, float* out) {
+  const float d = HalfToFloat(block.d), m = HalfToFloat(block.m);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * static_cast<float>(block.qs[i] & 15) + m;
+    out[i + 16] = d * static_cast<float>(block.qs[i] >> 4) + m;
+  }
+}
+
+// Thirty-two codes of a table, stored as the numbers of Q4_0.
+void DequantizeCodes(const int8_t codes[16], float scale, const uint8_t qs[16], float* out) {
+  for (int i = 0; i < 16; ++i) {
+    out[i] = scale * static_cast<float>(codes[qs[i] & 15]);
+    out[i + 16] = scale * static_cast<float>(codes[qs[i] >> 4]);
+  }
+}
+
+void DequantizeBlock(const BlockIQ4_NL& block, float* out) {
+  DequantizeCodes(kIq4Codes, HalfToFloat(block.d), block.qs, out);
+}
+
+void DequantizeBlock(const BlockMXFP4& block, float* out) {
+  DequantizeCodes(kMxfp4Codes, std::ldexp(1.0f, block.e - 128), block.qs, out);
+}
+
+void DequantizeBlock(const BlockIQ4_XS& block, float* out) {
+  const float d = HalfToFloat(block.d);
+  for (int g = 0; g < 8; ++g) {
+    const int low = (block.scales_l[g / 2] >> (4 * (g % 2))) & 15, high = (block.scales_h >> (2 * g)) & 3;
+    const float scale = d * static_cast<float>((low | high << 4) - 32);
+    DequantizeCodes(kIq4Codes, scale, block.qs + 16 * g, out + 32 * g);
+  }
+}
+
+// The two-bit number of element i in Q2_K and Q3_K.
+int TwoBits(const uint8_t qs[64], int i) { return (qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2)) & 3; }
+
+void DequantizeBlock(const BlockQ2_K& block, float* out) {
+  const float d = HalfToFloat(block.d), dmin = HalfToFloat(block.dmin);
+  for (int i = 0; i < 256; ++i) {
+    const int packed = block.scales[i / 16];
+    const float scale = d * static_cast<float>(packed & 15), minimum = dmin * static_cast<float>(packed >> 4);
+    out[i] = scale * static_cast<float>(TwoBits(block.qs, i)) - minimum;
+  }
+}
+
+void DequantizeBlock(const BlockQ3_K& block, float* out) {
+  const float d = HalfToFloat(block.d);
+  for (int i = 0; i < 256; ++i) {
+    const int g = i / 16;
+    const int low = (block.scales[g % 8] >> (g < 8 ? 0 : 4)) & 15, high = (block.scales[8 + g % 4] >> (g / 4 * 2)) & 3;
+    const float scale = d * static_cast<float>((low | high << 4) - 32);
+    const int third = (block.hmask[i % 32] >> (i / 32)) & 1;
+    out[i] = scale * static_cast<float>((TwoBits(block.qs, i) | third << 2) - 4);
   }
 }
 
@@ -124,6 +181,17 @@ void QuantizeBlock(const float* x, BlockQ4_0& block) {
   }
 }
 
+void QuantizeBlock(const float* x, BlockQ4_1& block) {
+  const auto [lowest, highest] = std::minmax_element(x, x + 32);
+  const float m = Saturate(*lowest), d = Saturate((*highest - m) / 15.0f), inverse = Inverse(d);
+  block.d = FloatToHalf(d);
+  block.m = FloatToHalf(m);
+  for (int i = 0; i < 16; ++i) {
+    const int low = RoundUnsigned(x[i] - m, inverse, 0.5f, 15), high = RoundUnsigned(x[i + 16] - m, inverse, 0.5f, 15);
+    block.qs[i] = static_cast<uint8_t>(low | high << 4);
+  }
+}
+
 void QuantizeBlock(const float* x, BlockQ5_0& block) {
   const float d = Saturate(SignedMaximum(x, 32) / -16.0f), inverse = Inverse(d);
   block.d = FloatToHalf(d);
@@ -212,15 +280,27 @@ bool IsWeightType(DType type) {
     case DType::kBF16:
     case DType::kQ8_0:
     case DType::kQ4_0:
+    case DType::kQ4_1:
     case DType::kQ5_0:
     case DType::kQ5_1:
+    case DType::kQ2_K:
+    case DType::kQ3_K:
     case DType::kQ4_K:
     case DType::kQ5_K:
     case DType::kQ6_K:
+    case DType::kIQ4_NL:
+    case DType::kIQ4_XS:
+    case DType::kMXFP4:
       return true;
     default:
       return false;
   }
+}
+
+bool CanQuantizeTo(DType type) {
+  const bool read_only =
+      type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kIQ4_XS || type == DType::kMXFP4;
+  return IsWeightType(type) && !read_only;
 }
 
 void DequantizeRow(DType type, const void* row, size_t n, float* out) {
@@ -234,6 +314,18 @@ void DequantizeRow(DType type, const void* row, size_t n, float* out) {
       return DequantizeBlocks<BlockQ8_0, 32>(row, n, out);
     case DType::kQ4_0:
       return DequantizeBlocks<BlockQ4_0, 32>(row, n, out);
+    case DType::kQ4_1:
+      return DequantizeBlocks<BlockQ4_1, 32>(row, n, out);
+    case DType::kIQ4_NL:
+      return DequantizeBlocks<BlockIQ4_NL, 32>(row, n, out);
+    case DType::kIQ4_XS:
+      return DequantizeBlocks<BlockIQ4_XS, 256>(row, n, out);
+    case DType::kMXFP4:
+      return DequantizeBlocks<BlockMXFP4, 32>(row, n, out);
+    case DType::kQ2_K:
+      return DequantizeBlocks<BlockQ2_K, 256>(row, n, out);
+    case DType::kQ3_K:
+      return DequantizeBlocks<BlockQ3_K, 256>(row, n, out);
     case DType::kQ5_0:
       return DequantizeBlocks<BlockQ5_0, 32>(row, n, out);
     case DType::kQ5_1:
@@ -251,6 +343,7 @@ void DequantizeRow(DType type, const void* row, size_t n, float* out) {
 
 void QuantizeRow(DType type, const float* values, size_t n, void* out) {
   CheckBlocks(type, n);
+  CHECK(CanQuantizeTo(type), "{} is read, not written", Traits(type).name);
   switch (type) {
     case DType::kF16:
       return Convert(values, n, out, &FloatToHalf);
@@ -260,6 +353,10 @@ void QuantizeRow(DType type, const float* values, size_t n, void* out) {
       return QuantizeBlocks<BlockQ8_0, 32>(values, n, out);
     case DType::kQ4_0:
       return QuantizeBlocks<BlockQ4_0, 32>(values, n, out);
+    case DType::kQ4_1:
+      return QuantizeBlocks<BlockQ4_1, 32>(values, n, out);
+    case DType::kIQ4_NL:
+      return QuantizeBlocks<BlockIQ4_NL, 32>(values, n, out);
     case DType::kQ5_0:
       return QuantizeBlocks<BlockQ5_0, 32>(values, n, out);
     case DType::kQ5_1:

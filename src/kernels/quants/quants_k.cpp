@@ -10,8 +10,6 @@
 namespace lesskv::internal {
 namespace {
 
-constexpr float kSmallestScale = 1e-30f;  // below it a scale is 0 as a half, and its inverse could overflow
-
 // ---- Q4_K, Q5_K: x = scale * q - minimum, q in [0, levels], scale and minimum not negative
 
 constexpr int kGroup = 32;

@@ -10,13 +10,18 @@
 #include <vector>
 
 #include "base/rng.h"
+#include "kernels/quants/code_tables.h"
 #include "kernels/quants/half.h"
 
 namespace lesskv {
 namespace {
 
-constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0, DType::kQ4_0,
-                               DType::kQ5_0, DType::kQ5_1, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+constexpr DType kReadTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,   DType::kQ8_0,  DType::kQ4_0, DType::kQ4_1,
+                                DType::kQ5_0, DType::kQ5_1, DType::kIQ4_NL, DType::kMXFP4, DType::kQ2_K, DType::kQ3_K,
+                                DType::kQ4_K, DType::kQ5_K, DType::kQ6_K,   DType::kIQ4_XS};
+constexpr DType kWrittenTypes[] = {DType::kF32,    DType::kF16,  DType::kBF16, DType::kQ8_0,
+                                   DType::kQ4_0,   DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
+                                   DType::kIQ4_NL, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
 template <typename T>
 std::vector<T> ReadVector(const std::string& name) {
@@ -104,19 +109,26 @@ TEST(Bf16, RoundsToNearestEvenAndKeepsNan) {
 
 class QuantVectors : public ::testing::TestWithParam<DType> {};
 
-TEST_P(QuantVectors, DecodesAsTheIndependentImplementation) {
-  const std::string name(Traits(GetParam()).name);
+// `name` is a type, or a type and ".extreme".
+void ExpectDecoded(DType type, const std::string& name) {
   const auto blocks = ReadVector<std::byte>(name + ".blocks");
   const auto expected = ReadVector<float>(name + ".values");
-  ASSERT_EQ(blocks.size(), RowBytes(GetParam(), expected.size()));
+  ASSERT_EQ(blocks.size(), RowBytes(type, expected.size()));
   std::vector<float> values(expected.size());
-  DequantizeRow(GetParam(), blocks.data(), values.size(), values.data());
-  EXPECT_EQ(values, expected);
+  DequantizeRow(type, blocks.data(), values.size(), values.data());
+  EXPECT_EQ(values, expected) << name;
+}
+
+TEST_P(QuantVectors, DecodesAsTheIndependentImplementation) {
+  const std::string name(Traits(GetParam()).name);
+  ExpectDecoded(GetParam(), name);
+  if (Traits(GetParam()).block_elements > 1) ExpectDecoded(GetParam(), name + ".extreme");
 }
 
 TEST_P(QuantVectors, EncodesAsTheIndependentImplementation) {
   const DType type = GetParam();
-  if (Traits(type).block_elements == 256) return;  // the vectors of K types are random codes, not an encoding
+  // The vectors of these are random codes, not an encoding; MXFP4 is not written.
+  if (Traits(type).block_elements == 256 || type == DType::kIQ4_NL || type == DType::kMXFP4) return;
   const auto input = ReadVector<float>("input");
   const auto expected = ReadVector<std::byte>(std::string(Traits(type).name) + ".blocks");
   std::vector<std::byte> blocks(RowBytes(type, input.size()));
@@ -127,24 +139,34 @@ TEST_P(QuantVectors, EncodesAsTheIndependentImplementation) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, QuantVectors, ::testing::ValuesIn(std::begin(kAllTypes) + 1, std::end(kAllTypes)),
+INSTANTIATE_TEST_SUITE_P(Types, QuantVectors, ::testing::ValuesIn(std::begin(kReadTypes) + 1, std::end(kReadTypes)),
                          [](const auto& test) { return std::string(Traits(test.param).name); });
 
 TEST(Quants, ErrorOfGaussianWeightsIsWhatTheBitsAllow) {
   const std::vector<float> x = Gaussian(256 * 64, 1, 0.02f);
-  // Measured on this row: F16 4.24e-8, BF16 2.74e-6, Q8_0 2.89e-5, Q4_0 7.33e-3, Q5_0 1.81e-3, Q5_1 1.43e-3, Q4_K
-  // 4.90e-3, Q5_K 1.21e-3, Q6_K 2.96e-4. A halved step would quarter the number, a lost bit quadruple it.
+  // Measured on this row: F16 4.24e-8, BF16 2.74e-6, Q8_0 2.89e-5, Q4_0 7.33e-3, Q4_1 6.13e-3, Q5_0 1.81e-3, Q5_1
+  // 1.43e-3, IQ4_NL 5.48e-3, Q4_K 4.90e-3, Q5_K 1.21e-3, Q6_K 2.96e-4. A halved step would quarter the number, a lost
+  // bit quadruple it.
   const struct {
     DType type;
     double bound;
-  } kBounds[] = {{DType::kF32, 0},        {DType::kF16, 4.7e-8},  {DType::kBF16, 3e-6},   {DType::kQ8_0, 3.2e-5},
-                 {DType::kQ4_0, 8e-3},    {DType::kQ5_0, 2e-3},   {DType::kQ5_1, 1.6e-3}, {DType::kQ4_K, 5.3e-3},
-                 {DType::kQ5_K, 1.35e-3}, {DType::kQ6_K, 3.25e-4}};
+  } kBounds[] = {{DType::kF32, 0},       {DType::kF16, 4.7e-8},  {DType::kBF16, 3e-6},    {DType::kQ8_0, 3.2e-5},
+                 {DType::kQ4_0, 8e-3},   {DType::kQ5_0, 2e-3},   {DType::kQ5_1, 1.6e-3},  {DType::kQ4_1, 6.7e-3},
+                 {DType::kIQ4_NL, 6e-3}, {DType::kQ4_K, 5.3e-3}, {DType::kQ5_K, 1.35e-3}, {DType::kQ6_K, 3.25e-4}};
   for (const auto& [type, bound] : kBounds) {
     const double error = RelativeError(x, RoundTrip(type, x));
     RecordProperty(std::string(Traits(type).name), std::to_string(error));
     EXPECT_LE(error, bound) << Traits(type).name;
     EXPECT_GE(error, bound / 2) << Traits(type).name;
+  }
+}
+
+// Each row of the code table, at any scale and sign, must return exactly: the search may not prefer another scale.
+TEST(Quants, Iq4NlKeepsItsOwnCodes) {
+  for (const float scale : {1.0f, -0.5f, 0.015625f, 512.0f}) {
+    std::vector<float> x(32);
+    for (size_t i = 0; i < 32; ++i) x[i] = scale * static_cast<float>(kIq4Codes[i * 5 % 16]);
+    EXPECT_EQ(RoundTrip(DType::kIQ4_NL, x), x) << scale;
   }
 }
 
@@ -160,7 +182,7 @@ TEST(Quants, KFormatsKeepWhatTheyCanExpress) {
 }
 
 TEST(Quants, ZerosStayZeroAndConstantsStayConstant) {
-  for (const DType type : kAllTypes) {
+  for (const DType type : kWrittenTypes) {
     for (const float constant : {0.0f, 1.0f, -3.0f, 1e-38f, 60000.0f}) {
       const std::vector<float> y = RoundTrip(type, std::vector<float>(256, constant));
       for (const float value : y) {
@@ -175,7 +197,7 @@ TEST(Quants, ZerosStayZeroAndConstantsStayConstant) {
 TEST(Quants, ExtremeBlocksStayFinite) {
   const float kLargest = std::numeric_limits<float>::max(), kTiny = std::numeric_limits<float>::denorm_min();
   std::vector<float> x = Gaussian(256, 3);
-  for (const DType type : kAllTypes) {
+  for (const DType type : kWrittenTypes) {
     if (type == DType::kF16 || type == DType::kBF16) continue;  // infinity is the right answer there
     for (const auto& [a, b] :
          {std::pair{kLargest, 1.0f}, {-kLargest, 0.0f}, {1e9f, -1e9f}, {kTiny, 0.0f}, {1e-35f, -kTiny}}) {
@@ -188,7 +210,7 @@ TEST(Quants, ExtremeBlocksStayFinite) {
 
 TEST(Quants, RandomBytesDecodeWithoutTrouble) {
   Rng rng(9);
-  for (const DType type : kAllTypes) {
+  for (const DType type : kReadTypes) {
     std::vector<uint16_t> row(RowBytes(type, 256 * 8) / 2);
     for (uint16_t& word : row) word = static_cast<uint16_t>(rng.Next());
     std::vector<float> out(256 * 8 + 1, -7.0f);
@@ -221,6 +243,9 @@ TEST(QuantsDeathTest, NotFiniteOrNotWholeBlocksIsOurMistake) {
   x[5] = std::numeric_limits<float>::infinity();
   EXPECT_DEATH(QuantizeRow(DType::kQ4_0, x.data(), 32, row.data()), "not finite");
   EXPECT_DEATH(DequantizeRow(DType::kI32, row.data(), 4, x.data()), "not a weight type");
+  x.assign(256, 1.0f);
+  row.resize(256);
+  EXPECT_DEATH(QuantizeRow(DType::kIQ4_XS, x.data(), 256, row.data()), "IQ4_XS is read, not written");
 }
 
 }  // namespace
