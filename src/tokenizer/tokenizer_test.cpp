@@ -227,19 +227,37 @@ TEST(ByteBpe, DamagedUtf8BecomesReplacementCharacters) {
   }
 }
 
-TEST(ByteBpe, AByteWithoutATokenIsUnknownOrLeftOut) {
+// Also where the file names an unknown token, which is a control token in such vocabularies.
+TEST(ByteBpe, AByteWithoutATokenIsLeftOut) {
   Vocabulary v = SmallBpe("gpt-2");
   const auto at = static_cast<size_t>(std::find(v.tokens.begin(), v.tokens.end(), "\u0100") - v.tokens.begin());
   ASSERT_LT(at, v.tokens.size());
   v.tokens[at] = "\u0100\u0100\u0100";
-  const std::string text("a\0b", 3);
-  const auto left_out = Tokenizer::Create(v);
-  EXPECT_EQ(left_out->Decode(left_out->Encode(text, false, false)), "ab");
-  v.tokens.emplace_back("<unk>");
-  v.types.push_back(static_cast<int32_t>(TokenType::kUnknown));
-  v.unk = static_cast<uint32_t>(v.tokens.size() - 1);
-  const auto unknown = Tokenizer::Create(v);
-  EXPECT_EQ(unknown->Decode(unknown->Encode(text, false, false), false), "a<unk>b");
+  v.unk = 0;
+  const auto t = Tokenizer::Create(v);
+  EXPECT_EQ(t->Decode(t->Encode(std::string("a\0b", 3), false, false), /*skip_special=*/false), "ab");
+}
+
+// By hand: a merge need not make a token. What it makes merges on, else the tokens of its bytes stand for it.
+TEST(ByteBpe, AMergeMayMakeATextWithoutAToken) {
+  Vocabulary v;
+  v.name = "hand-made";
+  v.model = "gpt2";
+  v.pre = "gpt-2";
+  v.tokens = {"a", "b", "c", "d", "bc", "abc", "cd"};
+  v.merges = {"a b", "b c", "ab c", "c d"};  // there is no token ab
+  const auto t = Tokenizer::Create(v);
+  EXPECT_EQ(t->Encode("ab", false, false), (Ids{0, 1}));
+  EXPECT_EQ(t->Encode("abc", false, false), (Ids{5}));
+  EXPECT_EQ(t->Encode("abab", false, false), (Ids{0, 1, 0, 1}));
+  EXPECT_EQ(t->Encode("bc", false, false), (Ids{4}));
+  EXPECT_EQ(t->Encode("abcd", false, false), (Ids{5, 3})) << "a b and ab c come before c d";
+  v.merges = {"a b", "x y"};
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("abc", false, false), (Ids{0, 1, 2}));
+  v.types.assign(v.tokens.size(), static_cast<int32_t>(TokenType::kNormal));
+  v.types[6] = static_cast<int32_t>(TokenType::kControl);
+  v.merges = {"c d"};
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("cd", false, false), (Ids{2, 3})) << "text never becomes a control token";
 }
 
 TEST(SentencePiece, MatchesSentencePiece) {
