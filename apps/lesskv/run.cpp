@@ -45,7 +45,7 @@ void AddOptions(CLI::App& command, RunOptions& o) {
       ->capture_default_str()->option_text("N");
   command.add_option("--protect", o.protect, "Protect tokens A up to, not including, B; may be repeated")
       ->option_text("A:B")->allow_extra_args(false);
-  command.add_option("--stop", o.stops, "Stop before this text; may be repeated")
+  command.add_option("--stop", o.stops, "Stop before this text or control token; may be repeated")
       ->option_text("TEXT")->allow_extra_args(false);
   SamplerOptions& s = o.sampler;
   command.add_option("--temp", s.temperature, "Temperature; 0: always the likeliest token")->capture_default_str();

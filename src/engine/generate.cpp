@@ -44,6 +44,14 @@ class TextStream {
 
 bool IsSpecial(const Tokenizer& tokenizer, int32_t token) { return tokenizer.Type(token) == TokenType::kControl; }
 
+// Stop strings that are control tokens: these are not shown, so no stop string would be found in the text.
+std::vector<int32_t> StopTokens(const Tokenizer& tokenizer, const std::vector<std::string>& stops) {
+  std::vector<int32_t> tokens;
+  for (const std::string& stop : stops)
+    if (const auto token = tokenizer.FindControlToken(stop)) tokens.push_back(*token);
+  return tokens;
+}
+
 }  // namespace
 
 std::string_view FinishName(FinishReason reason) {
@@ -97,6 +105,7 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
   const bool at_start = std::all_of(sequence.tokens().begin(), sequence.tokens().end(),
                                     [&](int32_t token) { return IsSpecial(tokenizer, token); });
   TextStream stream(tokenizer, options, at_start, result.text);
+  const std::vector<int32_t> stop_tokens = StopTokens(tokenizer, options.stops);
   for (;;) {
     const int32_t token = sampler.Sample(logits, sequence.tokens());
     result.last_token = token;
@@ -105,7 +114,7 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
       result.reason = FinishReason::kEndOfText;
       break;
     }
-    if (!stream.Push(token)) {
+    if (std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end() || !stream.Push(token)) {
       result.reason = FinishReason::kStopString;
       break;
     }

@@ -18,7 +18,8 @@ namespace lesskv {
 struct GenerateOptions {
   SamplerOptions sampler;
   size_t max_tokens = 0;           // 0: until the text or the context ends
-  std::vector<std::string> stops;  // generation ends before the first of these texts; not empty strings
+  // Generation ends before the first of these texts, or at the control token whose text it is; not empty strings.
+  std::vector<std::string> stops;
   bool prompt_was_generated = false;  // the prompt is the sequence's own last token: fed as decoding, not as a prompt
   const std::atomic<bool>* stop = nullptr;
   std::function<void(std::string_view)> on_text = {};  // as it becomes certain; always whole UTF-8 characters

@@ -22,62 +22,61 @@ bool IsPiece(const Vocabulary& vocabulary, size_t id) {
   return type != TokenType::kControl && type != TokenType::kUnknown && !vocabulary.tokens[id].empty();
 }
 
-std::unordered_map<std::string_view, int32_t> PiecesByText(const Vocabulary& vocabulary) {
-  std::unordered_map<std::string_view, int32_t> result;
-  result.reserve(vocabulary.tokens.size());
-  for (size_t id = 0; id < vocabulary.tokens.size(); ++id) {
-    if (IsPiece(vocabulary, id)) result.emplace(vocabulary.tokens[id], static_cast<int32_t>(id));
+std::pair<std::string, std::string> SplitMerge(const Vocabulary& vocabulary, size_t rank) {
+  const std::string& merge = vocabulary.merges[rank];
+  const size_t space = merge.find(' ');
+  if (space == std::string::npos || space == 0 || space + 1 == merge.size() ||
+      merge.find(' ', space + 1) != std::string::npos) {
+    Fail(ErrorCode::kBadFile, "{}: merge {} is {}, expected two texts with one space between them", vocabulary.name,
+         rank, Quoted(merge));
   }
-  return result;
+  return {merge.substr(0, space), merge.substr(space + 1)};
 }
 
 }  // namespace
 
 ByteBpeModel::ByteBpeModel(const Vocabulary& vocabulary)
     : pre_tokenizer_(PreTokenizer::ForName(vocabulary.pre, vocabulary.name)),
-      unk_(vocabulary.unk ? static_cast<int32_t>(*vocabulary.unk) : -1) {
-  LoadBytes(vocabulary);
-  LoadMerges(vocabulary);
+      n_tokens_(static_cast<int32_t>(vocabulary.tokens.size())) {
+  IdsByText pieces;
+  pieces.reserve(vocabulary.tokens.size());
+  for (size_t id = 0; id < vocabulary.tokens.size(); ++id) {
+    if (IsPiece(vocabulary, id)) pieces.emplace(vocabulary.tokens[id], static_cast<int32_t>(id));
+  }
+  LoadBytes(vocabulary, pieces);
+  LoadMerges(vocabulary, pieces);
   if (pre_tokenizer_.ignore_merges()) LoadWholePieces(vocabulary);
 }
 
-void ByteBpeModel::LoadBytes(const Vocabulary& vocabulary) {
-  const auto pieces = PiecesByText(vocabulary);
+void ByteBpeModel::LoadBytes(const Vocabulary& vocabulary, const IdsByText& pieces) {
   size_t n_found = 0;
   for (size_t byte = 0; byte < 256; ++byte) {
-    const auto found = pieces.find(ByteToAlphabet(static_cast<uint8_t>(byte)));
-    byte_ids_[byte] = found == pieces.end() ? unk_ : found->second;
+    const auto found = pieces.find(std::string(ByteToAlphabet(static_cast<uint8_t>(byte))));
+    byte_ids_[byte] = found == pieces.end() ? -1 : found->second;
     n_found += found != pieces.end();
   }
   if (n_found == 0) Fail(ErrorCode::kBadFile, "{}: the vocabulary has no token for any single byte", vocabulary.name);
 }
 
-void ByteBpeModel::LoadMerges(const Vocabulary& vocabulary) {
-  const auto pieces = PiecesByText(vocabulary);
+void ByteBpeModel::LoadMerges(const Vocabulary& vocabulary, IdsByText& pieces) {
   merges_.reserve(vocabulary.merges.size());
   for (size_t rank = 0; rank < vocabulary.merges.size(); ++rank) {
-    const std::string_view merge = vocabulary.merges[rank];
-    const size_t space = merge.find(' ');
-    if (space == std::string_view::npos || space == 0 || space + 1 == merge.size() ||
-        merge.find(' ', space + 1) != std::string_view::npos) {
-      Fail(ErrorCode::kBadFile, "{}: merge {} is {}, expected two tokens with one space between them", vocabulary.name,
-           rank, Quoted(merge));
-    }
-    const std::string_view left = merge.substr(0, space);
-    const std::string_view right = merge.substr(space + 1);
-    const auto find = [&](std::string_view text) {
-      const auto found = pieces.find(text);
-      if (found == pieces.end()) {
-        Fail(ErrorCode::kBadFile, "{}: merge {} ({}) needs {}, which is not a token", vocabulary.name, rank,
-             Quoted(merge), Quoted(text));
-      }
-      return found->second;
-    };
-    const int32_t left_id = find(left);
-    const int32_t right_id = find(right);
-    const int32_t whole_id = find(fmt::format("{}{}", left, right));
-    merges_.emplace(PairKey(left_id, right_id), RankedToken{static_cast<uint32_t>(rank), whole_id});
+    const auto [left, right] = SplitMerge(vocabulary, rank);
+    const uint64_t pair = PairKey(PieceId(left, pieces), PieceId(right, pieces));
+    merges_.emplace(pair, RankedToken{static_cast<uint32_t>(rank), PieceId(left + right, pieces)});
   }
+}
+
+int32_t ByteBpeModel::PieceId(const std::string& text, IdsByText& pieces) {
+  const auto [piece, is_new] = pieces.emplace(text, n_tokens_ + static_cast<int32_t>(without_token_.size()));
+  if (is_new) {
+    std::vector<int32_t>& ids = without_token_.emplace_back();
+    for (const char byte : AlphabetToBytes(text).value_or("")) {
+      const int32_t id = byte_ids_[static_cast<uint8_t>(byte)];
+      if (id >= 0) ids.push_back(id);
+    }
+  }
+  return piece->second;
 }
 
 void ByteBpeModel::LoadWholePieces(const Vocabulary& vocabulary) {
@@ -114,7 +113,13 @@ void ByteBpeModel::EncodePiece(std::string_view piece, std::vector<int32_t>& ids
     return Merge<uint32_t>{found->second.rank, found->second.id};
   });
   for (const Symbol& symbol : symbols) {
-    if (symbol.length > 0) ids.push_back(symbol.id);
+    if (symbol.length == 0) continue;
+    if (symbol.id < n_tokens_) {
+      ids.push_back(symbol.id);
+    } else {
+      const auto& parts = without_token_[static_cast<size_t>(symbol.id - n_tokens_)];
+      ids.insert(ids.end(), parts.begin(), parts.end());
+    }
   }
 }
 

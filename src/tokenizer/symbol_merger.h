@@ -26,11 +26,31 @@ struct Merge {
   int32_t id;  // the token that it makes
 };
 
-// `symbols` lie in order. `find(left, right)` returns std::optional<Merge<Key>>: whether and how well two
-// neighbours merge; it must depend on the two symbols alone. Afterwards the symbols of length 0 are void.
+// The state of one MergeSymbols.
 template <typename Key, typename Find>
-void MergeSymbols(std::vector<Symbol>& symbols, const Find& find) {
-  constexpr uint32_t kNone = UINT32_MAX;
+class SymbolMerger {
+ public:
+  SymbolMerger(std::vector<Symbol>& symbols, const Find& find) : symbols_(symbols), find_(find) {
+    const auto n = static_cast<uint32_t>(symbols.size());
+    links_.reserve(n);
+    for (uint32_t i = 0; i < n; ++i) links_.push_back({i == 0 ? kNone : i - 1, i + 1 == n ? kNone : i + 1});
+    std::vector<Candidate> initial;
+    for (uint32_t i = 0; i + 1 < n; ++i) {
+      if (const auto found = Look(i, i + 1)) initial.push_back(*found);
+    }
+    heap_ = Heap(std::less<Candidate>(), std::move(initial));  // in linear time
+  }
+
+  void Run() {
+    while (!heap_.empty()) {
+      const Candidate best = heap_.top();
+      heap_.pop();
+      if (IsCurrent(best)) Apply(best);
+    }
+  }
+
+ private:
+  static constexpr uint32_t kNone = UINT32_MAX;
   struct Links {
     uint32_t previous;
     uint32_t next;
@@ -45,41 +65,47 @@ void MergeSymbols(std::vector<Symbol>& symbols, const Find& find) {
       return key != other.key ? key > other.key : left > other.left;
     }
   };
+  using Heap = std::priority_queue<Candidate>;
 
-  const auto n = static_cast<uint32_t>(symbols.size());
-  std::vector<Links> links(n);
-  for (uint32_t i = 0; i < n; ++i) links[i] = {i == 0 ? kNone : i - 1, i + 1 == n ? kNone : i + 1};
-
-  std::vector<Candidate> initial;
-  const auto candidate = [&](uint32_t left, uint32_t right) -> std::optional<Candidate> {
-    if (left == kNone || right == kNone) return std::nullopt;
-    const auto merge = find(symbols[left], symbols[right]);
+  std::optional<Candidate> Look(uint32_t left, uint32_t right) const {
+    const auto merge = find_(symbols_[left], symbols_[right]);
     if (!merge) return std::nullopt;
-    return Candidate{merge->key, left, right, symbols[left].length + symbols[right].length, merge->id};
-  };
-  for (uint32_t i = 0; i + 1 < n; ++i) {
-    if (const auto found = candidate(i, i + 1)) initial.push_back(*found);
+    return Candidate{merge->key, left, right, symbols_[left].length + symbols_[right].length, merge->id};
   }
-  std::priority_queue<Candidate> heap(std::less<Candidate>(), std::move(initial));
-  const auto offer = [&](uint32_t left, uint32_t right) {
-    if (const auto found = candidate(left, right)) heap.push(*found);
-  };
 
-  while (!heap.empty()) {
-    const Candidate best = heap.top();
-    heap.pop();
-    Symbol& left = symbols[best.left];
-    Symbol& right = symbols[best.right];
-    if (left.length == 0 || right.length == 0 || left.length + right.length != best.length) continue;
-    left.length += right.length;
-    left.id = best.id;
-    right.length = 0;
-    const uint32_t next = links[best.right].next;
-    links[best.left].next = next;
-    if (next != kNone) links[next].previous = best.left;
-    offer(links[best.left].previous, best.left);
-    offer(best.left, next);
+  void Offer(uint32_t left, uint32_t right) {
+    if (left == kNone || right == kNone) return;
+    if (const auto found = Look(left, right)) heap_.push(*found);
   }
+
+  bool IsCurrent(const Candidate& candidate) const {
+    const Symbol& left = symbols_[candidate.left];
+    const Symbol& right = symbols_[candidate.right];
+    return left.length > 0 && right.length > 0 && left.length + right.length == candidate.length;
+  }
+
+  void Apply(const Candidate& candidate) {
+    symbols_[candidate.left].length = candidate.length;
+    symbols_[candidate.left].id = candidate.id;
+    symbols_[candidate.right].length = 0;
+    const uint32_t next = links_[candidate.right].next;
+    links_[candidate.left].next = next;
+    if (next != kNone) links_[next].previous = candidate.left;
+    Offer(links_[candidate.left].previous, candidate.left);
+    Offer(candidate.left, next);
+  }
+
+  std::vector<Symbol>& symbols_;
+  const Find& find_;
+  std::vector<Links> links_;
+  Heap heap_;
+};
+
+// `symbols` lie in order. `find(left, right)` returns std::optional<Merge<Key>>: whether and how well two
+// neighbours merge; it must depend on the two symbols alone. Afterwards the symbols of length 0 are void.
+template <typename Key, typename Find>
+void MergeSymbols(std::vector<Symbol>& symbols, const Find& find) {
+  SymbolMerger<Key, Find>(symbols, find).Run();
 }
 
 }  // namespace lesskv

@@ -63,7 +63,6 @@ void Tokenizer::LoadSpecialTokens() {
     if (text.empty()) continue;
     if (type == TokenType::kUserDefined) user_defined_.Add(text, id);
     if (type == TokenType::kUserDefined || !HasOwnText(type)) all_special_.Add(text, id);
-    if (IsEndOfGenerationText(text)) end_of_generation_.insert(id);
   }
 }
 
@@ -71,9 +70,7 @@ void Tokenizer::LoadSequenceRules() {
   const Vocabulary& v = vocabulary_;
   add_bos_ = ResolveAdding(v, "bos", v.add_bos, model_->adds_bos_by_default(), v.bos);
   add_eos_ = ResolveAdding(v, "eos", v.add_eos, false, v.eos);
-  for (const auto id : {v.eos, v.eot, v.eom}) {
-    if (id) end_of_generation_.insert(static_cast<int32_t>(*id));
-  }
+  for (const uint32_t id : v.ends) end_of_generation_.insert(static_cast<int32_t>(id));
 }
 
 std::vector<int32_t> Tokenizer::Encode(std::string_view text, bool add_special, bool parse_special) const {
@@ -94,6 +91,12 @@ std::vector<int32_t> Tokenizer::Encode(std::string_view text, bool add_special, 
   }
   if (add_special && add_eos_) ids.push_back(eos());
   return ids;
+}
+
+std::optional<int32_t> Tokenizer::FindControlToken(std::string_view text) const {
+  const std::vector<TextFragment> fragments = all_special_.Split(text);
+  if (fragments.size() != 1 || fragments[0].id < 0 || Type(fragments[0].id) != TokenType::kControl) return std::nullopt;
+  return fragments[0].id;
 }
 
 std::string Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special) const {

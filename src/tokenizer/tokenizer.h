@@ -61,7 +61,11 @@ class Tokenizer {
   bool add_bos() const { return add_bos_; }
   bool add_eos() const { return add_eos_; }
 
-  // Whether generation stops at this token: EOS, end of turn, end of message, or a token whose text is known for it.
+  // The control token with this text, if there is one.
+  std::optional<int32_t> FindControlToken(std::string_view text) const;
+
+  // Whether generation stops at this token: EOS, end of turn or message, what separates files, or a token whose text is
+  // known for it (ResolveVocabulary).
   bool IsEndOfGeneration(int32_t id) const { return end_of_generation_.contains(id); }
 
   // For people: "SentencePiece, 32000 tokens".

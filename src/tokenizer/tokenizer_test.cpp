@@ -129,12 +129,53 @@ TEST(Tokenizer, KnowsWhatEndsAGeneration) {
   Vocabulary v = SmallBpe("smollm");  // 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>
   v.eos = 301;
   v.types[2] = static_cast<int32_t>(TokenType::kNormal);  // a common mistake in model files
-  v.eom = 300;
+  v.ends = {300};
   const auto t = Tokenizer::Create(v);
   EXPECT_EQ(t->eot(), 2);
   EXPECT_EQ(t->Type(2), TokenType::kControl);
   for (const int32_t id : {0, 2, 300, 301}) EXPECT_TRUE(t->IsEndOfGeneration(id)) << id;
   for (const int32_t id : {1, 3, -1, 299}) EXPECT_FALSE(t->IsEndOfGeneration(id)) << id;
+}
+
+TEST(Tokenizer, TextsThatEndAGeneration) {
+  const auto ends = [](const char* text, TokenType type) {
+    Vocabulary v = SmallBpe("gpt-2");
+    v.tokens[1] = text;
+    v.types[1] = static_cast<int32_t>(type);
+    const auto t = Tokenizer::Create(v);
+    EXPECT_TRUE(!t->IsEndOfGeneration(1) || t->Type(1) == TokenType::kControl) << text;
+    return t->IsEndOfGeneration(1);
+  };
+  for (const char* text : {"<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>",
+                           "_<EOT>", "\u2581<EOT>", "<|end_of_text|>", "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>",
+                           "<|file_sep|>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"}) {
+    for (const TokenType type : {TokenType::kNormal, TokenType::kUserDefined, TokenType::kControl})
+      EXPECT_TRUE(ends(text, type)) << text;
+  }
+  // </s> is a tag of HTML too, and a user-defined token in Gemma.
+  for (const char* text : {"</s>", "<eos>", "[EOS]", "[EOT]", "<reponame>", "<fim_pad>", "[PAD]"}) {
+    EXPECT_TRUE(ends(text, TokenType::kControl)) << text;
+    EXPECT_FALSE(ends(text, TokenType::kUserDefined)) << text;
+    EXPECT_FALSE(ends(text, TokenType::kNormal)) << text;
+  }
+  EXPECT_FALSE(ends("<|fim_prefix|>", TokenType::kControl));
+  EXPECT_FALSE(ends("<|im_start|>", TokenType::kControl));
+}
+
+TEST(Tokenizer, TheMostSpecificEndOfATurnIsEot) {
+  Vocabulary v = SmallBpe("gpt-2");
+  EXPECT_EQ(Tokenizer::Create(v)->eot(), 2) << "<|im_end|>, not <|endoftext|>";
+  v.tokens[300] = "<|eot_id|>";
+  EXPECT_EQ(Tokenizer::Create(v)->eot(), 300);
+  v.eot = 5;
+  EXPECT_EQ(Tokenizer::Create(v)->eot(), 5);
+}
+
+TEST(Tokenizer, FindsControlTokensByText) {
+  const auto t = Tokenizer::Create(SmallBpe("gpt-2"));
+  EXPECT_EQ(t->FindControlToken("<|im_start|>"), 1);
+  for (const char* text : {"<tool>", "the", "<|im_start|> ", "<|im_start|><|im_start|>", ""})
+    EXPECT_EQ(t->FindControlToken(text), std::nullopt) << text;
 }
 
 // ---- Vectors of independent implementations ------------------------------------------------------------------------
@@ -186,19 +227,37 @@ TEST(ByteBpe, DamagedUtf8BecomesReplacementCharacters) {
   }
 }
 
-TEST(ByteBpe, AByteWithoutATokenIsUnknownOrLeftOut) {
+// Also where the file names an unknown token, which is a control token in such vocabularies.
+TEST(ByteBpe, AByteWithoutATokenIsLeftOut) {
   Vocabulary v = SmallBpe("gpt-2");
   const auto at = static_cast<size_t>(std::find(v.tokens.begin(), v.tokens.end(), "\u0100") - v.tokens.begin());
   ASSERT_LT(at, v.tokens.size());
   v.tokens[at] = "\u0100\u0100\u0100";
-  const std::string text("a\0b", 3);
-  const auto left_out = Tokenizer::Create(v);
-  EXPECT_EQ(left_out->Decode(left_out->Encode(text, false, false)), "ab");
-  v.tokens.emplace_back("<unk>");
-  v.types.push_back(static_cast<int32_t>(TokenType::kUnknown));
-  v.unk = static_cast<uint32_t>(v.tokens.size() - 1);
-  const auto unknown = Tokenizer::Create(v);
-  EXPECT_EQ(unknown->Decode(unknown->Encode(text, false, false), false), "a<unk>b");
+  v.unk = 0;
+  const auto t = Tokenizer::Create(v);
+  EXPECT_EQ(t->Decode(t->Encode(std::string("a\0b", 3), false, false), /*skip_special=*/false), "ab");
+}
+
+// By hand: a merge need not make a token. What it makes merges on, else the tokens of its bytes stand for it.
+TEST(ByteBpe, AMergeMayMakeATextWithoutAToken) {
+  Vocabulary v;
+  v.name = "hand-made";
+  v.model = "gpt2";
+  v.pre = "gpt-2";
+  v.tokens = {"a", "b", "c", "d", "bc", "abc", "cd"};
+  v.merges = {"a b", "b c", "ab c", "c d"};  // there is no token ab
+  const auto t = Tokenizer::Create(v);
+  EXPECT_EQ(t->Encode("ab", false, false), (Ids{0, 1}));
+  EXPECT_EQ(t->Encode("abc", false, false), (Ids{5}));
+  EXPECT_EQ(t->Encode("abab", false, false), (Ids{0, 1, 0, 1}));
+  EXPECT_EQ(t->Encode("bc", false, false), (Ids{4}));
+  EXPECT_EQ(t->Encode("abcd", false, false), (Ids{5, 3})) << "a b and ab c come before c d";
+  v.merges = {"a b", "x y"};
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("abc", false, false), (Ids{0, 1, 2}));
+  v.types.assign(v.tokens.size(), static_cast<int32_t>(TokenType::kNormal));
+  v.types[6] = static_cast<int32_t>(TokenType::kControl);
+  v.merges = {"c d"};
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("cd", false, false), (Ids{2, 3})) << "text never becomes a control token";
 }
 
 TEST(SentencePiece, MatchesSentencePiece) {

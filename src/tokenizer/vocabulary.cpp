@@ -14,10 +14,47 @@
 namespace lesskv {
 namespace {
 
-// Texts of tokens that end a turn or a text, most specific first; which of them a model has is only known by text.
-constexpr std::array<std::string_view, 7> kEndOfTurnTexts = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>", "<EOT>"};
-constexpr std::string_view kEndOfMessageText = "<|eom_id|>";
+struct EndText {
+  std::string_view text;
+  bool in_any_type;  // else only where it is a control token
+  bool ends_turn = false;
+};
+
+// Texts of tokens that end a generation, those of turns from the most specific on. These are the ones llama.cpp goes by
+// (llama-vocab.cpp, October 2026) for the models that we run; which of them a model has is only known by text.
+constexpr EndText kEndTexts[] = {
+    {"<|eot_id|>", true, true},
+    {"<|im_end|>", true, true},
+    {"<|end|>", true, true},
+    {"<end_of_turn>", true, true},
+    {"<end_of_utterance>", true, true},
+    {"<|end_of_text|>", true, true},
+    {"<|endoftext|>", true, true},
+    {"<\uFF5Cend\u2581of\u2581sentence\uFF5C>", true, true},  // DeepSeek
+    {"<EOT>", true, true},
+    {"_<EOT>", true, true},
+    {"\u2581<EOT>", true, true},  // CodeLlama
+    {"[EOT]", false, true},
+    {"<|eom_id|>", true},
+    // Between files and repositories: a model that completes code has said all when it writes one.
+    {"<|fim_pad|>", true},
+    {"<|fim_repo|>", true},
+    {"<|repo_name|>", true},
+    {"<|file_sep|>", true},
+    {"<fim-pad>", false},
+    {"<fim_pad>", false},
+    {"<fim-repo>", false},
+    {"<reponame>", false},
+    {"<REPO>", false},
+    {"<PAD>", false},
+    {"[PAD]", false},
+    {"</s>", false},
+    {"<eos>", false},
+    {"[EOS]", false},
+};
+
+constexpr std::string_view kEndKeys[] = {"tokenizer.ggml.eom_token_id", "tokenizer.ggml.fim_pad_token_id",
+                                         "tokenizer.ggml.fim_rep_token_id", "tokenizer.ggml.fim_sep_token_id"};
 
 std::optional<uint32_t> ReadId(const GgufFile& file, std::string_view key) {
   if (file.Find(key) == nullptr) return std::nullopt;
@@ -78,7 +115,7 @@ void CheckUnique(const Vocabulary& vocabulary) {
   }
 }
 
-void CheckId(const Vocabulary& vocabulary, const char* what, std::optional<uint32_t> id) {
+void CheckId(const Vocabulary& vocabulary, std::string_view what, std::optional<uint32_t> id) {
   if (id && *id >= vocabulary.tokens.size()) {
     Fail(ErrorCode::kBadFile, "{}: the {} token is {}, but there are {} tokens", vocabulary.name, what, *id,
          vocabulary.tokens.size());
@@ -109,9 +146,8 @@ void ResolveTypes(Vocabulary& vocabulary) {
     }
   }
   SetType(vocabulary, vocabulary.unk, TokenType::kUnknown);
-  for (const auto id : {vocabulary.bos, vocabulary.eos, vocabulary.eot, vocabulary.eom}) {
-    SetType(vocabulary, id, TokenType::kControl);
-  }
+  for (const auto id : {vocabulary.bos, vocabulary.eos, vocabulary.eot}) SetType(vocabulary, id, TokenType::kControl);
+  for (const uint32_t id : vocabulary.ends) SetType(vocabulary, id, TokenType::kControl);
 }
 
 void ResolveSentencePieceIds(Vocabulary& vocabulary) {
@@ -121,6 +157,25 @@ void ResolveSentencePieceIds(Vocabulary& vocabulary) {
   fill(vocabulary.unk, 0, TokenType::kUnknown);
   fill(vocabulary.bos, 1, TokenType::kControl);
   fill(vocabulary.eos, 2, TokenType::kControl);
+}
+
+void ResolveEnds(Vocabulary& vocabulary) {
+  std::unordered_map<std::string_view, uint32_t> found;
+  for (uint32_t id = 0; id < vocabulary.tokens.size(); ++id) {
+    const std::string& text = vocabulary.tokens[id];
+    if (std::any_of(std::begin(kEndTexts), std::end(kEndTexts), [&](const EndText& end) { return end.text == text; }))
+      found.emplace(text, id);
+  }
+  for (const EndText& end : kEndTexts) {
+    const auto at = found.find(end.text);
+    if (at == found.end() || !(end.in_any_type || HasType(vocabulary, at->second, TokenType::kControl))) continue;
+    SetType(vocabulary, at->second, TokenType::kControl);
+    vocabulary.ends.push_back(at->second);
+    if (end.ends_turn && !vocabulary.eot) vocabulary.eot = at->second;
+  }
+  for (const auto id : {vocabulary.eos, vocabulary.eot}) {
+    if (id) vocabulary.ends.push_back(*id);
+  }
 }
 
 }  // namespace
@@ -137,8 +192,10 @@ Vocabulary LoadVocabulary(const GgufFile& file) {
   vocabulary.bos = ReadId(file, "tokenizer.ggml.bos_token_id");
   vocabulary.eos = ReadId(file, "tokenizer.ggml.eos_token_id");
   vocabulary.eot = ReadId(file, "tokenizer.ggml.eot_token_id");
-  vocabulary.eom = ReadId(file, "tokenizer.ggml.eom_token_id");
   vocabulary.unk = ReadId(file, "tokenizer.ggml.unknown_token_id");
+  for (const std::string_view key : kEndKeys) {
+    if (const auto id = ReadId(file, key)) vocabulary.ends.push_back(*id);
+  }
   vocabulary.add_bos = ReadFlag(file, "tokenizer.ggml.add_bos_token");
   vocabulary.add_eos = ReadFlag(file, "tokenizer.ggml.add_eos_token");
   vocabulary.add_space_prefix = ReadFlag(file, "tokenizer.ggml.add_space_prefix");
@@ -170,26 +227,14 @@ void CheckVocabulary(const Vocabulary& vocabulary) {
   CheckId(vocabulary, "beginning-of-sequence", vocabulary.bos);
   CheckId(vocabulary, "end-of-sequence", vocabulary.eos);
   CheckId(vocabulary, "end-of-turn", vocabulary.eot);
-  CheckId(vocabulary, "end-of-message", vocabulary.eom);
+  for (const uint32_t id : vocabulary.ends) CheckId(vocabulary, "end-of-message or fill-in-the-middle", id);
   CheckId(vocabulary, "unknown", vocabulary.unk);
 }
 
 void ResolveVocabulary(Vocabulary& vocabulary) {
   ResolveTypes(vocabulary);
   if (vocabulary.model == "llama") ResolveSentencePieceIds(vocabulary);
-
-  std::array<std::optional<uint32_t>, kEndOfTurnTexts.size()> end_of_turn;
-  for (uint32_t id = 0; id < vocabulary.tokens.size(); ++id) {
-    const std::string& text = vocabulary.tokens[id];
-    if (!IsEndOfGenerationText(text)) continue;
-    SetType(vocabulary, id, TokenType::kControl);
-    if (text == kEndOfMessageText && !vocabulary.eom) vocabulary.eom = id;
-    const auto* const rank = std::find(kEndOfTurnTexts.begin(), kEndOfTurnTexts.end(), text);
-    if (rank != kEndOfTurnTexts.end()) end_of_turn[static_cast<size_t>(rank - kEndOfTurnTexts.begin())] = id;
-  }
-  for (const auto id : end_of_turn) {
-    if (!vocabulary.eot) vocabulary.eot = id;
-  }
+  ResolveEnds(vocabulary);
 }
 
 std::optional<uint8_t> ParseByteToken(std::string_view text) {
@@ -203,11 +248,6 @@ std::optional<uint8_t> ParseByteToken(std::string_view text) {
     value = value * 16 + (digit ? c - '0' : upper ? c - 'A' + 10 : c - 'a' + 10);
   }
   return static_cast<uint8_t>(value);
-}
-
-bool IsEndOfGenerationText(std::string_view text) {
-  return text == kEndOfMessageText ||
-         std::find(kEndOfTurnTexts.begin(), kEndOfTurnTexts.end(), text) != kEndOfTurnTexts.end();
 }
 
 }  // namespace lesskv

@@ -36,8 +36,10 @@ struct Vocabulary {
   std::optional<uint32_t> bos;  // tokenizer.ggml.bos_token_id, ...; absent: see ResolveVocabulary
   std::optional<uint32_t> eos;
   std::optional<uint32_t> eot;
-  std::optional<uint32_t> eom;
   std::optional<uint32_t> unk;
+  // Other tokens that end a generation: eom_token_id, fim_pad_token_id, fim_rep_token_id, fim_sep_token_id. After
+  // ResolveVocabulary all that do, eos and eot among them; one may occur twice.
+  std::vector<uint32_t> ends;
 
   std::optional<bool> add_bos;  // absent: the default of the model or pre-tokenizer
   std::optional<bool> add_eos;
@@ -61,16 +63,16 @@ void CheckVocabulary(const Vocabulary& vocabulary);
 void CheckVocabularySizes(const std::string& name, size_t n_tokens, size_t n_scores, size_t n_types);
 
 // Fills in what the file left out. Requires CheckVocabulary to have passed.
-//   types   absent: all normal, but <0xXX> is a byte (SentencePiece), and bos, eos, eot, eom are control, unk unknown
+//   types   absent: all normal, but <0xXX> is a byte (SentencePiece), and bos, eos, eot, ends are control, unk unknown
 //   ids     SentencePiece: bos 1, eos 2, unk 0, where those tokens are control or unknown ones, as llama.cpp assumes
-//   eot/eom absent: found by their usual texts (<|eot_id|>, <|im_end|>, ...)
-// A token with such a usual text is made a control token if it is not: models that call it normal text run on for ever.
+//   ends    tokens whose text is known to end a generation (<|im_end|>, <|file_sep|>, ...: the list stands in
+//           vocabulary.cpp) are added, whatever eos_token_id says
+//   eot     absent: the first of that list that ends a turn
+// A text of that list that nobody writes by chance is made a control token if it is not: models that call it normal run
+// on for ever. Others (</s>, also a tag of HTML) count only where they are control tokens.
 void ResolveVocabulary(Vocabulary& vocabulary);
 
 // The value of "<0xXX>" (two hexadecimal digits), if `text` has this form.
 std::optional<uint8_t> ParseByteToken(std::string_view text);
-
-// Whether a token with this text ends a generation in the models that have it, whatever eos_token_id says.
-bool IsEndOfGenerationText(std::string_view text);
 
 }  // namespace lesskv
