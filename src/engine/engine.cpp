@@ -88,7 +88,7 @@ std::shared_ptr<const CacheConfig> Engine::MakeCacheConfig(const CacheSpec& spec
 size_t Engine::WorkBytes(size_t n_rows) const {
   size_t product = 0;
   const LayerWeights& layer = model_->layer(0);
-  for (const WeightView* w : {&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output, &layer.ffn_gate,
+  for (const WeightView* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.ffn_gate,
                               &layer.ffn_up, &layer.ffn_down, &model_->output()})
     product = std::max(product, LinearWorkBytes(*w, n_rows, compute_));
   return ForwardWorkspace::Bytes(model_->config(), n_rows) + product;
