@@ -329,5 +329,93 @@ TEST(Chain, GenerationEndsAtALengthAStopStringOrAFullContext) {
       Error);
 }
 
+// What a server does: two texts with their own options, one token of each a step, and no loop of the engine's.
+TEST(Chain, GenerationsSideBySideSayWhatEachSaysAlone) {
+  Engine engine = MakeEngine(kSource + "/models/lesskv-small.gguf");
+  const auto tokenizer = Tokenizer::Create(LoadVocabulary(engine.model().file()));
+  GenerateOptions options[2];
+  options[0].sampler.seed = 3;
+  options[0].max_tokens = 25;
+  options[1].sampler = {.repeat_penalty = 1.3f, .seed = 4};
+  options[1].max_tokens = 20;
+  const std::vector<int32_t> prompts[2] = {tokenizer->Encode("The sea was", true, false),
+                                           tokenizer->Encode("She had never", true, false)};
+  const auto config = engine.MakeCacheConfig(CacheSpec::Parse("h2o(16)"), 64);
+  std::vector<std::string> alone;
+  for (size_t i = 0; i < 2; ++i) {
+    Sequence sequence(config);
+    alone.push_back(Generate(engine, *tokenizer, sequence, prompts[i], options[i]).text);
+  }
+
+  std::vector<Sequence> sequences;
+  std::vector<Generation> generations;
+  std::vector<std::vector<float>> logits(2);
+  for (size_t i = 0; i < 2; ++i) {
+    sequences.emplace_back(config);
+    engine.Prefill({{&sequences[i], prompts[i], LogitsRows::kLast}}, [&](std::span<const LogitsRow> rows) {
+      logits[i].assign(rows[0].logits.begin(), rows[0].logits.end());
+    });
+    generations.emplace_back(*tokenizer, options[i], sequences[i].tokens(), config->shape().ctx);
+  }
+  std::vector<Generation::Output> outs(2);
+  for (;;) {
+    std::vector<StepItem> step;
+    std::vector<size_t> origin;
+    for (size_t i = 0; i < 2; ++i) {
+      if (outs[i].finish) continue;
+      outs[i] = generations[i].Push(logits[i]);
+      if (outs[i].finish) continue;
+      step.push_back({&sequences[i], {&outs[i].token, 1}, LogitsRows::kLast});
+      origin.push_back(i);
+    }
+    if (step.empty()) break;
+    engine.Decode(step, [&](std::span<const LogitsRow> rows) {
+      for (const LogitsRow& row : rows) logits[origin[row.item]].assign(row.logits.begin(), row.logits.end());
+    });
+  }
+  for (size_t i = 0; i < 2; ++i) EXPECT_EQ(generations[i].text(), alone[i]);
+}
+
+// A stop string and what led to it are not shown, so the next turn must not see them either: the cache is the one of a
+// text that ended where the stop string began.
+TEST(Chain, ASequenceThatGoesOnHasNotSeenWhatAStopStringHid) {
+  Engine engine = MakeEngine(kSource + "/models/lesskv-small.gguf");
+  const auto tokenizer = Tokenizer::Create(LoadVocabulary(engine.model().file()));
+  const std::vector<int32_t> prompt = tokenizer->Encode("The sea was", true, false);
+  struct Text {
+    Sequence sequence;
+    GenerateResult result;
+  };
+  const auto generate = [&](const char* spec, size_t max_tokens, std::vector<std::string> stops) {
+    Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse(spec), 64));
+    GenerateOptions options;
+    options.sampler.temperature = 0;
+    options.max_tokens = max_tokens;
+    options.stops = std::move(stops);
+    options.sequence_goes_on = true;
+    GenerateResult result = Generate(engine, *tokenizer, sequence, prompt, options);
+    return Text{std::move(sequence), std::move(result)};
+  };
+  for (const char* spec : {"full", "h2o(8)"}) {
+    const Text all = generate(spec, 30, {});
+    const auto& tokens = all.sequence.tokens();
+    const auto text_of = [&](size_t first, size_t n) {
+      return tokenizer->Decode(std::span(tokens).subspan(prompt.size() + first, n));
+    };
+    for (const size_t kept : {1, 9}) {
+      const std::string stop = text_of(kept, 5);  // five tokens, of which four have been fed
+      ASSERT_EQ(all.result.text.find(stop), text_of(0, kept).size()) << "choose another place";
+      Text stopped = generate(spec, 30, {stop}), cut = generate(spec, kept, {});
+      ASSERT_EQ(stopped.result.reason, FinishReason::kStopString);
+      EXPECT_EQ(stopped.result.text, cut.result.text);
+      for (Text* text : {&stopped, &cut})
+        if (const auto pending = text->result.pending_token)
+          engine.Decode({{&text->sequence, {&*pending, 1}, LogitsRows::kNone}});
+      EXPECT_EQ(stopped.sequence.tokens(), cut.sequence.tokens()) << spec << ", " << kept;
+      EXPECT_EQ(stopped.sequence.cache().Serialize(), cut.sequence.cache().Serialize()) << spec << ", " << kept;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace lesskv

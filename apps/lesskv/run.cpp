@@ -191,10 +191,9 @@ void Run(const RunOptions& options) {
   GenerateOptions generate;
   generate.max_tokens = MaxTokens(options);
   generate.sampler = options.sampler;
-  Validate(generate.sampler);
-  for (const std::string& stop : options.stops)
-    if (stop.empty()) Fail(ErrorCode::kInvalidArgument, "--stop: expected a text, found an empty one");
   generate.stops = options.stops;
+  generate.sequence_goes_on = !options.session.empty();
+  Validate(generate);
   const CacheSpec spec = CacheSpec::Parse(options.kv);
   const std::string prompt = PromptText(options);
 
@@ -218,8 +217,7 @@ void Run(const RunOptions& options) {
   if (sequence.interrupted() || (result.reason == FinishReason::kInterrupted && result.generated_tokens == 0))
     Fail(ErrorCode::kRuntime, "interrupted while the prompt was being read");
   if (!options.session.empty())
-    SaveSession(options.session, engine, sequence,
-                result.last_token < 0 ? std::nullopt : std::optional(result.last_token));
+    SaveSession(options.session, engine, sequence, result.pending_token);
   WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampler.seed)) + "\n" : "\n");
   FlushResults();
   if (!options.json) Report(sequence, result);

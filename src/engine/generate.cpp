@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "base/check.h"
 #include "base/error.h"
@@ -12,44 +13,85 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double Seconds(Clock::time_point from, Clock::time_point to) { return std::chrono::duration<double>(to - from).count(); }
 
-// Turns sampled tokens into text for the user, up to a stop string.
-class TextStream {
- public:
-  TextStream(const Tokenizer& tokenizer, const GenerateOptions& options, bool at_start, std::string& text)
-      : decoder_(tokenizer, true, at_start), filter_(options.stops), on_text_(options.on_text), text_(text) {}
+bool IsControl(const Tokenizer& tokenizer, int32_t token) { return tokenizer.Type(token) == TokenType::kControl; }
 
-  // False when a stop string was found.
-  bool Push(int32_t token) {
-    Emit(filter_.Push(decoder_.Push(token)));
-    return !filter_.stopped();
+// How much of the text before the generated one the sampler looks at.
+size_t LookBack(const SamplerOptions& options, size_t n_seen) {
+  if (options.repeat_penalty == 1.0f) return 0;
+  return options.repeat_last_n < 0 ? n_seen : std::min(n_seen, static_cast<size_t>(options.repeat_last_n));
+}
+
+void RequireRoom(const Sequence& sequence, size_t n_prompt) {
+  const size_t ctx = sequence.config().shape().ctx;
+  const size_t seen = sequence.tokens().size();
+  if (n_prompt >= ctx - std::min(ctx, seen))
+    Fail(ErrorCode::kInvalidArgument,
+         "the prompt has {} tokens, which leaves no room in the context of {} tokens, of which {} are used", n_prompt,
+         ctx, seen);
+}
+
+// Receives the logits of a step that wants one row.
+LogitsSink KeepIn(std::vector<float>& logits) {
+  return [&logits](std::span<const LogitsRow> tile) {
+    logits.assign(tile.back().logits.begin(), tile.back().logits.end());
+  };
+}
+
+// Takes text that a stop string hid out of a sequence: a copy from before it was fed is kept and gone back to.
+class HiddenText {
+ public:
+  // Before the newest token of `generation` is fed.
+  void BeforeFeeding(const Sequence& sequence, const Generation& generation) {
+    const size_t n_fed = generation.tokens().size() - 1;
+    if (generation.certain_tokens() > n_fed) {
+      before_.reset();
+    } else if (!before_) {
+      before_ = sequence.Clone();
+      n_fed_ = n_fed;
+    }
   }
 
-  void Finish() {
-    Emit(filter_.Push(decoder_.Flush()));
-    Emit(filter_.Flush());
+  // After a stop string: the sequence then has seen what was shown, but for the token that is returned.
+  std::optional<int32_t> TakeBack(Engine& engine, Sequence& sequence, const Generation& generation) {
+    if (before_) sequence = std::move(*before_);
+    const std::vector<int32_t> shown = generation.ShownTokens(before_ ? n_fed_ : generation.tokens().size() - 1);
+    if (shown.empty()) return std::nullopt;
+    // A cut token may have become several, for which a full context has no room: the next turn is refused anyway.
+    const size_t room = sequence.config().shape().ctx - sequence.tokens().size();
+    const size_t n = std::min(shown.size() - 1, room);
+    if (n > 0) engine.Decode({{&sequence, std::span(shown).first(n), LogitsRows::kNone}});
+    return shown[n];
   }
 
  private:
-  void Emit(const std::string& piece) {
-    if (piece.empty()) return;
-    text_ += piece;
-    if (on_text_) on_text_(piece);
-  }
-
-  StreamDecoder decoder_;
-  StopFilter filter_;
-  const std::function<void(std::string_view)>& on_text_;
-  std::string& text_;
+  std::optional<Sequence> before_;
+  size_t n_fed_ = 0;  // generated tokens that `before_` has seen
 };
 
-bool IsSpecial(const Tokenizer& tokenizer, int32_t token) { return tokenizer.Type(token) == TokenType::kControl; }
-
-// Stop strings that are control tokens: these are not shown, so no stop string would be found in the text.
-std::vector<int32_t> StopTokens(const Tokenizer& tokenizer, const std::vector<std::string>& stops) {
-  std::vector<int32_t> tokens;
-  for (const std::string& stop : stops)
-    if (const auto token = tokenizer.FindControlToken(stop)) tokens.push_back(*token);
-  return tokens;
+// Decodes until `generation` ends; `logits` are those of the prompt's last token.
+void Decode(Engine& engine, Sequence& sequence, Generation& generation, std::vector<float>& logits,
+            const GenerateOptions& options, GenerateResult& result) {
+  const auto emit = [&](const std::string& text) {
+    if (!text.empty() && options.on_text) options.on_text(text);
+  };
+  HiddenText hidden;
+  for (;;) {
+    const Generation::Output out = generation.Push(logits);
+    emit(out.text);
+    result.pending_token = out.token;
+    if (out.finish) {
+      result.reason = *out.finish;
+      if (out.finish == FinishReason::kStopString && options.sequence_goes_on)
+        result.pending_token = hidden.TakeBack(engine, sequence, generation);
+      return;
+    }
+    if (options.stop != nullptr && *options.stop) {
+      result.reason = FinishReason::kInterrupted;
+      return emit(generation.Cancel());
+    }
+    if (options.sequence_goes_on) hidden.BeforeFeeding(sequence, generation);
+    engine.Decode({{&sequence, {&out.token, 1}, LogitsRows::kLast}}, KeepIn(logits));
+  }
 }
 
 }  // namespace
@@ -65,6 +107,90 @@ std::string_view FinishName(FinishReason reason) {
   return "";
 }
 
+void Validate(const GenerationOptions& options) {
+  Validate(options.sampler);
+  for (const std::string& stop : options.stops)
+    if (stop.empty()) Fail(ErrorCode::kInvalidArgument, "--stop: expected a text, found an empty one");
+}
+
+Generation::Generation(const Tokenizer& tokenizer, const GenerationOptions& options, std::span<const int32_t> seen,
+                       size_t ctx)
+    : tokenizer_(&tokenizer),
+      max_tokens_(options.max_tokens),
+      room_(ctx - std::min(ctx, seen.size())),
+      at_start_(std::all_of(seen.begin(), seen.end(), [&](int32_t token) { return IsControl(tokenizer, token); })),
+      sampler_(options.sampler),
+      decoder_(tokenizer, true, at_start_),
+      filter_(options.stops) {
+  Validate(options);
+  for (const std::string& stop : options.stops)
+    if (const auto token = tokenizer.FindControlToken(stop)) stop_tokens_.push_back(*token);
+  const auto last = seen.last(LookBack(options.sampler, seen.size()));
+  history_.assign(last.begin(), last.end());
+  n_copied_ = history_.size();
+}
+
+Generation::Output Generation::Push(std::span<const float> logits) {
+  CHECK(!finished_, "a text that has ended gets no further token");
+  const auto known = logits.first(std::min(logits.size(), tokenizer_->size()));
+  Output out;
+  out.token = sampler_.Sample(known, history_);
+  history_.push_back(out.token);
+  if (!tokenizer_->IsEndOfGeneration(out.token)) {
+    const std::string decoded = decoder_.Push(out.token);
+    decoded_bytes_ += decoded.size();
+    out.text = Show(filter_.Push(decoded));
+  }
+  text_ends_.push_back(decoded_bytes_ + (decoder_.unfinished() ? 1 : 0));
+  out.finish = FinishAt(out.token);
+  if (out.finish) out.text += Flush();
+  return out;
+}
+
+std::optional<FinishReason> Generation::FinishAt(int32_t token) const {
+  if (tokenizer_->IsEndOfGeneration(token)) return FinishReason::kEndOfText;
+  const bool is_stop = std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end();
+  if (is_stop || filter_.stopped()) return FinishReason::kStopString;
+  if (tokens().size() == max_tokens_) return FinishReason::kLength;
+  if (tokens().size() > room_) return FinishReason::kContext;
+  return std::nullopt;
+}
+
+std::string Generation::Cancel() {
+  CHECK(!finished_, "a text that has ended cannot be ended again");
+  return Flush();
+}
+
+std::string Generation::Show(std::string piece) {
+  text_ += piece;
+  return piece;
+}
+
+std::string Generation::Flush() {
+  finished_ = true;
+  std::string rest = filter_.Push(decoder_.Flush());
+  return Show(rest + filter_.Flush());
+}
+
+size_t Generation::certain_tokens() const {
+  const auto end = std::upper_bound(text_ends_.begin(), text_ends_.end(), text_.size());
+  return static_cast<size_t>(end - text_ends_.begin());
+}
+
+std::vector<int32_t> Generation::ShownTokens(size_t first) const {
+  const size_t n = certain_tokens();
+  CHECK(finished_ && first <= n, "token {} of {}", first, n);
+  const auto whole = tokens().subspan(first, n - first);
+  std::vector<int32_t> shown(whole.begin(), whole.end());
+  if (!filter_.stopped()) return shown;
+  const std::string cut = text_.substr(n == 0 ? 0 : text_ends_[n - 1]);
+  const bool at_start = n == 0 ? at_start_ : IsControl(*tokenizer_, tokens()[n - 1]);
+  const TextPiece piece{cut};
+  const std::vector<int32_t> rest = tokenizer_->Encode({&piece, 1}, at_start);
+  shown.insert(shown.end(), rest.begin(), rest.end());
+  return shown;
+}
+
 double GenerateResult::PrefillTokensPerSecond() const {
   return prefill_seconds > 0 ? static_cast<double>(prompt_tokens) / prefill_seconds : 0;
 }
@@ -75,21 +201,12 @@ double GenerateResult::DecodeTokensPerSecond() const {
 
 GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence,
                         std::span<const int32_t> prompt, const GenerateOptions& options) {
-  const size_t ctx = sequence.config().shape().ctx;
-  const size_t seen = sequence.tokens().size();
-  if (prompt.size() >= ctx - std::min(ctx, seen))
-    Fail(ErrorCode::kInvalidArgument,
-         "the prompt has {} tokens, which leaves no room in the context of {} tokens, of which {} are used",
-         prompt.size(), ctx, seen);
-  Sampler sampler(options.sampler);
+  RequireRoom(sequence, prompt.size());
+  Validate(options);
   GenerateResult result;
   result.prompt_tokens = prompt.size();
-  const auto stopped = [&] { return options.stop != nullptr && *options.stop; };
-
   std::vector<float> logits;
-  const LogitsSink keep = [&](std::span<const LogitsRow> tile) {
-    logits.assign(tile.back().logits.begin(), tile.back().logits.end());
-  };
+  const LogitsSink keep = KeepIn(logits);
   const auto start = Clock::now();
   const StepItem item{&sequence, prompt, LogitsRows::kLast};
   const bool finished = options.prompt_was_generated
@@ -101,32 +218,11 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
     result.reason = FinishReason::kInterrupted;
     return result;
   }
-
-  const bool at_start = std::all_of(sequence.tokens().begin(), sequence.tokens().end(),
-                                    [&](int32_t token) { return IsSpecial(tokenizer, token); });
-  TextStream stream(tokenizer, options, at_start, result.text);
-  const std::vector<int32_t> stop_tokens = StopTokens(tokenizer, options.stops);
-  for (;;) {
-    const int32_t token = sampler.Sample(logits, sequence.tokens());
-    result.last_token = token;
-    ++result.generated_tokens;
-    if (tokenizer.IsEndOfGeneration(token)) {
-      result.reason = FinishReason::kEndOfText;
-      break;
-    }
-    if (std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end() || !stream.Push(token)) {
-      result.reason = FinishReason::kStopString;
-      break;
-    }
-    if (result.generated_tokens == options.max_tokens) break;
-    if (stopped() || sequence.tokens().size() == ctx) {
-      result.reason = stopped() ? FinishReason::kInterrupted : FinishReason::kContext;
-      break;
-    }
-    engine.Decode({{&sequence, {&token, 1}, LogitsRows::kLast}}, keep);
-  }
+  Generation generation(tokenizer, options, sequence.tokens(), sequence.config().shape().ctx);
+  Decode(engine, sequence, generation, logits, options, result);
   result.decode_seconds = Seconds(prefilled, Clock::now());
-  stream.Finish();
+  result.generated_tokens = generation.tokens().size();
+  result.text = generation.text();
   return result;
 }
 

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/memory.h"
 #include "format/gguf_writer.h"
+#include "tokenizer/tokenizer.h"
 
 namespace lesskv {
 namespace {
@@ -78,6 +79,14 @@ std::shared_ptr<const Model> ModelThatSays(size_t says, size_t n_rows, const std
   return model;
 }
 
+GenerateOptions Five(std::vector<std::string> stops) {
+  GenerateOptions options;
+  options.sampler.temperature = 0;
+  options.max_tokens = 5;
+  options.stops = std::move(stops);
+  return options;
+}
+
 GenerateResult Say(const std::shared_ptr<const Model>& model, const GenerateOptions& options) {
   const auto tokenizer = Tokenizer::Create(LoadVocabulary(model->file()));
   Engine engine(model, {.threads = 1, .compute = ComputeChoice::kF32});
@@ -87,14 +96,186 @@ GenerateResult Say(const std::shared_ptr<const Model>& model, const GenerateOpti
 
 TEST(Generate, StopsAtAControlTokenThatIsNamed) {
   const auto model = ModelThatSays(2, 4, {"a", "b", "<|sep|>", "<|other|>"});
-  const SamplerOptions greedy{.temperature = 0};
-  const auto stopped = Say(model, {.sampler = greedy, .max_tokens = 5, .stops = {"<|other|>", "<|sep|>"}});
+  const auto stopped = Say(model, Five({"<|other|>", "<|sep|>"}));
   EXPECT_EQ(FinishName(stopped.reason), "stop");
   EXPECT_EQ(stopped.generated_tokens, 1u);
   EXPECT_EQ(stopped.text, "");
-  const auto unstopped = Say(model, {.sampler = greedy, .max_tokens = 5, .stops = {"<|other|>", "<|se"}});
+  const auto unstopped = Say(model, Five({"<|other|>", "<|se"}));
   EXPECT_EQ(FinishName(unstopped.reason), "length") << "the text of a control token is not shown";
   EXPECT_EQ(unstopped.generated_tokens, 5u);
+}
+
+// One token a letter, and the two bytes of "é" apart; the last id ends a text.
+constexpr std::string_view kPieces[] = {"<unk>", "<s>", "a", "b", "c", "ab", "bc", "<0xC3>", "<0xA9>", "</s>"};
+constexpr int32_t kUnk = 0, kBos = 1, kA = 2, kB = 3, kC = 4, kAb = 5, kBc = 6, kLead = 7, kTrail = 8, kEos = 9;
+constexpr size_t kVocab = std::size(kPieces);
+
+std::unique_ptr<const Tokenizer> Letters() {
+  Vocabulary v;
+  v.name = "letters";
+  v.model = "llama";
+  v.add_space_prefix = false;
+  v.eos = kEos;
+  for (size_t i = 0; i < kVocab; ++i) {
+    v.tokens.emplace_back(kPieces[i]);
+    v.scores.push_back(-static_cast<float>(i));
+    const bool control = i == kBos || i == kEos, byte = i == kLead || i == kTrail;
+    v.types.push_back(static_cast<int32_t>(control   ? TokenType::kControl
+                                           : byte    ? TokenType::kByte
+                                           : i == kUnk ? TokenType::kUnknown
+                                                     : TokenType::kNormal));
+  }
+  return Tokenizer::Create(std::move(v));
+}
+
+// Logits that choose `token` and, after it, the next lower id.
+std::vector<float> Choosing(int32_t token, size_t n_vocab = kVocab) {
+  std::vector<float> logits(n_vocab, -10);
+  logits[static_cast<size_t>(token)] = 10;
+  if (token > 0) logits[static_cast<size_t>(token) - 1] = 9;
+  return logits;
+}
+
+// Feeds choices until the text ends.
+struct Told {
+  std::vector<std::string> pieces;
+  std::optional<FinishReason> finish;
+};
+Told Tell(Generation& generation, const std::vector<int32_t>& tokens) {
+  Told told;
+  for (const int32_t token : tokens) {
+    EXPECT_FALSE(told.finish.has_value());
+    const Generation::Output out = generation.Push(Choosing(token));
+    EXPECT_EQ(out.token, token);
+    told.pieces.push_back(out.text);
+    told.finish = out.finish;
+  }
+  return told;
+}
+
+GenerationOptions Greedy(std::vector<std::string> stops = {}) {
+  GenerationOptions options;
+  options.sampler.temperature = 0;
+  options.stops = std::move(stops);
+  return options;
+}
+
+using Pieces = std::vector<std::string>;
+using Ids = std::vector<int32_t>;
+const Ids kSeen = {kBos, kA, kB};
+
+TEST(Generation, EndsAtTheTextsEndWithoutItsToken) {
+  const auto tokenizer = Letters();
+  Generation generation(*tokenizer, Greedy(), kSeen, 100);
+  const Told told = Tell(generation, {kA, kLead, kTrail, kEos});
+  EXPECT_EQ(told.pieces, (Pieces{"a", "", "\u00E9", ""}));
+  EXPECT_EQ(told.finish, FinishReason::kEndOfText);
+  EXPECT_EQ(generation.text(), "a\u00E9");
+  EXPECT_EQ(generation.tokens().size(), 4u);
+}
+
+TEST(Generation, EndsAtItsLengthWithAllThatWasHeldBack) {
+  const auto tokenizer = Letters();
+  GenerationOptions options = Greedy({"abc"});
+  options.max_tokens = 3;
+  Generation generation(*tokenizer, options, kSeen, 100);
+  const Told told = Tell(generation, {kC, kAb, kLead});
+  EXPECT_EQ(told.pieces, (Pieces{"c", "", "ab\uFFFD"}));
+  EXPECT_EQ(told.finish, FinishReason::kLength);
+}
+
+// Of a context of 5 the text before has 3: two tokens can be fed, a third one is sampled.
+TEST(Generation, EndsWhereTheContextIsFull) {
+  const auto tokenizer = Letters();
+  Generation generation(*tokenizer, Greedy(), kSeen, 5);
+  EXPECT_EQ(Tell(generation, {kA, kA, kA}).finish, FinishReason::kContext);
+}
+
+TEST(Generation, CanBeEndedFromOutside) {
+  const auto tokenizer = Letters();
+  Generation generation(*tokenizer, Greedy({"abc"}), kSeen, 100);
+  EXPECT_EQ(Tell(generation, {kC, kA}).pieces, (Pieces{"c", ""}));
+  EXPECT_EQ(generation.Cancel(), "a");
+  EXPECT_EQ(generation.text(), "ca");
+}
+
+TEST(Generation, MayBeMovedBetweenTokens) {
+  const auto tokenizer = Letters();
+  std::vector<Generation> running;
+  for (int i = 0; i < 3; ++i) running.emplace_back(*tokenizer, Greedy({"abc"}), kSeen, 100);
+  for (Generation& generation : running) Tell(generation, {kC, kLead});
+  running.erase(running.begin());
+  for (Generation& generation : running) EXPECT_EQ(Tell(generation, {kTrail}).pieces, (Pieces{"\u00E9"}));
+}
+
+TEST(Generation, ThePenaltySeesTheTextBeforeAndTheTextItself) {
+  const auto tokenizer = Letters();
+  GenerationOptions options = Greedy();
+  options.sampler.repeat_penalty = 2;
+  options.sampler.repeat_last_n = 2;
+  Generation generation(*tokenizer, options, kSeen, 100);
+  const auto between = [](int32_t first, int32_t second) {
+    std::vector<float> logits(kVocab, -10);
+    logits[static_cast<size_t>(first)] = 10;
+    logits[static_cast<size_t>(second)] = 7;
+    return logits;
+  };
+  EXPECT_EQ(generation.Push(between(kB, kC)).token, kC) << "b was seen";
+  EXPECT_EQ(generation.Push(between(kC, kA)).token, kA) << "c was sampled; a is too long ago";
+  EXPECT_EQ(generation.Push(between(kB, kA)).token, kB) << "b is too long ago";
+}
+
+TEST(Generation, IdsBeyondTheTokenizerAreNeverChosen) {
+  const auto tokenizer = Letters();
+  Generation generation(*tokenizer, Greedy(), kSeen, 100);
+  EXPECT_EQ(generation.Push(Choosing(kVocab + 3, kVocab + 4)).token, 0);
+}
+
+struct Hidden {
+  const char* name;
+  Ids tokens;  // the last one completes the stop string
+  std::string stop, text;
+  size_t certain;  // tokens shown whole
+  Ids shown;       // what reads as the text
+};
+
+TEST(Generation, KnowsWhichTokensReadAsWhatIsShown) {
+  const auto tokenizer = Letters();
+  const Hidden cases[] = {
+      {"between tokens", {kC, kA, kB, kC}, "bc", "ca", 2, {kC, kA}},
+      {"all of it", {kA, kB}, "ab", "", 0, {}},
+      {"inside a token", {kC, kAb, kC}, "bc", "ca", 1, {kC, kA}},
+      {"inside the first token", {kAb}, "b", "a", 0, {kA}},
+      {"the end of one token and the start of the next", {kC, kAb, kBc}, "bb", "ca", 1, {kC, kA}},
+      {"a character of two tokens", {kC, kLead, kTrail}, "\u00E9", "c", 1, {kC}},
+      {"behind a character of two tokens", {kLead, kTrail, kC}, "c", "\u00E9", 2, {kLead, kTrail}},
+  };
+  for (const Hidden& c : cases) {
+    Generation generation(*tokenizer, Greedy({c.stop}), kSeen, 100);
+    EXPECT_EQ(Tell(generation, c.tokens).finish, FinishReason::kStopString) << c.name;
+    EXPECT_EQ(generation.text(), c.text) << c.name;
+    EXPECT_EQ(generation.certain_tokens(), c.certain) << c.name;
+    EXPECT_EQ(generation.ShownTokens(0), c.shown) << c.name;
+  }
+}
+
+TEST(Generation, IsUncertainOnlyOfTokensThatMayBeHidden) {
+  const auto tokenizer = Letters();
+  Generation generation(*tokenizer, Greedy({"abc"}), kSeen, 100);
+  const Ids tokens = {kC, kA, kB, kB, kAb, kLead, kTrail};
+  const size_t certain[] = {1, 1, 1, 4, 4, 4, 7};
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    Tell(generation, {tokens[i]});
+    EXPECT_EQ(generation.certain_tokens(), certain[i]) << i;
+  }
+}
+
+TEST(Generation, BadOptionsAreRefused) {
+  const auto tokenizer = Letters();
+  EXPECT_THROW(Generation(*tokenizer, Greedy({"a", ""}), kSeen, 100), Error);
+  GenerationOptions options;
+  options.sampler.temperature = -1;
+  EXPECT_THROW(Generation(*tokenizer, options, kSeen, 100), Error);
 }
 
 TEST(Memory, TooMuchIsRefusedWithBothNumbers) {

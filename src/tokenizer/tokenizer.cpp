@@ -74,21 +74,10 @@ void Tokenizer::LoadSequenceRules() {
 }
 
 std::vector<int32_t> Tokenizer::Encode(std::string_view text, bool add_special, bool parse_special) const {
-  if (text.size() >= kMaxTextBytes) {
-    Fail(ErrorCode::kInvalidArgument, "a text of {} bytes is too long to tokenize, at most {} bytes are supported",
-         text.size(), kMaxTextBytes - 1);
-  }
   std::vector<int32_t> ids;
   if (add_special && add_bos_) ids.push_back(bos());
-  bool at_start = true;
-  for (const TextFragment& fragment : (parse_special ? all_special_ : user_defined_).Split(text)) {
-    if (fragment.id >= 0) {
-      ids.push_back(fragment.id);
-    } else {
-      model_->Encode(fragment.text, at_start, ids);
-    }
-    at_start = fragment.id >= 0;
-  }
+  const TextPiece piece{text, parse_special};
+  EncodePieces({&piece, 1}, true, ids);
   if (add_special && add_eos_) ids.push_back(eos());
   return ids;
 }
@@ -97,6 +86,39 @@ std::optional<int32_t> Tokenizer::FindControlToken(std::string_view text) const 
   const std::vector<TextFragment> fragments = all_special_.Split(text);
   if (fragments.size() != 1 || fragments[0].id < 0 || Type(fragments[0].id) != TokenType::kControl) return std::nullopt;
   return fragments[0].id;
+}
+
+std::vector<int32_t> Tokenizer::Encode(std::span<const TextPiece> pieces, bool at_start) const {
+  std::vector<int32_t> ids;
+  EncodePieces(pieces, at_start, ids);
+  return ids;
+}
+
+void Tokenizer::EncodePieces(std::span<const TextPiece> pieces, bool at_start, std::vector<int32_t>& ids) const {
+  size_t n_bytes = 0;
+  for (const TextPiece& piece : pieces) n_bytes += piece.text.size();
+  if (n_bytes >= kMaxTextBytes) {
+    Fail(ErrorCode::kInvalidArgument, "a text of {} bytes is too long to tokenize, at most {} bytes are supported",
+         n_bytes, kMaxTextBytes - 1);
+  }
+  std::string plain;  // since the last special token
+  const auto encode_plain = [&] {
+    model_->Encode(plain, at_start, ids);
+    at_start = at_start && plain.empty();
+    plain.clear();
+  };
+  for (const TextPiece& piece : pieces) {
+    for (const TextFragment& fragment : (piece.parse_special ? all_special_ : user_defined_).Split(piece.text)) {
+      if (fragment.id < 0) {
+        plain += fragment.text;
+        continue;
+      }
+      encode_plain();
+      ids.push_back(fragment.id);
+      at_start = true;
+    }
+  }
+  encode_plain();
 }
 
 std::string Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special) const {
@@ -132,7 +154,7 @@ void Tokenizer::AppendText(int32_t id, bool skip_special, bool& at_start, std::s
 std::string Tokenizer::Describe() const { return fmt::format("{}, {} tokens", model_->Describe(), size()); }
 
 std::string StreamDecoder::Push(int32_t id) {
-  tokenizer_.AppendText(id, skip_special_, at_start_, pending_);
+  tokenizer_->AppendText(id, skip_special_, at_start_, pending_);
   const size_t whole = pending_.size() - IncompleteUtf8Tail(pending_);
   std::string text = ReplaceInvalidUtf8(std::string_view(pending_).substr(0, whole));
   pending_.erase(0, whole);

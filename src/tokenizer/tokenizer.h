@@ -20,6 +20,11 @@
 
 namespace lesskv {
 
+struct TextPiece {
+  std::string_view text;
+  bool parse_special = false;
+};
+
 // Immutable and thread-safe.
 class Tokenizer {
  public:
@@ -37,6 +42,11 @@ class Tokenizer {
   // Damaged UTF-8 is no error: its bytes survive as byte tokens (SentencePiece) or become U+FFFD each (BPE). Time and
   // memory are nearly linear in the text. Throws Error (kInvalidArgument) for a text of kMaxTextBytes or more.
   std::vector<int32_t> Encode(std::string_view text, bool add_special, bool parse_special) const;
+
+  // The ids of pieces of one text, one behind the other: what is between special tokens becomes tokens as a whole, across
+  // the pieces, but special tokens are parsed only inside a piece that says so. No BOS, no EOS. `at_start`: nothing, or
+  // a special token, comes before. Throws as Encode does.
+  std::vector<int32_t> Encode(std::span<const TextPiece> pieces, bool at_start) const;
 
   // The text of `ids`, all of which are in [0, size()) (CHECK). Undoes Encode: the space that SentencePiece puts before
   // a text, or behind a special token, is taken away. Control and unknown tokens appear only without `skip_special`.
@@ -75,6 +85,7 @@ class Tokenizer {
   explicit Tokenizer(Vocabulary vocabulary);
 
   static int32_t IdOrNone(std::optional<uint32_t> id) { return id ? static_cast<int32_t>(*id) : -1; }
+  void EncodePieces(std::span<const TextPiece> pieces, bool at_start, std::vector<int32_t>& ids) const;
   void LoadPieces();
   void LoadSpecialTokens();
   void LoadSequenceRules();
@@ -97,7 +108,7 @@ class StreamDecoder {
   // `at_start`: the ids are a text of their own, so a space that SentencePiece puts in front is taken away. Give false
   // for ids that continue a prompt.
   StreamDecoder(const Tokenizer& tokenizer, bool skip_special, bool at_start)
-      : tokenizer_(tokenizer), skip_special_(skip_special), at_start_(at_start) {}
+      : tokenizer_(&tokenizer), skip_special_(skip_special), at_start_(at_start) {}
 
   // The text that is certain after `id`; often empty.
   std::string Push(int32_t id);
@@ -105,8 +116,10 @@ class StreamDecoder {
   // What is held back, as U+FFFD for each byte. The decoder then is as if no character were pending.
   std::string Flush();
 
+  bool unfinished() const { return !pending_.empty(); }  // something is held back
+
  private:
-  const Tokenizer& tokenizer_;
+  const Tokenizer* tokenizer_;
   bool skip_special_;
   bool at_start_;
   std::string pending_;  // the first bytes of a character, 3 at most
