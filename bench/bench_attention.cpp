@@ -66,6 +66,10 @@ RowType ParseType(const std::string& name) {
 
 // ---- Layers of random rows
 
+struct Head {
+  std::vector<RowSpan> keys, values;
+};
+
 // Each head in regions of `block` rows, keys then values, like the cache's growing heads; 0: in one region.
 class Layer {
  public:
@@ -77,9 +81,11 @@ class Layer {
     const size_t n_regions = (n_rows + rows - 1) / rows;
     data_ = CountedBuffer(counter_, region_bytes * n_regions * heads_.size());
     const std::byte* region = data_.data();
-    for (std::vector<KvSpan>& spans : heads_) {
+    for (Head& head : heads_) {
       for (size_t r = 0; r < n_rows; r += rows, region += region_bytes) {
-        spans.push_back({region, region + key_bytes, 0, std::min(rows, n_rows - r)});
+        const size_t n = std::min(rows, n_rows - r);
+        head.keys.push_back({.format = keys_, .rows = region, .n_rows = n});
+        head.values.push_back({.format = values_, .rows = region + key_bytes, .n_rows = n});
       }
     }
   }
@@ -90,11 +96,11 @@ class Layer {
     std::vector<float> x(kDistinct * keys_.head_dim);
     for (float& v : x) v = rng.Normal();
     ParallelFor(heads_.size(), [&](size_t h) {
-      for (const KvSpan& span : heads_[h]) {
-        for (size_t r = 0; r < span.n_rows; r += kDistinct) {
-          const size_t n = std::min(kDistinct, span.n_rows - r);
-          WriteRows(keys_, const_cast<std::byte*>(span.keys), r, n, x.data(), keys_.head_dim);
-          WriteRows(values_, const_cast<std::byte*>(span.values), r, n, x.data(), keys_.head_dim);
+      for (const std::vector<RowSpan>* side : {&heads_[h].keys, &heads_[h].values}) {
+        for (const RowSpan& span : *side) {
+          for (size_t r = 0; r < span.n_rows; r += kDistinct)
+            WriteRows(span.format, const_cast<std::byte*>(span.rows), r, std::min(kDistinct, span.n_rows - r), x.data(),
+                      keys_.head_dim);
         }
       }
     });
@@ -102,13 +108,11 @@ class Layer {
   void CopyFrom(const Layer& other) { std::memcpy(data_.data(), other.data_.data(), data_.size()); }
 
   std::span<const std::byte> bytes() const { return {data_.data(), data_.size()}; }
-  const RowFormat& keys() const { return keys_; }
-  const RowFormat& values() const { return values_; }
-  const std::vector<KvSpan>& spans(size_t head) const { return heads_[head]; }
+  const Head& head(size_t h) const { return heads_[h]; }
 
  private:
   RowFormat keys_, values_;
-  std::vector<std::vector<KvSpan>> heads_;
+  std::vector<Head> heads_;
   ByteCounter counter_;
   CountedBuffer data_;  // in large pages, as a cache's are
 };
@@ -127,9 +131,8 @@ struct Step {
     std::vector<AttentionJob> jobs(shape.n_kv_heads);
     for (size_t h = 0; h < jobs.size(); ++h) {
       AttentionJob& job = jobs[h];
-      job.key_format = layer.keys();
-      job.value_format = layer.values();
-      job.spans = layer.spans(h);
+      job.keys = layer.head(h).keys;
+      job.values = layer.head(h).values;
       job.n_past = n_past;
       job.n_queries = n_queries;
       job.q = q.data() + h * shape.group * shape.dim;

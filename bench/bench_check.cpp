@@ -112,12 +112,12 @@ void CheckAttention(Guard& guard, RowType type, size_t n_queries, double bound, 
   const std::vector<float> rows = Normals(kRows * kDim, 3), q = Normals(n_queries * kGroup * kDim, 4);
   WriteRows(keys, region, 0, kRows, rows.data(), kDim);
   WriteRows(values, region + RegionBytes(keys, kRows), 0, kRows, rows.data(), kDim);
-  const KvSpan span{region, region + RegionBytes(keys, kRows), 0, kRows};
+  const RowSpan key_span{.format = keys, .rows = region, .n_rows = kRows};
+  const RowSpan value_span{.format = values, .rows = region + RegionBytes(keys, kRows), .n_rows = kRows};
   std::vector<float> out(q.size()), lse(n_queries * kGroup), sums(kGroup * kRows);
   AttentionJob job;
-  job.key_format = keys;
-  job.value_format = values;
-  job.spans = {&span, 1};
+  job.keys = {&key_span, 1};
+  job.values = {&value_span, 1};
   job.n_past = kRows - n_queries;
   job.n_queries = n_queries;
   job.q = q.data();

@@ -109,7 +109,7 @@ class RotationAngles {
 struct Workspace {
   WorkMemory scratch, partials, probabilities, angle_memory;
   RotationAngles angles;
-  std::vector<size_t> span_rows;
+  std::vector<size_t> span_rows;  // the spans' first rows and the end, of each job the keys', then the values'
 };
 
 Workspace& ThreadWorkspace() {
@@ -117,11 +117,22 @@ Workspace& ThreadWorkspace() {
   return workspace;
 }
 
-void CheckJob(const AttentionJob& job, size_t n_rows) {
-  const size_t dim = job.key_format.head_dim;
-  CHECK(job.key_format.side == RowSide::kKeys && job.value_format.side == RowSide::kValues);
-  CHECK(dim == job.value_format.head_dim, "keys of {} channels, values of {}", dim, job.value_format.head_dim);
-  CHECK(Supports(job.key_format.type, dim) && Supports(job.value_format.type, dim), "{} channels", dim);
+void CheckSpans(std::span<const RowSpan> spans, RowSide side, size_t head_dim) {
+  for (const RowSpan& span : spans) {
+    CHECK(span.format.side == side && span.format.head_dim == head_dim, "{} channels in a job of {}",
+          span.format.head_dim, head_dim);
+    CHECK(!span.reader, "not yet");
+    CHECK(span.reader || Supports(span.format.type, head_dim), "{} channels of {}", head_dim, Name(span.format.type));
+    CHECK(span.reader || span.rows || span.n_rows == 0, "{} rows nowhere", span.n_rows);
+  }
+}
+
+void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
+  CHECK(!job.keys.empty() && !job.values.empty(), "a job without spans");
+  const size_t dim = job.keys[0].format.head_dim;
+  CheckSpans(job.keys, RowSide::kKeys, dim);
+  CheckSpans(job.values, RowSide::kValues, dim);
+  CHECK(n_rows == n_value_rows, "{} rows of keys, {} of values", n_rows, n_value_rows);
   CHECK(job.group >= 1);
   CHECK(job.n_queries == 0 || (job.q && job.out && job.lse));
   CHECK(n_rows == job.n_past || n_rows == job.n_past + job.n_queries, "{} rows, {} past, {} queries", n_rows,
@@ -129,26 +140,23 @@ void CheckJob(const AttentionJob& job, size_t n_rows) {
   CHECK(!job.received || job.n_queries == 1, "sums are made beside one query, not {}", job.n_queries);
   CHECK(!job.read_positions || job.rope, "read positions without a rotation");
   CHECK(!job.read_positions || job.rope->n_dims() <= dim, "rotation of {} of {} channels", job.rope->n_dims(), dim);
+  CHECK(!job.bias && job.window == 0 && !job.received_by_head, "not yet");
   CHECK(job.key_hadamard_block == 0 || (job.read_positions && dim % job.key_hadamard_block == 0));
 }
 
 PrefillShape ShapeOf(const AttentionJob& job) {
   if (job.compute != ComputeType::kBF16 || ActiveIsa() < Isa::kAvx512Bf16) return {};
-  if (ActiveIsa() == Isa::kAmx && job.key_format.head_dim % 32 == 0)
+  if (ActiveIsa() == Isa::kAmx && job.keys[0].format.head_dim % 32 == 0)
     return {.stacked = 768, .chunk = 32, .padding = 16, .multiply_pairs = amx::MultiplyPairs};
   return {.multiply_pairs = avx512bf16::MultiplyPairs};
 }
 
-AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
-  const size_t n_rows = span_rows[job.spans.size()];
+AttentionView MakeView(const AttentionJob& job, const size_t* key_rows, const size_t* value_rows) {
   AttentionView view = {};
-  view.key_format = job.key_format;
-  view.value_format = job.value_format;
-  view.spans = job.spans.data();
-  view.span_rows = span_rows;
-  view.n_spans = job.spans.size();
-  view.head_dim = job.key_format.head_dim;
-  view.n_rows = n_rows;
+  view.keys = {job.keys.data(), key_rows, job.keys.size()};
+  view.values = {job.values.data(), value_rows, job.values.size()};
+  view.head_dim = job.keys[0].format.head_dim;
+  view.n_rows = key_rows[job.keys.size()];
   view.n_past = job.n_past;
   view.n_queries = job.n_queries;
   view.group = job.group;
@@ -160,7 +168,7 @@ AttentionView MakeView(const AttentionJob& job, const size_t* span_rows) {
   view.out_stride = job.out_stride;
   view.lse = job.lse;
   view.received = job.received;
-  view.probability_stride = RoundUp(n_rows, kTileRows);
+  view.probability_stride = RoundUp(view.n_rows, kTileRows);
   return view;
 }
 
@@ -170,17 +178,22 @@ std::vector<AttentionView> MakeViews(size_t n, JobAt&& job_at) {
   Workspace& workspace = ThreadWorkspace();
   std::vector<size_t>& rows = workspace.span_rows;
   rows.clear();
-  for (size_t j = 0; j < n; ++j) {
+  const auto list_rows = [&](std::span<const RowSpan> spans) {
     rows.push_back(0);
-    for (const KvSpan& span : job_at(j).spans) rows.push_back(rows.back() + span.n_rows);
+    for (const RowSpan& span : spans) rows.push_back(rows.back() + span.n_rows);
+  };
+  for (size_t j = 0; j < n; ++j) {
+    list_rows(job_at(j).keys);
+    list_rows(job_at(j).values);
   }
   std::vector<AttentionView> views(n);
-  const size_t* span_rows = rows.data();
+  const size_t* next = rows.data();
   for (size_t j = 0; j < n; ++j) {
     const AttentionJob& job = job_at(j);
-    CheckJob(job, span_rows[job.spans.size()]);
-    views[j] = MakeView(job, span_rows);
-    span_rows += job.spans.size() + 1;
+    const size_t *key_rows = next, *value_rows = key_rows + job.keys.size() + 1;
+    next = value_rows + job.values.size() + 1;
+    CheckJob(job, key_rows[job.keys.size()], value_rows[job.values.size()]);
+    views[j] = MakeView(job, key_rows, value_rows);
   }
   // Heads that read at the same positions share the angles.
   std::vector<size_t> first(n, 0);
@@ -268,6 +281,13 @@ void GiveProbabilities(WorkMemory& memory, std::vector<AttentionView>& views) {
 
 }  // namespace
 
+// Out of line, so that no kernel's translation unit makes a copy of them: see attention_isa.h.
+RowReader::~RowReader() = default;
+void RowReader::ExpandKeys(size_t, size_t, float*, size_t) const { CHECK(false, "a reader of values has no keys"); }
+void RowReader::ExpandValues(size_t, size_t, float*, size_t) const { CHECK(false, "a reader of keys has no values"); }
+bool RowReader::Scores(size_t, size_t, const float*, size_t, float*, size_t) const { return false; }
+bool RowReader::AddValues(size_t, size_t, const float*, size_t, size_t, float*, size_t) const { return false; }
+
 void Attend(std::span<const AttentionJob> jobs) {
   if (jobs.empty()) return;
   const AttentionKernels& kernels = Kernels();
@@ -307,6 +327,7 @@ void ColumnSums(std::span<const ColumnSumJob> jobs) {
   std::vector<Task> tasks;
   size_t scratch_floats = 0;
   for (size_t j = 0; j < jobs.size(); ++j) {
+    CHECK(!jobs[j].by_head, "not yet");
     CHECK((jobs[j].lse && jobs[j].sums) || views[j].n_queries == 0 || views[j].n_rows == 0);
     scratch_floats = std::max(scratch_floats, kernels.scratch_floats(views[j]));
     // The first rows are seen by the most queries: the longest tasks start first.

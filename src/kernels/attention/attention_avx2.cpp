@@ -51,8 +51,8 @@ inline V Field(const uint8_t* p, int shift, int mask) {
 
 #include "kernels/attention/attention_prefill.h"
 
-bool FusedScores(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
-bool FusedValues(const AttentionView&, const DecodeScratch&, size_t, size_t, size_t) { return false; }
+bool FusedScores(const AttentionView&, const DecodeScratch&, RowType, size_t, size_t, size_t) { return false; }
+bool FusedValues(const AttentionView&, const DecodeScratch&, RowType, size_t, size_t, size_t) { return false; }
 
 }  // namespace
 

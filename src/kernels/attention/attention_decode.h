@@ -12,6 +12,7 @@ constexpr size_t kSplitStride = kSplitRows + 16;  // of the scores of a split
 constexpr size_t kWeightRows = 128;
 
 struct DecodeScratch {
+  size_t begin, end;  // the split's rows
   float* queries;  // [head_dim, stacked], times scale
   float* scores;   // [stacked, kSplitStride]
   float* edge;     // [stacked, 16]: the scores of a tile that belongs to the piece in part
@@ -20,10 +21,12 @@ struct DecodeScratch {
   size_t floats;
 };
 
-DecodeScratch CarveDecode(const AttentionView& view, float* base) {
+DecodeScratch CarveDecode(const AttentionView& view, size_t split, float* base) {
   const size_t stacked = view.n_queries * view.group;
   Arena arena = {base, 0};
   DecodeScratch s;
+  s.begin = split * kSplitRows;
+  s.end = Min(view.n_rows, s.begin + kSplitRows);
   s.queries = arena.Take(stacked * view.head_dim);
   s.scores = arena.Take(stacked * kSplitStride);
   s.edge = arena.Take(stacked * kTileRows);
@@ -37,32 +40,32 @@ size_t PartialFloats(const AttentionView& view) {
   return view.n_queries * view.group * (kPartialHeader + Padded(view.head_dim));
 }
 
+// Bytes of a row of a region; tiles are whole rows on the average.
+inline size_t RowBytes(const RowFormat& format) { return TileBytes(format.type, format.head_dim) / kTileRows; }
+
 // Fetches the first `left` bytes of rows [begin, end) while something else is computed.
-void FetchFirst(const AttentionView& view, RowSide side, size_t begin, size_t end, size_t left) {
-  const bool keys = side == RowSide::kKeys;
-  const size_t row_bytes = TileBytes(keys ? view.key_format.type : view.value_format.type, view.head_dim) / kTileRows;
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t) {
-    const std::byte* rows = (keys ? span.keys : span.values) + slot * row_bytes;
+void FetchFirst(const SideView& side, size_t begin, size_t end, size_t left) {
+  ForEachPiece(side, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t) {
+    const size_t row_bytes = RowBytes(span.format);
+    const std::byte* rows = span.rows + slot * row_bytes;
     const size_t bytes = Min(left, n * row_bytes);
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows + i);
     left -= bytes;
   });
 }
 
-// What is read after `n` rows from `rows` on: the next span of the split, from row `next` on, and after its last keys
-// the values of its first row.
-Ahead AfterSpan(const AttentionView& view, RowSide side, const std::byte* rows, size_t n, size_t next, size_t begin,
-                size_t end) {
-  if (next >= end && side == RowSide::kValues) return kNothingAhead;
-  const bool keys = side == RowSide::kKeys && next < end;
-  const size_t row = next < end ? next : begin;
-  const RowFormat& format = side == RowSide::kKeys ? view.key_format : view.value_format;
-  const RowFormat& next_format = keys ? view.key_format : view.value_format;
-  const std::byte* stop = rows + n * TileBytes(format.type, format.head_dim) / kTileRows;
+// What is read after n slots of a span: row `next` of the same side, or after the split's last keys its first values.
+Ahead AfterSpan(const AttentionView& view, const DecodeScratch& s, const RowSpan& span, size_t slot, size_t n,
+                size_t next) {
+  const bool keys = span.format.side == RowSide::kKeys, same_side = next < s.end;
+  if (!same_side && !keys) return kNothingAhead;
+  const std::byte* stop = span.rows + (slot + n) * RowBytes(span.format);
   const std::byte* start = stop;
-  ForEachPiece(view, row, row + 1, [&](const KvSpan& span, size_t slot, size_t, size_t) {
-    start = (keys ? span.keys : span.values) + slot * TileBytes(next_format.type, view.head_dim) / kTileRows;
-  });
+  const size_t row = same_side ? next : s.begin;
+  ForEachPiece(same_side && keys ? view.keys : view.values, row, row + 1,
+               [&](const RowSpan& after, size_t first, size_t, size_t) {
+                 start = after.rows + first * RowBytes(after.format);
+               });
   return {reinterpret_cast<const char*>(stop), start - stop};
 }
 
@@ -159,13 +162,13 @@ void ScoreAll(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, 
 // Calls whole(tiles, n_tiles, first row, what to fetch ahead) and part(tile, first lane, n, first row) over the tiles
 // of rows [begin, end).
 template <typename Whole, typename Part>
-inline void ForEachKeyTile(const AttentionView& view, size_t begin, size_t end, Whole whole, Part part) {
-  const size_t tile_bytes = TileBytes(view.key_format.type, view.head_dim);
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    const size_t row_bytes = tile_bytes / kTileRows;
-    const Ahead ahead = AfterSpan(view, RowSide::kKeys, span.keys + slot * row_bytes, n, row + n, begin, end);
+inline void ForEachKeyTile(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, Whole whole,
+                           Part part) {
+  ForEachPiece(view.keys, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
+    const size_t tile_bytes = TileBytes(span.format.type, view.head_dim);
+    const Ahead ahead = AfterSpan(view, s, span, slot, n, row + n);
     while (n > 0) {
-      const std::byte* tile = span.keys + slot / kTileRows * tile_bytes;
+      const std::byte* tile = span.rows + slot / kTileRows * tile_bytes;
       const size_t lane = slot % kTileRows;
       size_t count = n / kTileRows * kTileRows;
       if (lane == 0 && count > 0) {
@@ -193,34 +196,38 @@ void ScoresInPlace(const AttentionView& view, const DecodeScratch& s, size_t beg
   using T = typename Rows::T;
   const size_t dim = view.head_dim, tile = kTileRows * dim;
   ForEachKeyTile(
-      view, begin, end,
+      view, s, begin, end,
       [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
         ScoreAll<Rows>(reinterpret_cast<const T*>(keys), n_tiles, tile, kTileRows, dim, s.queries, stacked,
-                       s.scores + (row - begin), kSplitStride, ahead);
+                       s.scores + (row - s.begin), kSplitStride, ahead);
       },
       [&](const std::byte* keys, size_t lane, size_t n, size_t row) {
         ScoreAll<Rows>(reinterpret_cast<const T*>(keys), 1, tile, kTileRows, dim, s.queries, stacked, s.edge, kTileRows,
                        kNothingAhead);
-        CopyEdge(s, lane, n, row - begin, stacked);
+        CopyEdge(s, lane, n, row - s.begin, stacked);
       });
 }
 
+// Writes up to 15 scores of nothing behind those of the last row.
 void ScoresExpanded(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   for (size_t b = begin; b < end; b += kBlockRows) {
     const size_t n = Min(kBlockRows, end - b);
     ExpandKeys(view, s.rows, b, b + n);
     ScoreAll<ExpandedRows>(s.rows.keys, Padded(n) / kTileRows, kTileRows, kKeyStride, view.head_dim, s.queries, stacked,
-                           s.scores + (b - begin), kSplitStride, kNothingAhead);
+                           s.scores + (b - s.begin), kSplitStride, kNothingAhead);
   }
 }
 
-// Over quantised rows where they lie; false when this instruction set has none such.
-bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked);
-bool FusedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked);
+// Over quantised rows [begin, end) of one type where they lie; false when this instruction set has none such.
+bool FusedScores(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
+                 size_t stacked);
+bool FusedValues(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
+                 size_t stacked);
 
-void SplitScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  if (view.angles) return ScoresExpanded(view, s, begin, end, stacked);
-  switch (view.key_format.type) {
+// Rows [begin, end) of one layout, to be called in the order of the rows: see ScoresExpanded.
+void RunScores(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
+               size_t stacked) {
+  switch (run.format.type) {
     case RowType::kF32:
       return ScoresInPlace<F32Rows>(view, s, begin, end, stacked);
     case RowType::kF16:
@@ -228,8 +235,14 @@ void SplitScores(const AttentionView& view, const DecodeScratch& s, size_t begin
     case RowType::kBF16:
       return ScoresInPlace<BF16Rows>(view, s, begin, end, stacked);
     default:
-      if (!FusedScores(view, s, begin, end, stacked)) ScoresExpanded(view, s, begin, end, stacked);
+      if (!FusedScores(view, s, run.format.type, begin, end, stacked)) ScoresExpanded(view, s, begin, end, stacked);
   }
+}
+
+void SplitScores(const AttentionView& view, const DecodeScratch& s, size_t stacked) {
+  if (view.angles) return ScoresExpanded(view, s, s.begin, s.end, stacked);
+  ForEachRun(view.keys, s.begin, s.end,
+             [&](const RowSpan& run, size_t begin, size_t end) { RunScores(view, s, run, begin, end, stacked); });
 }
 
 // ---- Decode: values
@@ -312,16 +325,26 @@ void AddAll(const typename Rows::T* values, size_t dim, size_t row_stride, size_
 template <typename Rows>
 void ValuesInPlace(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
   const size_t dim = view.head_dim;
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    const auto* values = reinterpret_cast<const typename Rows::T*>(span.values) + slot * dim;
-    const Ahead ahead =
-        AfterSpan(view, RowSide::kValues, reinterpret_cast<const std::byte*>(values), n, row + n, begin, end);
-    AddAll<Rows>(values, dim, dim, n, s.scores + (row - begin), kSplitStride, stacked, s.out, ahead);
+  ForEachPiece(view.values, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
+    const auto* values = reinterpret_cast<const typename Rows::T*>(span.rows) + slot * dim;
+    AddAll<Rows>(values, dim, dim, n, s.scores + (row - s.begin), kSplitStride, stacked, s.out,
+                 AfterSpan(view, s, span, slot, n, row + n));
   });
 }
 
-void SplitValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  switch (view.value_format.type) {
+void ValuesExpanded(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+  for (size_t b = begin; b < end; b += kBlockRows) {
+    const size_t n = Min(kBlockRows, end - b);
+    ExpandValues(view, b, b + n, s.rows.values);
+    AddAll<ExpandedRows>(s.rows.values, view.head_dim, Padded(view.head_dim), n, s.scores + (b - s.begin), kSplitStride,
+                         stacked, s.out, kNothingAhead);
+  }
+}
+
+// Rows [begin, end) of one layout.
+void RunValues(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
+               size_t stacked) {
+  switch (run.format.type) {
     case RowType::kF32:
       return ValuesInPlace<F32Rows>(view, s, begin, end, stacked);
     case RowType::kF16:
@@ -329,15 +352,13 @@ void SplitValues(const AttentionView& view, const DecodeScratch& s, size_t begin
     case RowType::kBF16:
       return ValuesInPlace<BF16Rows>(view, s, begin, end, stacked);
     default:
-      break;
+      if (!FusedValues(view, s, run.format.type, begin, end, stacked)) ValuesExpanded(view, s, begin, end, stacked);
   }
-  if (FusedValues(view, s, begin, end, stacked)) return;
-  for (size_t b = begin; b < end; b += kBlockRows) {
-    const size_t n = Min(kBlockRows, end - b);
-    ExpandValues(view, b, b + n, s.rows.values);
-    AddAll<ExpandedRows>(s.rows.values, view.head_dim, Padded(view.head_dim), n, s.scores + (b - begin), kSplitStride,
-                         stacked, s.out, kNothingAhead);
-  }
+}
+
+void SplitValues(const AttentionView& view, const DecodeScratch& s, size_t stacked) {
+  ForEachRun(view.values, s.begin, s.end,
+             [&](const RowSpan& run, size_t begin, size_t end) { RunValues(view, s, run, begin, end, stacked); });
 }
 
 // scores = exp(scores - largest) over the visible ones and 0 up to n, or the vectors that hold them; returns the sum.
@@ -353,30 +374,36 @@ float ExpAndSum(float* scores, size_t visible, size_t n, float largest) {
   return ReduceAdd(sum);
 }
 
+// The first values, while the softmax is computed. The keys have fetched kAhead bytes of them; quantised ones are fetched
+// a chunk ahead, but the first.
+void FetchFirstValues(const AttentionView& view, const DecodeScratch& s) {
+  ForEachPiece(view.values, s.begin, s.begin + 1, [&](const RowSpan& span, size_t, size_t, size_t) {
+    if (IsQuantised(span.format.type))
+      FetchFirst(view.values, s.begin, Min(s.end, s.begin + kWeightRows), SIZE_MAX);
+  });
+}
+
 void Decode(const AttentionView& view, size_t split, float* scratch, float* partial) {
-  const DecodeScratch s = CarveDecode(view, scratch);
-  const size_t dim = view.head_dim, stacked = view.n_queries * view.group;
-  const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows), n = end - begin;
-  FetchFirst(view, RowSide::kKeys, begin, end, kAhead);
+  const DecodeScratch s = CarveDecode(view, split, scratch);
+  const size_t dim = view.head_dim, stacked = view.n_queries * view.group, n = s.end - s.begin;
+  FetchFirst(view.keys, s.begin, s.end, kAhead);
   for (size_t m = 0; m < stacked; ++m) {
     const float* q = view.q + m / view.group * view.q_stride + m % view.group * dim;
     for (size_t c = 0; c < dim; ++c) s.queries[c * stacked + m] = q[c] * view.scale;
   }
-  SplitScores(view, s, begin, end, stacked);
-  // The keys have fetched kAhead bytes of the values; quantised ones are fetched a chunk ahead, but the first.
-  if (IsQuantised(view.value_format.type))
-    FetchFirst(view, RowSide::kValues, begin, Min(end, begin + kWeightRows), SIZE_MAX);
+  SplitScores(view, s, stacked);
+  FetchFirstValues(view, s);
   const size_t partial_stride = kPartialHeader + Padded(dim);
   for (size_t m = 0; m < stacked; ++m) {
     float* scores = s.scores + m * kSplitStride;
-    const size_t seen = VisibleRows(view, m / view.group), visible = seen > begin ? Min(n, seen - begin) : 0;
+    const size_t seen = VisibleRows(view, m / view.group), visible = seen > s.begin ? Min(n, seen - s.begin) : 0;
     float* header = partial + m * partial_stride;
     header[0] = MaxScore(scores, visible);
     header[1] = ExpAndSum(scores, visible, n, header[0]);
-    if (view.received) Copy(view.probabilities + m * view.probability_stride + begin, scores, Padded(n));
+    if (view.received) Copy(view.probabilities + m * view.probability_stride + s.begin, scores, Padded(n));
   }
   Fill(s.out, stacked * Padded(dim), 0);
-  SplitValues(view, s, begin, end, stacked);
+  SplitValues(view, s, stacked);
   for (size_t m = 0; m < stacked; ++m) {
     float* to = partial + m * partial_stride + kPartialHeader;
     for (size_t c = 0; c < dim; c += kW) Store(to + c, Load(s.out + m * Padded(dim) + c));

@@ -6,15 +6,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/rows/rows.h"
+#include "kernels/attention/row_reader.h"
 
 namespace lesskv {
 
 // Up to this many queries a job is cut into splits of rows (decode): each row is read from memory once for all queries.
 // Beyond, it is cut into tiles of queries (prefill).
 inline constexpr size_t kDecodeQueries = 4;
-inline constexpr size_t kSplitRows = 1024;      // rows of one decode task, counted from row 0
-inline constexpr size_t kBlockRows = 256;       // rows that are expanded to float32 at a time, counted from row 0
+inline constexpr size_t kSplitRows = 1024;  // rows of one decode task, counted from row 0
+inline constexpr size_t kBlockRows = RowReader::kMaxRows;  // rows expanded to float32 at a time, counted from row 0
+
 // c[m, n] (+)= sum over pairs of a[m, pairs] b[pairs, n], of bfloat16 pairs along the summed-up dimension, which share 32
 // bits. n is rounded up to whole vectors of 16, which b and c must have.
 using MultiplyPairsFunction = void (*)(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride,
@@ -29,12 +30,16 @@ struct PrefillShape {
   MultiplyPairsFunction multiply_pairs = nullptr;  // products in bfloat16; null: in float32
 };
 
-// An AttentionJob as the kernels see it.
-struct AttentionView {
-  RowFormat key_format, value_format;
-  const KvSpan* spans;
+// The rows of one side.
+struct SideView {
+  const RowSpan* spans;
   const size_t* span_rows;  // [n_spans + 1]: span i holds rows [span_rows[i], span_rows[i + 1])
   size_t n_spans;
+};
+
+// An AttentionJob as the kernels see it.
+struct AttentionView {
+  SideView keys, values;
   size_t head_dim, n_rows, n_past, n_queries, group;
   const float* q;
   size_t q_stride;

@@ -318,6 +318,6 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
 }
 
 size_t ScratchFloats(const AttentionView& view) {
-  const size_t decode = view.n_queries <= kDecodeQueries ? CarveDecode(view, nullptr).floats : 0;
+  const size_t decode = view.n_queries <= kDecodeQueries ? CarveDecode(view, 0, nullptr).floats : 0;
   return Max(decode, CarvePrefill(view, nullptr).floats);
 }

@@ -143,19 +143,39 @@ size_t VisibleRows(const AttentionView& view, size_t m) {
 
 // Calls f(span, first slot, n, first row) for the parts of rows [begin, end) that lie in one span each.
 template <typename F>
-inline void ForEachPiece(const AttentionView& view, size_t begin, size_t end, F f) {
+inline void ForEachPiece(const SideView& side, size_t begin, size_t end, F f) {
   if (begin >= end) return;
-  size_t low = 0, high = view.n_spans;
+  size_t low = 0, high = side.n_spans;
   while (high - low > 1) {
     const size_t middle = (low + high) / 2;
-    (view.span_rows[middle] <= begin ? low : high) = middle;
+    (side.span_rows[middle] <= begin ? low : high) = middle;
   }
   for (size_t row = begin; row < end; ++low) {
-    const size_t stop = Min(end, view.span_rows[low + 1]);
+    const size_t stop = Min(end, side.span_rows[low + 1]);
     if (stop <= row) continue;
-    f(view.spans[low], view.spans[low].first_slot + row - view.span_rows[low], stop - row, row);
+    f(side.spans[low], side.spans[low].first_slot + row - side.span_rows[low], stop - row, row);
     row = stop;
   }
+}
+
+inline bool SameLayout(const RowSpan& a, const RowSpan& b) {
+  return a.reader == b.reader && (a.reader || a.format.type == b.format.type);
+}
+
+// Calls f(a span of that layout, first row, last row + 1) for the longest runs of rows of one layout in [begin, end), in
+// order. Where runs begin depends on the rows' layouts only, not on how they are cut into spans.
+template <typename F>
+inline void ForEachRun(const SideView& side, size_t begin, size_t end, F f) {
+  const RowSpan* run = nullptr;
+  size_t first = begin;
+  ForEachPiece(side, begin, end, [&](const RowSpan& span, size_t, size_t, size_t row) {
+    if (run && !SameLayout(*run, span)) {
+      f(*run, first, row);
+      first = row;
+    }
+    run = &span;
+  });
+  if (run) f(*run, first, end);
 }
 
 // ---- Expansion to float32
@@ -204,29 +224,26 @@ void ExpandKeyTile(const RowFormat& format, const std::byte* tile, float* out, s
   }
 }
 
-// Rows [begin, end) of the keys as stored to [head_dim, end - begin], channels kKeyStride apart. `edge` takes one tile.
-void ExpandStoredKeys(const AttentionView& view, size_t begin, size_t end, float* edge, float* out) {
-  const RowFormat& format = view.key_format;
+// n slots of a span of keys to [head_dim, n], channels kKeyStride apart. `edge` takes one tile.
+void ExpandKeySpan(const RowSpan& span, size_t slot, size_t n, float* edge, float* out) {
+  const RowFormat& format = span.format;
   const size_t tile_bytes = TileBytes(format.type, format.head_dim);
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    float* to = out + (row - begin);
-    while (n > 0) {
-      const size_t lane = slot % kTileRows;
-      const size_t count = Min(n, kTileRows - lane);
-      const std::byte* tile = span.keys + slot / kTileRows * tile_bytes;
-      if (count == kTileRows) {
-        ExpandKeyTile(format, tile, to, kKeyStride);
-      } else {
-        ExpandKeyTile(format, tile, edge, kTileRows);
-        for (size_t c = 0; c < format.head_dim; ++c) {
-          for (size_t i = 0; i < count; ++i) to[c * kKeyStride + i] = edge[c * kTileRows + lane + i];
-        }
+  while (n > 0) {
+    const size_t lane = slot % kTileRows;
+    const size_t count = Min(n, kTileRows - lane);
+    const std::byte* tile = span.rows + slot / kTileRows * tile_bytes;
+    if (count == kTileRows) {
+      ExpandKeyTile(format, tile, out, kKeyStride);
+    } else {
+      ExpandKeyTile(format, tile, edge, kTileRows);
+      for (size_t c = 0; c < format.head_dim; ++c) {
+        for (size_t i = 0; i < count; ++i) out[c * kKeyStride + i] = edge[c * kTileRows + lane + i];
       }
-      to += count;
-      slot += count;
-      n -= count;
     }
-  });
+    out += count;
+    slot += count;
+    n -= count;
+  }
 }
 
 // Takes n expanded keys back from the Hadamard transform they were stored in.
@@ -268,7 +285,9 @@ void RotateKeys(const AttentionView& view, size_t begin, size_t n, float* keys) 
 
 // Rows [begin, end) of the keys, rotated, to e.keys.
 void ExpandKeys(const AttentionView& view, const Expansion& e, size_t begin, size_t end) {
-  ExpandStoredKeys(view, begin, end, e.tile, e.keys);
+  ForEachPiece(view.keys, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
+    ExpandKeySpan(span, slot, n, e.tile, e.keys + (row - begin));
+  });
   if (view.hadamard_block > 0) RestoreKeys(view, end - begin, e.keys);
   if (view.angles) RotateKeys(view, begin, end - begin, e.keys);
 }
@@ -320,8 +339,8 @@ void ExpandValueRows(const RowFormat& format, const std::byte* region, size_t sl
 // Rows [begin, end) of the values to [end - begin, padded head_dim]; the padding holds anything.
 void ExpandValues(const AttentionView& view, size_t begin, size_t end, float* out) {
   const size_t stride = Padded(view.head_dim);
-  ForEachPiece(view, begin, end, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
-    ExpandValueRows(view.value_format, span.values, slot, n, out + (row - begin) * stride);
+  ForEachPiece(view.values, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
+    ExpandValueRows(span.format, span.rows, slot, n, out + (row - begin) * stride);
   });
 }
 

@@ -146,7 +146,7 @@ class Problem {
  private:
   struct Stored {
     std::vector<Region> regions;
-    std::vector<KvSpan> spans;
+    std::vector<RowSpan> keys, values;
   };
 
   static std::vector<float> Random(Rng& rng, size_t n, float size) {
@@ -184,29 +184,28 @@ class Problem {
 
   Stored Store(const Layout& layout) const {
     Stored stored;
-    stored.regions.reserve(2 * layout.size());
-    size_t row = 0;
-    for (const Cut& cut : layout) {
-      const size_t capacity = (cut.slot + cut.n + 15) / 16 * 16;
-      KvSpan span = {nullptr, nullptr, cut.slot, cut.n};
-      for (RowSide side : {RowSide::kKeys, RowSide::kValues}) {
-        const bool is_key = side == RowSide::kKeys;
-        const RowFormat format = {is_key ? c_.key_type : c_.value_type, side, c_.dim};
-        std::byte* data = stored.regions.emplace_back().Allocate(RegionBytes(format, capacity));
-        WriteRows(format, data, cut.slot, cut.n, (is_key ? keys_ : values_).data() + row * c_.dim, c_.dim);
-        (is_key ? span.keys : span.values) = data;
-      }
-      stored.spans.push_back(span);
-      row += cut.n;
-    }
+    stored.keys = StoreSide(layout, {c_.key_type, RowSide::kKeys, c_.dim}, keys_, stored.regions);
+    stored.values = StoreSide(layout, {c_.value_type, RowSide::kValues, c_.dim}, values_, stored.regions);
     return stored;
+  }
+
+  static std::vector<RowSpan> StoreSide(const Layout& layout, const RowFormat& format, const std::vector<float>& rows,
+                                        std::vector<Region>& regions) {
+    std::vector<RowSpan> spans;
+    const float* row = rows.data();
+    for (const Cut& cut : layout) {
+      std::byte* data = regions.emplace_back().Allocate(RegionBytes(format, (cut.slot + cut.n + 15) / 16 * 16));
+      WriteRows(format, data, cut.slot, cut.n, row, format.head_dim);
+      spans.push_back({.format = format, .rows = data, .first_slot = cut.slot, .n_rows = cut.n});
+      row += cut.n * format.head_dim;
+    }
+    return spans;
   }
 
   AttentionJob Job(const Stored& stored, Result& result) const {
     AttentionJob job;
-    job.key_format = {c_.key_type, RowSide::kKeys, c_.dim};
-    job.value_format = {c_.value_type, RowSide::kValues, c_.dim};
-    job.spans = stored.spans;
+    job.keys = stored.keys;
+    job.values = stored.values;
     job.n_past = c_.n_past;
     job.n_queries = c_.n_queries;
     job.q = queries_.data();
@@ -305,11 +304,11 @@ TEST_P(AttentionTest, WeightsOfTwoRowsByHand) {
   Region k, v;
   WriteRows(key_format, k.Allocate(RegionBytes(key_format, 16)), 3, 2, keys, 2);
   WriteRows(value_format, v.Allocate(RegionBytes(value_format, 16)), 3, 2, values, 2);
-  const KvSpan span = {k.data, v.data, 3, 2};
+  const RowSpan key_span = {.format = key_format, .rows = k.data, .first_slot = 3, .n_rows = 2};
+  const RowSpan value_span = {.format = value_format, .rows = v.data, .first_slot = 3, .n_rows = 2};
   float out[2], lse, received[2];
-  job.key_format = key_format;
-  job.value_format = value_format;
-  job.spans = {&span, 1};
+  job.keys = {&key_span, 1};
+  job.values = {&value_span, 1};
   job.n_past = 1;
   job.n_queries = 1;
   job.q = q;
@@ -472,7 +471,7 @@ TEST_P(AttentionTest, JobsTogetherGiveTheBitsOfEachAlone) {
   std::vector<AttentionJob> jobs;
   std::vector<Result> alone, together(cases.size());
   std::vector<Region> regions(2 * cases.size());
-  std::vector<KvSpan> spans(cases.size());
+  std::vector<RowSpan> spans(2 * cases.size());
   std::vector<std::vector<float>> queries(cases.size());
   for (size_t i = 0; i < cases.size(); ++i) {
     const Case& c = cases[i];
@@ -482,15 +481,15 @@ TEST_P(AttentionTest, JobsTogetherGiveTheBitsOfEachAlone) {
     for (float& x : q) x = rng.Normal();
     queries[i] = q;
     AttentionJob job;
-    job.key_format = {c.key_type, RowSide::kKeys, c.dim};
-    job.value_format = {c.value_type, RowSide::kValues, c.dim};
-    const size_t capacity = (c.n_rows() + 15) / 16 * 16;
-    WriteRows(job.key_format, regions[2 * i].Allocate(RegionBytes(job.key_format, capacity)), 0, c.n_rows(),
-              rows.data(), c.dim);
-    WriteRows(job.value_format, regions[2 * i + 1].Allocate(RegionBytes(job.value_format, capacity)), 0, c.n_rows(),
-              rows.data(), c.dim);
-    spans[i] = {regions[2 * i].data, regions[2 * i + 1].data, 0, c.n_rows()};
-    job.spans = {&spans[i], 1};
+    for (const RowSide side : {RowSide::kKeys, RowSide::kValues}) {
+      const size_t at = 2 * i + (side == RowSide::kValues ? 1 : 0);
+      const RowFormat format = {side == RowSide::kKeys ? c.key_type : c.value_type, side, c.dim};
+      std::byte* data = regions[at].Allocate(RegionBytes(format, (c.n_rows() + 15) / 16 * 16));
+      WriteRows(format, data, 0, c.n_rows(), rows.data(), c.dim);
+      spans[at] = {.format = format, .rows = data, .n_rows = c.n_rows()};
+    }
+    job.keys = {&spans[2 * i], 1};
+    job.values = {&spans[2 * i + 1], 1};
     job.n_past = c.n_past;
     job.n_queries = c.n_queries;
     job.q = queries[i].data();
@@ -535,7 +534,7 @@ TEST_P(AttentionTest, NoRowsGiveNothing) {
     c.own_rows = false;
     c.group = 2;
     const Problem problem(c);
-    for (const Layout& layout : {Layout{}, Layout{{0, 0}}, Layout{{0, 5}, {0, 16}}}) {
+    for (const Layout& layout : {Layout{{0, 0}}, Layout{{0, 5}, {0, 16}}}) {
       const Result result = problem.Run(layout);
       for (float x : result.out) EXPECT_EQ(x, 0);
       for (float x : result.lse) EXPECT_EQ(x, -std::numeric_limits<float>::infinity());

@@ -180,21 +180,23 @@ void CodedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
   const CodedQueries q = PlaceQueries(s, dim, stacked);
   CodeQueries(view, stacked, kType == RowType::kQ8 ? 128 : 8, q);
   ForEachKeyTile(
-      view, begin, end,
+      view, s, begin, end,
       [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
-        ScoreAllCoded<kType>(keys, n_tiles, tile_bytes, dim, q, stacked, s.scores + (row - begin), kSplitStride, ahead);
+        ScoreAllCoded<kType>(keys, n_tiles, tile_bytes, dim, q, stacked, s.scores + (row - s.begin), kSplitStride,
+                             ahead);
       },
       [&](const std::byte* keys, size_t lane, size_t n, size_t row) {
         ScoreAllCoded<kType>(keys, 1, tile_bytes, dim, q, stacked, s.edge, kTileRows, kNothingAhead);
-        CopyEdge(s, lane, n, row - begin, stacked);
+        CopyEdge(s, lane, n, row - s.begin, stacked);
       });
 }
 
-bool FusedScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+bool FusedScores(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
+                 size_t stacked) {
   // The coded queries must fit the memory they borrow; they do for any sane group.
   const size_t dim = view.head_dim;
   if (dim * stacked * 2 + dim / kQuantBlock * stacked * 8 > dim * kKeyStride * sizeof(float)) return false;
-  if (view.key_format.type == RowType::kQ8) {
+  if (type == RowType::kQ8) {
     CodedScores<RowType::kQ8>(view, s, begin, end, stacked);
   } else {
     CodedScores<RowType::kQ4>(view, s, begin, end, stacked);
@@ -212,14 +214,14 @@ struct TilePart {
   __mmask16 lanes;
 };
 
-// Those of rows [from, to) of the split that begins with row `begin`.
+// Those of rows [from, to), all of one type, of the split that begins with row `begin`.
 size_t ListParts(const AttentionView& view, size_t begin, size_t from, size_t to, TilePart* parts) {
-  const size_t tile_bytes = TileBytes(view.value_format.type, view.head_dim);
   size_t n_parts = 0;
-  ForEachPiece(view, from, to, [&](const KvSpan& span, size_t slot, size_t n, size_t row) {
+  ForEachPiece(view.values, from, to, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
+    const size_t tile_bytes = TileBytes(span.format.type, view.head_dim);
     while (n > 0) {
       const size_t lane = slot % kTileRows, count = Min(n, kTileRows - lane);
-      const std::byte* tile = span.values + slot / kTileRows * tile_bytes;
+      const std::byte* tile = span.rows + slot / kTileRows * tile_bytes;
       parts[n_parts++] = {tile, tile, static_cast<ptrdiff_t>(row - begin) - static_cast<ptrdiff_t>(lane),
                           static_cast<__mmask16>(((1u << count) - 1) << lane)};
       slot += count;
@@ -341,9 +343,12 @@ void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin
   const size_t dim = view.head_dim;
   TilePart memory[2][kWeightRows];
   TilePart *parts = memory[0], *next = memory[1];
-  size_t n_parts = ListParts(view, begin, begin, Min(end, begin + kWeightRows), parts);
-  for (size_t from = begin + kWeightRows; n_parts > 0; from += kWeightRows) {
-    const size_t n_next = from < end ? ListParts(view, begin, from, Min(end, from + kWeightRows), next) : 0;
+  size_t from = Min(end, Up(begin + 1, kWeightRows));  // the next chunk's first row
+  size_t n_parts = ListParts(view, s.begin, begin, from, parts);
+  while (n_parts > 0) {
+    const size_t to = Min(end, from + kWeightRows);
+    const size_t n_next = ListParts(view, s.begin, from, to, next);
+    from = to;
     for (size_t i = 0; i < Min(n_parts, n_next); ++i) parts[i].next = next[i].tile;
     for (size_t m = 0; m < stacked; m += 4) {
       const float* p = s.scores + m * kSplitStride;
@@ -370,8 +375,9 @@ void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin
   }
 }
 
-bool FusedValues(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  if (view.value_format.type == RowType::kQ8) {
+bool FusedValues(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
+                 size_t stacked) {
+  if (type == RowType::kQ8) {
     CodedValues<RowType::kQ8>(view, s, begin, end, stacked);
   } else {
     CodedValues<RowType::kQ4>(view, s, begin, end, stacked);

@@ -28,14 +28,6 @@ struct RowFormat {
   size_t head_dim = 0;
 };
 
-// Rows that lie one after the other in a key region and a value region of one KV head.
-struct KvSpan {
-  const std::byte* keys;    // region of the key format
-  const std::byte* values;  // region of the value format
-  size_t first_slot;        // rows lie in slots [first_slot, first_slot + n_rows) of both regions
-  size_t n_rows;
-};
-
 // kQ8 and kQ4 need head_dim to be a multiple of 32; the others take any head_dim >= 1.
 bool Supports(RowType type, size_t head_dim);
 

@@ -195,27 +195,29 @@ void RowStore::HadamardRows(float* rows, size_t n) const {
   });
 }
 
-void RowStore::AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const {
+void RowStore::AppendSpans(const Head& head, size_t n_rows, HeadSpans& spans) const {
   for (size_t row = 0; row < n_rows; row += head.region_rows) {
     const Region& region = head.regions[row / head.region_rows];
-    spans.push_back({Keys(region), Values(region, head.region_rows), 0, std::min(head.region_rows, n_rows - row)});
+    const size_t n = std::min(head.region_rows, n_rows - row);
+    spans.keys.push_back({.format = key_format_, .rows = Keys(region), .n_rows = n});
+    spans.values.push_back({.format = value_format_, .rows = Values(region, head.region_rows), .n_rows = n});
   }
 }
 
-std::vector<KvSpan> RowStore::Spans(size_t layer, size_t kv_head, size_t n_step_rows) const {
-  std::vector<KvSpan> spans;
+RowStore::HeadSpans RowStore::Spans(size_t layer, size_t kv_head, size_t n_step_rows) const {
+  HeadSpans spans;
   const Head& head = At(layer, kv_head);
   AppendSpans(head, evicts_ ? head.n_rows : head.n_rows + n_step_rows, spans);
   if (evicts_) AppendSpans(staging_[kv_head], n_step_rows, spans);
+  if (spans.keys.empty()) spans = {{{.format = key_format_}}, {{.format = value_format_}}};
   return spans;
 }
 
-AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const {
+AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, const HeadSpans& spans) const {
   const size_t group = shape_.group(), d = shape_.head_dim;
   AttentionJob job;
-  job.key_format = key_format_;
-  job.value_format = value_format_;
-  job.spans = spans;
+  job.keys = spans.keys;
+  job.values = spans.values;
   job.n_past = At(query.layer, kv_head).n_rows + query.first_query;
   job.n_queries = query.n_queries;
   job.q = query.queries + kv_head * group * d;
@@ -247,11 +249,11 @@ StoreQuery RowStore::Transformed(const StoreQuery& query) const {
 
 void RowStore::Attend(const StoreQuery& given) const {
   const StoreQuery query = Transformed(given);
-  std::vector<std::vector<KvSpan>> spans;
+  std::vector<HeadSpans> spans(shape_.n_kv_heads);
   std::vector<AttentionJob> jobs;
   for (size_t h = 0; h < shape_.n_kv_heads; ++h) {
-    spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
-    jobs.push_back(Job(query, h, spans.back()));
+    spans[h] = Spans(query.layer, h, query.first_query + query.n_queries);
+    jobs.push_back(Job(query, h, spans[h]));
   }
   lesskv::Attend(jobs);
   if (hadamard_block_ > 0) HadamardRows(query.out, query.n_queries * shape_.n_heads);
@@ -262,14 +264,14 @@ void RowStore::AddColumnSums(const StoreQuery& given, size_t first, std::span<fl
   const size_t n_kv = shape_.n_kv_heads;
   const auto tile_rows = [&](size_t h) { return At(query.layer, h).n_rows + query.first_query + query.n_queries; };
   const bool whole_step = query.n_queries == n_step_;  // nothing to add to: written in place
-  std::vector<std::vector<KvSpan>> spans;
+  std::vector<HeadSpans> spans(shape_.n_kv_heads);
   std::vector<std::vector<float>> tile_sums;
   std::vector<ColumnSumJob> jobs;
   for (size_t h = 0; h < n_kv; ++h) {
-    spans.push_back(Spans(query.layer, h, query.first_query + query.n_queries));
+    spans[h] = Spans(query.layer, h, query.first_query + query.n_queries);
     tile_sums.emplace_back(whole_step ? 0 : tile_rows(h));
     ColumnSumJob job;
-    job.attention = Job(query, h, spans.back());
+    job.attention = Job(query, h, spans[h]);
     job.lse = job.attention.lse;
     job.first_query = first;
     job.sums = whole_step ? sums[h] : tile_sums.back().data();

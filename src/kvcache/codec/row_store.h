@@ -79,9 +79,12 @@ class RowStore final : public KvStore {
   void SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const;
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void Trim(Head& head);
-  void AppendSpans(const Head& head, size_t n_rows, std::vector<KvSpan>& spans) const;
-  std::vector<KvSpan> Spans(size_t layer, size_t kv_head, size_t n_step_rows) const;
-  AttentionJob Job(const StoreQuery& query, size_t kv_head, std::span<const KvSpan> spans) const;
+  struct HeadSpans {
+    std::vector<RowSpan> keys, values;
+  };
+  void AppendSpans(const Head& head, size_t n_rows, HeadSpans& spans) const;
+  HeadSpans Spans(size_t layer, size_t kv_head, size_t n_step_rows) const;
+  AttentionJob Job(const StoreQuery& query, size_t kv_head, const HeadSpans& spans) const;
   // The query as attention of the stored rows takes it; transformed queries lie in the calling thread's memory.
   StoreQuery Transformed(const StoreQuery& query) const;
   void HadamardRows(float* rows, size_t n) const;  // n rows of head_dim floats, in place
