@@ -46,6 +46,7 @@ inline size_t RowBytes(const RowFormat& format) { return TileBytes(format.type, 
 // Fetches the first `left` bytes of rows [begin, end) while something else is computed.
 void FetchFirst(const SideView& side, size_t begin, size_t end, size_t left) {
   ForEachPiece(side, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t) {
+    if (span.reader) return;
     const size_t row_bytes = RowBytes(span.format);
     const std::byte* rows = span.rows + slot * row_bytes;
     const size_t bytes = Min(left, n * row_bytes);
@@ -54,7 +55,7 @@ void FetchFirst(const SideView& side, size_t begin, size_t end, size_t left) {
   });
 }
 
-// What is read after n slots of a span: row `next` of the same side, or after the split's last keys its first values.
+// What is read after n slots of a region: row `next` of the same side, or after the split's last keys its first values.
 Ahead AfterSpan(const AttentionView& view, const DecodeScratch& s, const RowSpan& span, size_t slot, size_t n,
                 size_t next) {
   const bool keys = span.format.side == RowSide::kKeys, same_side = next < s.end;
@@ -64,7 +65,7 @@ Ahead AfterSpan(const AttentionView& view, const DecodeScratch& s, const RowSpan
   const size_t row = same_side ? next : s.begin;
   ForEachPiece(same_side && keys ? view.keys : view.values, row, row + 1,
                [&](const RowSpan& after, size_t first, size_t, size_t) {
-                 start = after.rows + first * RowBytes(after.format);
+                 if (!after.reader) start = after.rows + first * RowBytes(after.format);
                });
   return {reinterpret_cast<const char*>(stop), start - stop};
 }
@@ -224,9 +225,29 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, RowType type
 bool FusedValues(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
                  size_t stacked);
 
+// Calls f(slot, n, first row) for pieces of at most kBlockRows of the rows [begin, end) of one reader, until it says
+// false; whether it never did.
+template <typename F>
+inline bool ForEachReaderPiece(const SideView& side, size_t begin, size_t end, F f) {
+  bool offered = true;
+  ForEachPiece(side, begin, end, [&](const RowSpan&, size_t slot, size_t n, size_t row) {
+    for (size_t i = 0; i < n && offered; i += kBlockRows) offered = f(slot + i, Min(kBlockRows, n - i), row + i);
+  });
+  return offered;
+}
+
+void ReaderScores(const AttentionView& view, const DecodeScratch& s, const RowReader& reader, size_t begin, size_t end,
+                  size_t stacked) {
+  const bool scored = ForEachReaderPiece(view.keys, begin, end, [&](size_t slot, size_t n, size_t row) {
+    return reader.Scores(slot, n, s.queries, stacked, s.scores + (row - s.begin), kSplitStride);
+  });
+  if (!scored) ScoresExpanded(view, s, begin, end, stacked);
+}
+
 // Rows [begin, end) of one layout, to be called in the order of the rows: see ScoresExpanded.
 void RunScores(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
                size_t stacked) {
+  if (run.reader) return ReaderScores(view, s, *run.reader, begin, end, stacked);
   switch (run.format.type) {
     case RowType::kF32:
       return ScoresInPlace<F32Rows>(view, s, begin, end, stacked);
@@ -341,9 +362,18 @@ void ValuesExpanded(const AttentionView& view, const DecodeScratch& s, size_t be
   }
 }
 
+void ReaderValues(const AttentionView& view, const DecodeScratch& s, const RowReader& reader, size_t begin, size_t end,
+                  size_t stacked) {
+  const bool added = ForEachReaderPiece(view.values, begin, end, [&](size_t slot, size_t n, size_t row) {
+    return reader.AddValues(slot, n, s.scores + (row - s.begin), kSplitStride, stacked, s.out, Padded(view.head_dim));
+  });
+  if (!added) ValuesExpanded(view, s, begin, end, stacked);
+}
+
 // Rows [begin, end) of one layout.
 void RunValues(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
                size_t stacked) {
+  if (run.reader) return ReaderValues(view, s, *run.reader, begin, end, stacked);
   switch (run.format.type) {
     case RowType::kF32:
       return ValuesInPlace<F32Rows>(view, s, begin, end, stacked);
@@ -378,7 +408,7 @@ float ExpAndSum(float* scores, size_t visible, size_t n, float largest) {
 // a chunk ahead, but the first.
 void FetchFirstValues(const AttentionView& view, const DecodeScratch& s) {
   ForEachPiece(view.values, s.begin, s.begin + 1, [&](const RowSpan& span, size_t, size_t, size_t) {
-    if (IsQuantised(span.format.type))
+    if (!span.reader && IsQuantised(span.format.type))
       FetchFirst(view.values, s.begin, Min(s.end, s.begin + kWeightRows), SIZE_MAX);
   });
 }

@@ -246,7 +246,8 @@ void ExpandKeySpan(const RowSpan& span, size_t slot, size_t n, float* edge, floa
   }
 }
 
-// Takes n expanded keys back from the Hadamard transform they were stored in.
+// Takes n expanded keys back from the Hadamard transform they were stored in. Works on whole vectors, so that up to
+// kW - 1 keys behind them change: they are expanded later.
 void RestoreKeys(const AttentionView& view, size_t n, float* keys) {
   const size_t block = view.hadamard_block;
   const auto butterfly = [&](float* a, float* b, V factor) {
@@ -283,12 +284,14 @@ void RotateKeys(const AttentionView& view, size_t begin, size_t n, float* keys) 
   }
 }
 
-// Rows [begin, end) of the keys, rotated, to e.keys.
+// Rows [begin, end) of the keys, at most kBlockRows, rotated, to e.keys.
 void ExpandKeys(const AttentionView& view, const Expansion& e, size_t begin, size_t end) {
   ForEachPiece(view.keys, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
-    ExpandKeySpan(span, slot, n, e.tile, e.keys + (row - begin));
+    float* to = e.keys + (row - begin);
+    if (span.reader) return span.reader->ExpandKeys(slot, n, to, kKeyStride);
+    ExpandKeySpan(span, slot, n, e.tile, to);
+    if (view.hadamard_block > 0) RestoreKeys(view, n, to);
   });
-  if (view.hadamard_block > 0) RestoreKeys(view, end - begin, e.keys);
   if (view.angles) RotateKeys(view, begin, end - begin, e.keys);
 }
 
@@ -336,11 +339,13 @@ void ExpandValueRows(const RowFormat& format, const std::byte* region, size_t sl
   }
 }
 
-// Rows [begin, end) of the values to [end - begin, padded head_dim]; the padding holds anything.
+// Rows [begin, end) of the values, at most kBlockRows, to [end - begin, padded head_dim]; the padding holds anything.
 void ExpandValues(const AttentionView& view, size_t begin, size_t end, float* out) {
   const size_t stride = Padded(view.head_dim);
   ForEachPiece(view.values, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
-    ExpandValueRows(span.format, span.rows, slot, n, out + (row - begin) * stride);
+    float* to = out + (row - begin) * stride;
+    if (span.reader) return span.reader->ExpandValues(slot, n, to, stride);
+    ExpandValueRows(span.format, span.rows, slot, n, to);
   });
 }
 

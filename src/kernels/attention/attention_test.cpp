@@ -1,296 +1,12 @@
 // Every available instruction set against attention written down in float64, and the exactness that attention.h
 // promises: the same bits however rows are cut into spans, wherever they lie, however many threads run.
-#include "kernels/attention/attention.h"
-
-#include <gtest/gtest.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <numeric>
-#include <optional>
-#include <vector>
-
-#include "base/rng.h"
-#include "base/threads.h"
-#include "kernels/basic/cpu.h"
+#include "kernels/attention/attention_problem.h"
 
 namespace lesskv {
 namespace {
 
-constexpr RowType kTypes[] = {RowType::kF32, RowType::kF16, RowType::kBF16, RowType::kQ8, RowType::kQ4};
-
-struct Region {
-  std::byte* Allocate(size_t bytes) {
-    memory.resize(bytes + kRegionAlign, std::byte{0xff});  // unused slots hold NaN
-    void* p = memory.data();
-    size_t space = memory.size();
-    data = static_cast<std::byte*>(std::align(kRegionAlign, bytes, p, space));
-    return data;
-  }
-  std::vector<std::byte> memory;
-  std::byte* data = nullptr;
-};
-
-// What one test computes with. Rows are kept as floats and stored through a layout (how they are cut into spans).
-struct Case {
-  RowType key_type = RowType::kF32, value_type = RowType::kF32;
-  size_t dim = 64, group = 1, n_past = 0, n_queries = 1;
-  bool own_rows = true;  // the step's own keys are among the rows
-  float key_size = 1;
-  ComputeType compute = ComputeType::kF32;
-  std::optional<RopeStyle> rope;
-  uint64_t seed = 1;
-
-  size_t n_rows() const { return n_past + (own_rows ? n_queries : 0); }
-};
-
-// Lengths of spans and the first slot of each.
-struct Cut {
-  size_t n, slot;
-};
-using Layout = std::vector<Cut>;
-
-Layout OneSpan(size_t n) { return {{n, 0}}; }
-Layout RandomLayout(size_t n, Rng& rng, size_t longest) {
-  Layout layout;
-  while (n > 0) {
-    const size_t take = std::min<size_t>(n, rng.Below(longest + 1));  // may be empty
-    layout.push_back({take, rng.Below(40)});
-    n -= take;
-  }
-  layout.push_back({0, 3});
-  return layout;
-}
-
-struct Result {
-  std::vector<float> out, lse, received, sums;
-};
-
-class Problem {
- public:
-  explicit Problem(const Case& c) : c_(c) {
-    Rng rng(c.seed);
-    keys_ = Random(rng, c.n_rows() * c.dim, c.key_size);
-    values_ = Random(rng, c.n_rows() * c.dim, 1);
-    queries_ = Random(rng, c.n_queries * c.group * c.dim, 1);
-    Quantise(RowSide::kKeys, c.key_type, keys_);
-    Quantise(RowSide::kValues, c.value_type, values_);
-    if (c.rope) {
-      RopeConfig config;
-      config.n_dims = c.dim / 2 * 2;
-      config.style = *c.rope;
-      table_.emplace(config);
-      for (size_t r = 0; r < c.n_rows(); ++r) positions_.push_back(static_cast<int32_t>(rng.Below(20000)));
-    }
-  }
-
-  Result Run(const Layout& layout, size_t first_query = 0, const float* weights = nullptr, bool keep = false) const {
-    Stored stored = Store(layout);
-    Result result;
-    AttentionJob job = Job(stored, result);
-    if (keep) {
-      result.received.assign(c_.n_rows(), kUnset);
-      job.received = result.received.data();
-    }
-    Attend({&job, 1});
-    result.sums.assign(c_.n_rows(), kUnset);
-    ColumnSumJob sums = {job, job.lse, first_query, weights, result.sums.data()};
-    ColumnSums({&sums, 1});
-    return result;
-  }
-
-  // In float64, from the stored rows.
-  struct Exact {
-    std::vector<double> out, lse, sums;
-  };
-  Exact Reference(size_t first_query = 0, const float* weights = nullptr) const {
-    const size_t n = c_.n_rows(), dim = c_.dim;
-    Exact exact;
-    exact.sums.assign(n, 0);
-    const std::vector<double> keys = RotatedKeys();
-    for (size_t m = 0; m < c_.n_queries; ++m) {
-      for (size_t g = 0; g < c_.group; ++g) {
-        const float* q = &queries_[(m * c_.group + g) * dim];
-        const size_t seen = c_.own_rows ? c_.n_past + m + 1 : n;
-        std::vector<double> s(seen), out(dim);
-        double largest = -std::numeric_limits<double>::infinity(), sum = 0;
-        for (size_t r = 0; r < seen; ++r) {
-          for (size_t i = 0; i < dim; ++i) s[r] += static_cast<double>(q[i]) * keys[r * dim + i];
-          s[r] *= Scale();
-          largest = std::max(largest, s[r]);
-        }
-        for (double x : s) sum += std::exp(x - largest);
-        const double lse = seen > 0 ? largest + std::log(sum) : -std::numeric_limits<double>::infinity();
-        for (size_t r = 0; r < seen; ++r) {
-          const double p = std::exp(s[r] - lse);
-          for (size_t i = 0; i < dim; ++i) out[i] += p * values_[r * dim + i];
-          if (m >= first_query) exact.sums[r] += (weights ? weights[m - first_query] : 1) * p;
-        }
-        exact.out.insert(exact.out.end(), out.begin(), out.end());
-        exact.lse.push_back(lse);
-      }
-    }
-    return exact;
-  }
-
-  std::vector<float>& keys() { return keys_; }
-  std::vector<float>& values() { return values_; }
-  float Scale() const { return 1 / std::sqrt(static_cast<float>(c_.dim)); }
-
-  static constexpr float kUnset = 12345;
-
- private:
-  struct Stored {
-    std::vector<Region> regions;
-    std::vector<RowSpan> keys, values;
-  };
-
-  static std::vector<float> Random(Rng& rng, size_t n, float size) {
-    std::vector<float> x(n);
-    for (float& v : x) v = rng.Normal() * size;
-    return x;
-  }
-
-  // Rounds rows to what their type holds, so that the reference sees what the kernels see.
-  void Quantise(RowSide side, RowType type, std::vector<float>& rows) const {
-    const RowFormat format = {type, side, c_.dim};
-    const size_t n = rows.size() / c_.dim, capacity = (n + 15) / 16 * 16;
-    Region region;
-    region.Allocate(RegionBytes(format, capacity));
-    WriteRows(format, region.data, 0, n, rows.data(), c_.dim);
-    ReadRows(format, region.data, 0, n, rows.data(), c_.dim);
-  }
-
-  std::vector<double> RotatedKeys() const {
-    std::vector<double> keys(keys_.begin(), keys_.end());
-    for (size_t r = 0; table_ && r < c_.n_rows(); ++r) {
-      const size_t pairs = table_->n_dims() / 2;
-      for (size_t i = 0; i < pairs; ++i) {
-        const double angle = table_->frequencies()[i] * positions_[r];
-        const bool halves = table_->style() == RopeStyle::kHalves;
-        double& a = keys[r * c_.dim + (halves ? i : 2 * i)];
-        double& b = keys[r * c_.dim + (halves ? i + pairs : 2 * i + 1)];
-        const double x = a, y = b;
-        a = x * std::cos(angle) - y * std::sin(angle);
-        b = x * std::sin(angle) + y * std::cos(angle);
-      }
-    }
-    return keys;
-  }
-
-  Stored Store(const Layout& layout) const {
-    Stored stored;
-    stored.keys = StoreSide(layout, {c_.key_type, RowSide::kKeys, c_.dim}, keys_, stored.regions);
-    stored.values = StoreSide(layout, {c_.value_type, RowSide::kValues, c_.dim}, values_, stored.regions);
-    return stored;
-  }
-
-  static std::vector<RowSpan> StoreSide(const Layout& layout, const RowFormat& format, const std::vector<float>& rows,
-                                        std::vector<Region>& regions) {
-    std::vector<RowSpan> spans;
-    const float* row = rows.data();
-    for (const Cut& cut : layout) {
-      std::byte* data = regions.emplace_back().Allocate(RegionBytes(format, (cut.slot + cut.n + 15) / 16 * 16));
-      WriteRows(format, data, cut.slot, cut.n, row, format.head_dim);
-      spans.push_back({.format = format, .rows = data, .first_slot = cut.slot, .n_rows = cut.n});
-      row += cut.n * format.head_dim;
-    }
-    return spans;
-  }
-
-  AttentionJob Job(const Stored& stored, Result& result) const {
-    AttentionJob job;
-    job.keys = stored.keys;
-    job.values = stored.values;
-    job.n_past = c_.n_past;
-    job.n_queries = c_.n_queries;
-    job.q = queries_.data();
-    job.q_stride = c_.group * c_.dim;
-    job.group = c_.group;
-    job.scale = Scale();
-    job.compute = c_.compute;
-    if (table_) {
-      job.rope = &*table_;
-      job.read_positions = positions_.data();
-    }
-    result.out.assign(c_.n_queries * c_.group * c_.dim, kUnset);
-    result.lse.assign(c_.n_queries * c_.group, kUnset);
-    job.out = result.out.data();
-    job.out_stride = c_.group * c_.dim;
-    job.lse = result.lse.data();
-    return job;
-  }
-
-  Case c_;
-  std::vector<float> keys_, values_, queries_;
-  std::optional<RopeTable> table_;
-  std::vector<int32_t> positions_;
-};
-
-// Normalised mean squared error: does not shrink as the array grows.
-double Nmse(const std::vector<float>& x, const std::vector<double>& exact) {
-  EXPECT_EQ(x.size(), exact.size());
-  double error = 0, power = 1e-30;
-  for (size_t i = 0; i < x.size(); ++i) {
-    error += (x[i] - exact[i]) * (x[i] - exact[i]);
-    power += exact[i] * exact[i];
-  }
-  return error / power;
-}
-
-void ExpectNearLse(const std::vector<float>& lse, const std::vector<double>& exact, double tolerance) {
-  for (size_t i = 0; i < lse.size(); ++i) {
-    if (std::isinf(exact[i])) {
-      EXPECT_EQ(lse[i], -std::numeric_limits<float>::infinity());
-    } else {
-      EXPECT_NEAR(lse[i], exact[i], tolerance * std::max(1.0, std::fabs(exact[i])));
-    }
-  }
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-void ExpectSameBits(const Result& a, const Result& b) {
-  EXPECT_TRUE(SameBits(a.out, b.out));
-  EXPECT_TRUE(SameBits(a.lse, b.lse));
-  EXPECT_TRUE(SameBits(a.received, b.received));
-  EXPECT_TRUE(SameBits(a.sums, b.sums));
-}
-
-// In decode queries are rounded to 16 bits where they meet quantised keys, weights where they meet quantised values; else
-// everything is float32.
-bool IsCoded(RowType type) { return type == RowType::kQ8 || type == RowType::kQ4; }
-double DefaultBound(const Case& c) {
-  if (IsCoded(c.key_type)) return 1e-7;
-  return IsCoded(c.value_type) && c.n_queries <= 4 ? 1e-8 : 1e-10;
-}
-
-void ExpectMatches(const Case& c, double bound = 0) {
-  if (bound == 0) bound = DefaultBound(c);
-  const Problem problem(c);
-  const Problem::Exact exact = problem.Reference();
-  const Result result = problem.Run(OneSpan(c.n_rows()), 0, nullptr, c.n_queries == 1);
-  EXPECT_LE(Nmse(result.out, exact.out), bound);
-  EXPECT_LE(Nmse(c.n_queries == 1 ? result.received : result.sums, exact.sums), bound);
-  ExpectNearLse(result.lse, exact.lse, std::sqrt(bound));
-}
-
-class AttentionTest : public testing::TestWithParam<Isa> {
- protected:
-  void SetUp() override { ForceIsa(GetParam()); }
-  void TearDown() override {
-    ForceIsa(BestIsa());
-    SetThreads(0);
-  }
-  bool Slow() const { return GetParam() == Isa::kScalar; }
-};
-INSTANTIATE_TEST_SUITE_P(Isas, AttentionTest, testing::ValuesIn(AvailableIsas()),
-                         [](const auto& isa) { return std::string(IsaName(isa.param)); });
+class AttentionTest : public AttentionIsaTest {};
+INSTANTIATE_ISAS(AttentionTest);
 
 // Two rows whose weights can be seen by eye: scores 0 and log 3.
 TEST_P(AttentionTest, WeightsOfTwoRowsByHand) {
@@ -446,10 +162,10 @@ TEST_P(AttentionTest, SpansSlotsAndThreadsDoNotChangeABit) {
           if (dim == 64) c.rope = RopeStyle::kHalves;
           const Problem problem(c);
           SetThreads(1);
-          const Result whole = problem.Run(OneSpan(c.n_rows()), 0, nullptr, n_queries == 1);
+          const Result whole = problem.Run(OneSpan(c.n_rows()), {.keep = n_queries == 1});
           for (size_t longest : {3, 40, 700}) {
             SetThreads(longest == 40 ? 1 : 2);
-            ExpectSameBits(whole, problem.Run(RandomLayout(c.n_rows(), rng, longest), 0, nullptr, n_queries == 1));
+            ExpectSameBits(whole, problem.Run(RandomLayout(c.n_rows(), rng, longest), {.keep = n_queries == 1}));
           }
         }
       }
@@ -608,7 +324,7 @@ TEST_P(AttentionTest, ColumnSumsTotalTheQueriesOfAllHeads) {
       c.n_past = 333;
       c.n_queries = n_queries;
       c.group = 3;
-      const Result result = Problem(c).Run(OneSpan(c.n_rows()), first);
+      const Result result = Problem(c).Run(OneSpan(c.n_rows()), {.first_query = first});
       const double total = std::accumulate(result.sums.begin(), result.sums.end(), 0.0);
       EXPECT_NEAR(total, static_cast<double>(c.group * (n_queries - first)), 6e-5 * static_cast<double>(n_queries));
     }
@@ -623,8 +339,9 @@ TEST_P(AttentionTest, ColumnSumsTakeWeightsAndAFirstQuery) {
   const Problem problem(c);
   std::vector<float> weights;
   for (int i = 0; i < 20; ++i) weights.push_back(0.1f * static_cast<float>(i));
-  const Result result = problem.Run(OneSpan(c.n_rows()), 30, weights.data());
-  EXPECT_LE(Nmse(result.sums, problem.Reference(30, weights.data()).sums), 1e-10);
+  const Ask ask = {.first_query = 30, .weights = weights.data()};
+  const Result result = problem.Run(OneSpan(c.n_rows()), ask);
+  EXPECT_LE(Nmse(result.sums, problem.Reference(ask).sums), 1e-10);
 }
 
 TEST_P(AttentionTest, WhatRowsReceivedIsTheColumnSumsOfASecondPass) {
@@ -633,7 +350,7 @@ TEST_P(AttentionTest, WhatRowsReceivedIsTheColumnSumsOfASecondPass) {
     c.n_past = n_past;
     c.group = 4;
     const Problem problem(c);
-    const Result kept = problem.Run(OneSpan(c.n_rows()), 0, nullptr, true), plain = problem.Run(OneSpan(c.n_rows()));
+    const Result kept = problem.Run(OneSpan(c.n_rows()), {.keep = true}), plain = problem.Run(OneSpan(c.n_rows()));
     EXPECT_LE(Nmse(kept.received, std::vector<double>(plain.sums.begin(), plain.sums.end())), 1e-11) << n_past;
     EXPECT_TRUE(SameBits(kept.out, plain.out));
   }
