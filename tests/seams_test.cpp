@@ -61,6 +61,42 @@ TEST_F(Seams, AStoreOfAnotherLayoutAnswersAsRows) {
     }
 }
 
+// Codecs whose rows leave in groups: whole groups of neighbours leave, by their summed votes; protected tokens keep theirs.
+TEST_F(Seams, RowsLeaveInGroups) {
+  for (const std::string spec : {"h2o(16)", "sample(16)", "tova(16)", "window(16, sinks=2)", "h2o(16)+less"}) {
+    SCOPED_TRACE(spec);
+    SequenceCache cache(Config(spec + "+plain(group=4)", {{9, 10}}));
+    size_t seen = 0;
+    std::vector<std::vector<int32_t>> before(kShape.n_layers * kShape.n_kv_heads);
+    for (const LifeStep& step : UsualLife()) {
+      Live(cache, text_, seen, step);
+      for (int32_t t = static_cast<int32_t>(seen); t < static_cast<int32_t>(seen + step.n); ++t)
+        for (auto& head : before) head.push_back(t);
+      seen += step.n;
+      const auto now = AllResident(cache, kShape);
+      for (size_t i = 0; i < now.size(); ++i) {
+        EXPECT_LE(now[i].size(), 16u);
+        EXPECT_GE(now[i].size(), std::min<size_t>(seen, 13));
+        EXPECT_EQ(now[i].back(), static_cast<int32_t>(seen) - 1);  // the unfinished group is not chosen from
+        if (seen > 9) {
+          EXPECT_TRUE(std::binary_search(now[i].begin(), now[i].end(), 9));
+        }
+        // What left are whole groups of what was there, in its order.
+        for (size_t g = 0; g + 4 <= before[i].size(); g += 4) {
+          size_t stay = 0;
+          for (size_t r = 0; r < 4; ++r) stay += std::binary_search(now[i].begin(), now[i].end(), before[i][g + r]);
+          EXPECT_TRUE(stay == 0 || stay == 4) << "group " << g / 4;
+        }
+      }
+      before = now;
+    }
+  }
+  // By hand: window(4) over groups of two drops the oldest pair as soon as a fifth row is there.
+  SequenceCache cache(Config("window(4, sinks=0)+plain(group=2)"));
+  for (size_t t = 0; t < 5; ++t) Feed(cache, text_, t, 1, StepKind::kDecode);
+  EXPECT_EQ(Resident(cache, 0, 0), (std::vector<int32_t>{2, 3, 4}));
+}
+
 // Doubling is exact, so the wrapper changes no bit.
 TEST_F(Seams, ATermWrapsTheCodec) {
   for (const std::string spec : {"h2o(12)+f32", "full", "h2o(12)+less+bf16"}) {

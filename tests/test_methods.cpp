@@ -31,11 +31,12 @@ struct PlainHead final : public RowReader {
 
 class PlainStore final : public KvStore {
  public:
-  PlainStore(ByteCounter& counter, const StoreShape& shape) : counter_(&counter), shape_(shape), table_(shape.layers), heads_(table_.size()) {
+  PlainStore(ByteCounter& counter, const StoreShape& shape, size_t group)
+      : counter_(&counter), shape_(shape), group_(group), table_(shape.layers), heads_(table_.size()) {
     for (size_t i = 0; i < heads_.size(); ++i) heads_[i].dim = shape.layers[table_.LayerOf(i)].head_dim;
   }
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override {
-    auto copy = std::make_unique<PlainStore>(counter, shape_);
+    auto copy = std::make_unique<PlainStore>(counter, shape_, group_);
     copy->heads_ = heads_;
     copy->Count();
     return copy;
@@ -112,6 +113,9 @@ class PlainStore final : public KvStore {
   void EndStep() override { Count(); }
   void CancelStep() override {}
   size_t n_rows(size_t layer, size_t h) const override { return heads_[table_(layer, h)].n_resident; }
+  size_t GroupedRows(size_t layer, size_t h) const override {
+    return (heads_[table_(layer, h)].n_resident + n_step_) / group_ * group_;
+  }
   void Save(ByteWriter& out) const override {
     for (const PlainHead& head : heads_) {
       out.Put<uint64_t>(head.n_resident);
@@ -150,6 +154,7 @@ class PlainStore final : public KvStore {
 
   ByteCounter* counter_;
   StoreShape shape_;
+  size_t group_;
   HeadTable table_;
   std::vector<PlainHead> heads_;
   CountedBytes counted_;
@@ -158,22 +163,25 @@ class PlainStore final : public KvStore {
 
 class PlainCodec final : public Codec {
  public:
-  explicit PlainCodec(bool rotated) : rotated_(rotated) {}
-  CodecTraits traits() const override { return {.unrotated_keys = !rotated_}; }
+  PlainCodec(bool rotated, size_t group) : rotated_(rotated), group_(group) {}
+  CodecTraits traits() const override { return {.group_rows = group_, .unrotated_keys = !rotated_}; }
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
-    return std::make_unique<PlainStore>(counter, shape);
+    return std::make_unique<PlainStore>(counter, shape, group_);
   }
 
  private:
   bool rotated_;
+  size_t group_;
 };
 
 constexpr Parameter kPlainParameters[] = {{.name = "rotated", .kind = Parameter::Kind::kWord, .default_value = "false",
-                                           .help = "keys are kept rotated", .choices = "true|false"}};
+                                           .help = "keys are kept rotated", .choices = "true|false"},
+                                          {.name = "group", .kind = Parameter::Kind::kCount, .default_value = "1",
+                                           .help = "rows that leave together", .min = 1, .max = 64}};
 const Method kPlain{.name = "plain", .stage = Stage::kCodec, .summary = "floats in the order of the text",
                     .reference = "", .parameters = kPlainParameters,
                     .make_codec = [](const Arguments& a, const MethodContext&) -> std::unique_ptr<const Codec> {
-                      return std::make_unique<PlainCodec>(a.Text("rotated") == "true");
+                      return std::make_unique<PlainCodec>(a.Text("rotated") == "true", a.Count("group"));
                     }};
 
 // ---- scaled: stores doubled values through another codec's store.

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/checked.h"
 #include "base/threads.h"
 #include "kernels/basic/rope.h"
 
@@ -81,6 +82,52 @@ void ShareVictims(const PolicyCache& cache, LayerStep& work) {
   }
 }
 
+// One KV head as its groups: what a selector sees that must choose whole ones. A group stands at its newest position, or
+// at that of a row in it which must stay; its vote is the sum of its rows'.
+struct GroupedHead {
+  std::vector<Position> positions;
+  std::vector<float> votes;
+  HeadRows head;
+
+  GroupedHead(const PolicyCache& cache, const HeadRows& rows, size_t n_grouped, size_t group) {
+    const ProtectedSet& protect = cache.policy.protect;
+    const auto stays = [&](Position p) {
+      return protect.Contains(p) || ToInt(p) < static_cast<int32_t>(cache.policy.selector->Sinks());
+    };
+    for (size_t first = 0; first < n_grouped; first += group) {
+      Position at = rows.positions[first];
+      float sum = 0;
+      for (size_t r = first; r < first + group; ++r) {
+        const Position p = rows.positions[r];
+        if (stays(p) || (!stays(at) && ToInt(p) > ToInt(at))) at = p;
+        if (!rows.votes.empty()) sum += rows.votes[r];
+      }
+      positions.push_back(at);
+      if (!rows.votes.empty()) votes.push_back(sum);
+    }
+    const size_t leaving = std::min(CeilDiv(rows.n_leaving(), group), positions.size());
+    head.budget = positions.size() - leaving;
+    head.positions = positions;
+    head.votes = votes;
+  }
+};
+
+// The rows that leave one head, after Observe.
+void ChooseHead(const PolicyCache& cache, size_t layer, LayerStep& work, size_t h) {
+  const Selector& selector = *cache.policy.selector;
+  if (work.heads[h].n_leaving() == 0) return;
+  const size_t group = cache.policy.codec->traits().group_rows;
+  if (group == 1) return selector.Choose(work.rows, h, work.victims[h]);
+  const GroupedHead grouped(cache, work.heads[h], cache.store->GroupedRows(layer, h), group);
+  std::vector<HeadRows> heads(work.heads.size(), grouped.head);
+  LayerRows rows = work.rows;
+  rows.heads = heads;
+  std::vector<uint32_t> groups;
+  if (grouped.head.n_leaving() > 0) selector.Choose(rows, h, groups);
+  for (const uint32_t g : groups)
+    for (size_t r = 0; r < group; ++r) work.victims[h].push_back(static_cast<uint32_t>(g * group + r));
+}
+
 std::vector<size_t> LayerBudgets(const PolicyCache& cache, size_t layer) {
   std::vector<size_t> budgets;
   for (size_t h = 0; h < cache.policy.heads.n_heads(layer); ++h)
@@ -102,9 +149,7 @@ void CheckSum(const std::vector<size_t>& before, const std::vector<size_t>& afte
 
 void Choose(PolicyCache& cache, size_t layer, LayerStep& work) {
   ClearVictims(cache, layer, work);
-  ForDecidingHeads(cache, layer, [&](size_t h) {
-    if (work.heads[h].n_leaving() > 0) cache.policy.selector->Choose(work.rows, h, work.victims[h]);
-  });
+  ForDecidingHeads(cache, layer, [&](size_t h) { ChooseHead(cache, layer, work, h); });
   ShareVictims(cache, work);
 }
 
@@ -115,8 +160,8 @@ void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
   work.departures.resize(work.victims.size());
   for (size_t h = 0; h < work.victims.size(); ++h) {
     const HeadRows& head = work.heads[h];
-    CHECK(work.victims[h].size() == head.n_leaving(), "{} rows leave where {} must", work.victims[h].size(),
-          head.n_leaving());
+    CHECK(work.victims[h].size() == head.n_leaving() || cache.policy.codec->traits().group_rows > 1,
+          "{} rows leave where {} must", work.victims[h].size(), head.n_leaving());
     work.departures[h].clear();
     for (const uint32_t row : work.victims[h]) work.departures[h].push_back({row, usual});
   }
@@ -195,7 +240,7 @@ void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
     ClearVictims(cache, layer, work);
     ForDecidingHeads(cache, layer, [&](size_t h) {
       selector.Observe(work.rows, h);
-      if (work.heads[h].n_leaving() > 0) selector.Choose(work.rows, h, work.victims[h]);
+      ChooseHead(cache, layer, work, h);
     });
     ShareVictims(cache, work);
     return Close(cache, layer, work);

@@ -13,7 +13,8 @@ namespace lesskv {
 
 // What the cache must know of a codec before it combines it with other methods.
 struct CodecTraits {
-  // Rows leave only in groups of so many neighbours along the slots; 1: each by itself.
+  // Rows leave only in groups of so many neighbours along the slots, chosen by the sum of their votes; 1: each by
+  // itself. A head then keeps up to group_rows - 1 rows less than its budget.
   size_t group_rows = 1;
   bool gives_full_keys = true;  // ReadRows gives keys with all their channels
   bool rewrites_rows = true;    // a row can be changed after it was written (Fate::kMerge)

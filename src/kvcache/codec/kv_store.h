@@ -64,11 +64,6 @@ struct StepRoom {
   bool budgets_later = false;
 };
 
-// Rows of a head, half-open.
-struct RowRange {
-  uint32_t begin = 0, end = 0;
-};
-
 // Queries of one layer against resident rows and the step's rows up to the last query.
 struct StoreQuery {
   size_t layer = 0;
@@ -130,6 +125,9 @@ class KvStore {
   virtual void CancelStep() = 0;
 
   virtual size_t n_rows(size_t layer, size_t kv_head) const = 0;
+  // For codecs whose rows leave in groups (CodecTraits::group_rows), in a step that has been attended: the first so many
+  // rows, a multiple of the group, may leave, each with its whole group; those behind them stay for now.
+  virtual size_t GroupedRows(size_t layer, size_t kv_head) const { return n_rows(layer, kv_head); }
 
   // Resident rows, slot order included. Load into a fresh store; `budgets` as in StepRoom.
   virtual void Save(ByteWriter& out) const = 0;
