@@ -38,7 +38,26 @@ void CountedFree(void* pointer) noexcept {
 
 }  // namespace
 
-// Only the aligned forms are replaced; ordinary memory is the library's.
+// Ordinary allocations are counted apart: the cache's objects and lists.
+std::atomic<size_t> plain_bytes{0};
+
+void* operator new(size_t size) {
+  auto* memory = static_cast<std::byte*>(std::malloc(size + alignof(std::max_align_t)));
+  if (memory == nullptr) throw std::bad_alloc();
+  std::memcpy(memory, &size, sizeof size);
+  plain_bytes += size;
+  return memory + alignof(std::max_align_t);
+}
+void operator delete(void* pointer) noexcept {
+  if (pointer == nullptr) return;
+  std::byte* memory = static_cast<std::byte*>(pointer) - alignof(std::max_align_t);
+  size_t size;
+  std::memcpy(&size, memory, sizeof size);
+  plain_bytes -= size;
+  std::free(memory);
+}
+void operator delete(void* pointer, size_t) noexcept { operator delete(pointer); }
+
 void* operator new(size_t size, std::align_val_t, const std::nothrow_t&) noexcept { return CountedAllocate(size); }
 void* operator new(size_t size, std::align_val_t) {
   if (void* memory = CountedAllocate(size)) return memory;
@@ -67,6 +86,27 @@ void WarmUp(const std::string& spec, const TinyShape& shape, const TempSidecar& 
   for (const LifeStep& step : life) {
     Live(cache, text, seen, step);
     seen += step.n;
+  }
+}
+
+// Beside the counted bytes a sequence owns its objects and lists: some hundred bytes a head, whatever it has seen.
+TEST_F(CacheMemory, WhatIsNotCountedIsBookkeeping) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 120, 1);
+    for (const std::string& spec : LegalSpecs(shape)) {
+      SCOPED_TRACE(spec + ", " + shape.Name());
+      const auto config = MakeConfig(spec, shape, sidecar);
+      WarmUp(spec, shape, sidecar, text, UsualLife());
+      const size_t base = plain_bytes;
+      SequenceCache cache(config);
+      size_t seen = 0;
+      for (const LifeStep& step : UsualLife()) {
+        Live(cache, text, seen, step);
+        seen += step.n;
+      }
+      EXPECT_LE(plain_bytes - base, 2048 + 512 * shape.n_layers * shape.n_kv_heads);
+    }
   }
 }
 

@@ -56,7 +56,11 @@ bool WindowBatch::Step(const ScoredSink& sink) {
     items.push_back({&sequences_[w], ids.subspan(fed_, n), LogitsRows::kAll, w, kind});
     n_tokens += n;
   }
-  if (items.empty()) return false;
+  if (items.empty()) {
+    if (stream)
+      for (Sequence& sequence : sequences_) sequence.cache().EndPrompt();
+    return false;
+  }
 
   double sink_seconds = 0;
   std::vector<ScoredRow> rows;
