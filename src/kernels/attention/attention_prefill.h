@@ -303,11 +303,13 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
   const PrefillScratch s = CarvePrefill(view, scratch);
   const size_t begin = block * kBlockRows, end = Min(view.n_rows, begin + kBlockRows);
   Fill(s.columns, kBlockRows, 0);
-  LoadKeys(view, s, begin, end - begin);
+  bool loaded = false;
   const size_t step = QueriesPerTile(view);
   for (size_t first = job.first_query; first < view.n_queries; first += step) {
     const size_t n = Min(step, view.n_queries - first);
     if (VisibleRows(view, first + n - 1) <= begin) continue;
+    if (!loaded) LoadKeys(view, s, begin, end - begin);
+    loaded = true;
     LoadQueries(view, first, n, s);
     ForEachChunk(view, first, n * view.group, begin, end, [&](size_t m, size_t count, size_t rows) {
       ChunkScores(view, s, m, count, rows);
