@@ -137,7 +137,10 @@ void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
         job.n_past, job.n_queries);
   CHECK(!job.received || job.n_queries == 1, "sums are made beside one query, not {}", job.n_queries);
   CheckRotation(job, dim);
-  CHECK(!job.bias && job.window == 0 && !job.received_by_head, "not yet");
+  CHECK(!job.bias && !job.received_by_head, "not yet");
+  CHECK(job.window == 0 || job.past_positions || job.n_past == 0, "a window over {} past rows without positions",
+        job.n_past);
+  CHECK(job.window == 0 || job.first_position >= 0, "a step at position {}", job.first_position);
 }
 
 PrefillShape ShapeOf(const AttentionJob& job) {
@@ -159,6 +162,9 @@ AttentionView MakeView(const AttentionJob& job, const size_t* key_rows, const si
   view.q = job.q;
   view.q_stride = job.q_stride;
   view.scale = job.scale;
+  view.window = job.window;
+  view.first_position = job.first_position;
+  view.past_positions = job.past_positions;
   view.prefill = ShapeOf(job);
   view.out = job.out;
   view.out_stride = job.out_stride;
@@ -285,6 +291,37 @@ void PlaceAngles(Batch& batch, RotationTables& tables, float* memory, float* scr
   tables.Trim();
 }
 
+// ---- Latest positions of blocks of rows, for windows
+
+// Of the view's, which are as long as floats.
+size_t LatestFloats(const AttentionView& view) {
+  return view.window == 0 ? 0 : RoundUp(CeilDiv(view.n_rows, kBlockRows), kTileRows);
+}
+
+size_t LatestFloats(const Batch& batch) {
+  size_t floats = 0;
+  for (const AttentionView& view : batch.views) floats += LatestFloats(view);
+  return floats;
+}
+
+void PlaceLatest(Batch& batch, float* memory) {
+  static_assert(sizeof(int32_t) == sizeof(float));
+  for (AttentionView& view : batch.views) {
+    if (view.window == 0) continue;
+    auto* latest = reinterpret_cast<int32_t*>(memory);
+    view.latest = latest;
+    memory += LatestFloats(view);
+    for (size_t begin = 0; begin < view.n_rows; begin += kBlockRows) {
+      const size_t end = std::min(view.n_rows, begin + kBlockRows), past = std::min(end, view.n_past);
+      int32_t largest = -1;
+      for (size_t r = begin; r < past; ++r) largest = std::max(largest, view.past_positions[r]);
+      if (end > view.n_past)
+        largest = std::max(largest, view.first_position + static_cast<int32_t>(end - 1 - view.n_past));
+      latest[begin / kBlockRows] = largest;
+    }
+  }
+}
+
 // ---- Tasks
 
 struct Task {
@@ -396,15 +433,18 @@ void Attend(std::span<const AttentionJob> jobs) {
   const Plan plan = PlanTasks(kernels, batch.views);
 
   const size_t n_threads = static_cast<size_t>(Threads());
-  const size_t angle_floats = AngleFloats(batch), probability_floats = ProbabilityFloats(batch.views);
+  const size_t angle_floats = AngleFloats(batch), latest_floats = LatestFloats(batch);
+  const size_t probability_floats = ProbabilityFloats(batch.views);
   WorkMemory& memory = WorkMemory::OfThread();
-  float* const angles =
-      memory.Floats(angle_floats + probability_floats + plan.partial_floats + plan.scratch_floats * n_threads);
-  float* const probabilities = angles + angle_floats;
+  float* const angles = memory.Floats(angle_floats + latest_floats + probability_floats + plan.partial_floats +
+                                      plan.scratch_floats * n_threads);
+  float* const latest = angles + angle_floats;
+  float* const probabilities = latest + latest_floats;
   float* const partials = probabilities + probability_floats;
   float* const scratch = partials + plan.partial_floats;
 
   PlaceAngles(batch, memory.rotations, angles, scratch, plan.scratch_floats);
+  PlaceLatest(batch, latest);
   PlaceProbabilities(batch.views, probabilities);
   RunTasks(kernels, plan, batch.views, partials, scratch);
 }
@@ -421,11 +461,14 @@ void ColumnSums(std::span<const ColumnSumJob> jobs) {
     CHECK((jobs[j].lse && jobs[j].sums) || batch.views[j].n_queries == 0 || batch.views[j].n_rows == 0);
   }
 
-  const size_t angle_floats = AngleFloats(batch);
+  const size_t n_threads = static_cast<size_t>(Threads());
+  const size_t angle_floats = AngleFloats(batch), latest_floats = LatestFloats(batch);
   WorkMemory& memory = WorkMemory::OfThread();
-  float* const angles = memory.Floats(angle_floats + plan.scratch_floats * static_cast<size_t>(Threads()));
-  float* const scratch = angles + angle_floats;
+  float* const angles = memory.Floats(angle_floats + latest_floats + plan.scratch_floats * n_threads);
+  float* const latest = angles + angle_floats;
+  float* const scratch = latest + latest_floats;
   PlaceAngles(batch, memory.rotations, angles, scratch, plan.scratch_floats);
+  PlaceLatest(batch, latest);
   ParallelFor(plan.tasks.size(), [&](size_t t) {
     const Task& task = plan.tasks[t];
     const ColumnSumJob& job = jobs[task.job];

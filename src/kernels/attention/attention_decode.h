@@ -413,9 +413,27 @@ void FetchFirstValues(const AttentionView& view, const DecodeScratch& s) {
   });
 }
 
+// Whether any query sees a row of the split.
+bool SplitSeen(const AttentionView& view, const DecodeScratch& s) {
+  bool seen = false;
+  for (size_t b = s.begin; b < s.end; b += kBlockRows) seen = seen || WindowReaches(view, 0, b);
+  return seen;
+}
+
+// The partial result of a split that no query sees.
+void DecodeNothing(const AttentionView& view, const DecodeScratch& s, float* partial) {
+  for (size_t m = 0; m < view.n_queries * view.group; ++m) {
+    float* header = partial + m * (kPartialHeader + Padded(view.head_dim));
+    header[0] = -kInfinity;
+    header[1] = 0;
+    if (view.received) Fill(view.probabilities + m * view.probability_stride + s.begin, Padded(s.end - s.begin), 0);
+  }
+}
+
 void Decode(const AttentionView& view, size_t split, float* scratch, float* partial) {
   const DecodeScratch s = CarveDecode(view, split, scratch);
   const size_t dim = view.head_dim, stacked = view.n_queries * view.group, n = s.end - s.begin;
+  if (!SplitSeen(view, s)) return DecodeNothing(view, s, partial);
   FetchFirst(view.keys, s.begin, s.end, kAhead);
   for (size_t m = 0; m < stacked; ++m) {
     const float* q = view.q + m / view.group * view.q_stride + m % view.group * dim;
@@ -428,6 +446,7 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
     float* scores = s.scores + m * kSplitStride;
     const size_t seen = VisibleRows(view, m / view.group), visible = seen > s.begin ? Min(n, seen - s.begin) : 0;
     float* header = partial + m * partial_stride;
+    HideOld(view, m / view.group, s.begin, visible, scores);
     header[0] = MaxScore(scores, visible);
     header[1] = ExpAndSum(scores, visible, n, header[0]);
     if (view.received) Copy(view.probabilities + m * view.probability_stride + s.begin, scores, Padded(n));

@@ -190,13 +190,14 @@ void ChunkValues(const AttentionView& view, const PrefillScratch& s, size_t m, s
   }
 }
 
-// Calls f(m, count, n) for chunks of stacked queries that see the first n, at least one, of the rows [begin, end).
+// Calls f(m, count, n) for chunks of stacked queries that may see the first n, at least one, of the rows [begin, end) of
+// a block.
 template <typename F>
 inline void ForEachChunk(const AttentionView& view, size_t first, size_t stacked, size_t begin, size_t end, F f) {
   for (size_t m = 0; m < stacked; m += view.prefill.chunk) {
     const size_t count = Min(view.prefill.chunk, stacked - m);
     const size_t seen = VisibleRows(view, first + (m + count - 1) / view.group);
-    if (seen > begin) f(m, count, Min(end, seen) - begin);
+    if (seen > begin && WindowReaches(view, first + m / view.group, begin)) f(m, count, Min(end, seen) - begin);
   }
 }
 
@@ -224,8 +225,9 @@ void ChunkSoftmax(const AttentionView& view, const PrefillScratch& s, size_t fir
     float* scores = s.scores + i * kBlockStride;
     float& largest = s.largest[m + i];
     float& sum = s.sum[m + i];
-    const size_t seen = VisibleRows(view, first + (m + i) / view.group);
+    const size_t query = first + (m + i) / view.group, seen = VisibleRows(view, query);
     const size_t visible = seen > begin ? Min(n, seen - begin) : 0;
+    HideOld(view, query, begin, visible, scores);
     const float block = MaxScore(scores, visible);
     if (block > largest) {
       if (largest != -kInfinity) {
@@ -260,6 +262,7 @@ void Prefill(const AttentionView& view, size_t first, size_t n, float* scratch) 
   Fill(s.sum, stacked, 0);
   Fill(s.out, stacked * Padded(view.head_dim), 0);
   for (size_t b = 0; b < end; b += kBlockRows) {
+    if (!WindowReaches(view, first, b)) continue;
     const size_t stop = Min(end, b + kBlockRows);
     LoadKeys(view, s, b, stop - b);
     LoadValues(view, s, b, stop - b);
@@ -289,12 +292,14 @@ void ChunkColumns(const ColumnView& job, const PrefillScratch& s, size_t first, 
   for (size_t i = 0; i < count; ++i) {
     const size_t query = first + (m + i) / view.group, head = (m + i) % view.group;
     const size_t seen = VisibleRows(view, query);
-    if (seen <= begin) continue;
+    const float lse = job.lse[query * view.group + head];
+    if (seen <= begin || lse == -kInfinity) continue;
     float* scores = s.scores + i * kBlockStride;
     const size_t visible = Min(n, seen - begin);
+    HideOld(view, query, begin, visible, scores);
     for (size_t r = visible; r < Padded(visible); ++r) scores[r] = -kInfinity;
     const float weight = job.weights ? job.weights[query - job.first_query] : 1;
-    AddWeights(scores, visible, job.lse[query * view.group + head] * kLog2E, weight, s.columns);
+    AddWeights(scores, visible, lse * kLog2E, weight, s.columns);
   }
 }
 
@@ -307,7 +312,7 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
   const size_t step = QueriesPerTile(view);
   for (size_t first = job.first_query; first < view.n_queries; first += step) {
     const size_t n = Min(step, view.n_queries - first);
-    if (VisibleRows(view, first + n - 1) <= begin) continue;
+    if (VisibleRows(view, first + n - 1) <= begin || !WindowReaches(view, first, begin)) continue;
     if (!loaded) LoadKeys(view, s, begin, end - begin);
     loaded = true;
     LoadQueries(view, first, n, s);
