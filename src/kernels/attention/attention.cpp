@@ -137,7 +137,7 @@ void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
         job.n_past, job.n_queries);
   CHECK(!job.received || job.n_queries == 1, "sums are made beside one query, not {}", job.n_queries);
   CheckRotation(job, dim);
-  CHECK(!job.bias && !job.received_by_head, "not yet");
+  CHECK(!job.received_by_head, "not yet");
   CHECK(job.window == 0 || job.past_positions || job.n_past == 0, "a window over {} past rows without positions",
         job.n_past);
   CHECK(job.window == 0 || job.first_position >= 0, "a step at position {}", job.first_position);
@@ -162,6 +162,7 @@ AttentionView MakeView(const AttentionJob& job, const size_t* key_rows, const si
   view.q = job.q;
   view.q_stride = job.q_stride;
   view.scale = job.scale;
+  view.bias = job.bias;
   view.window = job.window;
   view.first_position = job.first_position;
   view.past_positions = job.past_positions;

@@ -446,6 +446,7 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
     float* scores = s.scores + m * kSplitStride;
     const size_t seen = VisibleRows(view, m / view.group), visible = seen > s.begin ? Min(n, seen - s.begin) : 0;
     float* header = partial + m * partial_stride;
+    if (view.bias) AddBias(view.bias + s.begin, visible, scores);
     HideOld(view, m / view.group, s.begin, visible, scores);
     header[0] = MaxScore(scores, visible);
     header[1] = ExpAndSum(scores, visible, n, header[0]);

@@ -51,6 +51,7 @@ struct AttentionView {
   bool interleaved;  // pairs are (2 i, 2 i + 1); else (i, i + rotary_pairs)
   size_t hadamard_block;  // 0, or blocks of channels in which stored keys are transformed: taken back before the rotation
   float hadamard_scale;   // 1 / sqrt(hadamard_block)
+  const float* bias;  // [n_rows] on scaled scores, or null
   size_t window;  // a query sees rows of so many positions, its own included; 0: all
   int32_t first_position;         // of query 0 and of the step's first row
   const int32_t* past_positions;  // [n_past]

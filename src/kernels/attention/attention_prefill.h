@@ -17,6 +17,7 @@ struct PrefillScratch {
   float* largest;  // [stacked]
   float* sum;      // [stacked]
   float* columns;  // [kBlockRows]
+  float* bias;     // [kBlockRows], times log2(e)
   Expansion rows;
   // The same in bfloat16, two values along the summed-up dimension in 32 bits.
   uint32_t* pair_queries;  // [stacked, pairs of head_dim]
@@ -38,6 +39,7 @@ PrefillScratch CarvePrefill(const AttentionView& view, float* base) {
   s.largest = arena.Take(stacked);
   s.sum = arena.Take(stacked);
   s.columns = arena.Take(kBlockRows);
+  s.bias = arena.Take(kBlockRows);
   s.rows = TakeExpansion(view, arena);
   auto take_pairs = [&](size_t n) { return reinterpret_cast<uint32_t*>(arena.Take(shape.multiply_pairs ? n : 0)); };
   const size_t pairs = (dim + 1) / 2;
@@ -140,6 +142,7 @@ void LoadQueries(const AttentionView& view, size_t first, size_t n, const Prefil
 
 void LoadKeys(const AttentionView& view, const PrefillScratch& s, size_t begin, size_t n) {
   ExpandKeys(view, s.rows, begin, begin + n);
+  for (size_t r = 0; view.bias && r < n; ++r) s.bias[r] = view.bias[begin + r] * kLog2E;
   if (!view.prefill.multiply_pairs) return;
   const size_t dim = view.head_dim;
   for (size_t c = 0; c < dim; c += 2) {
@@ -163,7 +166,7 @@ void LoadValues(const AttentionView& view, const PrefillScratch& s, size_t begin
     for (size_t c = 0; c < width; ++c) s.pair_values[pair * width + c] = 0;
 }
 
-// Scores of stacked queries [m, m + count) and n loaded keys.
+// Scores, with their bias, of stacked queries [m, m + count) and n loaded keys.
 void ChunkScores(const AttentionView& view, const PrefillScratch& s, size_t m, size_t count, size_t n) {
   const size_t dim = view.head_dim, pairs = (dim + 1) / 2;
   if (view.prefill.multiply_pairs) {
@@ -172,6 +175,7 @@ void ChunkScores(const AttentionView& view, const PrefillScratch& s, size_t m, s
   } else {
     MultiplyAll(count, n, dim, s.queries + m * dim, dim, s.rows.keys, kKeyStride, s.scores, kBlockStride, false);
   }
+  for (size_t i = 0; view.bias && i < count; ++i) AddBias(s.bias, n, s.scores + i * kBlockStride);
 }
 
 // Adds the chunk's weights times n loaded values to what was summed up for stacked queries [m, m + count).

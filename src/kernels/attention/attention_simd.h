@@ -152,6 +152,11 @@ inline bool WindowReaches(const AttentionView& view, size_t m, size_t begin) {
   return view.window == 0 || view.latest[begin / kBlockRows] > HiddenPosition(view, m);
 }
 
+// scores += bias. An overflowed score counts as the largest float, so that a bias of -infinity hides it too.
+void AddBias(const float* bias, size_t n, float* scores) {
+  for (size_t i = 0; i < n; ++i) scores[i] = (scores[i] > kLargest ? kLargest : scores[i]) + bias[i];
+}
+
 // Scores of those of rows [begin, begin + n) that lie too far back for query m become -infinity.
 void HideOld(const AttentionView& view, size_t m, size_t begin, size_t n, float* scores) {
   if (view.window == 0) return;

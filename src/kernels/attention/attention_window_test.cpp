@@ -138,8 +138,63 @@ TEST_P(AttentionWindowTest, DecodeReadsSplitsInReachOnly) {
   EXPECT_LE(problem.key_reader(false).expansions, 1024 + 256);
 }
 
+TEST_P(AttentionWindowTest, BiasMatchesFloat64) {
+  for (RowType type : {RowType::kF32, RowType::kF16, RowType::kQ8}) {
+    for (size_t n_queries : {1, 3, 5, 90}) {
+      for (size_t window : {0, 150}) {
+        SCOPED_TRACE(testing::Message() << Name(type) << ", queries " << n_queries << ", window " << window);
+        Case c = WindowCase(500, n_queries, window);
+        c.key_type = c.value_type = type;
+        c.biased = true;
+        ExpectMatches(c);
+      }
+    }
+  }
+}
+
 // A row of weight 2 is a row that is there twice; one of weight 0 is not there.
+TEST_P(AttentionWindowTest, BiasIsTheLogarithmOfAWeight) {
+  for (size_t n_queries : {1, 9}) {
+    Case c = WindowCase(40, n_queries, 0);
+    c.own_rows = false;
+    c.biased = true;
+    Problem weighted(c), repeated(c);
+    std::fill(weighted.bias().begin(), weighted.bias().end(), 0.0f);
+    repeated.bias() = weighted.bias();
+    weighted.bias()[3] = std::log(2.0f);
+    weighted.bias()[20] = weighted.bias()[39] = kNothing;
+    repeated.bias()[39] = kNothing;
+    for (auto rows : {&Problem::keys, &Problem::values})
+      std::copy_n((repeated.*rows)().begin() + 3 * 32, 32, (repeated.*rows)().begin() + 20 * 32);
+    const Ask ask = {.keep = n_queries == 1};
+    const Result a = weighted.Run(OneSpan(40), ask), b = repeated.Run(OneSpan(40), ask);
+    for (size_t i = 0; i < a.out.size(); ++i) EXPECT_NEAR(a.out[i], b.out[i], 1e-6);
+    for (size_t i = 0; i < a.lse.size(); ++i) EXPECT_NEAR(a.lse[i], b.lse[i], 1e-6);
+    EXPECT_NEAR(a.sums[3], b.sums[3] + b.sums[20], 1e-5);
+    EXPECT_EQ(a.sums[20], 0);
+    if (n_queries == 1) {
+      EXPECT_EQ(a.received[20], 0);
+    }
+  }
+}
+
 // Even a score that overflowed.
+TEST_P(AttentionWindowTest, AHiddenRowWithAHugeKeyStaysHidden) {
+  for (size_t n_queries : {1, 9}) {
+    Case c = WindowCase(40, n_queries, 0);
+    c.own_rows = false;
+    c.biased = true;
+    Problem problem(c);
+    const Result calm = problem.Run(OneSpan(40));
+    problem.bias()[7] = kNothing;
+    for (size_t i = 0; i < c.dim; ++i) problem.keys()[7 * c.dim + i] = 3e38f;
+    const Result result = problem.Run(OneSpan(40));
+    for (float x : result.out) EXPECT_TRUE(std::isfinite(x));
+    EXPECT_EQ(result.sums[7], 0);
+    EXPECT_NE(calm.sums[7], 0);
+  }
+}
+
 // Attention that differs by query head: a job a head, q and out at the head, gives what the group gives.
 }  // namespace
 }  // namespace lesskv
