@@ -137,7 +137,6 @@ void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
         job.n_past, job.n_queries);
   CHECK(!job.received || job.n_queries == 1, "sums are made beside one query, not {}", job.n_queries);
   CheckRotation(job, dim);
-  CHECK(!job.received_by_head, "not yet");
   CHECK(job.window == 0 || job.past_positions || job.n_past == 0, "a window over {} past rows without positions",
         job.n_past);
   CHECK(job.window == 0 || job.first_position >= 0, "a step at position {}", job.first_position);
@@ -171,6 +170,7 @@ AttentionView MakeView(const AttentionJob& job, const size_t* key_rows, const si
   view.out_stride = job.out_stride;
   view.lse = job.lse;
   view.received = job.received;
+  view.received_by_head = job.received_by_head;
   view.probability_stride = RoundUp(view.n_rows, kTileRows);
   if (!job.read_positions) return view;
   view.rotary_pairs = job.rope->n_dims() / 2;
@@ -458,7 +458,6 @@ void ColumnSums(std::span<const ColumnSumJob> jobs) {
   Batch batch = MakeBatch(std::move(list));
   const Plan plan = PlanColumns(kernels, batch.views);
   for (size_t j = 0; j < jobs.size(); ++j) {
-    CHECK(!jobs[j].by_head, "not yet");
     CHECK((jobs[j].lse && jobs[j].sums) || batch.views[j].n_queries == 0 || batch.views[j].n_rows == 0);
   }
 
@@ -473,7 +472,8 @@ void ColumnSums(std::span<const ColumnSumJob> jobs) {
   ParallelFor(plan.tasks.size(), [&](size_t t) {
     const Task& task = plan.tasks[t];
     const ColumnSumJob& job = jobs[task.job];
-    const ColumnView view = {batch.views[task.job], job.lse, job.first_query, job.weights, job.sums};
+    const ColumnView view = {batch.views[task.job], job.lse, job.first_query, job.weights, job.sums,
+                             job.by_head};
     kernels.column_sums(view, task.index, scratch + static_cast<size_t>(ThreadIndex()) * plan.scratch_floats);
   });
 }

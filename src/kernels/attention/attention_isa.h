@@ -60,7 +60,8 @@ struct AttentionView {
   float* out;
   size_t out_stride;
   float* lse;
-  float* received;       // [n_rows], or null
+  float* received;        // [n_rows], or [group, n_rows] where received_by_head, or null
+  bool received_by_head;
   float* probabilities;  // work memory of a view with `received`: [group, probability_stride], relative to a split's largest
   size_t probability_stride;
 };
@@ -71,6 +72,7 @@ struct ColumnView {
   size_t first_query;
   const float* weights;
   float* sums;
+  bool by_head;
 };
 
 // What a decode task leaves for the merge, for each of n_queries * group stacked queries: PartialFloats floats, namely

@@ -16,7 +16,7 @@ struct PrefillScratch {
   float* out;      // [stacked, padded head_dim]
   float* largest;  // [stacked]
   float* sum;      // [stacked]
-  float* columns;  // [kBlockRows]
+  float* columns;  // [group, kBlockRows]
   float* bias;     // [kBlockRows], times log2(e)
   Expansion rows;
   // The same in bfloat16, two values along the summed-up dimension in 32 bits.
@@ -38,7 +38,7 @@ PrefillScratch CarvePrefill(const AttentionView& view, float* base) {
   s.out = arena.Take(stacked * Padded(dim));
   s.largest = arena.Take(stacked);
   s.sum = arena.Take(stacked);
-  s.columns = arena.Take(kBlockRows);
+  s.columns = arena.Take(view.group * kBlockRows);
   s.bias = arena.Take(kBlockRows);
   s.rows = TakeExpansion(view, arena);
   auto take_pairs = [&](size_t n) { return reinterpret_cast<uint32_t*>(arena.Take(shape.multiply_pairs ? n : 0)); };
@@ -303,7 +303,7 @@ void ChunkColumns(const ColumnView& job, const PrefillScratch& s, size_t first, 
     HideOld(view, query, begin, visible, scores);
     for (size_t r = visible; r < Padded(visible); ++r) scores[r] = -kInfinity;
     const float weight = job.weights ? job.weights[query - job.first_query] : 1;
-    AddWeights(scores, visible, lse * kLog2E, weight, s.columns);
+    AddWeights(scores, visible, lse * kLog2E, weight, s.columns + (job.by_head ? head * kBlockRows : 0));
   }
 }
 
@@ -311,7 +311,8 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
   const AttentionView& view = job.attention;
   const PrefillScratch s = CarvePrefill(view, scratch);
   const size_t begin = block * kBlockRows, end = Min(view.n_rows, begin + kBlockRows);
-  Fill(s.columns, kBlockRows, 0);
+  const size_t n_sums = job.by_head ? view.group : 1;
+  Fill(s.columns, n_sums * kBlockRows, 0);
   bool loaded = false;
   const size_t step = QueriesPerTile(view);
   for (size_t first = job.first_query; first < view.n_queries; first += step) {
@@ -325,7 +326,8 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
       ChunkColumns(job, s, first, m, count, begin, rows);
     });
   }
-  for (size_t r = begin; r < end; ++r) job.sums[r] = s.columns[r - begin];
+  for (size_t g = 0; g < n_sums; ++g)
+    for (size_t r = begin; r < end; ++r) job.sums[g * view.n_rows + r] = s.columns[g * kBlockRows + r - begin];
 }
 
 size_t ScratchFloats(const AttentionView& view) {

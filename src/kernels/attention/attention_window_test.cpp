@@ -138,6 +138,24 @@ TEST_P(AttentionWindowTest, DecodeReadsSplitsInReachOnly) {
   EXPECT_LE(problem.key_reader(false).expansions, 1024 + 256);
 }
 
+TEST_P(AttentionWindowTest, CutsAndThreadsDoNotChangeABit) {
+  Rng rng(5);
+  for (size_t n_queries : {1, 4, 50}) {
+    for (RowType type : {RowType::kF16, RowType::kQ4}) {
+      Case c = WindowCase(900, n_queries, 200);
+      c.key_type = c.value_type = type;
+      c.biased = true;
+      const Problem problem(c);
+      const Ask ask = {.keep = n_queries == 1, .by_head = true};
+      SetThreads(1);
+      const Result whole = problem.Run(OneSpan(c.n_rows()), ask);
+      SetThreads(2);
+      const Layout keys = RandomLayout(c.n_rows(), rng, 60), values = RandomLayout(c.n_rows(), rng, 300);
+      ExpectSameBits(whole, problem.RunCut(keys, values, ask));
+    }
+  }
+}
+
 TEST_P(AttentionWindowTest, BiasMatchesFloat64) {
   for (RowType type : {RowType::kF32, RowType::kF16, RowType::kQ8}) {
     for (size_t n_queries : {1, 3, 5, 90}) {
@@ -195,6 +213,71 @@ TEST_P(AttentionWindowTest, AHiddenRowWithAHugeKeyStaysHidden) {
   }
 }
 
+TEST_P(AttentionWindowTest, SumsByHeadMatchFloat64AndAddUp) {
+  for (size_t n_queries : {1, 4, 5, 130}) {
+    for (size_t window : {0, 90}) {
+      Case c = WindowCase(1100, n_queries, window);
+      if (Slow()) c = WindowCase(300, n_queries, window);
+      c.group = 5;
+      const Problem problem(c);
+      const size_t first = n_queries / 2;
+      std::vector<float> weights(n_queries - first);
+      for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.5f + static_cast<float>(i % 3);
+      Ask ask = {.first_query = first, .weights = weights.data(), .keep = n_queries == 1, .by_head = true};
+      const Result heads = problem.Run(OneSpan(c.n_rows()), ask);
+      ask.by_head = false;
+      const Result group = problem.Run(OneSpan(c.n_rows()), ask);
+      EXPECT_LE(Nmse(heads.sums, problem.Reference(ask).head_sums), 1e-10);
+      const auto total = [&](const std::vector<float>& x) {
+        std::vector<double> sum(c.n_rows());
+        for (size_t i = 0; i < x.size(); ++i) sum[i % sum.size()] += x[i];
+        return sum;
+      };
+      EXPECT_LE(Nmse(group.sums, total(heads.sums)), 1e-12);
+      if (n_queries != 1) continue;
+      EXPECT_LE(Nmse(heads.received, problem.Reference().head_sums), 1e-10);
+      EXPECT_LE(Nmse(group.received, total(heads.received)), 1e-12);
+    }
+  }
+}
+
 // Attention that differs by query head: a job a head, q and out at the head, gives what the group gives.
+TEST_P(AttentionWindowTest, AJobAHeadGivesTheGroupsResult) {
+  constexpr size_t kGroup = 3, kDim = 20, kRows = 50;
+  const RowFormat keys = {RowType::kF32, RowSide::kKeys, kDim}, values = {RowType::kF32, RowSide::kValues, kDim};
+  Rng rng(2);
+  std::vector<float> rows(kRows * kDim), q(2 * kGroup * kDim);
+  for (float& x : rows) x = rng.Normal();
+  for (float& x : q) x = rng.Normal();
+  Region region[2];
+  WriteRows(keys, region[0].Allocate(RegionBytes(keys, 64)), 0, kRows, rows.data(), kDim);
+  WriteRows(values, region[1].Allocate(RegionBytes(values, 64)), 0, kRows, rows.data(), kDim);
+  const RowSpan key_span = {.format = keys, .rows = region[0].data, .n_rows = kRows};
+  const RowSpan value_span = {.format = values, .rows = region[1].data, .n_rows = kRows};
+  AttentionJob job;
+  job.keys = {&key_span, 1};
+  job.values = {&value_span, 1};
+  job.n_past = kRows - 2;
+  job.n_queries = 2;
+  job.q = q.data();
+  job.q_stride = job.out_stride = kGroup * kDim;
+  job.group = kGroup;
+  std::vector<float> out(q.size()), lse(2 * kGroup), head_out(q.size()), head_lse(2 * kGroup);
+  job.out = out.data();
+  job.lse = lse.data();
+  Attend({&job, 1});
+  std::vector<AttentionJob> heads(kGroup, job);
+  for (size_t g = 0; g < kGroup; ++g) {
+    heads[g].group = 1;
+    heads[g].q += g * kDim;
+    heads[g].out = head_out.data() + g * kDim;
+    heads[g].lse = head_lse.data() + g * 2;  // [n_queries, 1]
+  }
+  Attend(heads);
+  for (size_t i = 0; i < out.size(); ++i) EXPECT_NEAR(out[i], head_out[i], 1e-6);
+  for (size_t g = 0; g < kGroup; ++g)
+    for (size_t m = 0; m < 2; ++m) EXPECT_NEAR(lse[m * kGroup + g], head_lse[g * 2 + m], 1e-6);
+}
+
 }  // namespace
 }  // namespace lesskv
