@@ -413,9 +413,27 @@ void FetchFirstValues(const AttentionView& view, const DecodeScratch& s) {
   });
 }
 
+// Whether any query sees a row of the split.
+bool SplitSeen(const AttentionView& view, const DecodeScratch& s) {
+  bool seen = false;
+  for (size_t b = s.begin; b < s.end; b += kBlockRows) seen = seen || WindowReaches(view, 0, b);
+  return seen;
+}
+
+// The partial result of a split that no query sees.
+void DecodeNothing(const AttentionView& view, const DecodeScratch& s, float* partial) {
+  for (size_t m = 0; m < view.n_queries * view.group; ++m) {
+    float* header = partial + m * (kPartialHeader + Padded(view.head_dim));
+    header[0] = -kInfinity;
+    header[1] = 0;
+    if (view.received) Fill(view.probabilities + m * view.probability_stride + s.begin, Padded(s.end - s.begin), 0);
+  }
+}
+
 void Decode(const AttentionView& view, size_t split, float* scratch, float* partial) {
   const DecodeScratch s = CarveDecode(view, split, scratch);
   const size_t dim = view.head_dim, stacked = view.n_queries * view.group, n = s.end - s.begin;
+  if (!SplitSeen(view, s)) return DecodeNothing(view, s, partial);
   FetchFirst(view.keys, s.begin, s.end, kAhead);
   for (size_t m = 0; m < stacked; ++m) {
     const float* q = view.q + m / view.group * view.q_stride + m % view.group * dim;
@@ -428,6 +446,8 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
     float* scores = s.scores + m * kSplitStride;
     const size_t seen = VisibleRows(view, m / view.group), visible = seen > s.begin ? Min(n, seen - s.begin) : 0;
     float* header = partial + m * partial_stride;
+    if (view.bias) AddBias(view.bias + s.begin, visible, scores);
+    HideOld(view, m / view.group, s.begin, visible, scores);
     header[0] = MaxScore(scores, visible);
     header[1] = ExpAndSum(scores, visible, n, header[0]);
     if (view.received) Copy(view.probabilities + m * view.probability_stride + s.begin, scores, Padded(n));
@@ -440,25 +460,33 @@ void Decode(const AttentionView& view, size_t split, float* scratch, float* part
   }
 }
 
-// received[r] = sum over the group of probability times its split's factor, which MergeSplits has left in the header.
-void SumReceived(const AttentionView& view, const float* partials, size_t n_splits) {
+// received[r] = sum over heads [first, last) of probability times its split's factor, which MergeSplits has left in the
+// header.
+void SumReceived(const AttentionView& view, const float* partials, size_t n_splits, size_t first, size_t last,
+                 float* received) {
   const size_t stride = kPartialHeader + Padded(view.head_dim), split_stride = PartialFloats(view);
   for (size_t split = 0; split < n_splits; ++split) {
     const size_t begin = split * kSplitRows, end = Min(view.n_rows, begin + kSplitRows);
     const float* factors = partials + split * split_stride + 2;
     for (size_t r = begin; r < end; r += kW) {
       V sum = Zero();
-      for (size_t g = 0; g < view.group; ++g)
+      for (size_t g = first; g < last; ++g)
         sum = Fma(Splat(factors[g * stride]), Load(view.probabilities + g * view.probability_stride + r), sum);
       if (r + kW <= end) {
-        Store(view.received + r, sum);
+        Store(received + r, sum);
         continue;
       }
       alignas(64) float rest[kW];
       Store(rest, sum);
-      for (size_t i = r; i < end; ++i) view.received[i] = rest[i - r];
+      for (size_t i = r; i < end; ++i) received[i] = rest[i - r];
     }
   }
+}
+
+void GiveReceived(const AttentionView& view, const float* partials, size_t n_splits) {
+  if (!view.received_by_head) return SumReceived(view, partials, n_splits, 0, view.group, view.received);
+  for (size_t g = 0; g < view.group; ++g)
+    SumReceived(view, partials, n_splits, g, g + 1, view.received + g * view.n_rows);
 }
 
 void MergeSplits(const AttentionView& view, float* partials, size_t n_splits) {
@@ -487,5 +515,5 @@ void MergeSplits(const AttentionView& view, float* partials, size_t n_splits) {
     view.lse[m] = sum != 0 ? largest + __builtin_logf(sum) : -kInfinity;
     for (size_t i = 0; view.received && sum != 0 && i < n_splits; ++i) first[i * split_stride + 2] /= sum;
   }
-  if (view.received) SumReceived(view, partials, n_splits);
+  if (view.received) GiveReceived(view, partials, n_splits);
 }

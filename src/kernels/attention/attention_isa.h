@@ -51,11 +51,17 @@ struct AttentionView {
   bool interleaved;  // pairs are (2 i, 2 i + 1); else (i, i + rotary_pairs)
   size_t hadamard_block;  // 0, or blocks of channels in which stored keys are transformed: taken back before the rotation
   float hadamard_scale;   // 1 / sqrt(hadamard_block)
+  const float* bias;  // [n_rows] on scaled scores, or null
+  size_t window;  // a query sees rows of so many positions, its own included; 0: all
+  int32_t first_position;         // of query 0 and of the step's first row
+  const int32_t* past_positions;  // [n_past]
+  const int32_t* latest;          // with a window: the latest position of each block of kBlockRows rows
   PrefillShape prefill;
   float* out;
   size_t out_stride;
   float* lse;
-  float* received;       // [n_rows], or null
+  float* received;        // [n_rows], or [group, n_rows] where received_by_head, or null
+  bool received_by_head;
   float* probabilities;  // work memory of a view with `received`: [group, probability_stride], relative to a split's largest
   size_t probability_stride;
 };
@@ -66,6 +72,7 @@ struct ColumnView {
   size_t first_query;
   const float* weights;
   float* sums;
+  bool by_head;
 };
 
 // What a decode task leaves for the merge, for each of n_queries * group stacked queries: PartialFloats floats, namely

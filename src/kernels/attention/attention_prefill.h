@@ -16,7 +16,8 @@ struct PrefillScratch {
   float* out;      // [stacked, padded head_dim]
   float* largest;  // [stacked]
   float* sum;      // [stacked]
-  float* columns;  // [kBlockRows]
+  float* columns;  // [group, kBlockRows]
+  float* bias;     // [kBlockRows], times log2(e)
   Expansion rows;
   // The same in bfloat16, two values along the summed-up dimension in 32 bits.
   uint32_t* pair_queries;  // [stacked, pairs of head_dim]
@@ -37,7 +38,8 @@ PrefillScratch CarvePrefill(const AttentionView& view, float* base) {
   s.out = arena.Take(stacked * Padded(dim));
   s.largest = arena.Take(stacked);
   s.sum = arena.Take(stacked);
-  s.columns = arena.Take(kBlockRows);
+  s.columns = arena.Take(view.group * kBlockRows);
+  s.bias = arena.Take(kBlockRows);
   s.rows = TakeExpansion(view, arena);
   auto take_pairs = [&](size_t n) { return reinterpret_cast<uint32_t*>(arena.Take(shape.multiply_pairs ? n : 0)); };
   const size_t pairs = (dim + 1) / 2;
@@ -140,6 +142,7 @@ void LoadQueries(const AttentionView& view, size_t first, size_t n, const Prefil
 
 void LoadKeys(const AttentionView& view, const PrefillScratch& s, size_t begin, size_t n) {
   ExpandKeys(view, s.rows, begin, begin + n);
+  for (size_t r = 0; view.bias && r < n; ++r) s.bias[r] = view.bias[begin + r] * kLog2E;
   if (!view.prefill.multiply_pairs) return;
   const size_t dim = view.head_dim;
   for (size_t c = 0; c < dim; c += 2) {
@@ -163,7 +166,7 @@ void LoadValues(const AttentionView& view, const PrefillScratch& s, size_t begin
     for (size_t c = 0; c < width; ++c) s.pair_values[pair * width + c] = 0;
 }
 
-// Scores of stacked queries [m, m + count) and n loaded keys.
+// Scores, with their bias, of stacked queries [m, m + count) and n loaded keys.
 void ChunkScores(const AttentionView& view, const PrefillScratch& s, size_t m, size_t count, size_t n) {
   const size_t dim = view.head_dim, pairs = (dim + 1) / 2;
   if (view.prefill.multiply_pairs) {
@@ -172,6 +175,7 @@ void ChunkScores(const AttentionView& view, const PrefillScratch& s, size_t m, s
   } else {
     MultiplyAll(count, n, dim, s.queries + m * dim, dim, s.rows.keys, kKeyStride, s.scores, kBlockStride, false);
   }
+  for (size_t i = 0; view.bias && i < count; ++i) AddBias(s.bias, n, s.scores + i * kBlockStride);
 }
 
 // Adds the chunk's weights times n loaded values to what was summed up for stacked queries [m, m + count).
@@ -190,13 +194,14 @@ void ChunkValues(const AttentionView& view, const PrefillScratch& s, size_t m, s
   }
 }
 
-// Calls f(m, count, n) for chunks of stacked queries that see the first n, at least one, of the rows [begin, end).
+// Calls f(m, count, n) for chunks of stacked queries that may see the first n, at least one, of the rows [begin, end) of
+// a block.
 template <typename F>
 inline void ForEachChunk(const AttentionView& view, size_t first, size_t stacked, size_t begin, size_t end, F f) {
   for (size_t m = 0; m < stacked; m += view.prefill.chunk) {
     const size_t count = Min(view.prefill.chunk, stacked - m);
     const size_t seen = VisibleRows(view, first + (m + count - 1) / view.group);
-    if (seen > begin) f(m, count, Min(end, seen) - begin);
+    if (seen > begin && WindowReaches(view, first + m / view.group, begin)) f(m, count, Min(end, seen) - begin);
   }
 }
 
@@ -224,8 +229,9 @@ void ChunkSoftmax(const AttentionView& view, const PrefillScratch& s, size_t fir
     float* scores = s.scores + i * kBlockStride;
     float& largest = s.largest[m + i];
     float& sum = s.sum[m + i];
-    const size_t seen = VisibleRows(view, first + (m + i) / view.group);
+    const size_t query = first + (m + i) / view.group, seen = VisibleRows(view, query);
     const size_t visible = seen > begin ? Min(n, seen - begin) : 0;
+    HideOld(view, query, begin, visible, scores);
     const float block = MaxScore(scores, visible);
     if (block > largest) {
       if (largest != -kInfinity) {
@@ -260,6 +266,7 @@ void Prefill(const AttentionView& view, size_t first, size_t n, float* scratch) 
   Fill(s.sum, stacked, 0);
   Fill(s.out, stacked * Padded(view.head_dim), 0);
   for (size_t b = 0; b < end; b += kBlockRows) {
+    if (!WindowReaches(view, first, b)) continue;
     const size_t stop = Min(end, b + kBlockRows);
     LoadKeys(view, s, b, stop - b);
     LoadValues(view, s, b, stop - b);
@@ -289,12 +296,14 @@ void ChunkColumns(const ColumnView& job, const PrefillScratch& s, size_t first, 
   for (size_t i = 0; i < count; ++i) {
     const size_t query = first + (m + i) / view.group, head = (m + i) % view.group;
     const size_t seen = VisibleRows(view, query);
-    if (seen <= begin) continue;
+    const float lse = job.lse[query * view.group + head];
+    if (seen <= begin || lse == -kInfinity) continue;
     float* scores = s.scores + i * kBlockStride;
     const size_t visible = Min(n, seen - begin);
+    HideOld(view, query, begin, visible, scores);
     for (size_t r = visible; r < Padded(visible); ++r) scores[r] = -kInfinity;
     const float weight = job.weights ? job.weights[query - job.first_query] : 1;
-    AddWeights(scores, visible, job.lse[query * view.group + head] * kLog2E, weight, s.columns);
+    AddWeights(scores, visible, lse * kLog2E, weight, s.columns + (job.by_head ? head * kBlockRows : 0));
   }
 }
 
@@ -302,19 +311,23 @@ void ColumnSums(const ColumnView& job, size_t block, float* scratch) {
   const AttentionView& view = job.attention;
   const PrefillScratch s = CarvePrefill(view, scratch);
   const size_t begin = block * kBlockRows, end = Min(view.n_rows, begin + kBlockRows);
-  Fill(s.columns, kBlockRows, 0);
-  LoadKeys(view, s, begin, end - begin);
+  const size_t n_sums = job.by_head ? view.group : 1;
+  Fill(s.columns, n_sums * kBlockRows, 0);
+  bool loaded = false;
   const size_t step = QueriesPerTile(view);
   for (size_t first = job.first_query; first < view.n_queries; first += step) {
     const size_t n = Min(step, view.n_queries - first);
-    if (VisibleRows(view, first + n - 1) <= begin) continue;
+    if (VisibleRows(view, first + n - 1) <= begin || !WindowReaches(view, first, begin)) continue;
+    if (!loaded) LoadKeys(view, s, begin, end - begin);
+    loaded = true;
     LoadQueries(view, first, n, s);
     ForEachChunk(view, first, n * view.group, begin, end, [&](size_t m, size_t count, size_t rows) {
       ChunkScores(view, s, m, count, rows);
       ChunkColumns(job, s, first, m, count, begin, rows);
     });
   }
-  for (size_t r = begin; r < end; ++r) job.sums[r] = s.columns[r - begin];
+  for (size_t g = 0; g < n_sums; ++g)
+    for (size_t r = begin; r < end; ++r) job.sums[g * view.n_rows + r] = s.columns[g * kBlockRows + r - begin];
 }
 
 size_t ScratchFloats(const AttentionView& view) {

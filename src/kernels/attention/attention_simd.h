@@ -136,9 +136,37 @@ void Copy(float* to, const float* from, size_t n) {
   for (size_t i = 0; i < n; i += kW) Store(to + i, Load(from + i));
 }
 
-// Rows that query m sees: a prefix.
+// Rows that query m may see: a prefix, of which a window hides some.
 size_t VisibleRows(const AttentionView& view, size_t m) {
   return view.n_rows > view.n_past ? view.n_past + m + 1 : view.n_past;
+}
+
+// The last position that lies too far back for query m; -1: none does.
+inline int32_t HiddenPosition(const AttentionView& view, size_t m) {
+  const size_t position = static_cast<size_t>(view.first_position) + m;
+  return position < view.window ? -1 : static_cast<int32_t>(position - view.window);
+}
+
+// Whether the window of query m, or of one after it, reaches rows of the block that begins with row `begin`.
+inline bool WindowReaches(const AttentionView& view, size_t m, size_t begin) {
+  return view.window == 0 || view.latest[begin / kBlockRows] > HiddenPosition(view, m);
+}
+
+// scores += bias. An overflowed score counts as the largest float, so that a bias of -infinity hides it too.
+void AddBias(const float* bias, size_t n, float* scores) {
+  for (size_t i = 0; i < n; ++i) scores[i] = (scores[i] > kLargest ? kLargest : scores[i]) + bias[i];
+}
+
+// Scores of those of rows [begin, begin + n) that lie too far back for query m become -infinity.
+void HideOld(const AttentionView& view, size_t m, size_t begin, size_t n, float* scores) {
+  if (view.window == 0) return;
+  const int32_t hidden = HiddenPosition(view, m);
+  const size_t end = begin + n, past = Min(end, view.n_past);
+  for (size_t r = begin; r < past; ++r)
+    scores[r - begin] = view.past_positions[r] > hidden ? scores[r - begin] : -kInfinity;
+  // Of the step's own rows the first m + 1 - window.
+  const size_t old = view.n_past + (m < view.window ? 0 : m + 1 - view.window);
+  for (size_t r = Max(begin, view.n_past); r < Min(end, old); ++r) scores[r - begin] = -kInfinity;
 }
 
 // Calls f(span, first slot, n, first row) for the parts of rows [begin, end) that lie in one span each.

@@ -245,6 +245,50 @@ TEST_P(AttentionTest, UnrotatedKeysAreRotatedToTheirReadPositions) {
   }
 }
 
+// Layers that take turns with several ropes, and jobs of many sequences in one call: each reads its own angles.
+TEST_P(AttentionTest, JobsReadAtPositionsAndRopesOfTheirOwn) {
+  constexpr size_t kJobs = 24, kRows = 40, kDim = 32;
+  const RowFormat keys = {RowType::kF32, RowSide::kKeys, kDim}, values = {RowType::kF32, RowSide::kValues, kDim};
+  std::vector<RopeTable> ropes;
+  for (size_t i = 0; i < 6; ++i) ropes.emplace_back(RopeConfig{.n_dims = 8 + 4 * i, .base = 100.0 + 1000.0 * i});
+  Rng rng(8);
+  std::vector<float> rows(kRows * kDim);
+  for (float& x : rows) x = rng.Normal();
+  Region region[2];
+  WriteRows(keys, region[0].Allocate(RegionBytes(keys, 48)), 0, kRows, rows.data(), kDim);
+  WriteRows(values, region[1].Allocate(RegionBytes(values, 48)), 0, kRows, rows.data(), kDim);
+  const RowSpan spans[2] = {{.format = keys, .rows = region[0].data, .n_rows = kRows},
+                            {.format = values, .rows = region[1].data, .n_rows = kRows}};
+  std::vector<std::vector<int32_t>> positions(kJobs / 3);
+  for (auto& p : positions)
+    for (size_t r = 0; r < kRows; ++r) p.push_back(static_cast<int32_t>(rng.Below(10000)));  // some are not kept
+  std::vector<Result> alone(kJobs), together(kJobs);
+  std::vector<AttentionJob> jobs(kJobs);
+  for (size_t j = 0; j < kJobs; ++j) {
+    AttentionJob& job = jobs[j];
+    job.keys = {&spans[0], 1};
+    job.values = {&spans[1], 1};
+    job.n_past = kRows;
+    job.n_queries = 1;
+    job.q = &rows[3];
+    job.rope = &ropes[j % 5 == 4 ? 5 : j / 3 % ropes.size()];
+    job.read_positions = j % 7 == 6 ? nullptr : positions[j / 3].data();
+    for (Result* result : {&alone[j], &together[j]}) {
+      result->out.assign(kDim, Problem::kUnset);
+      result->lse.assign(1, Problem::kUnset);
+      job.out = result->out.data();
+      job.lse = result->lse.data();
+      if (result == &alone[j]) Attend({&job, 1});
+    }
+  }
+  Attend(jobs);
+  for (size_t j = 0; j < kJobs; ++j) {
+    ExpectSameBits(alone[j], together[j]);
+    const bool alike = j > 0 && jobs[j].rope == jobs[j - 1].rope && jobs[j].read_positions == jobs[j - 1].read_positions;
+    EXPECT_EQ(j > 0 && SameBits(alone[j - 1].out, alone[j].out), alike) << j;
+  }
+}
+
 TEST_P(AttentionTest, NoRowsGiveNothing) {
   for (size_t n_queries : {1, 9}) {
     Case c;
