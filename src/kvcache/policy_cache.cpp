@@ -119,13 +119,12 @@ void PolicyCache::End() {
   deferred.clear();
 }
 
-void PolicyCache::CountStep(const StepInfo& info) {
+void PolicyCache::CountLayers() {
   CHECK(counter.only_counts);
-  Begin(info);
   CountedBytes waiting;
   if (defers) {
     size_t rows = 0;
-    for (const HeadLedger& ledger : ledgers) rows += ledger.n_rows + info.n;
+    for (const HeadLedger& ledger : ledgers) rows += ledger.n_rows + step.n;
     const bool votes = policy.selector->votes() != Votes::kNone;
     waiting = CountedBytes(counter, rows * (sizeof(Position) + (votes ? sizeof(float) : 0)));
   }
@@ -135,7 +134,7 @@ void PolicyCache::CountStep(const StepInfo& info) {
                                                                budgets.begin() + static_cast<ptrdiff_t>(policy.heads(layer + 1, 0))));
     for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) {
       HeadLedger& ledger = Ledger(layer, h);
-      const size_t all = store->n_rows(layer, h) + info.n;
+      const size_t all = store->n_rows(layer, h) + step.n;
       leaving.clear();
       for (size_t row = evicts ? budgets[policy.heads(layer, h)] : all; row < all; ++row)
         leaving.push_back({static_cast<uint32_t>(row), Fate::kDrop});
@@ -143,7 +142,6 @@ void PolicyCache::CountStep(const StepInfo& info) {
       if (tracks_) ledger.n_rows = map.n_rows;
     }
   }
-  store->EndStep();
 }
 
 }  // namespace lesskv

@@ -64,9 +64,9 @@ class PolicyCache {
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
   bool ReadsState(size_t layer) const;
   void SetBudgets(size_t layer, std::span<const size_t> of_layer);
-  // A step of a plan, which has no text and no memory: allocates and frees what a real one does; as many rows leave as
-  // must.
-  void CountStep(const StepInfo& info);
+  // The layers of a step of a plan, which has no text and no memory, between Begin and the store's EndStep: allocates and
+  // frees what real ones do; as many rows leave as must.
+  void CountLayers();
 
   const LayerPolicy& policy;
   ByteCounter& counter;

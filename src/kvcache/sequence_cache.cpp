@@ -129,7 +129,9 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
   SequenceCache::Impl cache({std::shared_ptr<void>(), this});  // does not own the configuration
   cache.counter.only_counts = true;
   const auto count = [&](size_t n, StepKind kind) {
-    for (auto& part : cache.parts) part->CountStep({n, cache.tokens_seen, kind});
+    for (auto& part : cache.parts) part->Begin({n, cache.tokens_seen, kind});
+    for (auto& part : cache.parts) part->CountLayers();
+    for (auto& part : cache.parts) part->store->EndStep();
     cache.tokens_seen += n;
   };
   if (prefill_chunk_ == 0 && n_prompt > 0) count(n_prompt, StepKind::kPrompt);

@@ -147,9 +147,10 @@ TEST_P(AttentionWindowTest, CutsAndThreadsDoNotChangeABit) {
       c.biased = true;
       const Problem problem(c);
       const Ask ask = {.keep = n_queries == 1, .by_head = true};
-      SetThreads(1);
+      const ThreadPool one(1), two(2);
+      const ThreadScope alone(one);
       const Result whole = problem.Run(OneSpan(c.n_rows()), ask);
-      SetThreads(2);
+      const ThreadScope scope(two);
       const Layout keys = RandomLayout(c.n_rows(), rng, 60), values = RandomLayout(c.n_rows(), rng, 300);
       ExpectSameBits(whole, problem.RunCut(keys, values, ask));
     }
