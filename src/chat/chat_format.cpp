@@ -1,0 +1,222 @@
+#include "chat/chat_format.h"
+
+#include <algorithm>
+
+namespace lesskv {
+namespace {
+
+// ChatML, with what models that are trained on a system prompt say when the user gives none.
+constexpr ChatFormat ChatMl(std::string_view name, std::string_view default_system) {
+  return {.name = name,
+          .system = {"<|im_start|>system\n", "<|im_end|>\n"},
+          .question = {"<|im_start|>user\n", "<|im_end|>\n"},
+          .answer = {"<|im_start|>assistant\n", "<|im_end|>\n"},
+          .answer_prompt = "<|im_start|>assistant\n",
+          .default_system = default_system};
+}
+
+constexpr ChatFormat Llama3(std::string_view name, std::string_view system_head) {
+  return {.name = name,
+          .prologue = "{bos}",
+          .system = {"<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"},
+          .question = {"<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"},
+          .answer = {"<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"},
+          .answer_prompt = "<|start_header_id|>assistant<|end_header_id|>\n\n",
+          .trim = ChatTrim::kMessages,
+          .default_system_head = system_head};
+}
+
+constexpr ChatFormat kFormats[] = {
+    ChatMl("chatml", ""),
+    ChatMl("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    ChatMl("qwen2.5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    {.name = "llama2",
+     .system_is_message = false,
+     .system = {"<<SYS>>\n", "\n<</SYS>>\n\n"},
+     .question = {"{bos}[INST] ", " [/INST]"},
+     .answer = {" ", " {eos}"},
+     .trim = ChatTrim::kQuestions},
+    Llama3("llama3", ""),
+    // The date is the template's own when nobody gives it another one.
+    Llama3("llama3.1", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
+    // Mistral's templates from v3 on put the system prompt into the last question instead of the first. A cache that has
+    // read it cannot move it; it stays where it was said.
+    {.name = "mistral-v0",
+     .prologue = "{bos}",
+     .system_is_message = false,
+     .system = {"", "\n\n"},
+     .question = {"[INST] ", " [/INST]"},
+     .answer = {"", "{eos}"}},
+    {.name = "mistral-v1",
+     .prologue = "{bos}",
+     .system_is_message = false,
+     .system = {"", "\n\n"},
+     .question = {" [INST] ", " [/INST]"},
+     .answer = {" ", "{eos}"}},
+    {.name = "mistral-v3",
+     .prologue = "{bos}",
+     .system_is_message = false,
+     .system = {"", "\n\n"},
+     .question = {"[INST] ", "[/INST]"},
+     .answer = {" ", "{eos}"},
+     .trim = ChatTrim::kAnswers},
+    {.name = "mistral-v3-tekken",
+     .prologue = "{bos}",
+     .system_is_message = false,
+     .system = {"", "\n\n"},
+     .question = {"[INST]", "[/INST]"},
+     .answer = {"", "{eos}"}},
+    {.name = "mistral-v7",
+     .prologue = "{bos}",
+     .system = {"[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]"},
+     .question = {"[INST] ", "[/INST]"},
+     .answer = {" ", "{eos}"}},
+    {.name = "mistral-v7-tekken",
+     .prologue = "{bos}",
+     .system = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"},
+     .question = {"[INST]", "[/INST]"},
+     .answer = {"", "{eos}"}},
+    {.name = "gemma",
+     .prologue = "{bos}",
+     .system_is_message = false,
+     .system = {"", "\n\n"},
+     .question = {"<start_of_turn>user\n", "<end_of_turn>\n"},
+     .answer = {"<start_of_turn>model\n", "<end_of_turn>\n"},
+     .answer_prompt = "<start_of_turn>model\n",
+     .trim = ChatTrim::kMessages},
+    {.name = "phi3",
+     .system = {"<|system|>\n", "<|end|>\n"},
+     .question = {"<|user|>\n", "<|end|>\n"},
+     .answer = {"<|assistant|>\n", "<|end|>\n"},
+     .answer_prompt = "<|assistant|>\n"},
+    {.name = "phi4",
+     .system = {"<|im_start|>system<|im_sep|>", "<|im_end|>"},
+     .question = {"<|im_start|>user<|im_sep|>", "<|im_end|>"},
+     .answer = {"<|im_start|>assistant<|im_sep|>", "<|im_end|>"},
+     .answer_prompt = "<|im_start|>assistant<|im_sep|>"},
+    {.name = "phi4-mini",
+     .system = {"<|system|>", "<|end|>"},
+     .question = {"<|user|>", "<|end|>"},
+     .answer = {"<|assistant|>", "<|end|>"},
+     .answer_prompt = "<|assistant|>"},
+    {.name = "falcon",
+     .system = {"System: ", "", "\n"},
+     .question = {"User: ", "", "\n"},
+     .answer = {"Falcon: ", "", "\n"},
+     .answer_prompt = "Falcon:",
+     .stop = "\nUser:"},
+    {.name = "falcon3",
+     .system = {"<|system|>\n", "\n"},
+     .question = {"<|user|>\n", "\n"},
+     .answer = {"<|assistant|>\n", "{eos}", "\n"},
+     .answer_prompt = "<|assistant|>\n"},
+    {.name = "zephyr",
+     .system = {"<|system|>\n", "{eos}\n"},
+     .question = {"<|user|>\n", "{eos}\n"},
+     .answer = {"<|assistant|>\n", "{eos}\n"},
+     .answer_prompt = "<|assistant|>\n"},
+    // Ours, for models that know no conversations: every message is a paragraph, and an answer is one too.
+    {.name = "plain",
+     .prologue = "{bos}",
+     .system = {"", "\n\n"},
+     .question = {"", "\n\n"},
+     .answer = {"", "\n\n"},
+     .stop = "\n\n"},
+};
+
+const ChatFormat* Named(std::string_view name) {
+  const auto* const found = std::find_if(std::begin(kFormats), std::end(kFormats),
+                                         [&](const ChatFormat& format) { return format.name == name; });
+  return found == std::end(kFormats) ? nullptr : found;
+}
+
+// The text of a Jinja string that has no quotes and only line breaks as escapes; nothing for any other.
+std::optional<std::string> Unescaped(std::string_view text) {
+  if (text.find_first_of("'\"{}") != std::string_view::npos) return std::nullopt;
+  std::string result;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '\\') {
+      result += text[i];
+    } else if (text.substr(i, 2) == "\\n") {
+      result += '\n';
+      ++i;
+    } else {
+      return std::nullopt;
+    }
+  }
+  return result;
+}
+
+// What follows the line break behind the first `mark` in `jinja`, which moves there; nothing when there is none. A line
+// break is written as one or as \n.
+std::optional<std::string_view> LineBehind(std::string_view mark, std::string_view& jinja) {
+  for (size_t at = jinja.find(mark); at != std::string_view::npos; at = jinja.find(mark)) {
+    jinja.remove_prefix(at + mark.size());
+    for (const std::string_view line_break : {"\n", "\\n"})
+      if (jinja.starts_with(line_break)) return jinja.substr(line_break.size());
+  }
+  return std::nullopt;
+}
+
+// The system prompt that a ChatML template writes by itself, between the marks inside one of its strings; empty when all
+// marks enclose expressions. Nothing when there is one that cannot be read without Jinja.
+std::optional<std::string> WrittenSystemPrompt(std::string_view jinja) {
+  while (const auto line = LineBehind("<|im_start|>system", jinja)) {
+    const bool is_expression = line->starts_with('\'') || line->starts_with('"') || line->starts_with("{{");
+    if (!is_expression) return Unescaped(line->substr(0, line->find("<|im_end|>")));
+  }
+  return "";
+}
+
+const ChatFormat* RecogniseMistralOrLlama2(std::string_view jinja) {
+  const auto has = [&](std::string_view text) { return jinja.find(text) != std::string_view::npos; };
+  if (has("[SYSTEM_PROMPT]")) return Named(has("[SYSTEM_PROMPT] ") ? "mistral-v7" : "mistral-v7-tekken");
+  if (has("<<SYS>>")) return Named("llama2");
+  if (has(" [INST] ")) return Named("mistral-v1");
+  if (has("[AVAILABLE_TOOLS]")) return Named(has("[INST] ") ? "mistral-v3" : "mistral-v3-tekken");
+  return has("[INST] ") && has(" [/INST]") ? Named("mistral-v0") : nullptr;
+}
+
+const ChatFormat* RecogniseByMarks(std::string_view jinja) {
+  const auto has = [&](std::string_view text) { return jinja.find(text) != std::string_view::npos; };
+  if (has("<|im_start|>")) {
+    if (has("<end_of_utterance>")) return nullptr;  // SmolVLM: the mark is its BOS
+    return Named(has("<|im_sep|>") ? "phi4" : "chatml");
+  }
+  if (has("[INST]")) return RecogniseMistralOrLlama2(jinja);
+  if (has("<|start_header_id|>")) return Named(has("Cutting Knowledge Date") ? "llama3.1" : "llama3");
+  if (has("<start_of_turn>")) return Named("gemma");
+  if (has("<|assistant|>") && has("<|end|>")) return Named(has("<|tool|>") ? "phi4-mini" : "phi3");
+  if (has("<|assistant|>") && has("<|user|>") && !has("[gMASK]")) {
+    if (has("eos_token + '\\n'") || has("eos_token + '\n'")) return Named("falcon3");
+    if (has("['content'] + eos_token") || has("<|endoftext|>")) return Named("zephyr");
+  }
+  if (has("'Falcon: '") && has("'User: '")) return Named("falcon");
+  return nullptr;
+}
+
+}  // namespace
+
+std::span<const ChatFormat> ChatFormats() { return kFormats; }
+
+std::string ChatFormatNames() {
+  std::string names;
+  for (const ChatFormat& format : kFormats) {
+    if (!names.empty()) names += ", ";
+    names += format.name;
+  }
+  return names;
+}
+
+std::optional<RecognisedFormat> RecogniseChatFormat(std::string_view jinja) {
+  const ChatFormat* format = RecogniseByMarks(jinja);
+  if (format == nullptr) return std::nullopt;
+  if (format->name != "chatml") return RecognisedFormat{format, std::string(format->default_system)};
+  std::optional<std::string> written = WrittenSystemPrompt(jinja);
+  if (!written) return std::nullopt;
+  for (const ChatFormat& known : kFormats)
+    if (!written->empty() && known.default_system == *written) format = &known;
+  return RecognisedFormat{format, std::move(*written)};
+}
+
+}  // namespace lesskv
