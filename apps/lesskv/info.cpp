@@ -109,6 +109,7 @@ Json InfoJson(const GgufFile& file, bool with_tensors) {
   json["gguf_version"] = file.version();
   json["alignment"] = file.alignment();
   json["fingerprint"] = FingerprintString(file.Fingerprint());
+  json["identity"] = FingerprintString(file.Identity());
   json["name"] = StringOr(file, "general.name");
   json["architecture"] = StringOr(file, "general.architecture");
   json["parameters"] = Sum(totals).parameters;
@@ -165,6 +166,7 @@ void PrintSummary(const GgufFile& file) {
   PrintLine("file", fmt::format("{}, {}, GGUF version {}, alignment {}", file.name(), HumanBytes(file.file_bytes()),
                                 file.version(), file.alignment()));
   PrintLine("fingerprint", FingerprintString(file.Fingerprint()));
+  PrintLine("identity", FingerprintString(file.Identity()));
   PrintLine("name", Unquoted(StringOr(file, "general.name", "none given")));
   PrintLine("architecture", Unquoted(StringOr(file, "general.architecture", "none given")));
   PrintLine("parameters",

@@ -18,7 +18,7 @@ class RandomSidecar {
   RandomSidecar(const RandomSidecar&) = delete;
   RandomSidecar& operator=(const RandomSidecar&) = delete;
 
-  SidecarSource source() const { return {path_, fingerprint_}; }
+  SidecarSource source() const { return {path_, fingerprint_, 0}; }
 
  private:
   std::string path_;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 #include "base/check.h"
 #include "base/mmap.h"
@@ -138,6 +139,28 @@ void GgufFile::FailType(std::string_view key, const GgufValue& value, std::strin
     found += fmt::format(" {}", value.Element<bool>(0) ? *value.Element<bool>(0) : *value.Element<double>(0));
   }
   Fail(ErrorCode::kBadFile, "{}: metadata {} is of type {}, expected {}", name_, Quoted(key), found, expected);
+}
+
+uint64_t GgufFile::Identity() const {
+  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(), &XXH3_freeState);
+  if (state == nullptr) Fail(ErrorCode::kOutOfMemory, "no memory to fingerprint {}", name_);
+  XXH3_64bits_reset(state.get());
+  const auto text = [&](std::string_view s) {
+    const uint64_t size = s.size();
+    XXH3_64bits_update(state.get(), &size, sizeof size);
+    XXH3_64bits_update(state.get(), s.data(), s.size());
+  };
+  text(GetOr<std::string>("general.architecture", ""));
+  for (const std::string& token : GetOr<std::vector<std::string>>("tokenizer.ggml.tokens", {})) text(token);
+  std::map<std::string_view, const GgufTensor*> by_name;  // writers order tensors as they like
+  for (const GgufTensor& tensor : tensors_) by_name[tensor.name] = &tensor;
+  for (const auto& [name, tensor] : by_name) {
+    text(name);
+    for (const uint64_t extent : tensor->ne) XXH3_64bits_update(state.get(), &extent, sizeof extent);
+    const bool is_norm = tensor->type == DType::kF32 && name.ends_with("norm.weight");
+    if (is_norm) XXH3_64bits_update(state.get(), tensor->data.data(), tensor->data.size());
+  }
+  return XXH3_64bits_digest(state.get());
 }
 
 uint64_t GgufFile::Fingerprint() const {

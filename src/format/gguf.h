@@ -150,6 +150,9 @@ class GgufFile {
   // tensor. Two files of the same bytes agree; files that differ in metadata, shapes, types or sampled bytes do not.
   // Damage in the middle of a tensor is not seen: this identifies a model, it does not verify it.
   uint64_t Fingerprint() const;
+  // Identifies the model in whatever quantisation: architecture, vocabulary, names and shapes of all tensors, and the
+  // norm weights, which quantisers leave in float32.
+  uint64_t Identity() const;
 
  private:
   friend class GgufParser;

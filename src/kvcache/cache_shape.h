@@ -47,8 +47,9 @@ struct CacheShape {
 
 // Where trained artefacts of the model are found when a spec does not name a file.
 struct SidecarSource {
-  std::string path;                // NAME.less.gguf beside NAME.gguf; may not exist
-  uint64_t model_fingerprint = 0;  // 0: not checked (tests)
+  std::string path;                // NAME.less.gguf beside NAME.gguf, or one found by identity; may not exist
+  uint64_t model_fingerprint = 0;  // of the file; 0: the model is not checked (tests)
+  uint64_t model_identity = 0;     // of the model, whatever its quantisation (GgufFile::Identity)
 };
 
 // Numbers (layer, KV head) pairs one after the other: what lies "a head" is indexed by it.

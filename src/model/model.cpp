@@ -1,5 +1,7 @@
 #include "model/model.h"
 
+#include <algorithm>
+
 #include <cstring>
 #include <filesystem>
 #include <unordered_set>
@@ -7,6 +9,7 @@
 #include "base/error.h"
 #include "base/large_pages.h"
 #include "base/memory.h"
+#include "kvcache/residual/sidecar.h"
 
 namespace lesskv {
 namespace {
@@ -116,6 +119,28 @@ bool ReadsAtOnce(const std::string& path, ModelLoading loading) {
   return !unreadable && bytes >= kLeastBytes && HasLargePages() && AvailableMemory().value_or(0) / 2 >= bytes;
 }
 
+// NAME.less.gguf beside the model, else another one for the same model there or one folder up.
+SidecarSource FindSidecar(const std::string& model_path, uint64_t fingerprint, uint64_t identity) {
+  namespace fs = std::filesystem;
+  const fs::path named = fs::path(model_path).replace_extension(".less.gguf");
+  SidecarSource source{named.string(), fingerprint, identity};
+  std::error_code error;
+  if (fs::exists(named, error)) return source;
+  const fs::path folder = fs::absolute(model_path, error).parent_path();
+  for (const fs::path& place : {folder, folder.parent_path()}) {
+    std::vector<std::string> found;
+    for (const auto& entry : fs::directory_iterator(place, error))
+      if (entry.path().string().ends_with(".less.gguf")) found.push_back(entry.path().string());
+    std::sort(found.begin(), found.end());
+    for (const std::string& candidate : found) {
+      if (SidecarIdentity(candidate) != identity) continue;
+      source.path = candidate;
+      return source;
+    }
+  }
+  return source;
+}
+
 }  // namespace
 
 Model::Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope)
@@ -138,18 +163,14 @@ std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading l
     model->weight_bytes_ += tensor.data.size();
   }
   model->fingerprint_ = file->Fingerprint();
+  model->identity_ = file->Identity();
+  model->sidecar_ = FindSidecar(path, model->fingerprint_, model->identity_);
   return model;
 }
 
 CacheShape Model::MakeCacheShape(size_t ctx, ComputeType compute) const {
   const LayerShape layer{config_.n_heads, config_.n_kv_heads, config_.head_dim, UsualScale(config_.head_dim), rope_, 0};
   return {std::vector<LayerShape>(config_.n_layers, layer), ctx, compute};
-}
-
-SidecarSource Model::Sidecar() const {
-  const std::filesystem::path path(path_);
-  return {.path = (path.parent_path() / (path.stem().string() + ".less.gguf")).string(),
-          .model_fingerprint = fingerprint_};
 }
 
 }  // namespace lesskv

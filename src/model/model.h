@@ -51,14 +51,17 @@ class Model {
 
   // Identifies the file: see GgufFile::Fingerprint.
   uint64_t fingerprint() const { return fingerprint_; }
+  // Identifies the model whatever its quantisation: see GgufFile::Identity.
+  uint64_t identity() const { return identity_; }
   std::string FingerprintText() const { return FingerprintString(fingerprint_); }
 
   size_t parameter_count() const { return parameter_count_; }
   size_t weight_bytes() const { return weight_bytes_; }  // as stored
 
-  // The cache's view of this model for a context of `ctx` tokens. `sidecar` is NAME.less.gguf beside NAME.gguf.
+  // The cache's view of this model for a context of `ctx` tokens. `sidecar` is NAME.less.gguf beside NAME.gguf,
+  // else the first .less.gguf there or one folder up (in the order of names) that was trained for this identity.
   CacheShape MakeCacheShape(size_t ctx, ComputeType compute) const;
-  SidecarSource Sidecar() const;
+  const SidecarSource& Sidecar() const { return sidecar_; }
 
  private:
   Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope);
@@ -70,7 +73,8 @@ class Model {
   WeightView token_embedding_{}, output_{};
   std::vector<float> output_norm_;
   std::vector<LayerWeights> layers_;
-  uint64_t fingerprint_ = 0;
+  uint64_t fingerprint_ = 0, identity_ = 0;
+  SidecarSource sidecar_;
   size_t parameter_count_ = 0;
   size_t weight_bytes_ = 0;
 };

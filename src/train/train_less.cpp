@@ -207,7 +207,7 @@ class Trainer {
 
   Sidecar StartingSidecar() const {
     Sidecar from = ReadSidecar(o_.from);
-    CheckModel(from, o_.from, engine_.model().fingerprint());
+    CheckModel(from, o_.from, engine_.model().fingerprint(), engine_.model().identity());
     if (!(from.shape == shape_))
       Fail(ErrorCode::kMismatch, "{}: expected {}, found {}", o_.from, shape_.ToString(), from.shape.ToString());
     for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer)
@@ -219,7 +219,7 @@ class Trainer {
   void CaptureCompressed(const CacheShape& shape, const ViewRequest& view, const std::vector<int32_t>& tokens,
                          CaptureCache& capture, ForwardWorkspace& workspace) const {
     const CacheSpec spec = CacheSpec::Parse(view.spec + "+less(file=\"" + o_.from + "\")");
-    SequenceCache cache(CacheConfig::Create(spec, shape, {}, {"", engine_.model().fingerprint()}));
+    SequenceCache cache(CacheConfig::Create(spec, shape, {}, {"", engine_.model().fingerprint(), engine_.model().identity()}));
     RecordingCache recorder(cache, shape);
     for (size_t seen = 0; seen < tokens.size(); seen += view.step) {
       const size_t n = std::min(view.step, tokens.size() - seen);
@@ -485,6 +485,7 @@ class Trainer {
   void Describe(TrainLessReport& result) const {
     Sidecar& sidecar = result.sidecar;
     sidecar.model_fingerprint = engine_.model().fingerprint();
+    sidecar.model_identity = engine_.model().identity();
     sidecar.model_name = engine_.model().config().name;
     sidecar.matrix_type = o_.matrix_type;
     SidecarTraining& t = sidecar.training;

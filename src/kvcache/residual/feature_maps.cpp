@@ -101,9 +101,10 @@ std::shared_ptr<const FeatureMaps> FeatureMaps::Create(const Sidecar& sidecar, c
   return maps;
 }
 
-std::shared_ptr<const FeatureMaps> FeatureMaps::Load(const std::string& path, uint64_t model_fingerprint) {
+std::shared_ptr<const FeatureMaps> FeatureMaps::Load(const std::string& path, uint64_t model_fingerprint,
+                                                     uint64_t model_identity) {
   const Sidecar sidecar = ReadSidecar(path);
-  CheckModel(sidecar, path, model_fingerprint);
+  CheckModel(sidecar, path, model_fingerprint, model_identity);
   return Create(sidecar, path);
 }
 

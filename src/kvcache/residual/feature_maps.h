@@ -20,7 +20,8 @@ class FeatureMaps {
   static std::shared_ptr<const FeatureMaps> Create(const Sidecar& sidecar, const std::string& name = "sidecar");
 
   // Reads, checks against the model (0: unchecked) and packs.
-  static std::shared_ptr<const FeatureMaps> Load(const std::string& path, uint64_t model_fingerprint);
+  static std::shared_ptr<const FeatureMaps> Load(const std::string& path, uint64_t model_fingerprint,
+                                                 uint64_t model_identity = 0);
 
   const SidecarShape& shape() const { return shape_; }
   const SidecarTraining& training() const { return training_; }

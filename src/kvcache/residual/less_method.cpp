@@ -11,7 +11,8 @@ namespace {
 
 constexpr Parameter kParameters[] = {
     {.name = "file", .kind = Parameter::Kind::kText, .default_value = "",
-     .help = "the sidecar with the trained feature maps; NAME.less.gguf beside the model NAME.gguf when not given"},
+     .help = "the sidecar with the trained feature maps; when not given: NAME.less.gguf beside the model NAME.gguf, or "
+             "another .less.gguf there or one folder up that was trained for the same model in any quantisation"},
     {.name = "sidecar", .kind = Parameter::Kind::kText, .default_value = "",
      .help = "the fingerprint that the sidecar must have, 16 hexadecimal digits"},
     {.name = "clamp", .kind = Parameter::Kind::kWord, .default_value = "false",
@@ -29,7 +30,7 @@ MadeResidual Make(const Arguments& arguments, const MethodContext& context) {
   if (arguments.Has("sidecar") && arguments.Text("sidecar") != fingerprint)
     Fail(ErrorCode::kMismatch, "less: {} has fingerprint {}, the spec asks for {}", path, fingerprint,
          arguments.Text("sidecar"));
-  auto maps = FeatureMaps::Load(path, sidecar.model_fingerprint);
+  auto maps = FeatureMaps::Load(path, sidecar.model_fingerprint, sidecar.model_identity);
   const LessOptions options{.clamp = arguments.Text("clamp") == "true"};
   return {MakeLessResidual(options, context.layers, std::move(maps)), fingerprint};
 }

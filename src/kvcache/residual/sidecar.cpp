@@ -88,13 +88,21 @@ SidecarShape ReadShape(const GgufFile& file) {
   return shape;
 }
 
-uint64_t ReadFingerprint(const GgufFile& file) {
-  const std::string text = file.Get<std::string>("lesskv.model.fingerprint");
+uint64_t ParseHex(const GgufFile& file, const char* key, const std::string& text) {
   const bool ok = text.size() == 16 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
-  if (!ok)
-    Fail(ErrorCode::kBadFile, "{}: lesskv.model.fingerprint must be 16 hexadecimal digits, found {}", file.name(),
-         Quoted(text));
+  if (!ok) Fail(ErrorCode::kBadFile, "{}: {} must be 16 hexadecimal digits, found {}", file.name(), key, Quoted(text));
   return std::stoull(text, nullptr, 16);
+}
+
+uint64_t ReadFingerprint(const GgufFile& file) {
+  constexpr const char* kKey = "lesskv.model.fingerprint";
+  return ParseHex(file, kKey, file.Get<std::string>(kKey));
+}
+
+uint64_t ReadIdentity(const GgufFile& file) {
+  constexpr const char* kKey = "lesskv.model.identity";
+  const std::string text = file.GetOr<std::string>(kKey, "");
+  return text.empty() ? 0 : ParseHex(file, kKey, text);
 }
 
 void CheckFinite(const GgufFile& file, const std::string& name, const std::vector<float>& values) {
@@ -163,6 +171,7 @@ void AddMetadata(const Sidecar& sidecar, GgufWriter& writer) {
   writer.Add("general.name", sidecar.model_name + " LESS feature maps");
   writer.Add("lesskv.sidecar.version", kVersion);
   writer.Add("lesskv.model.fingerprint", fmt::format("{:016x}", sidecar.model_fingerprint));
+  if (sidecar.model_identity != 0) writer.Add("lesskv.model.identity", FingerprintString(sidecar.model_identity));
   writer.Add("lesskv.model.name", sidecar.model_name);
   writer.Add("less.block_count", static_cast<uint32_t>(s.n_layers));
   writer.Add("less.head_count", static_cast<uint32_t>(s.n_heads));
@@ -253,6 +262,7 @@ Sidecar ReadSidecar(const std::string& path) {
   Sidecar sidecar;
   sidecar.shape = ReadShape(file);
   sidecar.model_fingerprint = ReadFingerprint(file);
+  sidecar.model_identity = ReadIdentity(file);
   sidecar.model_name = file.GetOr<std::string>("lesskv.model.name", "");
   sidecar.training = ReadTraining(file);
   sidecar.matrix_type = ReadMatrixType(file);
@@ -273,8 +283,19 @@ void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
   writer.Write(path);
 }
 
-void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint) {
+std::optional<uint64_t> SidecarIdentity(const std::string& path) {
+  try {
+    const GgufFile file = GgufFile::Open(path);
+    const uint64_t identity = ReadIdentity(file);
+    if (identity != 0 && file.GetOr<std::string>("general.architecture", "") == kArchitecture) return identity;
+  } catch (const Error&) {
+  }
+  return std::nullopt;
+}
+
+void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint, uint64_t model_identity) {
   if (model_fingerprint == 0 || sidecar.model_fingerprint == model_fingerprint) return;
+  if (model_identity != 0 && sidecar.model_identity == model_identity) return;
   Fail(ErrorCode::kMismatch, "{}: feature maps belong to the model {:016x} ({}), but the model is {:016x}", path,
        sidecar.model_fingerprint, sidecar.model_name, model_fingerprint);
 }
@@ -289,7 +310,7 @@ Sidecar MergeSidecars(const std::vector<std::string>& paths) {
     if (!(part.shape == merged.shape) || part.matrix_type != merged.matrix_type)
       Fail(ErrorCode::kMismatch, "{}: expected the shape of {} ({}), found {}", paths[i], paths[0],
            merged.shape.ToString(), part.shape.ToString());
-    CheckModel(part, paths[i], merged.model_fingerprint);
+    CheckModel(part, paths[i], merged.model_fingerprint, merged.model_identity);
     part.training.validation.resize(merged.shape.n_layers);
     part.training.validation_baseline.resize(merged.shape.n_layers);
     for (size_t layer = 0; layer < merged.shape.n_layers; ++layer) {

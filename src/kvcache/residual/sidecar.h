@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -64,7 +65,8 @@ struct SidecarTraining {
 
 struct Sidecar {
   SidecarShape shape;
-  uint64_t model_fingerprint = 0;
+  uint64_t model_fingerprint = 0;  // of the file it was trained on
+  uint64_t model_identity = 0;     // of the model in any quantisation; 0 in sidecars of earlier versions
   std::string model_name;
   SidecarTraining training;
   DType matrix_type = DType::kBF16;  // of w1 and w2 in the file: kBF16 or kF32
@@ -80,8 +82,12 @@ Sidecar InitialSidecar(const SidecarShape& shape, uint64_t seed);
 Sidecar ReadSidecar(const std::string& path);
 void WriteSidecar(const std::string& path, const Sidecar& sidecar);
 
-// Refuses (Error kMismatch) a sidecar whose model is another one. A fingerprint of 0 checks nothing.
-void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint);
+// Refuses (Error kMismatch) a sidecar whose model is another one: neither the same file nor the same model in another
+// quantisation. A fingerprint of 0 checks nothing.
+void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint, uint64_t model_identity);
+
+// The identity that a file names, without reading its maps; nothing for other files and for sidecars without one.
+std::optional<uint64_t> SidecarIdentity(const std::string& path);
 
 // Joins parts that were trained apart (--layers A-B): same model and shape, every layer in exactly one part.
 Sidecar MergeSidecars(const std::vector<std::string>& paths);
