@@ -151,6 +151,17 @@ TEST_F(RunCommand, KeepAndProtectHoldTokens) {
   EXPECT_NE(much.err.find("protect"), std::string::npos) << much.err;
 }
 
+// SentencePiece puts a space before a text, but not before what goes on: "r" is one token, " r" two.
+TEST_F(RunCommand, ALaterTurnGoesOnWithoutASpace) {
+  const std::string rest = " -m $M -n 1 --temp 0 --session s.bin --json";
+  const Result first = Shell("$L run -p 'the sea'" + rest);
+  ASSERT_EQ(first.status, 0) << first.err;
+  ASSERT_EQ(nlohmann::json::parse(first.out)["finish"], "length");
+  const Result second = Shell("$L run -p r" + rest);
+  ASSERT_EQ(second.status, 0) << second.err;
+  EXPECT_EQ(nlohmann::json::parse(second.out)["prompt_tokens"], 2) << "the token before, and r";
+}
+
 TEST_F(RunCommand, VersionAndHelp) {
   EXPECT_EQ(Shell("$L --version").out, "lesskv " + Version() + "\n");
   const Result help = Shell("$L run --help");

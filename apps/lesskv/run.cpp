@@ -97,7 +97,8 @@ std::vector<int32_t> PromptTokens(const Tokenizer& tokenizer, const std::string&
 std::vector<int32_t> TurnTokens(const Tokenizer& tokenizer, const Session& session, const std::string& text) {
   std::vector<int32_t> tokens;
   if (session.pending_token) tokens.push_back(*session.pending_token);
-  const std::vector<int32_t> added = tokenizer.Encode(text, false, true);
+  const bool at_start = tokenizer.IsAtStart(tokens.empty() ? session.sequence.tokens() : tokens);
+  const std::vector<int32_t> added = tokenizer.Encode(text, false, true, at_start);
   tokens.insert(tokens.end(), added.begin(), added.end());
   if (tokens.empty()) Fail(ErrorCode::kInvalidArgument, "the prompt is empty, and the session holds no token to go on from");
   return tokens;

@@ -42,8 +42,6 @@ class TextStream {
   std::string& text_;
 };
 
-bool IsSpecial(const Tokenizer& tokenizer, int32_t token) { return tokenizer.Type(token) == TokenType::kControl; }
-
 // Stop strings that are control tokens: these are not shown, so no stop string would be found in the text.
 std::vector<int32_t> StopTokens(const Tokenizer& tokenizer, const std::vector<std::string>& stops) {
   std::vector<int32_t> tokens;
@@ -102,9 +100,7 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
     return result;
   }
 
-  const bool at_start = std::all_of(sequence.tokens().begin(), sequence.tokens().end(),
-                                    [&](int32_t token) { return IsSpecial(tokenizer, token); });
-  TextStream stream(tokenizer, options, at_start, result.text);
+  TextStream stream(tokenizer, options, tokenizer.IsAtStart(sequence.tokens()), result.text);
   const std::vector<int32_t> stop_tokens = StopTokens(tokenizer, options.stops);
   for (;;) {
     const int32_t token = sampler.Sample(logits, sequence.tokens());
