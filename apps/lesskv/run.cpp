@@ -72,17 +72,6 @@ size_t MaxTokens(const RunOptions& options) {
   return static_cast<size_t>(options.max_tokens);
 }
 
-std::string PromptText(const RunOptions& options) {
-  if (options.has_prompt && options.has_file)
-    Fail(ErrorCode::kInvalidArgument, "a prompt comes from -p or from -f, not from both");
-  if (options.has_prompt) return options.prompt;
-  if (!options.has_file && !StdinIsPipe())
-    Fail(ErrorCode::kInvalidArgument, "there is no prompt: give -p TEXT, -f FILE or a pipe");
-  std::string text = ReadText(options.has_file ? options.file : "-");
-  if (text.ends_with('\n')) text.pop_back();
-  return text;
-}
-
 // An empty prompt is a text's beginning, which only a model with a BOS token can continue.
 std::vector<int32_t> PromptTokens(const Tokenizer& tokenizer, const std::string& text) {
   std::vector<int32_t> tokens = tokenizer.Encode(text, true, true);
@@ -197,7 +186,8 @@ void Run(const RunOptions& options) {
     if (stop.empty()) Fail(ErrorCode::kInvalidArgument, "--stop: expected a text, found an empty one");
   generate.stops = options.stops;
   const CacheSpec spec = CacheSpec::Parse(options.kv);
-  const std::string prompt = PromptText(options);
+  const std::string prompt =
+      PromptText(options.has_prompt ? &options.prompt : nullptr, options.has_file ? &options.file : nullptr);
 
   OpenedModel opened = OpenModel(options.model);
   Engine& engine = *opened.engine;
