@@ -151,6 +151,46 @@ TEST_F(RunCommand, KeepAndProtectHoldTokens) {
   EXPECT_NE(much.err.find("protect"), std::string::npos) << much.err;
 }
 
+// SentencePiece puts a space before a text, but not before what goes on: "r" is one token, " r" two.
+TEST_F(RunCommand, ALaterTurnGoesOnWithoutASpace) {
+  const std::string rest = " -m $M -n 1 --temp 0 --session s.bin --json";
+  const Result first = Shell("$L run -p 'the sea'" + rest);
+  ASSERT_EQ(first.status, 0) << first.err;
+  ASSERT_EQ(nlohmann::json::parse(first.out)["finish"], "length");
+  const Result second = Shell("$L run -p r" + rest);
+  ASSERT_EQ(second.status, 0) << second.err;
+  EXPECT_EQ(nlohmann::json::parse(second.out)["prompt_tokens"], 2) << "the token before, and r";
+}
+
+TEST_F(RunCommand, TokenizeShowsIdsPiecesAndCount) {
+  const auto out = [&](const std::string& rest) {
+    const Result result = Shell("$L tokenize -m $M " + rest);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return result.out;
+  };
+  EXPECT_EQ(out("-p a"), "      1  \"<s>\"\n    269  \" a\"\n");
+  EXPECT_EQ(out("-p a --ids"), "1 269\n");
+  EXPECT_EQ(out("-p a --pieces"), "\"<s>\"\n\" a\"\n");
+  EXPECT_EQ(out("-p a --count"), "2\n");
+  EXPECT_EQ(out("-p a --no-bos --count"), "1\n");
+  EXPECT_EQ(out("-p '</s>' --special --ids"), "1 2\n");
+  EXPECT_NE(out("-p '</s>' --ids"), "1 2\n");
+  EXPECT_EQ(out("-p '' --no-bos --ids"), "\n");
+  EXPECT_EQ(out("-p a -o json"), "{\"count\":2,\"ids\":[1,269],\"pieces\":[\"<s>\",\" a\"]}\n");
+  EXPECT_EQ(out("-p a -o json --ids"), "{\"ids\":[1,269]}\n");
+  Write("a.txt", "a\n");  // the last newline is not part of it
+  EXPECT_EQ(out("-f a.txt --ids"), "1 269\n");
+  EXPECT_EQ(out("--ids < a.txt"), "1 269\n");
+}
+
+TEST_F(RunCommand, TokenizeShowsBytesThatAreNoCharacter) {
+  const std::string command = "$L tokenize -m $M -p '\u00E9\x1B' --no-bos --pieces";
+  EXPECT_TRUE(Shell(command).out.ends_with("\"\\xC3\"\n\"\\xA9\"\n\"\\x1B\"\n")) << Shell(command).out;
+  const auto pieces = nlohmann::json::parse(Shell(command + " -o json").out)["pieces"];
+  EXPECT_EQ(pieces[pieces.size() - 2], nlohmann::json({169}));
+  EXPECT_EQ(pieces.back(), "\x1B");
+}
+
 TEST_F(RunCommand, VersionAndHelp) {
   EXPECT_EQ(Shell("$L --version").out, "lesskv " + Version() + "\n");
   const Result help = Shell("$L run --help");
@@ -194,6 +234,10 @@ const BadCall kBadCalls[] = {
     {"two prompts", "$L run -m $M -p x -f y", 2, "both"},
     {"missing prompt file", "$L run -m $M -f nowhere.txt", 2, "nowhere.txt"},
     {"no prompt", "$L run -m $M < /dev/null", 2, "prompt"},
+    {"tokenize without text", "$L tokenize -m $M < /dev/null", 2, "prompt"},
+    {"tokenize to an unknown format", "$L tokenize -m $M -p x -o xml", 2, "xml"},
+    {"tokenize to two things", "$L tokenize -m $M -p x --ids --count", 2, "--count"},
+    {"tokenize without a vocabulary", "$L tokenize -m \"${M%/*}/qwen2-bias.gguf\" -p x", 2, "tokenizer.ggml"},
     {"unwritable output", "$L run -m $M -p x -n 3 > /dev/full", 1, "standard output"},
     {"unwritable JSON", "$L run -m $M -p x -n 3 --json > /dev/full", 1, "standard output"},
 };

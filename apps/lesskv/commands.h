@@ -14,5 +14,6 @@ void AddBenchCommand(CLI::App& app);
 void AddTrainCommand(CLI::App& app);
 void AddMethodsCommand(CLI::App& app);
 void AddPlanCommand(CLI::App& app);
+void AddTokenizeCommand(CLI::App& app);
 
 }  // namespace lesskv

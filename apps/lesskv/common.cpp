@@ -87,6 +87,17 @@ std::string ReadText(const std::string& path) {
   return text;
 }
 
+std::string PromptText(const std::string* prompt, const std::string* file) {
+  if (prompt != nullptr && file != nullptr)
+    Fail(ErrorCode::kInvalidArgument, "a prompt comes from -p or from -f, not from both");
+  if (prompt != nullptr) return *prompt;
+  if (file == nullptr && !StdinIsPipe())
+    Fail(ErrorCode::kInvalidArgument, "there is no prompt: give -p TEXT, -f FILE or a pipe");
+  std::string text = ReadText(file != nullptr ? *file : "-");
+  if (text.ends_with('\n')) text.pop_back();
+  return text;
+}
+
 bool StdinIsPipe() {
   struct stat status {};
   if (fstat(STDIN_FILENO, &status) != 0) return false;

@@ -39,6 +39,9 @@ OpenedModel OpenModel(const ModelOptions& options);
 
 // The whole file, or standard input for "-". Throws Error with the reason.
 std::string ReadText(const std::string& path);
+// What -p gives, or the file that -f gives, or standard input where it is a pipe; null: not given. A last newline of a
+// file or pipe is left out. Throws Error when there is no prompt, or both.
+std::string PromptText(const std::string* prompt, const std::string* file);
 bool StdinIsPipe();
 bool StderrIsTerminal();
 

@@ -35,6 +35,7 @@ void AddCommands(CLI::App& app) {
   AddMethodsCommand(app);
   AddPlanCommand(app);
   AddTrainCommand(app);
+  AddTokenizeCommand(app);
 }
 
 // The first words name a command and, where it has them, one of its own; the word that names none, or null.

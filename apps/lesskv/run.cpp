@@ -72,17 +72,6 @@ size_t MaxTokens(const RunOptions& options) {
   return static_cast<size_t>(options.max_tokens);
 }
 
-std::string PromptText(const RunOptions& options) {
-  if (options.has_prompt && options.has_file)
-    Fail(ErrorCode::kInvalidArgument, "a prompt comes from -p or from -f, not from both");
-  if (options.has_prompt) return options.prompt;
-  if (!options.has_file && !StdinIsPipe())
-    Fail(ErrorCode::kInvalidArgument, "there is no prompt: give -p TEXT, -f FILE or a pipe");
-  std::string text = ReadText(options.has_file ? options.file : "-");
-  if (text.ends_with('\n')) text.pop_back();
-  return text;
-}
-
 // An empty prompt is a text's beginning, which only a model with a BOS token can continue.
 std::vector<int32_t> PromptTokens(const Tokenizer& tokenizer, const std::string& text) {
   std::vector<int32_t> tokens = tokenizer.Encode(text, true, true);
@@ -97,7 +86,8 @@ std::vector<int32_t> PromptTokens(const Tokenizer& tokenizer, const std::string&
 std::vector<int32_t> TurnTokens(const Tokenizer& tokenizer, const Session& session, const std::string& text) {
   std::vector<int32_t> tokens;
   if (session.pending_token) tokens.push_back(*session.pending_token);
-  const std::vector<int32_t> added = tokenizer.Encode(text, false, true);
+  const bool at_start = tokenizer.IsAtStart(tokens.empty() ? session.sequence.tokens() : tokens);
+  const std::vector<int32_t> added = tokenizer.Encode(text, false, true, at_start);
   tokens.insert(tokens.end(), added.begin(), added.end());
   if (tokens.empty()) Fail(ErrorCode::kInvalidArgument, "the prompt is empty, and the session holds no token to go on from");
   return tokens;
@@ -195,7 +185,8 @@ void Run(const RunOptions& options) {
   generate.sequence_goes_on = !options.session.empty();
   Validate(generate);
   const CacheSpec spec = CacheSpec::Parse(options.kv);
-  const std::string prompt = PromptText(options);
+  const std::string prompt =
+      PromptText(options.has_prompt ? &options.prompt : nullptr, options.has_file ? &options.file : nullptr);
 
   OpenedModel opened = OpenModel(options.model);
   Engine& engine = *opened.engine;

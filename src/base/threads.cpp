@@ -170,7 +170,7 @@ internal::Workers& CurrentWorkers() {
 
 ThreadPool::ThreadPool(int threads) {
   if (threads < 0 || threads > kMaxThreads)
-    Fail(ErrorCode::kInvalidArgument, "threads: expected 0 (all CPUs) to {}, found {}", kMaxThreads, threads);
+    Fail(ErrorCode::kInvalidArgument, "--threads: expected 0 (all CPUs) to {}, found {}", kMaxThreads, threads);
   workers_ = std::make_unique<internal::Workers>(threads == 0 ? AvailableThreads() : threads);
 }
 ThreadPool::~ThreadPool() = default;

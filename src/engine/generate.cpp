@@ -118,7 +118,7 @@ Generation::Generation(const Tokenizer& tokenizer, const GenerationOptions& opti
     : tokenizer_(&tokenizer),
       max_tokens_(options.max_tokens),
       room_(ctx - std::min(ctx, seen.size())),
-      at_start_(std::all_of(seen.begin(), seen.end(), [&](int32_t token) { return IsControl(tokenizer, token); })),
+      at_start_(tokenizer.IsAtStart(seen)),
       sampler_(options.sampler),
       decoder_(tokenizer, true, at_start_),
       filter_(options.stops) {

@@ -278,6 +278,26 @@ TEST(Generation, BadOptionsAreRefused) {
   EXPECT_THROW(Generation(*tokenizer, options, kSeen, 100), Error);
 }
 
+// The likeliest row is padding: it has no token, so it gets no logit and is never said.
+TEST(Generate, RowsWithoutATokenAreNeverSaid) {
+  const auto model = ModelThatSays(5, 6, {"a", "b", "c"});
+  for (const float temperature : {0.0f, 5.0f}) {
+    GenerateOptions options;
+    options.sampler = {.temperature = temperature, .top_k = 0, .top_p = 1, .min_p = 0};
+    options.max_tokens = 30;
+    const GenerateResult result = Say(model, options);
+    EXPECT_EQ(result.generated_tokens, 30u);
+    EXPECT_EQ(result.text.size(), 30u) << result.text;
+  }
+  Engine engine(model, {.threads = 1, .compute = ComputeChoice::kF32});
+  Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse("full")));
+  const std::vector<int32_t> known = {0, 2}, padding = {3};
+  engine.Prefill({{&sequence, known, LogitsRows::kAll}}, [](std::span<const LogitsRow> rows) {
+    for (const LogitsRow& row : rows) EXPECT_EQ(row.logits.size(), 3u);
+  });
+  EXPECT_THROW(engine.Decode({{&sequence, padding, LogitsRows::kLast}}), Error);
+}
+
 TEST(Memory, TooMuchIsRefusedWithBothNumbers) {
   ASSERT_TRUE(AvailableMemory().has_value());
   EXPECT_GT(*AvailableMemory(), size_t{1} << 20);

@@ -1,5 +1,6 @@
 #include "model/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string_view>
 
@@ -92,6 +93,20 @@ void ReadRope(const KeyReader& keys, ModelConfig& config) {
   config.rope_factor = factor;
 }
 
+// Files pad their matrices to round numbers of rows. Those rows have no token: nothing is ever looked up in them, and
+// no logit is computed of them, so that all probabilities are of tokens. Without a vocabulary every row is a token.
+void ReadVocabularySize(const GgufFile& file, const KeyReader& keys, ModelConfig& config) {
+  const size_t rows = config.n_vocab_rows;
+  if (rows > kMaxVocab)
+    keys.Refuse("token_embd.weight", fmt::format("at most {} rows", kMaxVocab), fmt::format("{}", rows));
+  const GgufValue* tokens = file.Find("tokenizer.ggml.tokens");
+  const size_t n_tokens = tokens != nullptr && tokens->is_array() ? tokens->size() : 0;
+  config.n_vocab = n_tokens == 0 ? rows : std::min(rows, n_tokens);
+  const size_t stated = keys.CountOr("vocab_size", kMaxVocab, rows);
+  if (stated != rows && stated != config.n_vocab)
+    keys.Refuse("vocab_size", fmt::format("the {} rows of token_embd.weight", rows), fmt::format("{}", stated));
+}
+
 }  // namespace
 
 ModelConfig ReadModelConfig(const GgufFile& file) {
@@ -118,11 +133,8 @@ ModelConfig ReadModelConfig(const GgufFile& file) {
 
   const GgufTensor* embedding = file.FindTensor("token_embd.weight");
   if (embedding == nullptr) Fail(ErrorCode::kNotFound, "{}: tensor token_embd.weight is missing", file.name());
-  config.n_vocab = embedding->Rows();
-  if (config.n_vocab > kMaxVocab)
-    keys.Refuse("token_embd.weight", fmt::format("at most {} rows", kMaxVocab), fmt::format("{}", config.n_vocab));
-  if (const size_t n = keys.CountOr("vocab_size", kMaxVocab, config.n_vocab); n != config.n_vocab)
-    keys.Refuse("vocab_size", fmt::format("the {} rows of token_embd.weight", config.n_vocab), fmt::format("{}", n));
+  config.n_vocab_rows = embedding->Rows();
+  ReadVocabularySize(file, keys, config);
   return config;
 }
 

@@ -103,6 +103,13 @@ LayerWeights ReadLayer(TensorReader& tensors, const ModelConfig& c, size_t index
   };
 }
 
+// An embedding or output matrix without its padding.
+WeightView VocabularyMatrix(TensorReader& tensors, const std::string& name, const ModelConfig& config) {
+  WeightView matrix = tensors.Matrix(name, config.n_vocab_rows, config.d_model);
+  matrix.n_out = config.n_vocab;
+  return matrix;
+}
+
 RopeTable MakeRope(TensorReader& tensors, const ModelConfig& config) {
   return RopeTable({.n_dims = config.head_dim,
                     .style = config.rope_style,
@@ -152,9 +159,9 @@ std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading l
   TensorReader tensors(*file);
   std::shared_ptr<Model> model(new Model(file, config, MakeRope(tensors, config)));
   model->path_ = path;
-  model->token_embedding_ = tensors.Matrix("token_embd.weight", config.n_vocab, config.d_model);
-  model->output_ = tensors.Has("output.weight") ? tensors.Matrix("output.weight", config.n_vocab, config.d_model)
-                                                : model->token_embedding_;
+  model->token_embedding_ = VocabularyMatrix(tensors, "token_embd.weight", config);
+  model->output_ =
+      tensors.Has("output.weight") ? VocabularyMatrix(tensors, "output.weight", config) : model->token_embedding_;
   model->output_norm_ = tensors.Vector("output_norm.weight", config.d_model);
   for (size_t i = 0; i < config.n_layers; ++i) model->layers_.push_back(ReadLayer(tensors, config, i));
   tensors.RefuseUnused();

@@ -22,6 +22,7 @@ struct TinyFile {
                                             {"attention.head_count", 2}, {"attention.head_count_kv", 1}};
   std::map<std::string, float> reals = {{"attention.layer_norm_rms_epsilon", 1e-5f}};
   std::map<std::string, std::string> texts;
+  std::vector<std::string> tokens;  // of the vocabulary; none: it has none
   std::map<std::string, std::vector<size_t>> tensors = {
       {"token_embd.weight", {8, 5}},    {"output_norm.weight", {8}},          {"blk.0.attn_norm.weight", {8}},
       {"blk.0.ffn_norm.weight", {8}},   {"blk.0.attn_q.weight", {8, 8}},      {"blk.0.attn_k.weight", {8, 4}},
@@ -35,6 +36,7 @@ struct TinyFile {
     for (const auto& [key, value] : counts) writer.Add(architecture + "." + key, value);
     for (const auto& [key, value] : reals) writer.Add(architecture + "." + key, value);
     for (const auto& [key, value] : texts) writer.Add(architecture + "." + key, value);
+    if (!tokens.empty()) writer.AddArray("tokenizer.ggml.tokens", tokens);
     const std::vector<std::byte> zeros(4096);
     for (const auto& [name, ne] : tensors) {
       const DType type = types.contains(name) ? types.at(name) : DType::kF32;
@@ -61,6 +63,24 @@ std::string Refusal(const TinyFile& file) {
   }
   std::filesystem::remove(path);
   return message;
+}
+
+TEST(Model, RowsBehindTheLastTokenAreNotUsed) {
+  TinyFile file;
+  file.tensors["output.weight"] = {8, 5};
+  file.tokens = {"a", "b", "c"};
+  for (const uint32_t stated : {3u, 5u}) {
+    file.counts["vocab_size"] = stated;
+    const std::string path = file.Write();
+    const auto model = Model::Load(path, ModelLoading::kRead);
+    std::filesystem::remove(path);
+    EXPECT_EQ(model->config().n_vocab, 3u);
+    EXPECT_EQ(model->config().n_vocab_rows, 5u);
+    EXPECT_EQ(model->output().n_out, 3u);
+    EXPECT_EQ(model->token_embedding().n_out, 3u);
+  }
+  file.counts["vocab_size"] = 4;
+  EXPECT_NE(Refusal(file).find("vocab_size"), std::string::npos);
 }
 
 TEST(Model, TinyFileLoadsWithItsDefaults) {

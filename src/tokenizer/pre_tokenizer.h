@@ -32,17 +32,18 @@ class PreTokenizer {
   // The name of the family, "gpt-2" for "mpt".
   std::string_view family() const;
   // A piece that is a token as a whole becomes that token, even where merges would not lead to it (Llama 3).
-  bool ignore_merges() const;
+  bool ignore_merges() const { return ignore_merges_; }
   // Whether a sequence begins with BOS when the file does not say.
-  bool adds_bos() const;
+  bool adds_bos() const { return adds_bos_; }
 
  private:
   class Pattern;
 
-  PreTokenizer(const PreTokenizerFamily& family, bool with_llama3_defaults);
+  PreTokenizer(const PreTokenizerFamily& family, bool ignore_merges, bool adds_bos);
 
   const PreTokenizerFamily* family_;
-  bool llama3_defaults_;
+  bool ignore_merges_;
+  bool adds_bos_;
   std::vector<std::shared_ptr<const Pattern>> patterns_;
 };
 

@@ -74,12 +74,24 @@ TEST(PreTokenizer, AliasesShareAFamily) {
   EXPECT_EQ(family("olmo"), "gpt-2");
   EXPECT_EQ(family("starcoder"), "smollm");
   EXPECT_EQ(family("deepseek-r1-qwen"), "qwen2");
+  EXPECT_EQ(family("hunyuan-dense"), "deepseek-v3");
+}
+
+// The vectors of tokenizers cover every family, so that no name is silently another.
+TEST(PreTokenizer, EveryFamilyHasVectors) {
+  for (const auto name : PreTokenizer::Names()) {
+    const auto family = PreTokenizer::ForName(name, "test").family();
+    EXPECT_TRUE(BpeVectors().at("pre").contains(family)) << name << " is of the family " << family;
+  }
 }
 
 // Llama 3 looks whole pieces up before merging and begins with BOS; another model with its pattern need not.
 TEST(PreTokenizer, DefaultsBelongToTheNameNotToThePattern) {
   EXPECT_TRUE(PreTokenizer::ForName("llama-bpe", "test").ignore_merges());
   EXPECT_TRUE(PreTokenizer::ForName("llama-bpe", "test").adds_bos());
+  EXPECT_TRUE(PreTokenizer::ForName("tekken", "test").adds_bos());
+  EXPECT_TRUE(PreTokenizer::ForName("minicpm5", "test").ignore_merges());
+  EXPECT_FALSE(PreTokenizer::ForName("minicpm5", "test").adds_bos());
   EXPECT_FALSE(PreTokenizer::ForName("smaug-bpe", "test").ignore_merges());
   EXPECT_FALSE(PreTokenizer::ForName("qwen2", "test").adds_bos());
 }
@@ -91,13 +103,29 @@ TEST(PreTokenizer, RefusesAnUnknownNameByName) {
   EXPECT_NE(message.find("smollm"), std::string::npos) << message;
 }
 
-// A million characters that one alternative takes whole: neither a match limit nor quadratic time.
+// Patterns that are known, but of no model that can be run, are refused like others, not taken for the default.
+TEST(PreTokenizer, RefusesNamesWithoutAPattern) {
+  for (const char* name : {"superbpe", "kimi-k2", "afmoe", "bloom", "gemma4", "exaone-moe"})
+    EXPECT_NE(ErrorOf([&] { PreTokenizer::ForName(name, "f"); }).find(name), std::string::npos);
+}
+
+// Half a million characters without a place to cut them: neither a match limit nor quadratic time.
 TEST(PreTokenizer, LongRunsAreFine) {
-  constexpr size_t kLength = 1 << 20;
-  for (const auto name : {"gpt-2", "llama-bpe", "default"}) {
-    EXPECT_EQ(Split(name, std::string(kLength, ' ') + "x"), (Pieces{std::string(kLength - 1, ' '), " x"})) << name;
+  constexpr size_t kLength = 1 << 19;
+  for (const auto& [name, unused] : BpeVectors().at("pre").items()) {
     EXPECT_EQ(Split(name, std::string(kLength, 'x')).size(), 1u) << name;
+    EXPECT_EQ(Split(name, std::string(kLength, 'X')).size(), 1u) << name;
+    for (const std::string part : {" ", "\n", "1", "!", "'s", "\u4E2D", "\u0301", "a\u0301", " \n", "aB", " a"}) {
+      std::string text;
+      while (text.size() < kLength) text += part;
+      for (const char* end : {"", "x", "\u4E2D", "!"}) {
+        std::string joined;
+        for (const std::string& piece : Split(name, text + end)) joined += piece;
+        EXPECT_EQ(joined == text + end, true) << name << ", many of " << part;
+      }
+    }
   }
+  EXPECT_EQ(Split("gpt-2", std::string(kLength, ' ') + "x"), (Pieces{std::string(kLength - 1, ' '), " x"}));
 }
 
 }  // namespace

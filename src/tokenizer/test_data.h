@@ -77,6 +77,15 @@ inline std::filesystem::path SharedFile(std::string_view relative) {
   return root / relative;
 }
 
+// A file of a whole model: in the folder LESSKV_MODELS or in models/cache of the checkout; where it is absent, tests
+// skip.
+inline std::filesystem::path ModelFile(std::string_view name) {
+  const char* const models = std::getenv("LESSKV_MODELS");
+  const auto folder =
+      models != nullptr ? std::filesystem::path(models) : std::filesystem::path(LESSKV_SOURCE_DIR) / "models/cache";
+  return folder / name;
+}
+
 // Well-formed text of up to `max_characters` characters from all planes, rich in spaces, digits and ASCII.
 inline std::string RandomText(Rng& rng, uint64_t max_characters) {
   std::string text;

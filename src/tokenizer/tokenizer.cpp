@@ -47,11 +47,10 @@ Tokenizer::Tokenizer(Vocabulary vocabulary) : vocabulary_(std::move(vocabulary))
 
 void Tokenizer::LoadPieces() {
   token_bytes_.reserve(size());
-  for (size_t id = 0; id < size(); ++id) {
-    const TokenType type = Type(static_cast<int32_t>(id));
-    const bool literal = !HasOwnText(type) || type == TokenType::kUserDefined;
-    const std::string& text = vocabulary_.tokens[id];
-    token_bytes_.push_back(literal ? text : model_->PieceBytes(text, type == TokenType::kByte));
+  for (size_t i = 0; i < size(); ++i) {
+    const auto id = static_cast<int32_t>(i);
+    const std::string& text = vocabulary_.tokens[i];
+    token_bytes_.push_back(IsSpecial(id) ? text : model_->PieceBytes(text, Type(id) == TokenType::kByte));
   }
 }
 
@@ -62,7 +61,7 @@ void Tokenizer::LoadSpecialTokens() {
     const std::string& text = vocabulary_.tokens[i];
     if (text.empty()) continue;
     if (type == TokenType::kUserDefined) user_defined_.Add(text, id);
-    if (type == TokenType::kUserDefined || !HasOwnText(type)) all_special_.Add(text, id);
+    if (IsSpecial(id)) all_special_.Add(text, id);
   }
 }
 
@@ -73,11 +72,12 @@ void Tokenizer::LoadSequenceRules() {
   for (const uint32_t id : v.ends) end_of_generation_.insert(static_cast<int32_t>(id));
 }
 
-std::vector<int32_t> Tokenizer::Encode(std::string_view text, bool add_special, bool parse_special) const {
+std::vector<int32_t> Tokenizer::Encode(std::string_view text, bool add_special, bool parse_special,
+                                       bool at_start) const {
   std::vector<int32_t> ids;
   if (add_special && add_bos_) ids.push_back(bos());
   const TextPiece piece{text, parse_special};
-  EncodePieces({&piece, 1}, true, ids);
+  EncodePieces({&piece, 1}, at_start, ids);
   if (add_special && add_eos_) ids.push_back(eos());
   return ids;
 }
@@ -103,7 +103,7 @@ void Tokenizer::EncodePieces(std::span<const TextPiece> pieces, bool at_start, s
   }
   std::string plain;  // since the last special token
   const auto encode_plain = [&] {
-    model_->Encode(plain, at_start, ids);
+    if (!plain.empty()) model_->Encode(plain, at_start, ids);
     at_start = at_start && plain.empty();
     plain.clear();
   };
@@ -138,11 +138,15 @@ TokenType Tokenizer::Type(int32_t id) const {
   return static_cast<TokenType>(vocabulary_.types[static_cast<size_t>(id)]);
 }
 
+bool Tokenizer::IsSpecial(int32_t id) const {
+  const TokenType type = Type(id);
+  return type == TokenType::kUserDefined || !HasOwnText(type);
+}
+
 void Tokenizer::AppendText(int32_t id, bool skip_special, bool& at_start, std::string& out) const {
   std::string_view bytes = TokenBytes(id);
-  const TokenType type = Type(id);
-  if (type == TokenType::kUserDefined || !HasOwnText(type)) {
-    if (HasOwnText(type) || !skip_special) out += bytes;
+  if (IsSpecial(id)) {
+    if (HasOwnText(Type(id)) || !skip_special) out += bytes;
     at_start = true;
     return;
   }

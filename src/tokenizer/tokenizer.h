@@ -39,9 +39,13 @@ class Tokenizer {
   //   add_special    puts BOS before and EOS behind where the vocabulary wants that (add_bos(), add_eos())
   //   parse_special  texts of control tokens ("<|im_end|>") in `text` become those tokens; else they are plain text.
   //                  User-defined tokens are found in any case
+  //   at_start       nothing, or a special token, comes before (IsAtStart): SentencePiece then begins with a space
   // Damaged UTF-8 is no error: its bytes survive as byte tokens (SentencePiece) or become U+FFFD each (BPE). Time and
   // memory are nearly linear in the text. Throws Error (kInvalidArgument) for a text of kMaxTextBytes or more.
-  std::vector<int32_t> Encode(std::string_view text, bool add_special, bool parse_special) const;
+  std::vector<int32_t> Encode(std::string_view text, bool add_special, bool parse_special, bool at_start = true) const;
+
+  // Whether a text behind `before` stands at a start: nothing comes before it, or a special token does.
+  bool IsAtStart(std::span<const int32_t> before) const { return before.empty() || IsSpecial(before.back()); }
 
   // The ids of pieces of one text, one behind the other: what is between special tokens becomes tokens as a whole, across
   // the pieces, but special tokens are parsed only inside a piece that says so. No BOS, no EOS. `at_start`: nothing, or
@@ -84,6 +88,7 @@ class Tokenizer {
  private:
   explicit Tokenizer(Vocabulary vocabulary);
 
+  bool IsSpecial(int32_t id) const;  // control, unknown or user-defined
   static int32_t IdOrNone(std::optional<uint32_t> id) { return id ? static_cast<int32_t>(*id) : -1; }
   void EncodePieces(std::span<const TextPiece> pieces, bool at_start, std::vector<int32_t>& ids) const;
   void LoadPieces();
