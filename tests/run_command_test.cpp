@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/run_info.h"
+#include "kvcache/residual/sidecar.h"
 
 namespace lesskv {
 namespace {
@@ -58,6 +59,34 @@ TEST_F(RunCommand, SessionThatCannotBeSavedIsRefusedFirst) {
   EXPECT_EQ(result.status, 2);
   EXPECT_EQ(result.out, "");
   EXPECT_NE(result.err.find("nowhere"), std::string::npos) << result.err;
+}
+
+// A sidecar belongs to a model, not to a file: it is found beside a copy in another quantisation, by the model's identity.
+TEST_F(RunCommand, ASidecarServesEveryQuantisationOfItsModel) {
+  const auto info = [&](const std::string& file) {
+    const Result result = Shell(fmt::format("$L info {} --json", file));
+    return nlohmann::json::parse(result.out);
+  };
+  ASSERT_EQ(Shell("$L quantize $M small.gguf F16").status, 0);
+  const std::string identity = info("small.gguf")["identity"];
+  EXPECT_EQ(info("$M")["identity"], identity);
+  EXPECT_NE(info("$M")["fingerprint"], info("small.gguf")["fingerprint"]);
+  Sidecar sidecar = InitialSidecar({.n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 8, .rank = 4, .hidden = 8}, 1);
+  const auto write = [&](uint64_t own) {
+    sidecar.model_fingerprint = 1;
+    sidecar.model_identity = own;
+    WriteSidecar(Path("other.less.gguf"), sidecar);
+  };
+  const std::string command = "$L run -m small.gguf -p 'the sea and the land' -n 9 --temp 0 --json --kv 'h2o(4)+less'";
+  write(std::stoull(identity, nullptr, 16));
+  const Result found = Shell(command);
+  ASSERT_EQ(found.status, 0) << found.err;
+  EXPECT_GT(nlohmann::json::parse(found.out)["sidecar_bytes"], 0);
+  write(5);
+  EXPECT_EQ(Shell(command).status, 2);
+  const Result foreign = Shell("$L run -m small.gguf -p x -n 1 --kv 'h2o(4)+less(file=\"other.less.gguf\")'");
+  EXPECT_EQ(foreign.status, 2);
+  EXPECT_NE(foreign.err.find("belong to the model"), std::string::npos) << foreign.err;
 }
 
 TEST_F(RunCommand, UnknownSubcommandIsNamed) {
