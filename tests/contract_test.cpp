@@ -55,9 +55,7 @@ void ExpectSameLives(const std::vector<Outputs>& a, const std::vector<Outputs>& 
   for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(Same(a[i], b[i])) << "step " << i;
 }
 
-bool Evicts(const std::string& spec) { return CacheSpec::Parse(spec).Find("full") == nullptr; }
-// Heads that do not grow while decoding.
-bool Bounded(const std::string& spec) { return Evicts(spec) && CacheSpec::Parse(spec).Find("snapkv") == nullptr; }
+bool Evicts(const std::string& spec) { return TraitsOf(*CacheSpec::Parse(spec).Find(Stage::kSelect)).evicts; }
 
 // The machine's other cores are not ours: with one thread no test waits for a pool.
 class OneThread : public testing::Environment {
@@ -98,7 +96,7 @@ TEST(Contract, NothingReturnsAndBudgetsHold) {
       seen += step.n;
       ASSERT_EQ(cache.tokens_seen(), seen);
       const auto now = AllResident(cache, shape);
-      const bool evicts = Bounded(spec) || (Evicts(spec) && step.kind != StepKind::kDecode);
+      const bool evicts = config->global().selector->EvictsIn(step.kind);
       const auto budgets = config->Budgets(config->prefill_chunk() > 0 || seen < 60 ? 45 : seen);
       double rows = 0;
       for (size_t i = 0; i < now.size(); ++i) {

@@ -1,3 +1,4 @@
+#include "base/checked.h"
 #include "base/plain_read.h"
 
 #include <algorithm>
@@ -27,7 +28,7 @@ inline void AddLine(const std::byte* line, uint64_t* sums) {
 double PlainReadSeconds(std::span<const std::byte> data) {
   const auto start = std::chrono::steady_clock::now();
   const size_t n_lines = data.size() / kLine;
-  ParallelFor((n_lines + kTaskLines - 1) / kTaskLines, [&](size_t task) {
+  ParallelFor(CeilDiv(n_lines, kTaskLines), [&](size_t task) {
     const std::byte* first = data.data() + task * kTaskLines * kLine;
     const size_t half = std::min(kTaskLines, n_lines - task * kTaskLines) / 2;
     uint64_t sums[2][kLine / sizeof(uint64_t)] = {};

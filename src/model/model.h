@@ -1,5 +1,5 @@
 // A language model: its description and its weights. Immutable, shared by all sequences and threads.
-// Matrices stay memory-mapped in their stored type; norm weights and biases are copied to f32.
+// Matrices stay in their stored type, mapped or read (ModelLoading); norm weights and biases are copied to f32.
 #pragma once
 
 #include <cstddef>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/checked.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "base/threads.h"
@@ -45,7 +46,7 @@ void Rotate(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, 
   CHECK(table.n_dims() <= head_dim, "{} rotary dimensions of heads of {}", table.n_dims(), head_dim);
   const size_t n_pairs = table.n_dims() / 2;
   constexpr size_t kRowsPerTask = 16;
-  const size_t n_tasks = (n_rows + kRowsPerTask - 1) / kRowsPerTask;
+  const size_t n_tasks = CeilDiv(n_rows, kRowsPerTask);
   std::vector<float> angles(n_tasks * n_pairs * 2);
   ParallelFor(n_tasks, [&](size_t task) {
     float* cosine = angles.data() + task * n_pairs * 2;
