@@ -6,7 +6,10 @@
 
 #include "base/error.h"
 #include "base/rng.h"
+#include "base/threads.h"
 #include "kernels/basic/cpu.h"
+#include "kernels/linear/linear.h"
+#include "model/forward.h"
 
 namespace lesskv {
 namespace {
@@ -32,60 +35,114 @@ size_t Depth(const CacheConfig& config) {
   return std::min(most == 0 ? kDepth : most + most / 4 + 1, ctx - std::min(ctx, kPrompt + kSteps));
 }
 
-using Logits = std::vector<std::vector<float>>;
-
-Logits Run(Engine& engine, Sequence sequence, const std::vector<int32_t>& tokens) {
-  Logits logits;
-  const LogitsSink keep = [&](std::span<const LogitsRow> tile) {
-    for (const LogitsRow& row : tile) logits.emplace_back(row.logits.begin(), row.logits.end());
-  };
-  const size_t n_prompt = tokens.size() - kSteps;
-  engine.Prefill({{&sequence, std::span(tokens).first(n_prompt), LogitsRows::kLast}}, keep);
-  for (size_t i = n_prompt; i < tokens.size(); ++i)
-    engine.Decode({{&sequence, std::span(tokens).subspan(i, 1), LogitsRows::kLast}}, keep);
-  return logits;
-}
-
-double Difference(const std::vector<float>& found, const std::vector<float>& expected) {
+double Difference(std::span<const float> found, std::span<const float> expected) {
   double error = 0, power = 0;
   for (size_t i = 0; i < found.size(); ++i) {
     error += std::pow(static_cast<double>(found[i]) - expected[i], 2);
     power += std::pow(static_cast<double>(expected[i]), 2);
   }
-  return error / std::max(power, 1e-30);
+  const double difference = error / std::max(power, 1e-30);
+  return std::isfinite(difference) ? difference : INFINITY;
 }
 
-}  // namespace
+// A step of a cache, whose every layer a copy of it answers, too, with the scalar kernels.
+class CheckedStep final : public KvCache {
+ public:
+  CheckedStep(SequenceCache& cache, size_t n_tokens, StepKind kind)
+      : cache_(cache), reference_(cache.Clone()), n_tokens_(n_tokens) {
+    cache.BeginStep(n_tokens, kind);
+    reference_->BeginStep(n_tokens, kind);
+  }
 
-double VerifyTolerance(ComputeType compute) { return compute == ComputeType::kF32 ? 1e-6 : 2e-2; }
+  void Append(size_t layer, const float* keys, const float* values) override {
+    cache_.Append(layer, keys, values);
+    const ScalarKernels scalar;
+    reference_->Append(layer, keys, values);
+  }
 
-double VerifyAgainstScalar(Engine& engine, const std::shared_ptr<const CacheConfig>& config, uint64_t seed) {
+  void Attend(size_t layer, const float* queries, float* out) override {
+    cache_.Attend(layer, queries, out);
+    const size_t n = n_tokens_ * cache_.config().shape().layers[layer].q_dim();
+    std::vector<float> expected(n);
+    {
+      const ScalarKernels scalar;
+      reference_->Attend(layer, queries, expected.data());
+    }
+    worst_ = std::max(worst_, Difference({out, n}, expected));
+  }
+
+  double End() {
+    cache_.EndStep();
+    return worst_;
+  }
+
+ private:
+  SequenceCache& cache_;
+  std::unique_ptr<SequenceCache> reference_;
+  size_t n_tokens_;
+  double worst_ = 0;
+};
+
+double CheckAttention(Engine& engine, const std::shared_ptr<const CacheConfig>& config, uint64_t seed) {
   const size_t ctx = config->shape().ctx;
   if (ctx <= kSteps) return 0;  // a context of one or two tokens has nothing to compare
   Rng rng(seed + 1);
   std::vector<int32_t> tokens(std::min(kPrompt, ctx - kSteps) + kSteps);
   for (int32_t& token : tokens) token = static_cast<int32_t>(rng.Below(engine.model().config().n_vocab));
-
-  auto cache = std::make_unique<SequenceCache>(config);
-  const size_t depth = Depth(*config);
-  if (depth > 0) cache->FillRandom(depth, seed);
-  const Sequence filled(std::move(cache), std::vector<int32_t>(depth));
-  const Logits found = Run(engine, filled.Clone(), tokens);
-  Logits expected;
-  {
-    const ScalarKernels scalar;
-    expected = Run(engine, filled.Clone(), tokens);
-  }
+  SequenceCache cache(config);
+  if (const size_t depth = Depth(*config); depth > 0) cache.FillRandom(depth, seed);
+  const StepKind prompt = config->prefill_chunk() > 0 ? StepKind::kStream : StepKind::kPrompt;
+  ForwardWorkspace workspace;
   double worst = 0;
-  for (size_t i = 0; i < found.size(); ++i) {
-    const double difference = Difference(found[i], expected[i]);
-    worst = std::isfinite(difference) ? std::max(worst, difference) : INFINITY;
+  for (size_t at = 0; at < tokens.size();) {
+    const size_t n = at == 0 ? tokens.size() - kSteps : 1;
+    CheckedStep step(cache, n, at == 0 ? prompt : StepKind::kDecode);
+    Forward(engine.model(), std::span(tokens).subspan(at, n), step, engine.compute(), workspace);
+    worst = std::max(worst, step.End());
+    at += n;
   }
+  return worst;
+}
+
+// Some rows of a matrix times random rows, one and as many as take the other path.
+double CheckProduct(const WeightView& weights, ComputeType compute, uint64_t seed) {
+  constexpr size_t kOutputs = 64;
+  WeightView some = weights;
+  some.n_out = std::min(kOutputs, weights.n_out);
+  double worst = 0;
+  for (const size_t n_tokens : {size_t{1}, kMostFewTokens + 1}) {
+    Rng rng(seed);
+    std::vector<float> x(n_tokens * some.n_in), found(n_tokens * some.n_out), expected(found.size());
+    for (float& value : x) value = rng.Normal();
+    Linear(some, x.data(), some.n_in, n_tokens, found.data(), some.n_out, compute);
+    const ScalarKernels scalar;
+    Linear(some, x.data(), some.n_in, n_tokens, expected.data(), some.n_out, compute);
+    worst = std::max(worst, Difference(found, expected));
+  }
+  return worst;
+}
+
+double CheckProducts(const Engine& engine, uint64_t seed) {
+  const LayerWeights& layer = engine.model().layer(0);
+  double worst = 0;
+  for (const WeightView* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.ffn_gate, &layer.ffn_up,
+                              &layer.ffn_down, &engine.model().output()})
+    if (w->n_out > 0) worst = std::max(worst, CheckProduct(*w, engine.compute(), seed));
+  return worst;
+}
+
+}  // namespace
+
+double VerifyTolerance(ComputeType compute) { return compute == ComputeType::kF32 ? 1e-6 : 2e-3; }
+
+double VerifyAgainstScalar(Engine& engine, const std::shared_ptr<const CacheConfig>& config, uint64_t seed) {
+  const ThreadScope scope(engine.threads());
+  const double worst = std::max(CheckAttention(engine, config, seed), CheckProducts(engine, seed));
   const double bound = VerifyTolerance(engine.compute());
   if (!(worst <= bound))
     Fail(ErrorCode::kRuntime,
-         "{} with {} kernels disagrees with the scalar ones, so it is not timed: normalised squared difference of the "
-         "logits {:.2g}, at most {:.2g} expected",
+         "{} with {} kernels disagrees with the scalar ones, so it is not timed: normalised squared difference {:.2g}, "
+         "at most {:.2g} expected",
          config->spec_text(), IsaName(), worst, bound);
   return worst;
 }
