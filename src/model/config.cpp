@@ -96,7 +96,9 @@ void ReadRope(const KeyReader& keys, ModelConfig& config) {
 // Files pad their matrices to round numbers of rows. Those rows have no token: nothing is ever looked up in them, and
 // no logit is computed of them, so that all probabilities are of tokens. Without a vocabulary every row is a token.
 void ReadVocabularySize(const GgufFile& file, const KeyReader& keys, ModelConfig& config) {
-  const size_t rows = config.n_vocab_rows;
+  const GgufTensor* embedding = file.FindTensor("token_embd.weight");
+  if (embedding == nullptr) Fail(ErrorCode::kNotFound, "{}: tensor token_embd.weight is missing", file.name());
+  const size_t rows = embedding->Rows();
   if (rows > kMaxVocab)
     keys.Refuse("token_embd.weight", fmt::format("at most {} rows", kMaxVocab), fmt::format("{}", rows));
   const GgufValue* tokens = file.Find("tokenizer.ggml.tokens");
@@ -131,9 +133,6 @@ ModelConfig ReadModelConfig(const GgufFile& file) {
   ReadHeads(keys, config);
   ReadRope(keys, config);
 
-  const GgufTensor* embedding = file.FindTensor("token_embd.weight");
-  if (embedding == nullptr) Fail(ErrorCode::kNotFound, "{}: tensor token_embd.weight is missing", file.name());
-  config.n_vocab_rows = embedding->Rows();
   ReadVocabularySize(file, keys, config);
   return config;
 }

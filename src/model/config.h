@@ -21,8 +21,7 @@ struct ModelConfig {
   size_t head_dim = 0;    // even
   size_t d_model = 0;
   size_t d_ffn = 0;
-  size_t n_vocab = 0;       // tokens: all ids are below it, and there are as many logits
-  size_t n_vocab_rows = 0;  // of the embedding and output matrices; rows behind the last token are padding
+  size_t n_vocab = 0;
   size_t train_ctx = 0;  // context length the model was trained for
   float norm_eps = 0;
   double rope_base = 0;

@@ -45,6 +45,7 @@ class TensorReader {
   }
 
   bool Has(const std::string& name) const { return file_.FindTensor(name) != nullptr; }
+  size_t Rows(const std::string& name) { return Require(name).Rows(); }
 
   // A tensor nobody asked for would change the result in a way that the layer does not know. The two exceptions are
   // tables of rotations that old converters wrote and that follow from the metadata.
@@ -103,9 +104,9 @@ LayerWeights ReadLayer(TensorReader& tensors, const ModelConfig& c, size_t index
   };
 }
 
-// An embedding or output matrix without its padding.
+// The embedding or output matrix, both with the embedding's rows, without the padding behind the last token.
 WeightView VocabularyMatrix(TensorReader& tensors, const std::string& name, const ModelConfig& config) {
-  WeightView matrix = tensors.Matrix(name, config.n_vocab_rows, config.d_model);
+  WeightView matrix = tensors.Matrix(name, tensors.Rows("token_embd.weight"), config.d_model);
   matrix.n_out = config.n_vocab;
   return matrix;
 }

@@ -75,7 +75,6 @@ TEST(Model, RowsBehindTheLastTokenAreNotUsed) {
     const auto model = Model::Load(path, ModelLoading::kRead);
     std::filesystem::remove(path);
     EXPECT_EQ(model->config().n_vocab, 3u);
-    EXPECT_EQ(model->config().n_vocab_rows, 5u);
     EXPECT_EQ(model->output().n_out, 3u);
     EXPECT_EQ(model->token_embedding().n_out, 3u);
   }
