@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 
@@ -10,6 +11,7 @@
 #include "commands.h"
 #include "common.h"
 #include "engine/run_info.h"
+#include "kvcache/select/selector.h"
 
 namespace lesskv {
 namespace {
@@ -36,12 +38,28 @@ void ForEachConflict(Visit&& visit) {
         if (const auto reason = Conflict(*methods[i], *methods[j])) visit(*methods[i], *methods[j], *reason);
 }
 
+bool HasMethods(Stage stage) {
+  const auto methods = Methods();
+  return std::any_of(methods.begin(), methods.end(), [&](const Method* method) { return method->stage == stage; });
+}
+
+// What a selector's growth law says of the rows of a head.
+std::string RowsText(const Method& method) {
+  const SpecTerm term = ParseTerm(method.Example());
+  const SidecarSource no_sidecar;
+  const auto selector = method.make_selector(Arguments(method.parameters, term), {{}, 4096, ComputeType::kF32, no_sidecar});
+  if (!selector->Evicts()) return "all tokens seen";
+  if (selector->Bounded()) return "a fixed number";
+  return selector->EvictsIn(StepKind::kDecode) ? "a number that grows with the text" : "a fixed number of a prompt, and all generated ones";
+}
+
 std::string MarkdownText() {
   std::string text =
       "# Cache methods\n\n"
       "A cache is written as terms joined by `+`, at most one a stage, in any order. This page is the output of\n"
       "`lesskv methods -o md`.\n";
   for (Stage stage : kStages) {
+    if (!HasMethods(stage)) continue;
     text += fmt::format("\n## {}\n\n| term | what it does | source |\n|---|---|---|\n", Name(stage));
     for (const Method* method : Methods())
       if (method->stage == stage)
@@ -55,6 +73,10 @@ std::string MarkdownText() {
       text += "\n";
     }
   }
+  text += "\n## How many rows a head keeps\n\n";
+  for (const Method* method : Methods())
+    if (method->stage == Stage::kSelect) text += fmt::format("- `{}`: {}\n", method->name, RowsText(*method));
+  text += "\nIn models with local layers (a sliding window) this is about the global ones; local layers keep their window.\n";
   text += "\n## What cannot be combined\n\nTwo terms of one stage, and:\n\n";
   ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
     text += fmt::format("- `{}` + `{}`: {}\n", a.Example(), b.Example(), reason);
@@ -66,6 +88,7 @@ std::string MarkdownText() {
 std::string PlainText() {
   std::string text;
   for (Stage stage : kStages) {
+    if (!HasMethods(stage)) continue;
     text += fmt::format("{}{}\n", text.empty() ? "" : "\n", Name(stage));
     for (const Method* method : Methods())
       if (method->stage == stage)
@@ -95,6 +118,7 @@ std::string JsonText() {
     methods.push_back({{"name", method->name}, {"stage", Name(method->stage)}, {"default", IsDefault(*method)},
                        {"summary", method->summary}, {"reference", method->reference},
                        {"example", method->Example()}, {"parameters", parameters}});
+    if (method->stage == Stage::kSelect) methods.back()["rows"] = RowsText(*method);
   }
   ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
     conflicts.push_back({{"a", a.name}, {"b", b.name}, {"reason", reason}});

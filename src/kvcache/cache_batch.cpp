@@ -20,8 +20,6 @@ constexpr size_t kTileQueries = 512;
 // the other, each on all threads.
 constexpr size_t kShortStep = 64;
 
-size_t QueryDim(const PolicyCache& part, size_t layer) { return part.policy.layers[layer].q_dim(); }
-
 // Room for what an observer sees: sums that tiles are added to, or that the only tile overwrites.
 void SizeSums(const PolicyCache& part, size_t layer, const Observation& wanted, std::vector<std::vector<float>>& sums) {
   const LayerShape& shape = part.policy.layers[layer];
@@ -258,53 +256,62 @@ void CacheBatch::AddJobs(size_t layer, float* out) {
   }
 }
 
-// Column sums of tiles whose sequence wants them: in place where the tile is the whole step, else added up.
-void CacheBatch::ObserveTiles(size_t layer) {
+// Column sums of tiles that wait to be added to those of their step.
+struct CacheBatch::Sums {
   struct Addition {
     std::vector<float>* to;
     const std::vector<float>* from;
     size_t to_stride, stride, rows;
   };
-  std::vector<ColumnSumJob> sums;
+  std::vector<ColumnSumJob> jobs;
   std::vector<Addition> additions;
-  const auto observe = [&](const Tile& tile, const Observation& wanted, std::vector<std::vector<float>>& into) {
-    const size_t n_step = tile.item->n_rows(), first_observed = wanted.First(n_step);
-    if (first_observed >= tile.first + tile.n) return;
-    const size_t first = std::max(first_observed, tile.first) - tile.first;
-    const float* weights = nullptr;
-    if (wanted.decay != 1) {
-      std::vector<float>& list = list_.NewFloats();
-      for (size_t m = first; m < tile.n; ++m)
-        list.push_back(std::pow(wanted.decay, static_cast<float>(n_step - 1 - tile.first - m)));
-      weights = list.data();
+};
+
+// What an observer wants of a tile: in place where the tile is the whole step, else to be added up.
+void CacheBatch::AddSums(const Tile& tile, const Observation& wanted, std::vector<std::vector<float>>& into, Sums& sums) {
+  const size_t n_step = tile.item->n_rows(), first_observed = wanted.First(n_step);
+  if (first_observed >= tile.first + tile.n) return;
+  const size_t first = std::max(first_observed, tile.first) - tile.first;
+  const float* weights = nullptr;
+  if (wanted.decay != 1) {
+    std::vector<float>& list = list_.NewFloats();
+    for (size_t m = first; m < tile.n; ++m)
+      list.push_back(std::pow(wanted.decay, static_cast<float>(n_step - 1 - tile.first - m)));
+    weights = list.data();
+  }
+  for (size_t h = 0; h < tile.n_jobs; ++h) {
+    const AttentionJob& job = list_.jobs[tile.first_job + h];
+    const size_t n_rows = job.n_past + job.n_queries, heads = wanted.by_query_head ? job.group : 1;
+    float* to = into[h].data();
+    if (tile.n != n_step) {
+      std::vector<float>& part = list_.NewFloats();
+      part.resize(heads * n_rows);
+      sums.additions.push_back({&into[h], &part, into[h].size() / heads, n_rows, heads});
+      to = part.data();
     }
-    for (size_t h = 0; h < tile.n_jobs; ++h) {
-      const AttentionJob& job = list_.jobs[tile.first_job + h];
-      const size_t n_rows = job.n_past + job.n_queries, heads = wanted.by_query_head ? job.group : 1;
-      float* to = into[h].data();
-      if (tile.n != n_step) {
-        std::vector<float>& part = list_.NewFloats();
-        part.resize(heads * n_rows);
-        additions.push_back({&into[h], &part, into[h].size() / heads, n_rows, heads});
-        to = part.data();
-      }
-      sums.push_back({job, job.lse, first, weights, to, wanted.by_query_head});
-    }
-  };
+    sums.jobs.push_back({job, job.lse, first, weights, to, wanted.by_query_head});
+  }
+}
+
+void CacheBatch::KeepQueries(const Tile& tile, size_t stride, const Observation& wanted) {
+  const size_t first = wanted.First(tile.item->n_rows());
+  for (size_t i = std::max(first, tile.first); i < tile.first + tile.n; ++i) {
+    const float* row = tile.query.queries + (i - tile.first) * stride;
+    tile.item->work.queries.insert(tile.item->work.queries.end(), row, row + stride);
+  }
+}
+
+void CacheBatch::ObserveTiles(size_t layer) {
+  Sums sums;
   for (const Tile& tile : tiles_) {
     const PolicyCache& part = tile.item->Part(layer);
     const Observation selector = part.SelectorObserves();
-    if (tile.item->n_rows() > 1) observe(tile, selector, tile.item->work.attention);
-    observe(tile, part.BudgeterMeasures(), tile.item->work.measured);
-    if (!selector.keeps_queries) continue;
-    const size_t stride = QueryDim(part, tile.query.layer), first = selector.First(tile.item->n_rows());
-    for (size_t i = std::max(first, tile.first); i < tile.first + tile.n; ++i) {
-      const float* row = tile.query.queries + (i - tile.first) * stride;
-      tile.item->work.queries.insert(tile.item->work.queries.end(), row, row + stride);
-    }
+    if (tile.item->n_rows() > 1) AddSums(tile, selector, tile.item->work.attention, sums);
+    AddSums(tile, part.BudgeterMeasures(), tile.item->work.measured, sums);
+    if (selector.keeps_queries) KeepQueries(tile, part.policy.layers[tile.query.layer].q_dim(), selector);
   }
-  ColumnSums(sums);
-  for (const Addition& a : additions)
+  ColumnSums(sums.jobs);
+  for (const Sums::Addition& a : sums.additions)
     for (size_t i = 0; i < a.rows; ++i)
       Add(a.to->data() + i * a.to_stride, a.from->data() + i * a.stride, a.stride);
 }
