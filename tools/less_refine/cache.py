@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llm import narrow
+
 try:
   import h2o_kernel
 except ImportError:  # no Triton
@@ -103,7 +105,7 @@ def replay_scored(q, k, policy, step):
 
 
 class TakeRows(torch.autograd.Function):
-  """x [batch, heads, tokens, d] at index [batch, heads, n] (-1 reads row 0), in bfloat16; its gradient is summed in float32."""
+  """x [batch, heads, tokens, d] at index [batch, heads, n] (-1 reads row 0), narrowed; its gradient is summed in float32."""
 
   @staticmethod
   def forward(ctx, x, index):
@@ -112,7 +114,7 @@ class TakeRows(torch.autograd.Function):
     flat = (index.clamp(min=0) + base).flatten()
     ctx.save_for_backward(flat)
     ctx.shape = x.shape
-    return x.bfloat16().reshape(-1, d).index_select(0, flat).view(batch, heads, -1, d)
+    return narrow(x).reshape(-1, d).index_select(0, flat).view(batch, heads, -1, d)
 
   @staticmethod
   def backward(ctx, upstream):
@@ -157,15 +159,15 @@ def attend_parts(q, k, v, phi, psi, plan, step):
   batch, n_kv, tokens, d = k.shape
   group, steps, budget = q.shape[1] // n_kv, tokens // step, before.shape[3]
   by_step = lambda x: x.view(batch, n_kv, group, steps, step, -1).transpose(2, 3).flatten(3, 4)
-  own = lambda x: x.bfloat16().unflatten(2, (steps, step))
+  own = lambda x: narrow(x).unflatten(2, (steps, step))
   rows = lambda x: torch.cat((TakeRows.apply(x, before.flatten(2)).unflatten(2, (steps, budget)), own(x)), 3)
-  scores = (by_step(q.bfloat16()) @ rows(k).transpose(3, 4)).float() / math.sqrt(d)
+  scores = (by_step(narrow(q)) @ rows(k).transpose(3, 4)).float() / math.sqrt(d)
   hidden = torch.zeros(batch, n_kv, steps, 1, step, budget + step, dtype=torch.bool, device=k.device)
   hidden[..., :budget] = (before < 0)[:, :, :, None, None]
   hidden[..., budget:] = ~torch.tril(torch.ones(step, step, dtype=torch.bool, device=k.device))
   scores = scores.unflatten(3, (group, step)).masked_fill(hidden, -1e30).flatten(3, 4)
   lse = torch.logsumexp(scores, 4, keepdim=True)
-  exact = (torch.exp(scores - lse).bfloat16() @ rows(v)).float()
+  exact = (narrow(torch.exp(scores - lse)) @ rows(v)).float()
   return Parts(exact, lse, by_step(phi) @ state_before_steps(psi, v, leave, budget, step))
 
 

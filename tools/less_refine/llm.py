@@ -50,6 +50,11 @@ def read_tensors(reader):
     yield t.name, np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32)
 
 
+def narrow(x):
+  """bfloat16 where it is fast, on a GPU."""
+  return x.bfloat16() if x.is_cuda else x
+
+
 def rotate(x, cos, sin, halves):
   """x [batch, heads, tokens, d]: by position, the pairs (i, i + d/2) if `halves` (qwen2), else (2i, 2i + 1) (llama)."""
   if halves:
@@ -60,7 +65,7 @@ def rotate(x, cos, sin, halves):
 
 
 class Llm:
-  """Matrices in bfloat16, norms and biases in float32. hidden = forward(ids, attend), attend(layer, q, k, v) -> attention's output,
+  """Matrices in bfloat16 on a GPU, all else in float32. hidden = forward(ids, attend), attend(layer, q, k, v) -> attention's output,
   all [batch, heads or KV heads, tokens, d] in float32, q and k rotated."""
 
   def __init__(self, path, device="cpu"):
@@ -73,7 +78,8 @@ class Llm:
     for name, values in read_tensors(reader):
       if name not in names | optional:
         sys.exit(f"{path}: tensor {name} is of no known use in {self.shape.architecture}")
-      self.w[name] = torch.from_numpy(values).to(self.device, torch.bfloat16 if values.ndim == 2 else torch.float32)
+      self.w[name] = torch.from_numpy(values).to(self.device)
+      self.w[name] = narrow(self.w[name]) if values.ndim == 2 else self.w[name]
     if names - self.w.keys():
       sys.exit(f"{path}: tensor {min(names - self.w.keys())} is missing")
     self.head = self.w.get("output.weight", self.w["token_embd.weight"])
@@ -98,7 +104,7 @@ class Llm:
 
   def qkv(self, layer, x):
     s, (batch, tokens, _) = self.shape, x.shape
-    h = self.norm(x, f"blk.{layer}.attn_norm").bfloat16()
+    h = narrow(self.norm(x, f"blk.{layer}.attn_norm"))
 
     def split(name, heads):
       y = self.project(layer, name, h).float()
@@ -112,12 +118,12 @@ class Llm:
 
   def output_projection(self, layer, a):
     batch, heads, tokens, d = a.shape
-    return self.project(layer, "attn_output", a.transpose(1, 2).reshape(batch, tokens, heads * d).bfloat16()).float()
+    return self.project(layer, "attn_output", narrow(a.transpose(1, 2).reshape(batch, tokens, heads * d))).float()
 
   def finish(self, layer, x, a):
     """The layer's output from its input x [batch, tokens, width] and its attention's output a."""
     x = x + self.output_projection(layer, a)
-    h = self.norm(x, f"blk.{layer}.ffn_norm").bfloat16()
+    h = narrow(self.norm(x, f"blk.{layer}.ffn_norm"))
     return x + self.project(layer, "ffn_down", F.silu(self.project(layer, "ffn_gate", h)) * self.project(layer, "ffn_up", h)).float()
 
   def layer(self, layer, x, attend):
@@ -132,8 +138,8 @@ class Llm:
 
   def attend_all(self, layer, q, k, v):
     del layer
-    widen = lambda x: x.bfloat16().repeat_interleave(self.shape.group, 1)
-    return F.scaled_dot_product_attention(q.bfloat16(), widen(k), widen(v), is_causal=True).float()
+    widen = lambda x: narrow(x).repeat_interleave(self.shape.group, 1)
+    return F.scaled_dot_product_attention(narrow(q), widen(k), widen(v), is_causal=True).float()
 
   @torch.no_grad()
   def full(self, ids):

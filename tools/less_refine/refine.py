@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cache import Policy, attend_parts, by_token, replay
-from llm import Llm
+from llm import Llm, narrow
 from sidecar import FeatureMaps
 from texts import Crops, TextTokenizer, read_packed, tokenize
 
@@ -96,10 +96,10 @@ class Divergence(torch.autograd.Function):
     total, gradients, n = torch.zeros((), device=student.device), [], student.shape[0]
     chunk = 4096 if student.is_cuda else 256
     for at in range(0, n, chunk):
-      log_s, log_t = (F.linear(x[at:at + chunk].bfloat16(), head).float().log_softmax(-1) for x in (student, teacher))
+      log_s, log_t = (F.linear(narrow(x[at:at + chunk]), head).float().log_softmax(-1) for x in (student, teacher))
       p_t = log_t.exp()
       total += (p_t * (log_t - log_s)).sum()
-      gradients.append(((log_s.exp() - p_t).bfloat16() @ head).float() / n)
+      gradients.append((narrow(log_s.exp() - p_t) @ head).float() / n)
     ctx.save_for_backward(torch.cat(gradients))
     return total / n
 
@@ -120,7 +120,7 @@ def joint_loss(llm, ids, policy, step, maps):
 @torch.no_grad()
 def nats(llm, hidden, ids):
   """Of each token but the first, [batch, tokens - 1]."""
-  losses = [F.cross_entropy(F.linear(h[:-1].bfloat16(), llm.head).float(), row[1:], reduction="none") for h, row in zip(hidden, ids)]
+  losses = [F.cross_entropy(F.linear(narrow(h[:-1]), llm.head).float(), row[1:], reduction="none") for h, row in zip(hidden, ids)]
   return torch.stack(losses)
 
 
@@ -184,7 +184,7 @@ class Training:
     self.phases = [Phase("layerwise", args.layerwise, args.layerwise_minutes, args.layerwise_rate),
                    Phase("joint", args.steps, args.minutes, args.rate)]
     self.at = {"phase": 0, "step": 0, "seconds": 0.0}
-    self.tokens = 0
+    self.tokens = self.taken = 0
 
   def log(self, line):
     print(f"{time.time() - self.began:6.0f} s  {line}", file=sys.stderr, flush=True)
@@ -210,11 +210,12 @@ class Training:
       torch.nn.utils.clip_grad_norm_(self.maps.parameters(), 1.0)
     self.optimizer.step()
     self.tokens += drawn[0].numel()
+    self.taken += 1
     return loss.detach()
 
   def run_phase(self, phase):
     start, losses = time.time() - self.at["seconds"], []
-    while (done := phase.done(self.at["step"], time.time() - start)) < 1 and (phase.steps or phase.minutes):
+    while not self.stopped() and (done := phase.done(self.at["step"], time.time() - start)) < 1 and (phase.steps or phase.minutes):
       losses.append(self.step(phase, self.draw(phase, self.at["step"]), done, self.at["step"]))
       self.at["step"] += 1
       self.at["seconds"] = time.time() - start
@@ -224,6 +225,9 @@ class Training:
         losses = []
     if losses:
       self.report(phase, losses)
+
+  def stopped(self):
+    return self.args.stop_after and self.taken >= self.args.stop_after
 
   def report(self, phase, losses):
     mean = torch.stack(losses).float().mean(0)
@@ -257,6 +261,8 @@ class Training:
     elif not self.args.sidecar:
       calibrate(self.llm, self.draw(self.phases[0], 0)[0], self.maps)
     for index in range(self.at["phase"], len(self.phases)):
+      if self.stopped():
+        break
       if index != self.at["phase"]:
         self.at = {"phase": index, "step": 0, "seconds": 0.0}
       self.run_phase(self.phases[index])
@@ -296,6 +302,7 @@ def parse_arguments():
   p.add_argument("--minutes", type=float, default=0)
   p.add_argument("--rate", type=float, default=2e-3)
   p.add_argument("--batch", type=int, default=2, help="texts a step, of the first context; of longer ones fewer")
+  p.add_argument("--stop-after", type=int, default=0, help="steps of this run, for a rest that --resume makes up")
   p.add_argument("--every", type=int, default=25, help="steps between reports and states")
   p.add_argument("--valid", help="groups of --tokens to validate on at the end")
   p.add_argument("--valid-windows", type=int, default=8)

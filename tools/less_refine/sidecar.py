@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 import xxhash
 
+from llm import narrow, read_shape
+
 MAX_EXPONENT = 25.0  # kMaxExponent of feature_maps.h
 WARM_START = 1e-4    # psi before training: about the bare selector
 FIELDS = ("w1", "w2", "b1", "b2")
@@ -91,8 +93,8 @@ class FeatureMaps(torch.nn.Module):
     """x [batch, heads, tokens, head_dim] -> [batch, heads, tokens, rank]."""
     w1, w2, b1, b2 = (self.weights[f"{layer}_{net}_{field}"] for field in FIELDS)
     mean, deviation = (getattr(self, f"{layer}_{net}_{of}")[:, None] for of in ("mean", "deviation"))
-    hidden = F.gelu(((x - mean) / deviation).bfloat16() @ w1.bfloat16() + b1.bfloat16()[:, None])
-    return torch.exp(((hidden @ w2.bfloat16()).float() + b2[:, None]).clamp(max=MAX_EXPONENT))
+    hidden = F.gelu(narrow((x - mean) / deviation) @ narrow(w1) + narrow(b1)[:, None])
+    return torch.exp(((hidden @ narrow(w2)).float() + b2[:, None]).clamp(max=MAX_EXPONENT))
 
   def calibrate(self, layer, net, x):
     """Sets mean and deviation of the inputs; before training only."""
@@ -161,7 +163,6 @@ def main() -> None:
   args = parser.parse_args()
   maps = FeatureMaps.read(args.sidecar)
   if args.model:
-    from llm import read_shape
     maps.check(read_shape(gguf.GGUFReader(args.model), args.model), args.sidecar)
     maps.identify(args.model)
   maps.write(args.out, args.matrix_type)

@@ -7,6 +7,7 @@ writes ids once, for training elsewhere: NAME.ids (uint16 or uint32) and NAME.en
 at most, from a random place.
 """
 import argparse
+import functools
 import random
 import sys
 from pathlib import Path
@@ -34,18 +35,25 @@ class TextTokenizer:
   """The byte-level BPE inside a model file. `bos` is the token that begins every text, or None."""
 
   def __init__(self, path):
-    fields = gguf.GGUFReader(str(path)).fields
-    get = lambda key: fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in fields else None
-    merges = [tuple(m.split(" ")) for m in get("merges")]
-    self.bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(get("tokens"))}, merges=merges))
-    self.bpe.pre_tokenizer = pre_tokenizer(get("pre"), path)
-    if get("pre") == "qwen2":
-      self.bpe.normalizer = normalizers.NFC()
-    self.bos = get("bos_token_id") if get("add_bos_token") else None
-    self.dtype = np.uint16 if len(get("tokens")) <= 1 << 16 else np.uint32
+    self.path, self.fields = path, gguf.GGUFReader(str(path)).fields
+    self.bos = self.get("bos_token_id") if self.get("add_bos_token") else None
+
+  def get(self, key):
+    field = self.fields.get(f"tokenizer.ggml.{key}")
+    return field.contents() if field else None
+
+  @functools.cached_property
+  def bpe(self):
+    merges = [tuple(m.split(" ")) for m in self.get("merges")]
+    bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(self.get("tokens"))}, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizer(self.get("pre"), self.path)
+    if self.get("pre") == "qwen2":
+      bpe.normalizer = normalizers.NFC()
+    return bpe
 
   def encode(self, text):
-    return np.array(self.bpe.encode(text).ids, dtype=self.dtype)
+    ids = np.array(self.bpe.encode(text).ids, dtype=np.uint32)
+    return ids.astype(np.uint16) if self.bpe.get_vocab_size() <= 1 << 16 else ids
 
 
 def excerpt(blob, limit, rng):
