@@ -7,6 +7,7 @@
 namespace lesskv {
 
 void AddRunCommand(CLI::App& app);
+void AddChatCommand(CLI::App& app);
 void AddInfoCommand(CLI::App& app);
 void AddQuantizeCommand(CLI::App& app);
 void AddEvalCommand(CLI::App& app);

@@ -51,6 +51,39 @@ void AddModelLoading(CLI::App& command, ModelLoading& loading) {
   map->excludes(read);
 }
 
+void AddCacheOption(CLI::App& command, std::string& spec) {
+  command.add_option("--kv", spec, "Cache spec, such as full or h2o(5%)+less; lesskv methods lists the terms")
+      ->capture_default_str()->option_text("SPEC");
+}
+
+void AddSamplingOptions(CLI::App& command, SamplingFlags& flags, const std::string& max_tokens_text) {
+  command.add_option("-n,--predict", flags.max_tokens, max_tokens_text)->capture_default_str()->option_text("N");
+  command.add_option("--stop", flags.stops, "Stop before this text or control token; may be repeated")
+      ->option_text("TEXT")->allow_extra_args(false);
+  SamplerOptions& s = flags.sampler;
+  command.add_option("--temp", s.temperature, "Temperature; 0: always the likeliest token")->capture_default_str();
+  command.add_option("--top-k", s.top_k, "Sample from the K likeliest tokens, 0: all")->capture_default_str();
+  command.add_option("--top-p", s.top_p, "Sample from the likeliest tokens that together reach P, 1: all")
+      ->capture_default_str();
+  command.add_option("--min-p", s.min_p, "Leave out tokens less likely than P times the likeliest, 0: none")
+      ->capture_default_str();
+  command.add_option("--repeat-penalty", s.repeat_penalty, "Weaken tokens seen lately, 1: off")->capture_default_str();
+  command.add_option("--repeat-last-n", s.repeat_last_n, "How many last tokens count as lately, -1: all")
+      ->capture_default_str();
+  command.add_option("--seed", s.seed, "Seed of the sampling")->capture_default_str();
+}
+
+GenerationOptions MakeGenerationOptions(const SamplingFlags& flags) {
+  if (flags.max_tokens < 1 && flags.max_tokens != -1)
+    Fail(ErrorCode::kInvalidArgument, "-n: expected 1 or more tokens, or -1 for no limit, found {}", flags.max_tokens);
+  GenerationOptions options;
+  options.sampler = flags.sampler;
+  options.max_tokens = flags.max_tokens == -1 ? 0 : static_cast<size_t>(flags.max_tokens);
+  options.stops = flags.stops;
+  Validate(options);
+  return options;
+}
+
 OpenedModel OpenModel(const ModelOptions& options) {
   const ComputeChoice compute = ParseComputeChoice(options.compute);
   OpenedModel opened;
@@ -118,6 +151,11 @@ void FlushResults() {
 const std::atomic<bool>& StopOnInterrupt() {
   std::signal(SIGINT, OnInterrupt);
   return g_interrupted;
+}
+
+void ForgetInterrupt() {
+  g_interrupted = false;
+  std::signal(SIGINT, OnInterrupt);
 }
 
 ProgressBar::ProgressBar(std::string label) : label_(std::move(label)), enabled_(StderrIsTerminal()) {}

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/generate.h"
 #include "tokenizer/tokenizer.h"
 
 namespace lesskv {
@@ -26,6 +27,19 @@ struct ModelOptions {
 void AddModelOptions(CLI::App& command, ModelOptions& options);
 // --mmap and --no-mmap, for commands that compute with the weights.
 void AddModelLoading(CLI::App& command, ModelLoading& loading);
+
+// --kv, one spec.
+void AddCacheOption(CLI::App& command, std::string& spec);
+
+// -n, --stop and the sampler's options.
+struct SamplingFlags {
+  int64_t max_tokens = -1;
+  std::vector<std::string> stops;
+  SamplerOptions sampler;
+};
+void AddSamplingOptions(CLI::App& command, SamplingFlags& flags, const std::string& max_tokens_text);
+// Throws Error naming the option for what cannot be used.
+GenerationOptions MakeGenerationOptions(const SamplingFlags& flags);
 
 struct OpenedModel {
   std::shared_ptr<const Model> model;
@@ -51,6 +65,8 @@ void FlushResults();
 
 // The flag that Ctrl-C sets from now on. A second Ctrl-C ends the process at once.
 const std::atomic<bool>& StopOnInterrupt();
+// Takes the flag back: the next Ctrl-C is the first one again.
+void ForgetInterrupt();
 
 // A bar on stderr when that is a terminal; nothing otherwise.
 class ProgressBar {

@@ -28,6 +28,7 @@ int Complain(int status, std::string message) {
 
 void AddCommands(CLI::App& app) {
   AddRunCommand(app);
+  AddChatCommand(app);
   AddInfoCommand(app);
   AddQuantizeCommand(app);
   AddEvalCommand(app);

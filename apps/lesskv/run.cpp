@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "base/error.h"
+#include "chat_turns.h"
 #include "commands.h"
 #include "common.h"
 #include "engine/generate.h"
@@ -21,12 +22,13 @@ struct RunOptions {
   ModelOptions model;
   std::string prompt, file;
   bool has_prompt = false, has_file = false;
-  int64_t max_tokens = -1;
+  SamplingFlags sampling;
   std::string kv = "full";
   int64_t keep = 0;
+  bool has_keep = false;
   std::vector<std::string> protect;
-  std::vector<std::string> stops;
-  SamplerOptions sampler;
+  bool chat = false;
+  ChatOptions chat_options;
   std::string session;
   bool json = false;
 };
@@ -37,39 +39,19 @@ void AddOptions(CLI::App& command, RunOptions& o) {
   command.add_option("-p,--prompt", o.prompt, "Prompt")->option_text("TEXT");
   command.add_option("-f,--file", o.file, "File with the prompt, - for standard input; a last newline is left out")
       ->option_text("FILE");
-  command.add_option("-n,--predict", o.max_tokens, "Tokens to generate, -1: until the text or the context ends")
-      ->capture_default_str()->option_text("N");
-  command.add_option("--kv", o.kv, "Cache spec, such as full or h2o(5%)+less; lesskv methods lists the terms")
-      ->capture_default_str()->option_text("SPEC");
-  command.add_option("--keep", o.keep, "Protect the first N tokens of the prompt from eviction, -1: all")
-      ->capture_default_str()->option_text("N");
+  AddCacheOption(command, o.kv);
+  command.add_option("--keep", o.keep, "Protect the first N tokens of the prompt from eviction, -1: all (default: 0; "
+                                       "with --chat the template's own tokens and the system prompt)")->option_text("N");
   command.add_option("--protect", o.protect, "Protect tokens A up to, not including, B; may be repeated")
       ->option_text("A:B")->allow_extra_args(false);
-  command.add_option("--stop", o.stops, "Stop before this text or control token; may be repeated")
-      ->option_text("TEXT")->allow_extra_args(false);
-  SamplerOptions& s = o.sampler;
-  command.add_option("--temp", s.temperature, "Temperature; 0: always the likeliest token")->capture_default_str();
-  command.add_option("--top-k", s.top_k, "Sample from the K likeliest tokens, 0: all")->capture_default_str();
-  command.add_option("--top-p", s.top_p, "Sample from the likeliest tokens that together reach P, 1: all")
-      ->capture_default_str();
-  command.add_option("--min-p", s.min_p, "Leave out tokens less likely than P times the likeliest, 0: none")
-      ->capture_default_str();
-  command.add_option("--repeat-penalty", s.repeat_penalty, "Weaken tokens seen lately, 1: off")->capture_default_str();
-  command.add_option("--repeat-last-n", s.repeat_last_n, "How many last tokens count as lately, -1: all")
-      ->capture_default_str();
-  command.add_option("--seed", s.seed, "Seed of the sampling")->capture_default_str();
+  AddSamplingOptions(command, o.sampling, "Tokens to generate, -1: until the text or the context ends");
+  CLI::Option* chat = command.add_flag("--chat", o.chat, "The prompt is a question, put in the model's chat template");
+  AddChatOptions(command, o.chat_options);
+  for (const char* name : {"--chat-template", "--system", "--special"}) command.get_option(name)->needs(chat);
   command.add_option("--session", o.session,
                      "Go on from the cache in this file if it exists, and save the cache in it at the end")
       ->option_text("FILE");
   command.add_flag("--json", o.json, "Print one JSON object instead of the text");
-}
-
-size_t MaxTokens(const RunOptions& options) {
-  if (options.max_tokens == -1) return 0;
-  if (options.max_tokens < 1)
-    Fail(ErrorCode::kInvalidArgument, "-n: expected 1 or more tokens, or -1 for no limit, found {}",
-         options.max_tokens);
-  return static_cast<size_t>(options.max_tokens);
 }
 
 // An empty prompt is a text's beginning, which only a model with a BOS token can continue.
@@ -93,6 +75,12 @@ std::vector<int32_t> TurnTokens(const Tokenizer& tokenizer, const Session& sessi
   return tokens;
 }
 
+std::vector<int32_t> LaterTokens(const RunOptions& options, const OpenedModel& opened, const ChatTemplate* chat,
+                                 const Session& session, const std::string& text) {
+  if (chat == nullptr) return TurnTokens(*opened.tokenizer, session, text);
+  return NextTurn(*opened.tokenizer, *chat, options.chat_options, session.sequence, session.pending_token, text);
+}
+
 // The sequence to run and the tokens to feed it: a fresh one, or that of the session file.
 struct Start {
   Sequence sequence;
@@ -110,8 +98,11 @@ ProtectedSpan ParseSpan(const std::string& text, size_t n_prompt) {
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
-std::vector<ProtectedSpan> ProtectedSpans(const RunOptions& options, size_t n_prompt) {
+// `fixed`: what is protected when the user says nothing about the beginning.
+std::vector<ProtectedSpan> ProtectedSpans(const RunOptions& options, size_t n_prompt,
+                                          std::vector<ProtectedSpan> fixed) {
   std::vector<ProtectedSpan> spans;
+  if (!options.has_keep) spans = std::move(fixed);
   for (const std::string& text : options.protect) spans.push_back(ParseSpan(text, n_prompt));
   if (options.keep < -1)
     Fail(ErrorCode::kInvalidArgument, "--keep: expected 0 or more tokens, or -1 for the whole prompt, found {}",
@@ -132,19 +123,25 @@ void CheckSessionPath(const std::string& path) {
     Fail(ErrorCode::kInvalidArgument, "--session {}: the folder {} cannot be written", path, folder.string());
 }
 
-Start MakeStart(const RunOptions& options, const OpenedModel& opened, const CacheSpec& spec, const std::string& text) {
+// `chat`: null without --chat.
+Start MakeStart(const RunOptions& options, const OpenedModel& opened, const ChatTemplate* chat, const CacheSpec& spec,
+                const std::string& text) {
   const Engine& engine = *opened.engine;
   if (!options.session.empty()) CheckSessionPath(options.session);
   if (options.session.empty() || !std::filesystem::exists(options.session)) {
-    std::vector<int32_t> tokens = PromptTokens(*opened.tokenizer, text);
-    return {Sequence(engine.MakeCacheConfig(spec, opened.ctx, ProtectedSpans(options, tokens.size()))), tokens};
+    ChatTurn turn = chat == nullptr ? ChatTurn{PromptTokens(*opened.tokenizer, text), {}}
+                                    : FirstTurn(*opened.tokenizer, *chat, options.chat_options, text);
+    auto spans = ProtectedSpans(options, turn.tokens.size(), std::move(turn.fixed));
+    return {Sequence(engine.MakeCacheConfig(spec, opened.ctx, std::move(spans))), std::move(turn.tokens)};
   }
   if (options.keep != 0 || !options.protect.empty())
     Fail(ErrorCode::kInvalidArgument, "--keep and --protect are for a session's first turn; {} has its own protected tokens",
          options.session);
+  if (options.chat_options.system)
+    Fail(ErrorCode::kInvalidArgument, "--system is for a session's first turn; {} has begun already", options.session);
   Session session = LoadSession(options.session, engine, spec, opened.ctx);
-  std::vector<int32_t> tokens = TurnTokens(*opened.tokenizer, session, text);
-  const bool goes_on = text.empty() && session.pending_token.has_value();
+  std::vector<int32_t> tokens = LaterTokens(options, opened, chat, session, text);
+  const bool goes_on = chat == nullptr && text.empty() && session.pending_token.has_value();
   return {std::move(session.sequence), std::move(tokens), goes_on};
 }
 
@@ -178,19 +175,18 @@ void Report(const Sequence& sequence, const GenerateResult& result) {
 }
 
 void Run(const RunOptions& options) {
-  GenerateOptions generate;
-  generate.max_tokens = MaxTokens(options);
-  generate.sampler = options.sampler;
-  generate.stops = options.stops;
+  GenerateOptions generate{MakeGenerationOptions(options.sampling)};
   generate.sequence_goes_on = !options.session.empty();
-  Validate(generate);
   const CacheSpec spec = CacheSpec::Parse(options.kv);
   const std::string prompt =
       PromptText(options.has_prompt ? &options.prompt : nullptr, options.has_file ? &options.file : nullptr);
 
   OpenedModel opened = OpenModel(options.model);
   Engine& engine = *opened.engine;
-  Start start = MakeStart(options, opened, spec, prompt);
+  std::optional<ChatTemplate> chat;
+  if (options.chat) chat = ChooseChatTemplate(opened, options.chat_options);
+  if (chat && !chat->stop().empty()) generate.stops.emplace_back(chat->stop());
+  Start start = MakeStart(options, opened, chat ? &*chat : nullptr, spec, prompt);
   Sequence& sequence = start.sequence;
   generate.prompt_was_generated = start.goes_on;
 
@@ -209,7 +205,7 @@ void Run(const RunOptions& options) {
     Fail(ErrorCode::kRuntime, "interrupted while the prompt was being read");
   if (!options.session.empty())
     SaveSession(options.session, engine, sequence, result.pending_token);
-  WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampler.seed)) + "\n" : "\n");
+  WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampling.sampler.seed)) + "\n" : "\n");
   FlushResults();
   if (!options.json) Report(sequence, result);
 }
@@ -223,6 +219,7 @@ void AddRunCommand(CLI::App& app) {
   command->callback([command, options] {
     options->has_prompt = command->count("--prompt") > 0;
     options->has_file = command->count("--file") > 0;
+    options->has_keep = command->count("--keep") > 0;
     Run(*options);
   });
 }
