@@ -36,11 +36,15 @@ void ForEachConflict(Visit&& visit) {
         if (const auto reason = Conflict(*methods[i], *methods[j])) visit(*methods[i], *methods[j], *reason);
 }
 
+constexpr const char* kLocalLayers =
+    "A spec is about a model's global layers. Local ones (gemma3), which see a window of the text only, keep that window.";
+
 std::string MarkdownText() {
   std::string text =
       "# Cache methods\n\n"
       "A cache is written as terms joined by `+`, at most one a stage, in any order. This page is the output of\n"
-      "`lesskv methods -o md`.\n";
+      "`lesskv methods -o md`.\n\n" +
+      std::string(kLocalLayers) + "\n";
   for (Stage stage : kStages) {
     text += fmt::format("\n## {}\n\n| term | what it does | source |\n|---|---|---|\n", Name(stage));
     for (const Method* method : Methods())
@@ -75,6 +79,7 @@ std::string PlainText() {
   ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
     text += fmt::format("  {} + {}: {}\n", a.Example(), b.Example(), reason);
   });
+  text += fmt::format("\n{}\n", kLocalLayers);
   return text;
 }
 
