@@ -10,6 +10,8 @@
 #include "base/memory.h"
 #include "engine/run_info.h"
 #include "format/gguf.h"
+#include "kvcache/cache_shape.h"
+#include "model/config.h"
 
 namespace lesskv {
 namespace {
@@ -57,6 +59,16 @@ std::string_view TokenizerKind(std::string_view model) {
   if (model == "llama") return "SentencePiece";
   if (model == "gpt2") return "byte-level BPE";
   return "not supported";
+}
+
+// Of a model that can be run; other files have none.
+LocalLayers CountLocal(const GgufFile& file) {
+  try {
+    const ModelConfig config = ReadModelConfig(file);
+    return {static_cast<size_t>(std::count(config.local.begin(), config.local.end(), true)), config.window};
+  } catch (const Error&) {
+    return {};
+  }
 }
 
 // ---- JSON
@@ -118,6 +130,10 @@ Json InfoJson(const GgufFile& file, bool with_tensors) {
     json["types"][std::string(name)] = {
         {"tensors", total.tensors}, {"parameters", total.parameters}, {"bytes", total.bytes}};
   }
+  if (const LocalLayers local = CountLocal(file); local.n_layers > 0) {
+    json["n_local_layers"] = local.n_layers;
+    json["local_window"] = local.window;
+  }
   json["tokenizer"] = TokenizerJson(file);
   json["metadata"] = Json::object();
   for (const auto& [key, value] : file.metadata()) json["metadata"][std::string(key)] = ValueJson(value);
@@ -175,6 +191,9 @@ void PrintSummary(const GgufFile& file) {
     PrintLine("", fmt::format("{:<6} {:>14} in {} tensors, {}", name, Grouped(total.parameters), total.tensors,
                               HumanBytes(total.bytes)));
   }
+  if (const LocalLayers local = CountLocal(file); local.n_layers > 0)
+    PrintLine("local layers", fmt::format("{}, which keep a window of {} tokens; a cache spec is about the other layers",
+                                          local.n_layers, local.window));
   const GgufValue* tokens = file.Find("tokenizer.ggml.tokens");
   if (tokens == nullptr) return PrintLine("tokenizer", "none");
   const std::string model = StringOr(file, "tokenizer.ggml.model"), pre = StringOr(file, "tokenizer.ggml.pre");

@@ -53,11 +53,15 @@ std::string RowsText(const Method& method) {
   return selector->EvictsIn(StepKind::kDecode) ? "a number that grows with the text" : "a fixed number of a prompt, and all generated ones";
 }
 
+constexpr const char* kLocalLayers =
+    "A spec is about a model's global layers. Local ones (gemma3), which see a window of the text only, keep that window.";
+
 std::string MarkdownText() {
   std::string text =
       "# Cache methods\n\n"
       "A cache is written as terms joined by `+`, at most one a stage, in any order. This page is the output of\n"
-      "`lesskv methods -o md`.\n";
+      "`lesskv methods -o md`.\n\n" +
+      std::string(kLocalLayers) + "\n";
   for (Stage stage : kStages) {
     if (!HasMethods(stage)) continue;
     text += fmt::format("\n## {}\n\n| term | what it does | source |\n|---|---|---|\n", Name(stage));
@@ -76,7 +80,6 @@ std::string MarkdownText() {
   text += "\n## How many rows a head keeps\n\n";
   for (const Method* method : Methods())
     if (method->stage == Stage::kSelect) text += fmt::format("- `{}`: {}\n", method->name, RowsText(*method));
-  text += "\nIn models with local layers (a sliding window) this is about the global ones; local layers keep their window.\n";
   text += "\n## What cannot be combined\n\nTwo terms of one stage, and:\n\n";
   ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
     text += fmt::format("- `{}` + `{}`: {}\n", a.Example(), b.Example(), reason);
@@ -98,6 +101,7 @@ std::string PlainText() {
   ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
     text += fmt::format("  {} + {}: {}\n", a.Example(), b.Example(), reason);
   });
+  text += fmt::format("\n{}\n", kLocalLayers);
   return text;
 }
 

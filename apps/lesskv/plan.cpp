@@ -35,6 +35,7 @@ Json RowJson(const PlanRow& row, const PlanOptions& options, const Engine& engin
   json["kv_bytes"] = row.plan.bytes_end * n;
   json["kv_bytes_peak"] = row.plan.bytes_peak * n;
   json["kv_bytes_full"] = full_bytes * n;
+  if (row.plan.bytes_local > 0) json["kv_bytes_local"] = row.plan.bytes_local * n;
   json["tokens_resident"] = row.plan.rows_end;
   json["sidecar_bytes"] = row.config->sidecar_bytes();
   json["prompt_tokens"] = options.prompt;
@@ -59,6 +60,14 @@ void PrintTable(const std::vector<Json>& rows) {
   }
 }
 
+void PrintLocalLayers(const Json& row) {
+  if (!row.contains("n_local_layers")) return;
+  WriteResult(fmt::format("\n{} local layers keep a window of {} tokens each, {} in each of these sizes; specs, rows and "
+                          "percentages are about the other layers\n",
+                          row["n_local_layers"].get<size_t>(), row["local_window"].get<size_t>(),
+                          HumanBytes(row.value("kv_bytes_local", size_t{0}))));
+}
+
 void Plan(PlanOptions& options) {
   if (options.parallel < 1 || options.parallel > 1000000)
     Fail(ErrorCode::kInvalidArgument, "--parallel: expected 1 to 1000000 sequences, found {}", options.parallel);
@@ -74,9 +83,7 @@ void Plan(PlanOptions& options) {
   if (options.prompt < 1 || options.predict > opened.ctx || options.prompt > opened.ctx - options.predict)
     Fail(ErrorCode::kInvalidArgument, "a prompt of {} tokens (at least 1) and {} generated ones do not fit the context of {}",
          options.prompt, options.predict, opened.ctx);
-  const ModelConfig& model = opened.model->config();
-  const size_t full_bytes =
-      (options.prompt + options.predict) * model.n_layers * model.n_kv_heads * model.head_dim * 2 * sizeof(uint16_t);
+  const size_t full_bytes = opened.engine->MakeCacheConfig({}, opened.ctx)->FullBytes(options.prompt + options.predict);
   std::vector<Json> rows;
   for (const CacheSpec& spec : specs) {
     auto config = opened.engine->MakeCacheConfig(spec, opened.ctx);
@@ -90,6 +97,7 @@ void Plan(PlanOptions& options) {
                             options.prompt, options.predict, options.parallel, options.parallel == 1 ? "" : "s",
                             HumanBytes(opened.model->weight_bytes()), HumanBytes(full_bytes * options.parallel)));
     PrintTable(rows);
+    PrintLocalLayers(rows[0]);
   }
   FlushResults();
 }

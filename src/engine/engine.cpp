@@ -62,7 +62,7 @@ size_t Engine::WorkBytes(size_t n_rows) const {
   const LayerWeights& layer = model_->layer(0);
   for (const WeightView* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.ffn_gate,
                               &layer.ffn_up, &layer.ffn_down, &model_->output()})
-    product = std::max(product, LinearWorkBytes(*w, n_rows, compute_));
+    if (w->n_out > 0) product = std::max(product, LinearWorkBytes(*w, n_rows, compute_));
   return ForwardWorkspace::Bytes(model_->config(), n_rows) + product;
 }
 

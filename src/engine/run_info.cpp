@@ -16,6 +16,10 @@ void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, u
   result["isa"] = IsaName();
   result["compute"] = ComputeTypeName(engine.compute());
   result["version"] = Version();
+  if (const LocalLayers local = CountLocal(config.shape()); local.n_layers > 0) {
+    result["n_local_layers"] = local.n_layers;
+    result["local_window"] = local.window;
+  }
 }
 
 void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& config) {

@@ -14,7 +14,8 @@ using Json = nlohmann::ordered_json;  // keys stay in the order in which they we
 
 std::string Version();  // "0.1.0"
 
-// Keys: model (path), model_fingerprint, kv_spec (canonical), ctx, seed, threads, isa, compute, version.
+// Keys: model (path), model_fingerprint, kv_spec (canonical), ctx, seed, threads, isa, compute, version; for a model with
+// local layers, which the spec is not about, also n_local_layers and local_window.
 void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, uint64_t seed);
 
 // Keys: tokens_seen, tokens_resident, kv_bytes, kv_bytes_peak, kv_bytes_full, sidecar_bytes.

@@ -18,8 +18,9 @@ RandomSidecar::RandomSidecar(const Model& model, size_t rank, size_t hidden, uin
   if (file < 0) Fail(ErrorCode::kIo, "{}: a temporary file cannot be made: {}", path_, std::strerror(errno));
   close(file);
   const ModelConfig& config = model.config();
+  const CacheShape shape = model.MakeCacheShape(config.train_ctx, ComputeType::kF32);
   try {
-    Sidecar sidecar = InitialSidecar({.n_layers = config.n_layers,
+    Sidecar sidecar = InitialSidecar({.n_layers = config.n_layers - CountLocal(shape).n_layers,
                                       .n_heads = config.n_heads,
                                       .n_kv_heads = config.n_kv_heads,
                                       .head_dim = config.head_dim,

@@ -58,6 +58,7 @@ struct CachePlan {
   size_t bytes_peak = 0;   // largest at any moment, prompt included
   size_t bytes_after_prompt = 0;
   size_t bytes_end = 0;
+  size_t bytes_local = 0;  // of bytes_end, those of the local layers
   double rows_end = 0;  // mean rows a (global layer, KV head)
 };
 

@@ -13,6 +13,15 @@ CacheShape CacheShape::Uniform(size_t n_layers, size_t n_heads, size_t n_kv_head
   return {std::vector<LayerShape>(n_layers, layer), ctx, compute};
 }
 
+LocalLayers CountLocal(const CacheShape& shape) {
+  LocalLayers local;
+  for (const LayerShape& layer : shape.layers) {
+    if (layer.window > 0) ++local.n_layers;
+    local.window = std::max(local.window, layer.window);
+  }
+  return local;
+}
+
 HeadTable::HeadTable(std::span<const LayerShape> layers) : first_{0} {
   for (const LayerShape& layer : layers) first_.push_back(first_.back() + layer.n_kv_heads);
 }

@@ -45,6 +45,12 @@ struct CacheShape {
                             const RopeConfig& rope, ComputeType compute = ComputeType::kF32);
 };
 
+// The local layers of a model, and the largest of their windows.
+struct LocalLayers {
+  size_t n_layers = 0, window = 0;
+};
+LocalLayers CountLocal(const CacheShape& shape);
+
 // Where trained artefacts of the model are found when a spec does not name a file.
 struct SidecarSource {
   std::string path;                // NAME.less.gguf beside NAME.gguf, or one found by identity; may not exist

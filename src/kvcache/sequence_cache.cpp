@@ -152,6 +152,8 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
     const size_t held = global.ledgers[i].n_rows;
     rows += std::min(held + n_decode - 1, std::max(held, global.budgets[i])) - held;
   }
+  cache.parts.resize(1);  // frees the local layers
+  plan.bytes_local = plan.bytes_end - cache.counter.now;
   plan.rows_end = static_cast<double>(rows) / static_cast<double>(std::max<size_t>(global.policy.heads.size(), 1));
   return plan;
 }

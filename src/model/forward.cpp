@@ -1,6 +1,7 @@
 #include "model/forward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <new>
 
 #include "base/check.h"
@@ -12,10 +13,32 @@
 namespace lesskv {
 namespace {
 
+void NormRow(const NormWeights& norm, float eps, const float* x, float* out) {
+  const size_t d = norm.weight.size();
+  if (norm.bias.empty())
+    RmsNorm(x, norm.weight.data(), eps, d, out);
+  else
+    LayerNorm(x, norm.weight.data(), norm.bias.data(), eps, d, out);
+}
 
-void NormRows(const float* x, const std::vector<float>& weight, float eps, size_t n, float* out) {
-  const size_t d = weight.size();
-  ParallelFor(n, [&](size_t row) { RmsNorm(x + row * d, weight.data(), eps, d, out + row * d); });
+// Rows of the norm's width; out may be x.
+void NormRows(const float* x, const NormWeights& norm, float eps, size_t n, float* out) {
+  const size_t d = norm.weight.size();
+  ParallelFor(n, [&](size_t row) { NormRow(norm, eps, x + row * d, out + row * d); });
+}
+
+// Where the architecture has such a norm.
+void NormInPlace(float* x, const NormWeights& norm, float eps, size_t n) {
+  if (!norm.weight.empty()) NormRows(x, norm, eps, n, x);
+}
+
+// d values of a row; `up` is read where the activation is a gate.
+void Activate(Activation activation, float* gate, const float* up, size_t d) {
+  switch (activation) {
+    case Activation::kSiluGate: return SiluMul(gate, up, d);
+    case Activation::kGeluTanhGate: return GeluTanhMul(gate, up, d);
+    case Activation::kGelu: return Gelu(gate, d);
+  }
 }
 
 void AddRows(float* x, const float* y, size_t n, size_t d) {
@@ -29,6 +52,7 @@ struct Pass {
   KvCache& cache;
   ComputeType compute;
   ForwardWorkspace& w;
+  const ModelConfig& config;
   std::vector<RowSegment> segments;  // tiles of single sequences; empty: rows go together whatever their sequence
 
   void Embed() {
@@ -39,40 +63,61 @@ struct Pass {
       CHECK(token >= 0 && static_cast<size_t>(token) < table.n_out, "token {} of {}", token, table.n_out);
       DequantizeRow(table.type, static_cast<const std::byte*>(table.data) + static_cast<size_t>(token) * row_bytes,
                     table.n_in, x);
+      if (config.architecture.scaled_embedding)
+        Scale(x, std::sqrt(static_cast<float>(table.n_in)), table.n_in);
       x += table.n_in;
     }
   }
 
-  // One layer, as in the papers: x += Wo attention(Wq n(x), Wk n(x), Wv n(x)); x += Wd (silu(Wg n(x)) * Wu n(x)).
-  // Positions and rotation are the cache's.
+  // One layer, as in the papers: x += Wo attention(Wq n(x), Wk n(x), Wv n(x)); x += Wd (silu(Wg n(x)) * Wu n(x)). In a
+  // parallel layer both halves read the x that came in. Positions and rotation are the cache's.
   void Layer(size_t index) {
     const LayerWeights& l = model.layer(index);
-    const float eps = model.config().norm_eps;
-    const size_t d_model = model.config().d_model;
-
-    ForTiles([&](size_t row, size_t n) {
-      NormRows(w.x.data() + row * d_model, l.attn_norm, eps, n, w.h.data());
-      Product(l.q, l.q_bias, w.h.data(), row, n, w.q.data() + row * l.q.n_out);
-      Product(l.k, l.k_bias, w.h.data(), row, n, w.k.data() + row * l.k.n_out);
-      Product(l.v, l.v_bias, w.h.data(), row, n, w.v.data() + row * l.v.n_out);
-    });
+    ForTiles([&](size_t row, size_t n) { QueriesKeysValues(l, row, n); });
     cache.Append(index, w.k.data(), w.v.data());
     cache.Attend(index, w.q.data(), w.out.data());
     ForTiles([&](size_t row, size_t n) {
-      float* x = w.x.data() + row * d_model;
-      Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, row, n, w.h.data());
-      AddRows(x, w.h.data(), n, d_model);
-
-      NormRows(x, l.ffn_norm, eps, n, w.h.data());
-      Product(l.ffn_gate, l.ffn_gate_bias, w.h.data(), row, n, w.gate.data());
-      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), row, n, w.up.data());
-      Gate(n);
-      Product(l.ffn_down, l.ffn_down_bias, w.gate.data(), row, n, w.h.data());
-      AddRows(x, w.h.data(), n, d_model);
+      // What attention adds is ready by itself; so the half that still reads x goes first.
+      if (config.architecture.parallel) FeedForward(l, row, n);
+      AttentionOutput(l, row, n);
+      if (!config.architecture.parallel) FeedForward(l, row, n);
     });
   }
 
  private:
+  void QueriesKeysValues(const LayerWeights& l, size_t row, size_t n) {
+    float *q = w.q.data() + row * l.q.n_out, *k = w.k.data() + row * l.k.n_out, *v = w.v.data() + row * l.v.n_out;
+    NormRows(w.x.data() + row * config.d_model, l.attn_norm, config.norm_eps, n, w.h.data());
+    Product(l.q, l.q_bias, w.h.data(), row, n, q);
+    Product(l.k, l.k_bias, w.h.data(), row, n, k);
+    Product(l.v, l.v_bias, w.h.data(), row, n, v);
+    NormInPlace(q, l.q_norm, config.norm_eps, n * config.n_heads);
+    NormInPlace(k, l.k_norm, config.norm_eps, n * config.n_kv_heads);
+  }
+
+  void AttentionOutput(const LayerWeights& l, size_t row, size_t n) {
+    Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, row, n, w.h.data());
+    NormInPlace(w.h.data(), l.post_attn_norm, config.norm_eps, n);
+    AddRows(w.x.data() + row * config.d_model, w.h.data(), n, config.d_model);
+  }
+
+  void FeedForward(const LayerWeights& l, size_t row, size_t n) {
+    const Architecture& a = config.architecture;
+    const size_t d = config.d_ffn;
+    float* x = w.x.data() + row * config.d_model;
+    NormRows(x, l.ffn_norm, config.norm_eps, n, w.h.data());
+    if (a.gated()) {
+      Product(l.ffn_gate, l.ffn_gate_bias, w.h.data(), row, n, w.gate.data());
+      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), row, n, w.up.data());
+    } else {
+      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), row, n, w.gate.data());
+    }
+    ParallelFor(n, [&](size_t i) { Activate(a.activation, w.gate.data() + i * d, w.up.data() + i * d, d); });
+    Product(l.ffn_down, l.ffn_down_bias, w.gate.data(), row, n, w.h.data());
+    NormInPlace(w.h.data(), l.post_ffn_norm, config.norm_eps, n);
+    AddRows(x, w.h.data(), n, config.d_model);
+  }
+
   // y [n, out] = x [n, in] W^T + bias, both dense, for the rows [first, first + n) of the step.
   void Product(const WeightView& weights, const std::vector<float>& bias, const float* x, size_t first, size_t n,
                float* y) const {
@@ -105,11 +150,6 @@ struct Pass {
       end += segment.n;
     }
     f(begin, end - begin);
-  }
-
-  void Gate(size_t n) {
-    const size_t d = model.config().d_ffn;
-    ParallelFor(n, [&](size_t row) { SiluMul(w.gate.data() + row * d, w.up.data() + row * d, d); });
   }
 
   template <typename Body>
@@ -159,7 +199,7 @@ void ForwardWorkspace::Reserve(const ModelConfig& c, size_t n_rows) {
 bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
              ForwardWorkspace& workspace, std::span<const size_t> lengths, const LayerHook& hook) {
   workspace.Reserve(model.config(), tokens.size());
-  Pass pass{model, tokens, cache, compute, workspace, {}};
+  Pass pass{model, tokens, cache, compute, workspace, model.config(), {}};
   size_t first = 0;
   for (const size_t length : lengths)
     for (size_t done = 0; done < length; done += pass.segments.back().n) {
@@ -179,7 +219,7 @@ const float* ComputeLogits(const Model& model, ForwardWorkspace& workspace, std:
   CHECK(rows.size() <= kLogitsTile);
   const size_t d_model = model.config().d_model;
   ParallelFor(rows.size(), [&](size_t i) {
-    RmsNorm(workspace.x.data() + rows[i] * d_model, model.output_norm().data(), model.config().norm_eps, d_model,
+    NormRow(model.output_norm(), model.config().norm_eps, workspace.x.data() + rows[i] * d_model,
             workspace.h.data() + i * d_model);
   });
   Linear(model.output(), workspace.h.data(), d_model, rows.size(), workspace.logits.data(), model.config().n_vocab,

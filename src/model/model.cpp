@@ -44,6 +44,10 @@ class TensorReader {
     return file_.FindTensor(name) == nullptr ? std::vector<float>() : Vector(name, n);
   }
 
+  NormWeights Norm(const std::string& name, size_t n, NormKind kind) {
+    return {Vector(name + ".weight", n), kind == NormKind::kLayer ? Vector(name + ".bias", n) : std::vector<float>()};
+  }
+
   bool Has(const std::string& name) const { return file_.FindTensor(name) != nullptr; }
   size_t Rows(const std::string& name) { return Require(name).Rows(); }
 
@@ -75,33 +79,9 @@ class TensorReader {
   std::unordered_set<std::string_view> used_;
 };
 
-LayerWeights ReadLayer(TensorReader& tensors, const ModelConfig& c, size_t index) {
-  const std::string prefix = fmt::format("blk.{}.", index);
-  const auto matrix = [&](const char* name, size_t n_out, size_t n_in) {
-    return tensors.Matrix(prefix + name + ".weight", n_out, n_in);
-  };
-  const auto bias = [&](const char* name, size_t n, bool required) {
-    const std::string full = prefix + name + ".bias";
-    return required ? tensors.Vector(full, n) : tensors.VectorIfPresent(full, n);
-  };
-  return {
-      .attn_norm = tensors.Vector(prefix + "attn_norm.weight", c.d_model),
-      .ffn_norm = tensors.Vector(prefix + "ffn_norm.weight", c.d_model),
-      .q = matrix("attn_q", c.q_dim(), c.d_model),
-      .k = matrix("attn_k", c.kv_dim(), c.d_model),
-      .v = matrix("attn_v", c.kv_dim(), c.d_model),
-      .q_bias = bias("attn_q", c.q_dim(), c.qkv_bias),
-      .k_bias = bias("attn_k", c.kv_dim(), c.qkv_bias),
-      .v_bias = bias("attn_v", c.kv_dim(), c.qkv_bias),
-      .attn_output = matrix("attn_output", c.d_model, c.q_dim()),
-      .attn_output_bias = bias("attn_output", c.d_model, false),
-      .ffn_gate = matrix("ffn_gate", c.d_ffn, c.d_model),
-      .ffn_up = matrix("ffn_up", c.d_ffn, c.d_model),
-      .ffn_down = matrix("ffn_down", c.d_model, c.d_ffn),
-      .ffn_gate_bias = bias("ffn_gate", c.d_ffn, false),
-      .ffn_up_bias = bias("ffn_up", c.d_ffn, false),
-      .ffn_down_bias = bias("ffn_down", c.d_model, false),
-  };
+WeightView Rows(const WeightView& matrix, size_t first, size_t n) {
+  const auto* data = static_cast<const std::byte*>(matrix.data) + first * RowBytes(matrix.type, matrix.n_in);
+  return {matrix.type, n, matrix.n_in, data};
 }
 
 // The embedding or output matrix, both with the embedding's rows, without the padding behind the last token.
@@ -111,12 +91,116 @@ WeightView VocabularyMatrix(TensorReader& tensors, const std::string& name, cons
   return matrix;
 }
 
-RopeTable MakeRope(TensorReader& tensors, const ModelConfig& config) {
-  return RopeTable({.n_dims = config.head_dim,
-                    .style = config.rope_style,
-                    .base = config.rope_base,
-                    .linear_scale = config.rope_factor,
-                    .frequency_factors = tensors.VectorIfPresent("rope_freqs.weight", config.head_dim / 2)});
+std::vector<float> Part(const std::vector<float>& bias, size_t first, size_t n) {
+  if (bias.empty()) return {};
+  return {bias.begin() + static_cast<ptrdiff_t>(first), bias.begin() + static_cast<ptrdiff_t>(first + n)};
+}
+
+// The tensors of one layer by their names inside it.
+class LayerReader {
+ public:
+  LayerReader(TensorReader& tensors, const ModelConfig& config, size_t index)
+      : tensors_(tensors), c_(config), prefix_(fmt::format("blk.{}.", index)) {}
+
+  LayerWeights Read() {
+    ReadNorms();
+    ReadQueriesKeysValues();
+    w_.attn_output = Matrix("attn_output", c_.d_model, c_.q_dim());
+    w_.attn_output_bias = Bias("attn_output", c_.d_model);
+    ReadFeedForward();
+    return std::move(w_);
+  }
+
+ private:
+  // A parallel layer whose halves are normed apart (Falcon 40B) calls attention's norm attn_norm_2.
+  void ReadNorms() {
+    const Architecture& a = c_.architecture;
+    w_.attn_norm = Norm("attn_norm", c_.d_model);
+    w_.ffn_norm = a.parallel ? w_.attn_norm : Norm("ffn_norm", c_.d_model);
+    if (a.parallel && tensors_.Has(prefix_ + "attn_norm_2.weight")) w_.attn_norm = Norm("attn_norm_2", c_.d_model);
+    if (a.qk_norm) {
+      w_.q_norm = Norm("attn_q_norm", c_.head_dim);
+      w_.k_norm = Norm("attn_k_norm", c_.head_dim);
+    }
+    if (a.post_norms) {
+      w_.post_attn_norm = Norm("post_attention_norm", c_.d_model);
+      w_.post_ffn_norm = Norm("post_ffw_norm", c_.d_model);
+    }
+  }
+
+  void ReadQueriesKeysValues() {
+    const size_t q = c_.q_dim(), kv = c_.kv_dim();
+    if (!tensors_.Has(prefix_ + "attn_qkv.weight")) {
+      w_.q = Matrix("attn_q", q, c_.d_model);
+      w_.k = Matrix("attn_k", kv, c_.d_model);
+      w_.v = Matrix("attn_v", kv, c_.d_model);
+      w_.q_bias = Bias("attn_q", q);
+      w_.k_bias = Bias("attn_k", kv);
+      w_.v_bias = Bias("attn_v", kv);
+      return;
+    }
+    const WeightView all = Matrix("attn_qkv", q + 2 * kv, c_.d_model);
+    w_.q = Rows(all, 0, q);
+    w_.k = Rows(all, q, kv);
+    w_.v = Rows(all, q + kv, kv);
+    const std::vector<float> biases = Bias("attn_qkv", q + 2 * kv);
+    w_.q_bias = Part(biases, 0, q);
+    w_.k_bias = Part(biases, q, kv);
+    w_.v_bias = Part(biases, q + kv, kv);
+  }
+
+  void ReadFeedForward() {
+    const Architecture& a = c_.architecture;
+    const size_t n = c_.d_ffn;
+    if (a.gate_in_up) {
+      const WeightView both = Matrix("ffn_up", 2 * n, c_.d_model);
+      w_.ffn_gate = Rows(both, 0, n);
+      w_.ffn_up = Rows(both, n, n);
+    } else {
+      w_.ffn_up = Matrix("ffn_up", n, c_.d_model);
+      w_.ffn_up_bias = Bias("ffn_up", n);
+      if (a.gated()) {
+        w_.ffn_gate = Matrix("ffn_gate", n, c_.d_model);
+        w_.ffn_gate_bias = Bias("ffn_gate", n);
+      }
+    }
+    w_.ffn_down = Matrix("ffn_down", c_.d_model, n);
+    w_.ffn_down_bias = Bias("ffn_down", c_.d_model);
+  }
+
+  WeightView Matrix(const char* name, size_t n_out, size_t n_in) {
+    return tensors_.Matrix(prefix_ + name + ".weight", n_out, n_in);
+  }
+  std::vector<float> Bias(const char* name, size_t n) { return tensors_.VectorIfPresent(prefix_ + name + ".bias", n); }
+  NormWeights Norm(const char* name, size_t n) { return tensors_.Norm(prefix_ + name, n, c_.architecture.norm); }
+
+  TensorReader& tensors_;
+  const ModelConfig& c_;
+  std::string prefix_;
+  LayerWeights w_ = {};
+};
+
+std::shared_ptr<const RopeTable> WithFactors(RopeConfig rope, std::vector<float> factors) {
+  rope.frequency_factors = std::move(factors);
+  return std::make_shared<RopeTable>(rope);
+}
+
+// Llama 3's factors (rope_freqs) hold for every context. LongRoPE has two sets, and the context chooses.
+RopeTables ReadRopes(TensorReader& tensors, const ModelConfig& config) {
+  const size_t n_pairs = config.rope.n_dims / 2;
+  RopeTables tables;
+  if (config.long_rope || tensors.Has("rope_factors_long.weight")) {
+    tables.global = WithFactors(config.rope, tensors.Vector("rope_factors_short.weight", n_pairs));
+    tables.global_long = WithFactors(config.rope, tensors.Vector("rope_factors_long.weight", n_pairs));
+  } else {
+    tables.global = WithFactors(config.rope, tensors.VectorIfPresent("rope_freqs.weight", n_pairs));
+  }
+  if (!config.local.empty())
+    tables.local = std::make_shared<RopeTable>(
+        RopeConfig{.n_dims = config.rope.n_dims, .style = config.rope.style, .base = config.local_rope_base});
+  if (config.architecture.unrotated_every != 0)
+    tables.none = std::make_shared<RopeTable>(RopeConfig{.n_dims = 0, .style = config.rope.style});
+  return tables;
 }
 
 bool ReadsAtOnce(const std::string& path, ModelLoading loading) {
@@ -151,20 +235,18 @@ SidecarSource FindSidecar(const std::string& model_path, uint64_t fingerprint, u
 
 }  // namespace
 
-Model::Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope)
-    : file_(std::move(file)), config_(std::move(config)), rope_(std::make_shared<RopeTable>(std::move(rope))) {}
-
 std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading loading) {
   auto file = std::make_shared<const GgufFile>(GgufFile::Open(path, !ReadsAtOnce(path, loading)));
   const ModelConfig config = ReadModelConfig(*file);
   TensorReader tensors(*file);
-  std::shared_ptr<Model> model(new Model(file, config, MakeRope(tensors, config)));
+  std::shared_ptr<Model> model(new Model(file, config));
+  model->rope_ = ReadRopes(tensors, config);
   model->path_ = path;
   model->token_embedding_ = VocabularyMatrix(tensors, "token_embd.weight", config);
   model->output_ =
       tensors.Has("output.weight") ? VocabularyMatrix(tensors, "output.weight", config) : model->token_embedding_;
-  model->output_norm_ = tensors.Vector("output_norm.weight", config.d_model);
-  for (size_t i = 0; i < config.n_layers; ++i) model->layers_.push_back(ReadLayer(tensors, config, i));
+  model->output_norm_ = tensors.Norm("output_norm", config.d_model, config.architecture.norm);
+  for (size_t i = 0; i < config.n_layers; ++i) model->layers_.push_back(LayerReader(tensors, config, i).Read());
   tensors.RefuseUnused();
   for (const GgufTensor& tensor : file->tensors()) {
     model->parameter_count_ += tensor.Elements();
@@ -177,8 +259,15 @@ std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading l
 }
 
 CacheShape Model::MakeCacheShape(size_t ctx, ComputeType compute) const {
-  const LayerShape layer{config_.n_heads, config_.n_kv_heads, config_.head_dim, UsualScale(config_.head_dim), rope_, 0};
-  return {std::vector<LayerShape>(config_.n_layers, layer), ctx, compute};
+  const ModelConfig& c = config_;
+  const auto& global = rope_.global_long != nullptr && ctx > c.original_ctx ? rope_.global_long : rope_.global;
+  CacheShape shape{{}, ctx, compute};
+  for (size_t layer = 0; layer < c.n_layers; ++layer) {
+    const auto& rope = c.is_local(layer) ? rope_.local : c.is_rotated(layer) ? global : rope_.none;
+    shape.layers.push_back(
+        {c.n_heads, c.n_kv_heads, c.head_dim, c.attention_scale, rope, c.is_local(layer) ? c.window : 0});
+  }
+  return shape;
 }
 
 }  // namespace lesskv

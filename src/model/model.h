@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "format/gguf.h"
@@ -16,9 +17,17 @@
 
 namespace lesskv {
 
-// Matrices are [outputs, inputs], row-major. An empty vector means that the file has no such bias.
+// A norm's weight and, for NormKind::kLayer, bias. An empty weight: the architecture has no such norm.
+struct NormWeights {
+  std::vector<float> weight, bias;
+};
+
+// Matrices are [outputs, inputs], row-major; parts of a matrix that holds several are views into it. An empty vector
+// means that the file has no such bias, a matrix without rows that the architecture has no such product.
 struct LayerWeights {
-  std::vector<float> attn_norm, ffn_norm;     // [d_model]
+  NormWeights attn_norm, ffn_norm;            // [d_model] before each half
+  NormWeights q_norm, k_norm;                 // [head_dim] of each head
+  NormWeights post_attn_norm, post_ffn_norm;  // [d_model] of each half's result
   WeightView q, k, v;                         // [q_dim | kv_dim | kv_dim, d_model]
   std::vector<float> q_bias, k_bias, v_bias;  // [q_dim | kv_dim | kv_dim]
   WeightView attn_output;                     // [d_model, q_dim]
@@ -26,6 +35,12 @@ struct LayerWeights {
   WeightView ffn_gate, ffn_up;                // [d_ffn, d_model]
   WeightView ffn_down;                        // [d_model, d_ffn]
   std::vector<float> ffn_gate_bias, ffn_up_bias, ffn_down_bias;
+};
+
+// The rotations of a model's layers. Of those that a model does not need there is none.
+struct RopeTables {
+  std::shared_ptr<const RopeTable> global, local, none;
+  std::shared_ptr<const RopeTable> global_long;  // for contexts beyond ModelConfig::original_ctx (LongRoPE)
 };
 
 // Where the weights lie. kMap: in the mapped file, read when first used and shared by all processes. kRead: read at
@@ -42,11 +57,10 @@ class Model {
   const std::string& path() const { return path_; }
   const GgufFile& file() const { return *file_; }
   const ModelConfig& config() const { return config_; }
-  const RopeTable& rope() const { return *rope_; }
 
   const WeightView& token_embedding() const { return token_embedding_; }  // [n_vocab, d_model]
   const LayerWeights& layer(size_t index) const { return layers_[index]; }
-  const std::vector<float>& output_norm() const { return output_norm_; }  // [d_model]
+  const NormWeights& output_norm() const { return output_norm_; }  // [d_model]
   const WeightView& output() const { return output_; }  // [n_vocab, d_model]; the embedding when the file ties them
 
   // Identifies the file: see GgufFile::Fingerprint.
@@ -58,20 +72,21 @@ class Model {
   size_t parameter_count() const { return parameter_count_; }
   size_t weight_bytes() const { return weight_bytes_; }  // as stored
 
-  // The cache's view of this model for a context of `ctx` tokens. `sidecar` is NAME.less.gguf beside NAME.gguf,
-  // else the first .less.gguf there or one folder up (in the order of names) that was trained for this identity.
+  // The cache's view of this model for a context of `ctx` tokens, by which LongRoPE chooses its factors. `sidecar` is
+  // NAME.less.gguf beside NAME.gguf, else the first .less.gguf there or one folder up (in the order of names) that was
+  // trained for this identity.
   CacheShape MakeCacheShape(size_t ctx, ComputeType compute) const;
   const SidecarSource& Sidecar() const { return sidecar_; }
 
  private:
-  Model(std::shared_ptr<const GgufFile> file, ModelConfig config, RopeTable rope);
+  Model(std::shared_ptr<const GgufFile> file, ModelConfig config) : file_(std::move(file)), config_(std::move(config)) {}
 
   std::string path_;
   std::shared_ptr<const GgufFile> file_;
   ModelConfig config_;
-  std::shared_ptr<const RopeTable> rope_;
+  RopeTables rope_;
   WeightView token_embedding_{}, output_{};
-  std::vector<float> output_norm_;
+  NormWeights output_norm_;
   std::vector<LayerWeights> layers_;
   uint64_t fingerprint_ = 0, identity_ = 0;
   SidecarSource sidecar_;

@@ -135,6 +135,8 @@ class Trainer {
     require(o_.dropout >= 0 && o_.dropout < 1, "--dropout must lie between 0 and 1");
     require(o_.ctx >= 16, "--ctx must be at least 16");
     require(!o_.work_folder.empty(), "a work folder is needed");
+    require(model.local.empty() && model.architecture.unrotated_every == 0,
+            "models whose layers differ (local ones, ones without rotation) are not supported");
     if (o_.first_layer >= o_.end_layer || o_.end_layer > model.n_layers)
       Fail(ErrorCode::kInvalidArgument, "--layers must lie within 0-{}, found {}-{}", model.n_layers - 1, o_.first_layer,
            o_.end_layer - 1);

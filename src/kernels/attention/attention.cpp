@@ -41,6 +41,7 @@ class RotationTables {
   static constexpr int32_t kKept = 8192;  // positions
 
   struct Table {
+    double magnitude;
     std::vector<double> frequencies;
     std::vector<float> angles;  // [positions][cosines, sines]
   };
@@ -48,8 +49,10 @@ class RotationTables {
   // The rope's table, of positions [0, n) at least. Stays where it is until the next Trim; its angles until they grow.
   const Table& Get(const RopeTable& rope, size_t n) {
     auto it = std::find_if(tables_.begin(), tables_.end(),
-                           [&](const Table& table) { return table.frequencies == rope.frequencies(); });
-    if (it == tables_.end()) it = tables_.insert(it, Table{rope.frequencies(), {}});
+                           [&](const Table& table) {
+                             return table.magnitude == rope.magnitude() && table.frequencies == rope.frequencies();
+                           });
+    if (it == tables_.end()) it = tables_.insert(it, Table{rope.magnitude(), rope.frequencies(), {}});
     tables_.splice(tables_.begin(), tables_, it);
     Grow(rope, n, it->angles);
     return *it;

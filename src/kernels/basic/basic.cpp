@@ -25,6 +25,9 @@ using V = hn::Vec<D>;
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
+// 2 sqrt(2 / pi) and 0.044715 times it.
+constexpr float kGeluLinear = 1.5957691216057308f, kGeluCubic = 0.0713548162726f;
+
 // Calls full(i) at whole vectors and tail(i, count) once for what remains, if anything.
 template <typename Full, typename Tail>
 HWY_INLINE void Walk(size_t n, Full&& full, Tail&& tail) {
@@ -160,6 +163,16 @@ void SimdSiluMul(float* gate, const float* up, size_t n) {
   Map2(gate, up, n, gate, [&](V g, V u) HWY_ATTR {
     // exp overflows to infinity for gates below -88: the quotient is then 0, as it should be.
     const V e = hn::Exp(d, hn::Min(hn::Neg(g), hn::Set(d, 88.0f)));
+    return hn::Mul(hn::Div(g, hn::Add(hn::Set(d, 1.0f), e)), u);
+  });
+}
+
+// 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+void SimdGeluTanhMul(float* gate, const float* up, size_t n) {
+  const D d;
+  Map2(gate, up, n, gate, [&](V g, V u) HWY_ATTR {
+    const V cubic = hn::Mul(g, hn::MulAdd(hn::Mul(g, g), hn::Set(d, kGeluCubic), hn::Set(d, kGeluLinear)));
+    const V e = hn::Exp(d, hn::Min(hn::Neg(cubic), hn::Set(d, 88.0f)));
     return hn::Mul(hn::Div(g, hn::Add(hn::Set(d, 1.0f), e)), u);
   });
 }
@@ -311,6 +324,7 @@ HWY_EXPORT(SimdMax);
 HWY_EXPORT(SimdLowestRow);
 HWY_EXPORT(SimdRmsNorm);
 HWY_EXPORT(SimdSiluMul);
+HWY_EXPORT(SimdGeluTanhMul);
 HWY_EXPORT(SimdExp);
 HWY_EXPORT(SimdScale);
 HWY_EXPORT(SimdSoftmax);
@@ -403,6 +417,26 @@ void RmsNorm(const float* x, const float* weight, float eps, size_t n, float* ou
 void SiluMul(float* gate, const float* up, size_t n) {
   if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdSiluMul)(gate, up, n);
   for (size_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+void LayerNorm(const float* x, const float* weight, const float* bias, float eps, size_t n, float* out) {
+  if (n == 0) return;
+  const float mean = Sum(x, n) / static_cast<float>(n);
+  for (size_t i = 0; i < n; ++i) out[i] = x[i] - mean;
+  const float factor = 1.0f / std::sqrt(Dot(out, out, n) / static_cast<float>(n) + eps);
+  for (size_t i = 0; i < n; ++i) out[i] = out[i] * factor * weight[i] + bias[i];
+}
+
+void GeluTanhMul(float* gate, const float* up, size_t n) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdGeluTanhMul)(gate, up, n);
+  for (size_t i = 0; i < n; ++i) {
+    const float x = gate[i], twice = 1.5957691216057308f * (x + 0.044715f * x * x * x);  // 2u, 2 sqrt(2 / pi)
+    gate[i] = x / (1.0f + std::exp(-twice)) * up[i];
+  }
+}
+
+void Gelu(float* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) x[i] = 0.5f * x[i] * std::erfc(x[i] * -0.70710678118654752f);
 }
 
 float Softmax(float* x, size_t n) {

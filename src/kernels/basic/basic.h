@@ -12,8 +12,17 @@ namespace lesskv {
 // out[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps). out may be x.
 void RmsNorm(const float* x, const float* weight, float eps, size_t n, float* out);
 
+// out[i] = (x[i] - mean(x)) / sqrt(variance(x) + eps) * weight[i] + bias[i]. out may be x.
+void LayerNorm(const float* x, const float* weight, const float* bias, float eps, size_t n, float* out);
+
 // gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]: the SwiGLU product, in place.
 void SiluMul(float* gate, const float* up, size_t n);
+
+// gate[i] = gelu(gate[i]) * up[i], in place, with GELU's approximation by tanh (Hendrycks and Gimpel, arXiv 1606.08415).
+void GeluTanhMul(float* gate, const float* up, size_t n);
+
+// x[i] = gelu(x[i]) = x[i] (1 + erf(x[i] / sqrt(2))) / 2, in place. Plain loops on every instruction set.
+void Gelu(float* x, size_t n);
 
 // x = exp(x - max) / sum, in place. Entries of -inf become 0; when all are -inf, so are all results. n >= 1.
 // Returns the log of the sum of exponentials of the input.

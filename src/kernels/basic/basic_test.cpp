@@ -170,6 +170,49 @@ TEST_P(BasicTest, SiluMul) {
   EXPECT_EQ(extreme[2], 0.0f);
 }
 
+TEST_P(BasicTest, LayerNorm) {
+  const float x[4] = {1, 3, 1, 3}, weight[4] = {1, 2, 1, 1}, bias[4] = {0, 5, 0, -1};
+  float out[4];
+  LayerNorm(x, weight, bias, 0.0f, 4, out);  // mean 2, variance 1
+  EXPECT_EQ(std::vector<float>(out, out + 4), std::vector<float>({-1, 7, -1, 0}));
+  Rng rng(6);
+  for (size_t n : kLengths) {
+    Guarded a(n, rng, 3), w(n, rng), b(n, rng);
+    for (size_t i = 0; i < n; ++i) a.data()[i] += 2;
+    double mean = 0, variance = 0;
+    for (size_t i = 0; i < n; ++i) mean += double{a[i]} / static_cast<double>(n);
+    for (size_t i = 0; i < n; ++i) variance += (a[i] - mean) * (a[i] - mean) / static_cast<double>(n);
+    const Guarded before = a;
+    LayerNorm(a.data(), w.data(), b.data(), 1e-5f, n, a.data());  // in place
+    for (size_t i = 0; i < n; ++i)
+      EXPECT_NEAR(a[i], (before[i] - mean) / std::sqrt(variance + 1e-5) * w[i] + b[i], 2e-5) << n;
+    EXPECT_TRUE(a.Intact());
+  }
+}
+
+TEST_P(BasicTest, Gelu) {
+  Rng rng(7);
+  for (size_t n : kLengths) {
+    Guarded gate(n, rng, 3), up(n, rng);
+    const Guarded before = gate;
+    Guarded exact = gate;
+    GeluTanhMul(gate.data(), up.data(), n);
+    Gelu(exact.data(), n);
+    for (size_t i = 0; i < n; ++i) {
+      const double x = before[i], u = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
+      EXPECT_NEAR(gate[i], 0.5 * x * (1 + std::tanh(u)) * up[i], 2e-6 * std::fabs(x * up[i]) + 1e-30);
+      EXPECT_NEAR(exact[i], 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))), 1e-6 * std::fabs(x) + 1e-30);
+    }
+    EXPECT_TRUE(gate.Intact() && exact.Intact());
+  }
+  float extreme[3] = {-1000.0f, 1000.0f, 0.0f};
+  const float ones[3] = {1, 1, 1};
+  GeluTanhMul(extreme, ones, 3);
+  EXPECT_NEAR(extreme[0], 0.0f, 1e-30f);
+  EXPECT_EQ(extreme[1], 1000.0f);
+  EXPECT_EQ(extreme[2], 0.0f);
+}
+
 TEST_P(BasicTest, ArgMaxTakesTheFirstOfEqualsAndSkipsNaN) {
   for (size_t n : {1, 5, 16, 40, 130}) {
     std::vector<float> x(n, -3.0f);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 
 #include "base/checked.h"
 #include "base/check.h"
@@ -42,11 +43,13 @@ void RotateRow(RopeStyle style, size_t n_pairs, float* row, size_t n_heads, size
 }
 
 void Rotate(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
-            const int32_t* positions, float direction) {
+            const int32_t* positions, bool back) {
   CHECK(table.n_dims() <= head_dim, "{} rotary dimensions of heads of {}", table.n_dims(), head_dim);
   const size_t n_pairs = table.n_dims() / 2;
   constexpr size_t kRowsPerTask = 16;
   const size_t n_tasks = CeilDiv(n_rows, kRowsPerTask);
+  // Back: the transposed rotation, and the magnitude, which Angles multiplies by, undone.
+  const float undone = static_cast<float>(1.0 / (table.magnitude() * table.magnitude()));
   std::vector<float> angles(n_tasks * n_pairs * 2);
   ParallelFor(n_tasks, [&](size_t task) {
     float* cosine = angles.data() + task * n_pairs * 2;
@@ -56,16 +59,31 @@ void Rotate(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, 
       const bool same = r > task * kRowsPerTask && positions[r] == positions[r - 1];
       if (!same) {
         table.Angles(positions[r], cosine, sine);
-        for (size_t i = 0; i < n_pairs; ++i) sine[i] *= direction;
+        for (size_t i = 0; back && i < n_pairs; ++i) {
+          cosine[i] *= undone;
+          sine[i] *= -undone;
+        }
       }
       RotateRow(table.style(), n_pairs, x + r * row_stride, n_heads, head_dim, cosine, sine);
     }
   });
 }
 
+// How far pair i is stretched, 0 to 1, by YaRN's equations 18 and 23 with the bounds rounded outwards to whole pairs.
+double YarnShare(const RopeConfig& config, size_t i) {
+  if (config.yarn.original_ctx == 0) return 1;
+  const double n = static_cast<double>(config.n_dims);
+  const auto pair_that_turns = [&](double turns) {
+    return n * std::log(config.yarn.original_ctx / (turns * 2 * std::numbers::pi)) / (2 * std::log(config.base));
+  };
+  const double low = std::max(0.0, std::floor(pair_that_turns(config.yarn.beta_fast)));
+  const double high = std::min(n - 1, std::ceil(pair_that_turns(config.yarn.beta_slow)));
+  return std::clamp((static_cast<double>(i) - low) / std::max(0.001, high - low), 0.0, 1.0);
+}
+
 }  // namespace
 
-RopeTable::RopeTable(const RopeConfig& config) : style_(config.style) {
+RopeTable::RopeTable(const RopeConfig& config) : style_(config.style), magnitude_(config.magnitude) {
   if (config.n_dims % 2 != 0) {
     Fail(ErrorCode::kInvalidArgument, "rotary embedding: an even number of dimensions expected, found {}",
          config.n_dims);
@@ -77,12 +95,19 @@ RopeTable::RopeTable(const RopeConfig& config) : style_(config.style) {
   }
   CheckPositive("the frequency base", config.base);
   CheckPositive("the linear scale", config.linear_scale);
+  CheckPositive("the magnitude", config.magnitude);
+  if (config.yarn.original_ctx != 0) {
+    CheckPositive("YaRN's original context", config.yarn.original_ctx);
+    CheckPositive("YaRN's fast bound", config.yarn.beta_fast);
+    CheckPositive("YaRN's slow bound", config.yarn.beta_slow);
+  }
   for (float factor : config.frequency_factors) CheckPositive("a frequency factor", factor);
   frequencies_.resize(n_pairs);
   for (size_t i = 0; i < n_pairs; ++i) {
     const double factor = config.frequency_factors.empty() ? 1.0 : config.frequency_factors[i];
     const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(config.n_dims);
-    frequencies_[i] = std::pow(config.base, exponent) / (config.linear_scale * factor);
+    const double share = YarnShare(config, i);
+    frequencies_[i] = std::pow(config.base, exponent) / factor * (share / config.linear_scale + (1 - share));
   }
   turns_.resize(kDigits * kDigitValues * 2 * n_pairs);
   for (size_t row = 0; row < kDigits * kDigitValues; ++row) {
@@ -115,20 +140,20 @@ void RopeTable::Angles(int32_t position, float* cosine, float* sine) const {
       }
     }
     for (size_t i = 0; i < count; ++i) {
-      cosine[first + i] = static_cast<float>(re[i]);
-      sine[first + i] = static_cast<float>(im[i]);
+      cosine[first + i] = static_cast<float>(re[i] * magnitude_);
+      sine[first + i] = static_cast<float>(im[i] * magnitude_);
     }
   }
 }
 
 void RotateRows(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
                 const int32_t* positions) {
-  Rotate(table, x, n_rows, row_stride, n_heads, head_dim, positions, 1.0f);
+  Rotate(table, x, n_rows, row_stride, n_heads, head_dim, positions, false);
 }
 
 void RotateBack(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
                 const int32_t* positions) {
-  Rotate(table, x, n_rows, row_stride, n_heads, head_dim, positions, -1.0f);
+  Rotate(table, x, n_rows, row_stride, n_heads, head_dim, positions, true);
 }
 
 }  // namespace lesskv

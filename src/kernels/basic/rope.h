@@ -13,12 +13,22 @@ enum class RopeStyle {
   kHalves,       // pairs (0, n/2), (1, n/2 + 1), ...: "NEOX", architecture qwen2
 };
 
+// YaRN (Peng et al., arXiv 2309.00071, section 3.2): pairs that turn more than `beta_fast` times within the original
+// context are not stretched, those that turn less than `beta_slow` times are stretched in full (by linear_scale), and
+// between them the share of stretching rises linearly with the pair's index.
+struct YarnConfig {
+  double original_ctx = 0;  // tokens the model was first trained for; 0: no YaRN
+  double beta_fast = 32, beta_slow = 1;
+};
+
 struct RopeConfig {
   size_t n_dims = 0;  // coordinates rotated, even, at most head_dim; the rest pass through
   RopeStyle style = RopeStyle::kInterleaved;
   double base = 10000.0;                      // frequency of pair i: base^(-2 i / n_dims)
   double linear_scale = 1.0;                  // angles are divided by it (a context stretched 4 times has 4)
   std::vector<float> frequency_factors = {};  // empty, or n_dims / 2 divisors: the tensor rope_freqs.weight
+  YarnConfig yarn = {};
+  double magnitude = 1.0;  // rotated coordinates are multiplied by it too (the attention factor of YaRN and LongRoPE)
 };
 
 // Frequencies, fixed for a model. Immutable and shared.
@@ -30,10 +40,12 @@ class RopeTable {
   size_t n_dims() const { return frequencies_.size() * 2; }
   RopeStyle style() const { return style_; }
 
+  double magnitude() const { return magnitude_; }
+
   // Radians a position, in double: angle = position * frequency must keep its fraction at position two billion.
   const std::vector<double>& frequencies() const { return frequencies_; }
 
-  // cos and sin of each pair's angle at `position`, n_dims / 2 floats each.
+  // cos and sin of each pair's angle at `position`, times the magnitude, n_dims / 2 floats each.
   void Angles(int32_t position, float* cosine, float* sine) const;
 
  private:
@@ -45,6 +57,7 @@ class RopeTable {
   static constexpr size_t kDigitValues = size_t{1} << kDigitBits;
 
   RopeStyle style_;
+  double magnitude_;
   std::vector<double> frequencies_;
   std::vector<double> turns_;  // [kDigits, kDigitValues, 2 (cosine, sine), n_pairs]
 };

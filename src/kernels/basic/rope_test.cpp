@@ -109,7 +109,37 @@ TEST(Rope, QuarterTurnByHand) {
   EXPECT_NEAR(y[1], 3, 1e-6);
 }
 
+// By hand: with base e^2 and four pairs frequencies are e^(-i/2); a context of 2 pi e^(3/2) tokens lets pair i turn
+// e^((3 - i) / 2) times. Bounds of e and e^(1/2) turns are reached by pairs 1 and 2: 0 and 1 stay, 2 and 3 are stretched.
+TEST(Rope, YarnStretchesWhatTurnsRarely) {
+  RopeConfig config{.n_dims = 8, .base = std::exp(2.0), .linear_scale = 4, .frequency_factors = {}};
+  config.yarn = {.original_ctx = 2 * M_PI * std::exp(1.5), .beta_fast = std::exp(1 - 1e-9), .beta_slow = std::exp(0.5 + 1e-9)};
+  const auto frequency = [&](size_t i) { return RopeTable(config).frequencies()[i] * std::exp(static_cast<double>(i) / 2); };
+  EXPECT_NEAR(frequency(0), 1, 1e-12);
+  EXPECT_NEAR(frequency(1), 1, 1e-12);
+  EXPECT_NEAR(frequency(2), 0.25, 1e-12);
+  EXPECT_NEAR(frequency(3), 0.25, 1e-12);
+  config.yarn.beta_slow = std::exp(1e-9);  // pair 3: 2 lies in the middle
+  EXPECT_NEAR(frequency(2), 0.5 + 0.5 * 0.25, 1e-12);
+}
+
+TEST(Rope, MagnitudeMultipliesAndRotateBackUndoesIt) {
+  Rng rng(6);
+  const RopeTable plain({.n_dims = 6, .frequency_factors = {}});
+  const RopeTable larger({.n_dims = 6, .frequency_factors = {}, .magnitude = 1.5});
+  const std::vector<float> x = RandomVector(8, rng);
+  const std::vector<float> y = Rotated(plain, x, 77);
+  std::vector<float> z = Rotated(larger, x, 77);
+  for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(z[i], (i < 6 ? 1.5 : 1) * y[i], 1e-6);
+  const int32_t position = 77;
+  RotateBack(larger, z.data(), 1, 8, 1, 8, &position);
+  for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(z[i], x[i], 1e-6);
+}
+
 TEST(Rope, BadConfigurationsAreRefused) {
+  EXPECT_THROW(RopeTable({.n_dims = 8, .frequency_factors = {}, .magnitude = 0}), Error);
+  EXPECT_THROW(RopeTable({.n_dims = 8, .frequency_factors = {}, .yarn = {.original_ctx = -1}}), Error);
+  EXPECT_THROW(RopeTable({.n_dims = 8, .frequency_factors = {}, .yarn = {.original_ctx = 9, .beta_slow = 0}}), Error);
   EXPECT_THROW(RopeTable({.n_dims = 7}), Error);
   EXPECT_THROW(RopeTable({.n_dims = 8, .base = 0}), Error);
   EXPECT_THROW(RopeTable({.n_dims = 8, .base = NAN}), Error);
