@@ -43,9 +43,9 @@ class Tokenizer {
   // memory are nearly linear in the text. Throws Error (kInvalidArgument) for a text of kMaxTextBytes or more.
   std::vector<int32_t> Encode(std::string_view text, bool add_special, bool parse_special) const;
 
-  // The ids of pieces of one text, one behind the other: what is between special tokens becomes tokens as a whole, across
-  // the pieces, but special tokens are parsed only inside a piece that says so. No BOS, no EOS. `at_start`: nothing, or
-  // a special token, comes before. Throws as Encode does.
+  // The ids of pieces of one text, one behind the other: what is between special tokens becomes tokens as a whole,
+  // across the pieces, but special tokens are parsed only inside a piece that says so, and none is found across pieces.
+  // No BOS, no EOS. `at_start`: nothing, or a special token, comes before. Throws as Encode does.
   std::vector<int32_t> Encode(std::span<const TextPiece> pieces, bool at_start) const;
 
   // The text of `ids`, all of which are in [0, size()) (CHECK). Undoes Encode: the space that SentencePiece puts before
