@@ -1,5 +1,5 @@
-// lesskv chat and lesskv run --chat as a user calls them: over a pipe, on a terminal, with the bundled model, and with a
-// model that was trained to talk where there is one.
+// lesskv chat and lesskv run --chat as a user calls them: over a pipe, on a terminal, with the bundled model, and with
+// a model that was trained to talk where there is one.
 #include <gtest/gtest.h>
 #include <pty.h>
 #include <sys/wait.h>
@@ -50,8 +50,9 @@ class ChatCommand : public testing::Test {
 
   // A shell command line; $L is the program, $M the bundled model, $S the one that can talk.
   Result Shell(const std::string& command) const {
-    const std::string line = std::string("L='") + LESSKV_PROGRAM + "' M='" + kModel + "' S='" + TalkingModel() + "'; cd '" +
-                             folder_.string() + "' && { " + command + " ; } >'" + Path("out") + "' 2>'" + Path("err") + "'";
+    const std::string line = std::string("L='") + LESSKV_PROGRAM + "' M='" + kModel + "' S='" + TalkingModel() +
+                             "'; cd '" + folder_.string() + "' && { " + command + " ; } >'" + Path("out") + "' 2>'" +
+                             Path("err") + "'";
     const int status = std::system(line.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, Read(Path("out")), Read(Path("err"))};
   }
@@ -144,12 +145,13 @@ TEST_F(ChatCommand, SystemPromptAndTemplateAreProtectedUnlessKeepSaysOtherwise) 
   EXPECT_EQ(protected_tokens(" --keep 0"), 0u);
   EXPECT_EQ(protected_tokens(" --keep 2"), 2u);
   // What does not fit is refused, not dropped.
-  ExpectOneSentence(Chat("The sea\n", "--kv 'window(4, sinks=0)' --ctx 128 --system 'Be brief, and be kind to all.'"), 2,
-                    "protected");
+  ExpectOneSentence(Chat("The sea\n", "--kv 'window(4, sinks=0)' --ctx 128 --system 'Be brief, and be kind to all.'"),
+                    2, "protected");
 }
 
 TEST_F(ChatCommand, ALineGoesOnBehindABackslashAndASlashIsWrittenWithTwo) {
-  EXPECT_EQ(Chat("The sea\\\nwas\n").out, Shell("$L run -m $M --chat --chat-template plain --temp 0 -n 8 -p 'The sea\nwas'").out);
+  EXPECT_EQ(Chat("The sea\\\nwas\n").out,
+            Shell("$L run -m $M --chat --chat-template plain --temp 0 -n 8 -p 'The sea\nwas'").out);
   EXPECT_EQ(Chat("//stats\n").out, Shell("$L run -m $M --chat --chat-template plain --temp 0 -n 8 -p /stats").out);
 }
 
@@ -218,7 +220,9 @@ class Terminal {
     }
   }
 
-  void Type(const std::string& keys) const { ASSERT_EQ(write(fd_, keys.data(), keys.size()), static_cast<ssize_t>(keys.size())); }
+  void Type(const std::string& keys) const {
+    ASSERT_EQ(write(fd_, keys.data(), keys.size()), static_cast<ssize_t>(keys.size()));
+  }
 
   // Reads until `text` has appeared behind what was waited for before; false after a minute or at the end.
   bool WaitFor(const std::string& text) {
@@ -252,7 +256,8 @@ class Terminal {
 };
 
 TEST_F(ChatCommand, OnATerminalCtrlCStopsTheAnswerOnly) {
-  Terminal terminal({LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "chatml", "--ctx", "100000", "--seed", "1"});
+  Terminal terminal(
+      {LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "chatml", "--ctx", "100000", "--seed", "1"});
   ASSERT_TRUE(terminal.WaitFor("> ")) << terminal.seen();
   for (int i = 0; i < 2; ++i) {
     terminal.Type("The s\u00E9a was\n");
@@ -272,8 +277,8 @@ TEST_F(ChatCommand, OnATerminalCtrlCStopsTheAnswerOnly) {
 
 // Half a question in the cache would be worse than none: the conversation is again what it was before.
 TEST_F(ChatCommand, OnATerminalCtrlCTakesAQuestionBackThatIsBeingRead) {
-  Terminal terminal({LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "plain", "--temp", "0", "-n", "4", "-t", "1",
-                     "--kv", "full+prefill(chunk=1)"});
+  Terminal terminal({LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "plain", "--temp", "0", "-n", "4", "-t",
+                     "1", "--kv", "full+prefill(chunk=1)"});
   const auto context = [&] {
     terminal.Type("/stats\n");
     EXPECT_TRUE(terminal.WaitFor("context  ")) << terminal.seen();
@@ -308,7 +313,8 @@ TEST_F(ChatCommand, ARealModelAnswersInItsOwnTemplate) {
   EXPECT_EQ(chat.out.find("<|im_"), std::string::npos) << chat.out;
   const Json with = Json::parse(Shell("$L run -m $S --chat -p hello --temp 0 -n 1 --json").out);
   const Json without = Json::parse(Shell("$L run -m $S --chat --system '' -p hello --temp 0 -n 1 --json").out);
-  EXPECT_GT(with["prompt_tokens"].get<int>(), without["prompt_tokens"].get<int>() + 10) << "the file's default system prompt";
+  EXPECT_GT(with["prompt_tokens"].get<int>(), without["prompt_tokens"].get<int>() + 10)
+      << "the file's default system prompt";
 }
 
 }  // namespace

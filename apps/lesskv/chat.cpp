@@ -41,8 +41,11 @@ void AddOptions(CLI::App& command, ChatCommandOptions& o) {
   AddModelLoading(command, o.model.loading);
   AddCacheOption(command, o.conversation.kv);
   AddChatOptions(command, o.conversation.chat);
-  command.add_option("--keep", o.keep, "Protect the first N tokens from eviction, -1: the whole first turn (default: "
-                                       "the chat template's own tokens and the system prompt)")->option_text("N");
+  command
+      .add_option("--keep", o.keep,
+                  "Protect the first N tokens from eviction, -1: the whole first turn (default: "
+                  "the chat template's own tokens and the system prompt)")
+      ->option_text("N");
   AddSamplingOptions(command, o.sampling, "Tokens an answer has at most, -1: until it or the context ends");
 }
 
@@ -56,8 +59,9 @@ std::string StatsText(const Conversation& conversation) {
   const CacheStats stats = sequence.Stats();
   std::string text = fmt::format("cache    {}\n", sequence.config().spec_text());
   text += fmt::format("context  {} of {} tokens\n", stats.tokens_seen, sequence.config().shape().ctx);
-  text += fmt::format("rows     {:.1f} a KV head stay, {:.1f} have left, {} are protected\n", stats.tokens_resident,
-                      static_cast<double>(stats.tokens_seen) - stats.tokens_resident, sequence.config().protect().size());
+  text +=
+      fmt::format("rows     {:.1f} a KV head stay, {:.1f} have left, {} are protected\n", stats.tokens_resident,
+                  static_cast<double>(stats.tokens_seen) - stats.tokens_resident, sequence.config().protect().size());
   text += fmt::format("bytes    {} now, {} at most; a full f16 cache: {} (now {} of it)\n", HumanBytes(stats.kv_bytes),
                       HumanBytes(stats.kv_bytes_peak), HumanBytes(stats.kv_bytes_full),
                       Percent(stats.kv_bytes, stats.kv_bytes_full));
@@ -115,13 +119,20 @@ class Chat {
     const size_t begin = std::min(line.find_first_not_of(' ', space), line.size());
     const std::string argument = line.substr(begin, line.find_last_not_of(' ') + 1 - begin);
     if (name == "/exit" || name == "/quit") return false;
-    if (name == "/help") Print(kHelp);
-    else if (name == "/stats") Print(StatsText(conversation_));
-    else if (name == "/clear") conversation_.Clear();
-    else if (name == "/save") Save(Required(name, argument, "a file"));
-    else if (name == "/load") Load(Required(name, argument, "a file"));
-    else if (name == "/kv") ChangeCache(Required(name, argument, "a cache spec"));
-    else Fail(ErrorCode::kInvalidArgument, "there is no command \"{}\"; /help lists what there is", name);
+    if (name == "/help")
+      Print(kHelp);
+    else if (name == "/stats")
+      Print(StatsText(conversation_));
+    else if (name == "/clear")
+      conversation_.Clear();
+    else if (name == "/save")
+      Save(Required(name, argument, "a file"));
+    else if (name == "/load")
+      Load(Required(name, argument, "a file"));
+    else if (name == "/kv")
+      ChangeCache(Required(name, argument, "a cache spec"));
+    else
+      Fail(ErrorCode::kInvalidArgument, "there is no command \"{}\"; /help lists what there is", name);
     return true;
   }
 

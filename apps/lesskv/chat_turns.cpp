@@ -3,12 +3,14 @@
 namespace lesskv {
 
 void AddChatOptions(CLI::App& command, ChatOptions& options) {
-  command.add_option("--chat-template", options.format,
-                     "Chat format (default: recognised in the model's file): " + ChatFormatNames())
+  command
+      .add_option("--chat-template", options.format,
+                  "Chat format (default: recognised in the model's file): " + ChatFormatNames())
       ->option_text("NAME");
   const auto set_system = [&options](const std::string& text) { options.system = text; };  // "" is a prompt, too
-  command.add_option_function<std::string>("--system", set_system,
-                                           "System prompt (default: the chat format's, if it has one)")
+  command
+      .add_option_function<std::string>("--system", set_system,
+                                        "System prompt (default: the chat format's, if it has one)")
       ->option_text("TEXT");
   command.add_flag("--special", options.parse_special, "Special tokens written in questions count as such");
 }

@@ -30,8 +30,8 @@ struct ChatTurn {
 ChatTurn FirstTurn(const Tokenizer& tokenizer, const ChatTemplate& chat, const ChatOptions& options,
                    const std::string& question);
 
-// What to feed to a sequence behind an answer. `pending`: the answer's last token when it was not fed; a token that ends
-// a text is left out, because the template writes its own end.
+// What to feed to a sequence behind an answer. `pending`: the answer's last token when it was not fed; a token that
+// ends a text is left out, because the template writes its own end.
 std::vector<int32_t> NextTurn(const Tokenizer& tokenizer, const ChatTemplate& chat, const ChatOptions& options,
                               const Sequence& sequence, std::optional<int32_t> pending, const std::string& question);
 

@@ -14,8 +14,10 @@ void RequireRoom(const Sequence& sequence, size_t n_tokens) {
   const size_t ctx = sequence.config().shape().ctx;
   const size_t left = ctx - std::min(ctx, sequence.tokens().size());
   if (n_tokens >= left)
-    Fail(ErrorCode::kInvalidArgument, "the question takes {} tokens, and of the context of {} only {} are left for it "
-         "and its answer: /clear begins anew, --ctx N gives more room", n_tokens, ctx, left);
+    Fail(ErrorCode::kInvalidArgument,
+         "the question takes {} tokens, and of the context of {} only {} are left for it "
+         "and its answer: /clear begins anew, --ctx N gives more room",
+         n_tokens, ctx, left);
 }
 
 }  // namespace

@@ -23,13 +23,14 @@ class Conversation {
   // `opened` must outlive it. Throws Error for a spec, chat template or sampler option that cannot be used.
   Conversation(const OpenedModel& opened, ConversationOptions options);
 
-  // Reads the question and answers. `hooks`: callbacks and the flag that stops; the rest of it is ignored. Throws Error,
-  // with the conversation as it was, for a question that does not fit the context or memory. A question that was stopped
-  // while it was read (no token generated) leaves the conversation as it was, too.
+  // Reads the question and answers. `hooks`: callbacks and the flag that stops; the rest of it is ignored. Throws
+  // Error, with the conversation as it was, for a question that does not fit the context or memory. A question that was
+  // stopped while it was read (no token generated) leaves the conversation as it was, too.
   GenerateResult Ask(const std::string& question, const GenerateOptions& hooks);
 
   void Clear();
-  // The cache as a session file, and back; see SaveSession and LoadSession. Load throws with the conversation as it was.
+  // The cache as a session file, and back; see SaveSession and LoadSession. Load throws with the conversation as it
+  // was.
   void Save(const std::string& path) const;
   void Load(const std::string& path);
   // Goes on with another cache: reads the conversation so far into it. Throws with the conversation as it was.

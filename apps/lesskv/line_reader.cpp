@@ -31,11 +31,12 @@ struct LineReader::Editor {
     ::history(history, &event, H_SETSIZE, kHistoryLines);
     ::history(history, &event, H_SETUNIQUE, 1);
     el_set(line, EL_CLIENTDATA, this);
-    el_set(line, EL_PROMPT, +[](EditLine* el) {
-      void* self = nullptr;
-      el_get(el, EL_CLIENTDATA, &self);
-      return static_cast<Editor*>(self)->prompt.data();
-    });
+    el_set(
+        line, EL_PROMPT, +[](EditLine* el) {
+          void* self = nullptr;
+          el_get(el, EL_CLIENTDATA, &self);
+          return static_cast<Editor*>(self)->prompt.data();
+        });
     el_set(line, EL_EDITOR, "emacs");
     el_set(line, EL_HIST, ::history, history);
     el_set(line, EL_SIGNAL, 1);  // a stopped or resized terminal is put right

@@ -41,7 +41,8 @@ void AddOptions(CLI::App& command, RunOptions& o) {
       ->option_text("FILE");
   AddCacheOption(command, o.kv);
   command.add_option("--keep", o.keep, "Protect the first N tokens of the prompt from eviction, -1: all (default: 0; "
-                                       "with --chat the template's own tokens and the system prompt)")->option_text("N");
+                                       "with --chat the template's own tokens and the system prompt)")
+      ->option_text("N");
   command.add_option("--protect", o.protect, "Protect tokens A up to, not including, B; may be repeated")
       ->option_text("A:B")->allow_extra_args(false);
   AddSamplingOptions(command, o.sampling, "Tokens to generate, -1: until the text or the context ends");

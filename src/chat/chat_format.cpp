@@ -39,8 +39,8 @@ constexpr ChatFormat kFormats[] = {
     Llama3("llama3", ""),
     // The date is the template's own when nobody gives it another one.
     Llama3("llama3.1", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
-    // Mistral's templates from v3 on put the system prompt into the last question instead of the first. A cache that has
-    // read it cannot move it; it stays where it was said.
+    // Mistral's templates from v3 on put the system prompt into the last question instead of the first. A cache that
+    // has read it cannot move it; it stays where it was said.
     {.name = "mistral-v0",
      .prologue = "{bos}",
      .system_is_message = false,
@@ -158,8 +158,8 @@ std::optional<std::string_view> LineBehind(std::string_view mark, std::string_vi
   return std::nullopt;
 }
 
-// The system prompt that a ChatML template writes by itself, between the marks inside one of its strings; empty when all
-// marks enclose expressions. Nothing when there is one that cannot be read without Jinja.
+// The system prompt that a ChatML template writes by itself, between the marks inside one of its strings; empty when
+// all marks enclose expressions. Nothing when there is one that cannot be read without Jinja.
 std::optional<std::string> WrittenSystemPrompt(std::string_view jinja) {
   while (const auto line = LineBehind("<|im_start|>system", jinja)) {
     const bool is_expression = line->starts_with('\'') || line->starts_with('"') || line->starts_with("{{");

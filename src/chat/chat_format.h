@@ -24,14 +24,14 @@ enum class ChatTrim {
 
 struct ChatFormat {
   std::string_view name;
-  std::string_view prologue = "";      // in front of everything
-  bool system_is_message = true;       // false: it lies inside the next question, in front of its text
+  std::string_view prologue = "";  // in front of everything
+  bool system_is_message = true;   // false: it lies inside the next question, in front of its text
   ChatMarks system, question, answer;
-  std::string_view answer_prompt = ""; // where the model begins to answer; may be shorter than answer.before
+  std::string_view answer_prompt = "";  // where the model begins to answer; may be shorter than answer.before
   ChatTrim trim = ChatTrim::kNone;
   std::string_view default_system = "";       // used when the conversation has none
   std::string_view default_system_head = "";  // in front of every system prompt, which then is never left out
-  std::string_view stop = "";          // a text that ends an answer, where the format has no token for it
+  std::string_view stop = "";                 // a text that ends an answer, where the format has no token for it
 };
 
 // All known formats.

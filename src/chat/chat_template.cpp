@@ -91,9 +91,12 @@ class ChatTemplate::Writer {
   void Message(const ChatMessage& message) {
     Gap();
     switch (message.role) {
-      case ChatRole::kSystem: return System(message.content);
-      case ChatRole::kUser: return Question(message.content);
-      case ChatRole::kAssistant: return Around(format_.answer, Kind::kAssistant, Trimmed(message.content));
+      case ChatRole::kSystem:
+        return System(message.content);
+      case ChatRole::kUser:
+        return Question(message.content);
+      case ChatRole::kAssistant:
+        return Around(format_.answer, Kind::kAssistant, Trimmed(message.content));
     }
   }
 
@@ -106,8 +109,8 @@ class ChatTemplate::Writer {
 
   std::vector<ChatPiece> Finish() {
     if (has_system_)
-      Fail(ErrorCode::kInvalidArgument, "the chat template {} puts a system prompt into a question, and none follows it",
-           format_.name);
+      Fail(ErrorCode::kInvalidArgument,
+           "the chat template {} puts a system prompt into a question, and none follows it", format_.name);
     return std::move(pieces_);
   }
 
@@ -164,8 +167,8 @@ ChatTemplate::ChatTemplate(const ChatFormat& format, std::string default_system,
 ChatTemplate ChatTemplate::Choose(const std::string& name, const std::string& jinja, const Tokenizer& tokenizer,
                                   const std::string& file) {
   if (name.empty() && jinja.empty())
-    Fail(ErrorCode::kInvalidArgument, "{}: the model has no chat template of its own; name one with --chat-template: {}",
-         file, ChatFormatNames());
+    Fail(ErrorCode::kInvalidArgument,
+         "{}: the model has no chat template of its own; name one with --chat-template: {}", file, ChatFormatNames());
   std::optional<RecognisedFormat> found;
   if (name.empty()) {
     found = RecogniseChatFormat(jinja);
@@ -174,8 +177,10 @@ ChatTemplate ChatTemplate::Choose(const std::string& name, const std::string& ji
     found = RecognisedFormat{&format, std::string(format.default_system)};
   }
   if (!found)
-    Fail(ErrorCode::kInvalidArgument, "{}: the model's chat template is none of those known here; name one with "
-         "--chat-template: {}", file, ChatFormatNames());
+    Fail(ErrorCode::kInvalidArgument,
+         "{}: the model's chat template is none of those known here; name one with "
+         "--chat-template: {}",
+         file, ChatFormatNames());
   if (NeedsEos(*found->format) && tokenizer.eos() < 0)
     Fail(ErrorCode::kInvalidArgument, "{}: the chat template {} needs an end-of-text token, which the vocabulary lacks",
          file, found->format->name);

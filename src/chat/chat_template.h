@@ -35,8 +35,9 @@ class ChatTemplate {
   ChatTemplate(const ChatFormat& format, std::string default_system, std::string bos, std::string eos);
 
   // The template of a model file. `name`: of a format; empty: as recognised in `jinja`, the file's own
-  // tokenizer.chat_template. Throws Error kInvalidArgument, naming the known formats, when there is none with that name,
-  // `jinja` is empty or not recognised, or the format needs an end token that the vocabulary lacks. `file`: for messages.
+  // tokenizer.chat_template. Throws Error kInvalidArgument, naming the known formats, when there is none with that
+  // name, `jinja` is empty or not recognised, or the format needs an end token that the vocabulary lacks. `file`: for
+  // messages.
   static ChatTemplate Choose(const std::string& name, const std::string& jinja, const Tokenizer& tokenizer,
                              const std::string& file);
 

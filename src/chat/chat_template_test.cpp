@@ -33,7 +33,9 @@ Messages Conversation(const Json& json) {
   Messages messages;
   for (const Json& message : json) {
     const auto role = message.at("role").get<std::string>();
-    messages.push_back({role == "system" ? ChatRole::kSystem : role == "user" ? ChatRole::kUser : ChatRole::kAssistant,
+    messages.push_back({role == "system" ? ChatRole::kSystem
+                        : role == "user" ? ChatRole::kUser
+                                         : ChatRole::kAssistant,
                         message.at("content").get<std::string>()});
   }
   return messages;
@@ -81,8 +83,9 @@ TEST(ChatTemplate, ChatMlSaysWhatTheFileSaysWhenTheUserGivesNoSystemPrompt) {
   EXPECT_EQ(found->default_system, "Be brief.\nBe kind.");
   const ChatTemplate chat(*found->format, found->default_system, "", "");
   const Messages question = {{ChatRole::kUser, "a"}};
-  EXPECT_EQ(Text(chat.Render(question)),
-            "<|im_start|>system\nBe brief.\nBe kind.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
+  EXPECT_EQ(
+      Text(chat.Render(question)),
+      "<|im_start|>system\nBe brief.\nBe kind.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
   EXPECT_FALSE(RecogniseChatFormat(head + "Today is ' + today + '.<|im_end|>\\n' }}{% endif %}").has_value());
 }
 
@@ -147,7 +150,7 @@ Vocabulary ChatMlLetters(TokenType marks) {
   add("<unk>", TokenType::kUnknown);
   add("<s>", TokenType::kControl);
   add("</s>", TokenType::kControl);
-  add("<|im_start|>", marks);   // 3
+  add("<|im_start|>", marks);              // 3
   add("<|im_end|>", TokenType::kControl);  // 4: the tokenizer makes it one in any case
   add("Be", TokenType::kNormal);
   for (char c = '!'; c <= '~'; ++c) add(std::string(1, c), TokenType::kNormal);

@@ -11,7 +11,9 @@ namespace lesskv {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-double Seconds(Clock::time_point from, Clock::time_point to) { return std::chrono::duration<double>(to - from).count(); }
+double Seconds(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
 
 bool IsControl(const Tokenizer& tokenizer, int32_t token) { return tokenizer.Type(token) == TokenType::kControl; }
 
@@ -98,11 +100,16 @@ void Decode(Engine& engine, Sequence& sequence, Generation& generation, std::vec
 
 std::string_view FinishName(FinishReason reason) {
   switch (reason) {
-    case FinishReason::kLength: return "length";
-    case FinishReason::kEndOfText: return "end";
-    case FinishReason::kStopString: return "stop";
-    case FinishReason::kContext: return "context";
-    case FinishReason::kInterrupted: return "interrupted";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kEndOfText:
+      return "end";
+    case FinishReason::kStopString:
+      return "stop";
+    case FinishReason::kContext:
+      return "context";
+    case FinishReason::kInterrupted:
+      return "interrupted";
   }
   return "";
 }
@@ -199,8 +206,8 @@ double GenerateResult::DecodeTokensPerSecond() const {
   return decode_seconds > 0 && generated_tokens > 1 ? static_cast<double>(generated_tokens - 1) / decode_seconds : 0;
 }
 
-GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence,
-                        std::span<const int32_t> prompt, const GenerateOptions& options) {
+GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence, std::span<const int32_t> prompt,
+                        const GenerateOptions& options) {
   RequireRoom(sequence, prompt.size());
   Validate(options);
   GenerateResult result;
@@ -209,9 +216,10 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
   const LogitsSink keep = KeepIn(logits);
   const auto start = Clock::now();
   const StepItem item{&sequence, prompt, LogitsRows::kLast};
-  const bool finished = options.prompt_was_generated
-                            ? engine.Decode({item}, keep)
-                            : engine.Prefill({item}, keep, {.stop = options.stop, .progress = options.on_prompt_progress});
+  const bool finished =
+      options.prompt_was_generated
+          ? engine.Decode({item}, keep)
+          : engine.Prefill({item}, keep, {.stop = options.stop, .progress = options.on_prompt_progress});
   const auto prefilled = Clock::now();
   result.prefill_seconds = Seconds(start, prefilled);
   if (!finished) {

@@ -122,7 +122,8 @@ struct GenerateResult {
   double prefill_seconds = 0;   // until the first token's logits were there
   double decode_seconds = 0;    // the decode steps, one fewer than generated tokens, and sampling
   FinishReason reason = FinishReason::kLength;
-  std::optional<int32_t> pending_token;  // belongs to the text but was not fed to the sequence: the next prompt begins with it
+  std::optional<int32_t>
+      pending_token;  // belongs to the text but was not fed to the sequence: the next prompt begins with it
 
   double PrefillTokensPerSecond() const;
   double DecodeTokensPerSecond() const;  // decode steps a second
@@ -130,7 +131,7 @@ struct GenerateResult {
 
 // Reads `prompt` (at least one token) and generates. The last generated token is not fed to the sequence.
 // Throws Error as Engine::Prefill does; a prompt that leaves no room in the context for one more token is refused.
-GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence,
-                        std::span<const int32_t> prompt, const GenerateOptions& options);
+GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence, std::span<const int32_t> prompt,
+                        const GenerateOptions& options);
 
 }  // namespace lesskv

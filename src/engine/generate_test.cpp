@@ -120,10 +120,10 @@ std::unique_ptr<const Tokenizer> Letters() {
     v.tokens.emplace_back(kPieces[i]);
     v.scores.push_back(-static_cast<float>(i));
     const bool control = i == kBos || i == kEos, byte = i == kLead || i == kTrail;
-    v.types.push_back(static_cast<int32_t>(control   ? TokenType::kControl
-                                           : byte    ? TokenType::kByte
+    v.types.push_back(static_cast<int32_t>(control     ? TokenType::kControl
+                                           : byte      ? TokenType::kByte
                                            : i == kUnk ? TokenType::kUnknown
-                                                     : TokenType::kNormal));
+                                                       : TokenType::kNormal));
   }
   return Tokenizer::Create(std::move(v));
 }

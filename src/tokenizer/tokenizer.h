@@ -47,9 +47,9 @@ class Tokenizer {
   // Whether a text behind `before` stands at a start: nothing comes before it, or a special token does.
   bool IsAtStart(std::span<const int32_t> before) const { return before.empty() || IsSpecial(before.back()); }
 
-  // The ids of pieces of one text, one behind the other: what is between special tokens becomes tokens as a whole, across
-  // the pieces, but special tokens are parsed only inside a piece that says so. No BOS, no EOS. `at_start`: nothing, or
-  // a special token, comes before. Throws as Encode does.
+  // The ids of pieces of one text, one behind the other: what is between special tokens becomes tokens as a whole,
+  // across the pieces, but special tokens are parsed only inside a piece that says so, and none is found across pieces.
+  // No BOS, no EOS. `at_start`: nothing, or a special token, comes before. Throws as Encode does.
   std::vector<int32_t> Encode(std::span<const TextPiece> pieces, bool at_start) const;
 
   // The text of `ids`, all of which are in [0, size()) (CHECK). Undoes Encode: the space that SentencePiece puts before
