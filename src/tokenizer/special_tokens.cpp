@@ -1,11 +1,14 @@
 #include "tokenizer/special_tokens.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace lesskv {
 
-void SpecialTokenMatcher::Add(std::string_view text, int32_t id) {
+void SpecialTokenMatcher::Add(std::string_view text, int32_t id, bool takes_spaces) {
   CHECK(!text.empty());
+  if (takes_spaces) takes_spaces_.insert(id);
   begins_token_[static_cast<uint8_t>(text[0])] = true;
   uint64_t node = 0;
   for (const char c : text) {
@@ -48,6 +51,7 @@ std::vector<TextFragment> SpecialTokenMatcher::Split(std::string_view text) cons
     flush(pos);
     fragments.push_back({text.substr(pos, length), id});
     pos += length;
+    if (takes_spaces_.contains(id)) pos = std::min(text.find_first_not_of(" \t\n\v\f\r", pos), text.size());
     plain = pos;
   }
   flush(text.size());

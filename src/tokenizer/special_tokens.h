@@ -6,11 +6,12 @@
 #include <cstdint>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace lesskv {
 
-// A stretch of text, or one token found in it.
+// A stretch of text, or one token found in it. White space that belongs to a token is in no fragment.
 struct TextFragment {
   std::string_view text;
   int32_t id;  // -1: plain text
@@ -19,8 +20,9 @@ struct TextFragment {
 // A trie of token texts. Immutable after the last Add; Split is then thread-safe.
 class SpecialTokenMatcher {
  public:
-  // `text` is not empty; of the same text added twice the first id counts.
-  void Add(std::string_view text, int32_t id);
+  // `text` is not empty; of the same text added twice the first id counts. `takes_spaces`: ASCII white space behind the
+  // token belongs to it.
+  void Add(std::string_view text, int32_t id, bool takes_spaces = false);
 
   // Cuts `text` from left to right: where tokens begin, the longest of them is taken. This is what HF tokenizers do;
   // llama.cpp looks for the longest token in the whole text first, which differs only where tokens overlap.
@@ -33,6 +35,7 @@ class SpecialTokenMatcher {
   std::unordered_map<uint64_t, uint32_t> edges_;  // node << 8 | byte
   std::vector<int32_t> node_ids_ = {-1};          // token that ends at the node; node 0 is the root
   std::array<bool, 256> begins_token_ = {};
+  std::unordered_set<int32_t> takes_spaces_;
 };
 
 }  // namespace lesskv

@@ -60,8 +60,10 @@ void Tokenizer::LoadSpecialTokens() {
     const TokenType type = Type(id);
     const std::string& text = vocabulary_.tokens[i];
     if (text.empty()) continue;
-    if (type == TokenType::kUserDefined) user_defined_.Add(text, id);
-    if (IsSpecial(id)) all_special_.Add(text, id);
+    const bool begins_text = text == "<s>" || text == "<unk>" || text == "<|endoftext|>";
+    const bool strips = vocabulary_.strips_behind_special && !begins_text;
+    if (type == TokenType::kUserDefined) user_defined_.Add(text, id, strips);
+    if (IsSpecial(id)) all_special_.Add(text, id, strips);
   }
 }
 

@@ -112,6 +112,16 @@ TEST(SentencePiece, TextBehindTextGetsNoSpace) {
     EXPECT_EQ(t->IsAtStart(before), at_start) << testing::PrintToString(before);
 }
 
+// Phi-3: "<|user|>\n" is one token.
+TEST(SentencePiece, SpaceBehindSpecialTokensIsLeftOutWhereTheModelWantsThat) {
+  Vocabulary v = HandMade();
+  v.strips_behind_special = true;
+  const auto t = Tokenizer::Create(v);
+  EXPECT_EQ(t->Encode("<tool> \n\ta</s> ", false, true), (Ids{12, 8, 2}));
+  EXPECT_EQ(t->Encode("<s> a", false, true), (Ids{1, 5, 8})) << "not behind the token that begins a text";
+  EXPECT_EQ(t->Encode("a </s>", false, true), (Ids{8, 5, 2})) << "not before a token";
+}
+
 TEST(SentencePiece, UserDefinedTokensAreFoundWithoutParsing) {
   const auto t = Tokenizer::Create(HandMade());
   EXPECT_EQ(t->Encode("<tool>a", false, false), (Ids{12, 8}));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cmath>
 #include <limits>
 #include <string_view>
@@ -74,6 +75,11 @@ std::optional<bool> ReadFlag(const GgufFile& file, std::string_view key) {
 std::vector<std::string> ReadStrings(const GgufFile& file, std::string_view key) {
   const auto strings = file.Strings(key);
   return {strings.begin(), strings.end()};
+}
+
+bool IsPhi3(std::string name) {
+  for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return name.find("phi-3") != std::string::npos || name.find("phi3") != std::string::npos;
 }
 
 void CheckTypes(const Vocabulary& vocabulary) {
@@ -199,6 +205,7 @@ Vocabulary LoadVocabulary(const GgufFile& file) {
   vocabulary.add_bos = ReadFlag(file, "tokenizer.ggml.add_bos_token");
   vocabulary.add_eos = ReadFlag(file, "tokenizer.ggml.add_eos_token");
   vocabulary.add_space_prefix = ReadFlag(file, "tokenizer.ggml.add_space_prefix");
+  vocabulary.strips_behind_special = IsPhi3(file.GetOr<std::string>("general.name", ""));
   return vocabulary;
 }
 

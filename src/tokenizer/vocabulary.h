@@ -44,6 +44,8 @@ struct Vocabulary {
   std::optional<bool> add_bos;  // absent: the default of the model or pre-tokenizer
   std::optional<bool> add_eos;
   std::optional<bool> add_space_prefix;  // SentencePiece only: BPE pieces carry their spaces themselves
+  // White space behind special tokens is left out, as Phi-3's tokenizer does. No key says so: models named Phi-3 do.
+  bool strips_behind_special = false;
 };
 
 // More tokens than any known vocabulary by far; a token count above it is refused before anything is built from it.

@@ -167,6 +167,17 @@ TEST(LoadVocabulary, ReadsEveryField) {
   EXPECT_EQ(v.add_space_prefix, false);
 }
 
+TEST(LoadVocabulary, ModelsNamedPhi3StripBehindSpecialTokens) {
+  const std::vector<std::pair<const char*, bool>> names = {{"Phi-3 Mini", true}, {"my Phi3", true}, {"Phi 4", false}};
+  for (const auto& [name, strips] : names) {
+    GgufWriter writer;
+    writer.Add("general.name", name);
+    writer.Add("tokenizer.ggml.model", "llama");
+    writer.AddArray("tokenizer.ggml.tokens", std::vector<std::string>{"a"});
+    EXPECT_EQ(LoadVocabulary(Serialized(writer)).strips_behind_special, strips) << name;
+  }
+}
+
 TEST(LoadVocabulary, RefusesWhatIsMissingOrOfAnotherType) {
   const auto load = [](const std::function<void(GgufWriter&)>& fill) {
     GgufWriter writer;
