@@ -224,7 +224,8 @@ TEST_F(TrainLessTest, GoesOnFromASidecarWithCompressedTexts) {
     }
   }
   Sidecar other = first.sidecar;
-  other.model_fingerprint ^= 1;
+  other.model_fingerprint ^= 1;  // another file ...
+  other.model_identity ^= 1;     // ... of another model
   WriteSidecar(path, other);
   options_.work_folder += "3";
   EXPECT_THROW(Run(), Error);
