@@ -44,13 +44,19 @@ void CountedFree(void* pointer) noexcept {
 // Ordinary allocations are counted apart: the cache's objects and lists.
 std::atomic<size_t> plain_bytes{0};
 
-void* operator new(size_t size) {
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
   auto* memory = static_cast<std::byte*>(std::malloc(size + alignof(std::max_align_t)));
-  if (memory == nullptr) throw std::bad_alloc();
+  if (memory == nullptr) return nullptr;
   std::memcpy(memory, &size, sizeof size);
   plain_bytes += size;
   return memory + alignof(std::max_align_t);
 }
+void* operator new(size_t size) {
+  if (void* memory = operator new(size, std::nothrow)) return memory;
+  throw std::bad_alloc();
+}
+void* operator new[](size_t size) { return operator new(size); }
+void* operator new[](size_t size, const std::nothrow_t&) noexcept { return operator new(size, std::nothrow); }
 void operator delete(void* pointer) noexcept {
   if (pointer == nullptr) return;
   std::byte* memory = static_cast<std::byte*>(pointer) - alignof(std::max_align_t);
@@ -60,6 +66,10 @@ void operator delete(void* pointer) noexcept {
   std::free(memory);
 }
 void operator delete(void* pointer, size_t) noexcept { operator delete(pointer); }
+void operator delete(void* pointer, const std::nothrow_t&) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer, size_t) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer, const std::nothrow_t&) noexcept { operator delete(pointer); }
 
 void* operator new(size_t size, std::align_val_t, const std::nothrow_t&) noexcept { return CountedAllocate(size); }
 void* operator new(size_t size, std::align_val_t) {
