@@ -373,13 +373,13 @@ TEST(Chain, GenerationEndsAtALengthAStopStringOrAFullContext) {
     Sequence sequence(engine.MakeCacheConfig(CacheSpec(), 40));
     return Generate(engine, *tokenizer, sequence, prompt, options);
   };
-  const GenerateResult all = generate(0, {});
+  const GenerateResult all = generate(GenerateOptions::kNoLimit, {});
   ASSERT_EQ(all.reason, FinishReason::kContext);
   EXPECT_EQ(all.generated_tokens, 40 - prompt.size() + 1);
   EXPECT_EQ(generate(4, {}).generated_tokens, 4u);
   ASSERT_GE(all.text.size(), 8u);
   const std::string stop = all.text.substr(4, 3);
-  const GenerateResult stopped = generate(0, {stop});
+  const GenerateResult stopped = generate(GenerateOptions::kNoLimit, {stop});
   EXPECT_EQ(stopped.reason, FinishReason::kStopString);
   EXPECT_EQ(stopped.text, all.text.substr(0, all.text.find(stop)));
   EXPECT_THROW(

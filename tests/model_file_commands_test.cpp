@@ -135,6 +135,17 @@ TEST_F(ModelFileCommands, QuantizeWarnsOfAddedErrors) {
   ExpectContains(result.err, "2 tensors were quantised before");
 }
 
+TEST_F(ModelFileCommands, QuantizeSaysWhatATypeCannotHold) {
+  EXPECT_EQ(Quantize("in.gguf", "out.gguf", "Q5_1").err.find("cannot hold"), std::string::npos);
+  EXPECT_EQ(Quantize("in.gguf", "out.gguf", "Q4_0").err.find("cannot hold"), std::string::npos);
+  WriteModel("low.gguf", -1e5f);  // a minimum that half precision does not reach
+  const Result result = Quantize("low.gguf", "out.gguf", "Q5_1");
+  EXPECT_EQ(result.status, 0);
+  ExpectContains(result.err, "Q5_1 cannot hold 1 row");
+  ExpectContains(result.err, "row 1 of tensor 'fits' (34 %)");
+  EXPECT_EQ(Quantize("low.gguf", "out.gguf", "BF16").err.find("cannot hold"), std::string::npos);
+}
+
 TEST_F(ModelFileCommands, QuantizeRefusals) {
   const struct {
     std::string in, out, type, fragment;
@@ -166,6 +177,30 @@ TEST_F(ModelFileCommands, QuantizeRefusals) {
   }
   EXPECT_EQ(Read(Path("in.gguf")), before);
   EXPECT_EQ(Quantize("large.gguf", "o.gguf", "BF16").status, 0);
+}
+
+TEST_F(ModelFileCommands, QuantizeJoinsASplitModel) {
+  const std::vector<float> values(256, 0.5f);
+  for (uint16_t part = 0; part < 2; ++part) {
+    GgufWriter writer;
+    if (part == 0) writer.Add("general.architecture", "llama");
+    writer.Add("split.no", part);
+    writer.Add("split.count", uint16_t{2});
+    writer.Add("split.tensors.count", int32_t{2});
+    writer.AddTensor(part == 0 ? "first" : "second", {128, 2}, values);
+    writer.Write(Path(fmt::format("m-{:05}-of-00002.gguf", part + 1)));
+  }
+  const Result result = Quantize("m-00001-of-00002.gguf", "joined.gguf", "Q8_0");
+  ASSERT_EQ(result.status, 0) << result.err;
+  const GgufFile joined = GgufFile::Open(Path("joined.gguf"));
+  EXPECT_EQ(joined.n_parts(), 1u);
+  EXPECT_EQ(joined.Find("split.count"), nullptr);
+  ASSERT_NE(joined.FindTensor("second"), nullptr);
+  EXPECT_NEAR(Values(*joined.FindTensor("second"))[255], 0.5f, 1e-3f);
+  const Result same = Quantize("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "Q8_0");
+  EXPECT_EQ(same.status, 2);
+  ExpectContains(same.err, "are the same file");
+  ExpectContains(Run(fmt::format("info '{}'", Path("m-00001-of-00002.gguf"))).out, " in 2 parts, GGUF version 3");
 }
 
 TEST_F(ModelFileCommands, InfoDescribesTheFile) {

@@ -54,7 +54,7 @@ void AddBenchOptions(CLI::App& command, BenchOptions& o) {
       ->capture_default_str();
   command.add_option("--hidden", o.maps.hidden, "Hidden width of random maps")->check(CLI::Range(1, 8192))
       ->option_text("N")->capture_default_str();
-  command.add_option("--seed", o.speed.seed, "Seed of rows and tokens")->option_text("N")->capture_default_str();
+  AddSeed(command, o.speed.seed, "Seed of rows and tokens");
   command.add_option("-o,--output", o.output, "md, csv, json or table")->option_text("FORMAT")->capture_default_str();
 }
 

@@ -77,18 +77,18 @@ class Chat {
   // Until the input ends. On a terminal what cannot be done is told and the conversation goes on; on a pipe it ends the
   // program, as nobody is there to answer.
   void Run() {
-    if (lines_.on_terminal()) fmt::print(stderr, "/help lists what can be done beside asking.\n");
+    if (lines_.on_terminal()) Say("/help lists what can be done beside asking.\n");
     for (bool more = true; more;) {
       const std::optional<std::string> line = ReadLine();
       if (!line) {
-        if (lines_.on_terminal()) fmt::print(stderr, "\n");  // the cursor stands behind the prompt
+        if (lines_.on_terminal()) Say("\n");  // the cursor stands behind the prompt
         break;
       }
       try {
         more = Handle(*line);
       } catch (const Error& error) {
         if (!lines_.on_terminal()) throw;
-        fmt::print(stderr, "{}\n", error.what());
+        Say("{}\n", error.what());
       }
     }
   }
@@ -143,18 +143,18 @@ class Chat {
 
   void Save(const std::string& path) {
     conversation_.Save(path);
-    fmt::print(stderr, "saved: {}, {} tokens\n", path, conversation_.sequence().tokens().size());
+    Say("saved: {}, {} tokens\n", path, conversation_.sequence().tokens().size());
   }
 
   void Load(const std::string& path) {
     conversation_.Load(path);
-    fmt::print(stderr, "loaded: {}, {} tokens\n", path, conversation_.sequence().tokens().size());
+    Say("loaded: {}, {} tokens\n", path, conversation_.sequence().tokens().size());
   }
 
   void ChangeCache(const std::string& spec) {
     conversation_.ChangeCache(spec);
     const size_t n = conversation_.empty() ? 0 : conversation_.sequence().tokens().size();
-    fmt::print(stderr, "cache: {}, {} tokens read\n", conversation_.spec().ToString(), n);
+    Say("cache: {}, {} tokens read\n", conversation_.spec().ToString(), n);
   }
 
   void Ask(const std::string& question) {
@@ -175,9 +175,9 @@ class Chat {
 
   void Tell(const GenerateResult& result) const {
     if (result.reason == FinishReason::kContext)
-      fmt::print(stderr, "the context of {} tokens is full: /clear begins anew, --ctx N gives more room\n", ctx_);
+      Say("the context of {} tokens is full: /clear begins anew, --ctx N gives more room\n", ctx_);
     if (result.reason != FinishReason::kInterrupted) return;
-    fmt::print(stderr, "{}\n", result.generated_tokens > 0 ? "stopped" : "stopped: the question was not read");
+    Say("{}\n", result.generated_tokens > 0 ? "stopped" : "stopped: the question was not read");
   }
 
   static void Print(std::string_view text) {
@@ -200,6 +200,8 @@ std::optional<size_t> Keep(const ChatCommandOptions& options) {
 }
 
 void Run(ChatCommandOptions& options) {
+  if (options.sampling.max_tokens == 0)
+    Fail(ErrorCode::kInvalidArgument, "-n: expected 1 or more tokens an answer, or -1 for no limit, found 0");
   options.conversation.keep = Keep(options);
   options.conversation.generation = MakeGenerationOptions(options.sampling);
   const OpenedModel opened = OpenModel(options.model);

@@ -1,15 +1,21 @@
-// What the commands share: options that mean the same everywhere, opening a model, reading text, writing results,
-// Ctrl-C, progress.
+// What the commands share: options that mean the same everywhere, opening a model, reading text, writing results and
+// words for people, progress.
 #pragma once
 
+#include <fmt/format.h>
+
 #include <CLI/CLI.hpp>
-#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
+#include "base/interrupt.h"
 #include "engine/engine.h"
 #include "engine/generate.h"
 #include "tokenizer/tokenizer.h"
@@ -25,6 +31,11 @@ struct ModelOptions {
   ModelLoading loading = ModelLoading::kAuto;
 };
 void AddModelOptions(CLI::App& command, ModelOptions& options);
+// --seed: a number, or -1 for one that chance chooses and that is told on stderr.
+void AddSeed(CLI::App& command, uint64_t& seed, const char* help);
+// After all options are there: numbers must be decimal and within their type's range, and no value may be empty but a
+// prompt. CLI11 alone reads 010 as eight, what is too large as the largest there is, and nothing as zero.
+void RequirePlainValues(CLI::App& app);
 // --mmap and --no-mmap, for commands that compute with the weights.
 void AddModelLoading(CLI::App& command, ModelLoading& loading);
 
@@ -53,35 +64,79 @@ OpenedModel OpenModel(const ModelOptions& options);
 
 // The whole file, or standard input for "-". Throws Error with the reason.
 std::string ReadText(const std::string& path);
-// What -p gives, or the file that -f gives, or standard input where it is a pipe; null: not given. A last newline of a
-// file or pipe is left out. Throws Error when there is no prompt, or both.
+// What -p gives, or the file that -f gives, or standard input where it is a pipe; null: not given. What editors add to a
+// file is left out, of pipes too: a byte order mark and the last line's end. Throws Error when there is no prompt, or both.
 std::string PromptText(const std::string* prompt, const std::string* file);
 bool StdinIsPipe();
-bool StderrIsTerminal();
+// Refuses a path of `option` where no file can be written, before anything is computed: a folder, one in a folder that
+// is not there or cannot be written, a read-only file.
+void CheckOutputPath(const std::string& option, const std::string& path);
 
 // Results go to standard output, checked: what cannot be written is Error kIo.
 void WriteResult(std::string_view text);
 void FlushResults();
 
-// The flag that Ctrl-C sets from now on. A second Ctrl-C ends the process at once.
-const std::atomic<bool>& StopOnInterrupt();
-// Takes the flag back: the next Ctrl-C is the first one again.
-void ForgetInterrupt();
+// Words for people go to standard error. Where they cannot be written the work goes on, and the program says so by its
+// exit status.
+void Say(std::string_view text);
+template <typename... Args>
+void Say(fmt::format_string<Args...> format, Args&&... args) {
+  Say(std::string_view(fmt::format(format, std::forward<Args>(args)...)));
+}
+bool WordsWereLost();
 
-// A bar on stderr when that is a terminal; nothing otherwise.
-class ProgressBar {
+// One line at the end of a terminal's stderr that is written again and again, cut to the terminal's width; nothing where
+// stderr is something else or the terminal cannot overwrite (TERM=dumb). Uses no escape sequences and no colour.
+class StatusLine {
  public:
-  explicit ProgressBar(std::string label);
-  ~ProgressBar() { Clear(); }
-  ProgressBar(const ProgressBar&) = delete;
-  ProgressBar& operator=(const ProgressBar&) = delete;
-  void Show(double done);  // in [0, 1]
+  StatusLine();
+  bool enabled() const { return enabled_; }
+  size_t width() const;  // columns that can be used
+  void Set(const std::string& text);
   void Clear();
 
  private:
-  std::string label_;
   bool enabled_;
+  size_t shown_ = 0;  // columns
+};
+
+// A bar on a terminal, nothing elsewhere. A wait of more than `long_seconds` (0: no wait is long) is announced either
+// way: the bar then moves on its own with the time that is left, and where there is none a line a minute tells it.
+class ProgressBar {
+ public:
+  explicit ProgressBar(std::string label, double long_seconds = 0)
+      : label_(std::move(label)), long_seconds_(long_seconds) {}
+  ~ProgressBar() { Clear(); }
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+
+  void Show(double done);  // in [0, 1]
+  void Expect(double seconds);  // about so long in all; what Show says corrects it
+  void Clear();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Now {
+    double done, seconds_left;
+  };
+  double Elapsed() const { return std::chrono::duration<double>(Clock::now() - begin_).count(); }
+  void Announce(double seconds);
+  Now Estimate() const;
+  void Draw();
+  void Tick();
+
+  const std::string label_;
+  const double long_seconds_;
+  StatusLine line_;
   int shown_percent_ = -1;
+  // Of an announced wait: the rest is guarded by the mutex while the thread runs.
+  std::thread ticker_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool ending_ = false;
+  double done_ = 0, at_done_ = 0;  // share done, and the seconds since the beginning when it was told
+  double expected_ = 0;            // seconds in all; 0: not known
+  const Clock::time_point begin_ = Clock::now();
 };
 
 }  // namespace lesskv

@@ -53,7 +53,7 @@ void AddCommonOptions(CLI::App& command, CommonOptions& o) {
       ->allow_extra_args(false);
   command.add_flag("--match-bytes", o.match_bytes, "Add to each cache its nearest rivals at equal bytes");
   command.add_option("-o,--output", o.output, "table, md, csv or json")->option_text("FORMAT")->capture_default_str();
-  command.add_option("--seed", o.seed, "Seed of generated tasks and sampling")->option_text("N")->capture_default_str();
+  AddSeed(command, o.seed, "Seed of generated tasks and sampling");
   command
       .add_option("--batch", o.batch,
                   "Texts that go through the model together, at most; fewer when their caches "

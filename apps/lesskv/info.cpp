@@ -105,6 +105,7 @@ Json TensorsJson(const GgufFile& file) {
   Json tensors = Json::array();
   for (const GgufTensor& tensor : file.tensors()) {
     tensors.push_back({{"name", tensor.name},
+                       {"part", tensor.part + 1},
                        {"type", Traits(tensor.type).name},
                        {"shape", std::vector<size_t>(tensor.ne.begin(), tensor.ne.begin() + tensor.n_dims)},
                        {"offset", tensor.file_offset},
@@ -118,6 +119,7 @@ Json InfoJson(const GgufFile& file, bool with_tensors) {
   Json json;
   json["file"] = file.name();
   json["file_bytes"] = file.file_bytes();
+  json["parts"] = file.n_parts();
   json["gguf_version"] = file.version();
   json["alignment"] = file.alignment();
   json["fingerprint"] = FingerprintString(file.Fingerprint());
@@ -179,8 +181,9 @@ void PrintLine(std::string_view label, const std::string& text) { WriteResult(fm
 void PrintSummary(const GgufFile& file) {
   const TypeTotals totals = CountTypes(file);
   const TypeTotal sum = Sum(totals);
-  PrintLine("file", fmt::format("{}, {}, GGUF version {}, alignment {}", file.name(), HumanBytes(file.file_bytes()),
-                                file.version(), file.alignment()));
+  const std::string parts = file.n_parts() > 1 ? fmt::format(" in {} parts", file.n_parts()) : "";
+  PrintLine("file", fmt::format("{}, {}{}, GGUF version {}, alignment {}", file.name(), HumanBytes(file.file_bytes()),
+                                parts, file.version(), file.alignment()));
   PrintLine("fingerprint", FingerprintString(file.Fingerprint()));
   PrintLine("identity", FingerprintString(file.Identity()));
   PrintLine("name", Unquoted(StringOr(file, "general.name", "none given")));

@@ -10,6 +10,7 @@
 #include <iostream>
 
 #include "base/error.h"
+#include "base/interrupt.h"
 
 namespace lesskv {
 namespace {
@@ -63,6 +64,7 @@ LineReader::LineReader() {
 LineReader::~LineReader() = default;
 
 std::optional<std::string> LineReader::Read(const std::string& prompt) {
+  const InterruptsAsByDefault by_default;  // nothing runs that would have to be stopped; libedit puts the terminal right
   std::string line;
   if (editor_ == nullptr) {
     if (std::getline(std::cin, line)) return line;

@@ -1,12 +1,16 @@
 // The lesskv program: parse, call, print. Exit status: 0 done, 1 failed while running, 2 bad usage or bad input.
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <csignal>
-#include <cstdio>
+#include <filesystem>
 #include <new>
 #include <string>
+#include <system_error>
 
+#include "base/interrupt.h"
 #include "base/error.h"
 #include "commands.h"
 #include "common.h"
@@ -22,7 +26,7 @@ constexpr int kBadUsage = 2;
 int Complain(int status, std::string message) {
   for (char& c : message)
     if (c == '\n') c = ' ';
-  fmt::print(stderr, "lesskv: {}\n", message);
+  Say("lesskv: {}\n", message);
   return status;
 }
 
@@ -37,6 +41,7 @@ void AddCommands(CLI::App& app) {
   AddPlanCommand(app);
   AddTrainCommand(app);
   AddTokenizeCommand(app);
+  RequirePlainValues(app);
 }
 
 // The first words name a command and, where it has them, one of its own; the word that names none, or null.
@@ -72,17 +77,37 @@ int Run(int argc, char** argv) {
   return 0;
 }
 
-int Main(int argc, char** argv) {
-  std::signal(SIGPIPE, SIG_IGN);  // a reader that went away is an error of writing, told in a sentence
+// The number of a closed standard stream would be the next opened file's, and words for people would go into that file.
+// What takes its place here refuses to be used, as the closed stream would.
+void OccupyClosedStreams() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+    if (::fcntl(fd, F_GETFD) == -1) static_cast<void>(::open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY));
+}
+
+int Answer(int argc, char** argv) {
   try {
     return Run(argc, argv);
   } catch (const Error& error) {
     return Complain(error.ExitStatus(), error.what());
   } catch (const std::bad_alloc&) {
     return Complain(kFailed, "memory ran out");
+  } catch (const std::filesystem::filesystem_error& error) {
+    return Complain(kBadUsage, fmt::format("{} cannot be used: {}", error.path1().string(), error.code().message()));
+  } catch (const std::system_error& error) {
+    return Complain(kFailed, fmt::format("the system refused: {}", error.what()));
   } catch (const std::exception& error) {
     return Complain(kFailed, fmt::format("unexpected failure: {}", error.what()));
   }
+}
+
+int Main(int argc, char** argv) {
+  OccupyClosedStreams();
+  TakeInterrupts();
+  // A reader that went away, a file as large as files may be: errors of writing, told in a sentence.
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
+  const int status = Answer(argc, argv);
+  return WordsWereLost() && status == 0 ? kFailed : status;
 }
 
 }  // namespace

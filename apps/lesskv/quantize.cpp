@@ -81,22 +81,42 @@ class TypePlan {
     if (n_as_asked_ == 0 && !misfits_.empty()) {
       Fail(ErrorCode::kInvalidArgument, "there are only matrices {}, such as {}", why, misfits_[0]);
     }
-    if (n_vectors_ > 0) fmt::print(stderr, "kept as F32: {} one-dimensional tensors\n", n_vectors_);
+    if (n_vectors_ > 0) Say("kept as F32: {} one-dimensional tensors\n", n_vectors_);
     if (!misfits_.empty()) {
       constexpr size_t kShown = 4;
       const auto end = misfits_.begin() + static_cast<ptrdiff_t>(std::min(kShown, misfits_.size()));
-      fmt::print(stderr, "kept as F32: {} matrices {}: {}{}\n", misfits_.size(), why,
-                 fmt::join(misfits_.begin(), end, ", "), end == misfits_.end() ? "" : ", ...");
+      Say("kept as F32: {} matrices {}: {}{}\n", misfits_.size(), why, fmt::join(misfits_.begin(), end, ", "),
+          end == misfits_.end() ? "" : ", ...");
     }
-    if (n_requantised_ > 0) {
-      fmt::print(stderr, "warning: {} tensors were quantised before; the errors add up\n", n_requantised_);
-    }
+    if (n_requantised_ > 0) Say("warning: {} tensors were quantised before; the errors add up\n", n_requantised_);
   }
 
  private:
   DType target_;
   size_t n_as_asked_ = 0, n_vectors_ = 0, n_requantised_ = 0;
   std::vector<std::string> misfits_;
+};
+
+// What the conversion changed in the rows that it changed most: a value that a block's half-precision scale or minimum
+// cannot reach is cut to what it can, without an error of its own.
+struct Losses {
+  static constexpr float kMuch = 0.25f;  // of a row's root mean square; 4-bit types lose a tenth of normal rows
+  size_t rows = 0;
+  float most = 0;
+  std::string where = {};
+
+  void Add(const GgufTensor& tensor, size_t row, float loss) {
+    if (loss <= kMuch) return;
+    ++rows;
+    if (loss <= most) return;
+    most = loss;
+    where = fmt::format("row {} of tensor {}", row, Quoted(tensor.name));
+  }
+  void Report(DType type) const {
+    if (rows == 0) return;
+    Say("warning: {} cannot hold {} row{}: the error is more than a quarter of the values, most in {} ({:.0f} %)\n",
+        Traits(type).name, rows, rows == 1 ? "" : "s", where, 100 * most);
+  }
 };
 
 // Converts tensors slab by slab, rows in parallel, so that memory stays bounded whatever the tensor's size.
@@ -120,6 +140,8 @@ class Converter {
     }
   }
 
+  const Losses& losses() const { return losses_; }
+
  private:
   static constexpr size_t kSlabElements = size_t{4} << 20;
 
@@ -128,14 +150,21 @@ class Converter {
     values_.resize(n_rows * n);
     encoded_.resize(n_rows * out_bytes);
     largest_.assign(n_rows, 0.0f);
+    lost_.assign(n_rows, 0.0f);
     ParallelFor(n_rows, [&](size_t r) {
       float* row = values_.data() + r * n;
       DequantizeRow(tensor.type, tensor.data.data() + (first_row + r) * in_bytes, n, row);
       largest_[r] = LargestMagnitude(row, n);
-      // Not finite rows are left out here and refused below: nothing may throw in a parallel region.
-      if (std::isfinite(largest_[r])) QuantizeRow(target, row, n, encoded_.data() + r * out_bytes);
+      // Not finite rows are left out here and refused below, the first one whatever the threads do.
+      if (!std::isfinite(largest_[r])) return;
+      std::byte* encoded = encoded_.data() + r * out_bytes;
+      QuantizeRow(target, row, n, encoded);
+      lost_[r] = Lost(row, n, target, encoded);
     });
-    for (size_t r = 0; r < n_rows; ++r) CheckRange(tensor, first_row + r, largest_[r], target);
+    for (size_t r = 0; r < n_rows; ++r) {
+      CheckRange(tensor, first_row + r, largest_[r], target);
+      losses_.Add(tensor, first_row + r, lost_[r]);
+    }
     sink.Write(encoded_);
   }
 
@@ -147,6 +176,18 @@ class Converter {
       zero += x[i] * 0.0f;
     }
     return zero == 0.0f ? largest : std::numeric_limits<float>::infinity();
+  }
+
+  // Root mean square of what the stored row is off by, as a share of the row's own.
+  static float Lost(const float* row, size_t n, DType type, const std::byte* encoded) {
+    std::vector<float> stored(n);
+    DequantizeRow(type, encoded, n, stored.data());
+    double error = 0, all = 0;
+    for (size_t i = 0; i < n; ++i) {
+      error += (double{stored[i]} - row[i]) * (double{stored[i]} - row[i]);
+      all += double{row[i]} * row[i];
+    }
+    return all == 0 ? 0 : static_cast<float>(std::sqrt(error / all));
   }
 
   void CheckRange(const GgufTensor& tensor, size_t row, float largest, DType target) const {
@@ -171,14 +212,16 @@ class Converter {
   const std::atomic<bool>& stop_;
   ProgressBar bar_;
   size_t total_ = 0, done_ = 0;
-  std::vector<float> values_, largest_;
+  std::vector<float> values_, largest_, lost_;
   std::vector<std::byte> encoded_;
+  Losses losses_;
 };
 
 void CopyMetadata(const GgufFile& file, DType target, GgufWriter& writer) {
   for (const auto& [key, value] : file.metadata()) {
     const bool rewritten =
-        key == "general.file_type" || key == "general.quantization_version" || key == "general.alignment";
+        key == "general.file_type" || key == "general.quantization_version" || key == "general.alignment" ||
+        key == "split.no" || key == "split.count" || key == "split.tensors.count";  // parts are joined
     if (!rewritten) writer.Add(key, value);
   }
   writer.Add("general.file_type", FileType(target));
@@ -187,10 +230,12 @@ void CopyMetadata(const GgufFile& file, DType target, GgufWriter& writer) {
 }
 
 void RefuseSameFile(const QuantizeOptions& options) {
-  std::error_code no_such_file;
-  if (std::filesystem::equivalent(options.in, options.out, no_such_file)) {
-    Fail(ErrorCode::kInvalidArgument, "{} and {} are the same file; the output needs a name of its own", options.in,
-         options.out);
+  for (const std::string& in : ModelFiles(options.in)) {
+    std::error_code no_such_file;
+    if (std::filesystem::equivalent(in, options.out, no_such_file)) {
+      Fail(ErrorCode::kInvalidArgument, "{} and {} are the same file; the output needs a name of its own", in,
+           options.out);
+    }
   }
 }
 
@@ -211,8 +256,9 @@ void Quantize(const QuantizeOptions& options) {
   }
   plan.Report();
   writer.Write(options.out);
-  fmt::print(stderr, "{}: {}, was {}\n", options.out, HumanBytes(std::filesystem::file_size(options.out)),
-             HumanBytes(file.file_bytes()));
+  converter.losses().Report(target);
+  Say("{}: {}, was {}\n", options.out, HumanBytes(std::filesystem::file_size(options.out)),
+      HumanBytes(file.file_bytes()));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -37,7 +38,8 @@ void AddOptions(CLI::App& command, RunOptions& o) {
   AddModelOptions(command, o.model);
   AddModelLoading(command, o.model.loading);
   command.add_option("-p,--prompt", o.prompt, "Prompt")->option_text("TEXT");
-  command.add_option("-f,--file", o.file, "File with the prompt, - for standard input; a last newline is left out")
+  command.add_option("-f,--file", o.file, "File with the prompt, - for standard input; a byte order mark and a "
+                                         "last newline are left out")
       ->option_text("FILE");
   AddCacheOption(command, o.kv);
   command.add_option("--keep", o.keep, "Protect the first N tokens of the prompt from eviction, -1: all (default: 0; "
@@ -113,22 +115,11 @@ std::vector<ProtectedSpan> ProtectedSpans(const RunOptions& options, size_t n_pr
   return spans;
 }
 
-// A session is written at the very end: a place that takes no file is refused before anything is computed.
-void CheckSessionPath(const std::string& path) {
-  std::filesystem::path folder = std::filesystem::path(path).parent_path();
-  if (folder.empty()) folder = ".";
-  std::error_code ignored;
-  if (!std::filesystem::is_directory(folder, ignored))
-    Fail(ErrorCode::kInvalidArgument, "--session {}: there is no folder {}", path, folder.string());
-  if (::access(folder.c_str(), W_OK) != 0)
-    Fail(ErrorCode::kInvalidArgument, "--session {}: the folder {} cannot be written", path, folder.string());
-}
-
 // `chat`: null without --chat.
 Start MakeStart(const RunOptions& options, const OpenedModel& opened, const ChatTemplate* chat, const CacheSpec& spec,
                 const std::string& text) {
   const Engine& engine = *opened.engine;
-  if (!options.session.empty()) CheckSessionPath(options.session);
+  if (!options.session.empty()) CheckOutputPath("--session", options.session);  // written at the very end
   if (options.session.empty() || !std::filesystem::exists(options.session)) {
     ChatTurn turn = chat == nullptr ? ChatTurn{PromptTokens(*opened.tokenizer, text), {}}
                                     : FirstTurn(*opened.tokenizer, *chat, options.chat_options, text);
@@ -163,16 +154,42 @@ Json ResultJson(const Engine& engine, const Sequence& sequence, const GenerateRe
 
 void Report(const Sequence& sequence, const GenerateResult& result) {
   const CacheStats stats = sequence.Stats();
-  if (result.reason == FinishReason::kContext) fmt::print(stderr, "stopped: the context is full\n");
-  if (result.reason == FinishReason::kInterrupted) fmt::print(stderr, "stopped: interrupted\n");
-  fmt::print(stderr, "prompt      {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.prompt_tokens, result.prefill_seconds,
-             result.PrefillTokensPerSecond());
-  fmt::print(stderr, "generated   {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.generated_tokens,
-             result.decode_seconds, result.DecodeTokensPerSecond());
-  fmt::print(stderr, "cache       {}: {} now, {} at most, {:.0f} of {} tokens; a full f16 cache: {}\n",
-             sequence.config().spec_text(), HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak),
-             stats.tokens_resident, stats.tokens_seen, HumanBytes(stats.kv_bytes_full));
-  if (const size_t bytes = sequence.config().sidecar_bytes()) fmt::print(stderr, "sidecar     {}\n", HumanBytes(bytes));
+  if (result.reason == FinishReason::kContext) Say("stopped: the context is full\n");
+  if (result.reason == FinishReason::kInterrupted) Say("stopped: interrupted\n");
+  Say("prompt      {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.prompt_tokens, result.prefill_seconds,
+      result.PrefillTokensPerSecond());
+  Say("generated   {} tokens, {:.2f} s, {:.1f} tokens/s\n", result.generated_tokens, result.decode_seconds,
+      result.DecodeTokensPerSecond());
+  Say("cache       {}: {} now, {} at most, {:.0f} of {} tokens; a full f16 cache: {}\n", sequence.config().spec_text(),
+      HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak), stats.tokens_resident, stats.tokens_seen,
+      HumanBytes(stats.kv_bytes_full));
+  if (const size_t bytes = sequence.config().sidecar_bytes()) Say("sidecar     {}\n", HumanBytes(bytes));
+}
+
+constexpr size_t kManyTokens = 65536;
+constexpr double kLongPrompt = 60;  // seconds; what takes longer is announced
+
+// About how many seconds a prompt of very many tokens will take, for which even the first layer's end is long to wait;
+// 0 for others. From two short ones of the same cache: reading n tokens after `seen` takes
+// a n + b ((seen + n)^2 - seen^2).
+double EstimatePrompt(Engine& engine, const std::shared_ptr<const CacheConfig>& config, size_t seen, size_t n,
+                      const std::atomic<bool>* stop) {
+  if (n < kManyTokens) return 0;
+  const auto seconds_each = [&](size_t n_probe) {
+    Sequence probe(config);
+    const std::vector<int32_t> tokens(n_probe);
+    const auto start = std::chrono::steady_clock::now();
+    engine.Prefill({{&probe, tokens, LogitsRows::kNone}}, {}, {.stop = stop});
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() /
+           static_cast<double>(n_probe);
+  };
+  constexpr size_t kShort = 512, kLonger = 2048;
+  seconds_each(kShort);  // warms up
+  const double few = seconds_each(kShort), many = seconds_each(kLonger);
+  const double b = std::max(0.0, (many - few) / static_cast<double>(kLonger - kShort));
+  const double a = std::max(0.0, few - b * static_cast<double>(kShort));
+  const auto before = static_cast<double>(seen), added = static_cast<double>(n);
+  return a * added + b * added * (2 * before + added);
 }
 
 void Run(const RunOptions& options) {
@@ -191,8 +208,11 @@ void Run(const RunOptions& options) {
   Sequence& sequence = start.sequence;
   generate.prompt_was_generated = start.goes_on;
 
-  ProgressBar bar("prompt");
   generate.stop = &StopOnInterrupt();
+  const double seconds = EstimatePrompt(engine, engine.MakeCacheConfig(spec, opened.ctx), sequence.tokens().size(),
+                                        start.tokens.size(), generate.stop);
+  ProgressBar bar(fmt::format("prompt of {} tokens", start.tokens.size()), kLongPrompt);
+  bar.Expect(seconds);
   generate.on_prompt_progress = [&](double done) { bar.Show(done); };
   generate.on_text = [&](std::string_view text) {
     bar.Clear();
@@ -204,10 +224,10 @@ void Run(const RunOptions& options) {
   bar.Clear();
   if (sequence.interrupted() || (result.reason == FinishReason::kInterrupted && result.generated_tokens == 0))
     Fail(ErrorCode::kRuntime, "interrupted while the prompt was being read");
-  if (!options.session.empty())
-    SaveSession(options.session, engine, sequence, result.pending_token);
   WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampling.sampler.seed)) + "\n" : "\n");
   FlushResults();
+  if (!options.session.empty())  // after the text, which should not be lost where the session finds no room
+    SaveSession(options.session, engine, sequence, result.pending_token);
   if (!options.json) Report(sequence, result);
 }
 

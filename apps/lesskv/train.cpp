@@ -25,19 +25,15 @@ struct TrainCommand {
 // "2-5": layers 2 to 5, both included; "3": one layer.
 void ParseLayers(const std::string& text, train::TrainLessOptions& options) {
   if (text.empty()) return;
-  size_t used = 0, first = 0, last = 0;
-  try {
-    first = last = std::stoul(text, &used);
-    if (used < text.size() && text[used] == '-') {
-      size_t more = 0;
-      last = std::stoul(text.substr(used + 1), &more);
-      used += 1 + more;
-    }
-  } catch (const std::exception&) {
-    used = 0;
-  }
-  if (used != text.size() || last < first)
-    Fail(ErrorCode::kInvalidArgument, "--layers: expected a layer or a range such as 2-5, found {}", text);
+  const size_t dash = text.find('-');
+  const std::string begin = text.substr(0, dash), end = dash == std::string::npos ? begin : text.substr(dash + 1);
+  const auto is_layer = [](const std::string& number) {
+    return !number.empty() && number.size() < 10 && number.find_first_not_of("0123456789") == std::string::npos;
+  };
+  const bool are_layers = is_layer(begin) && is_layer(end);
+  const size_t first = are_layers ? std::stoul(begin) : 0, last = are_layers ? std::stoul(end) : 0;
+  if (!are_layers || last < first)
+    Fail(ErrorCode::kInvalidArgument, "--layers: expected a layer from 0 or a range such as 2-5, found {}", text);
   options.first_layer = first;
   options.end_layer = last + 1;
 }
@@ -52,15 +48,14 @@ T Choose(const std::string& option, const std::string& value, std::initializer_l
   Fail(ErrorCode::kInvalidArgument, "{}: expected {}, found {}", option, names, value);
 }
 
-void ShowProgress(const train::TrainProgress& p) {
-  if (!StderrIsTerminal()) return;
+void ShowProgress(StatusLine& status, const train::TrainProgress& p) {
+  if (!status.enabled()) return;
   const int minutes = static_cast<int>(p.seconds_left / 60), seconds = static_cast<int>(p.seconds_left) % 60;
   std::string line = fmt::format("{} {:3.0f} %  {}:{:02} left", p.phase, 100 * p.done, minutes, seconds);
   if (p.phase == "train")
     line += fmt::format("  layer {} epoch {}  loss {:.3e}  validation {:.3e}  selector {:.3e}  Baseline+ {:.3e}", p.layer,
                         p.epoch, p.loss, p.validation, p.baseline, p.baseline_plus);
-  fmt::print(stderr, "\r\x1b[K{}", line);
-  std::fflush(stderr);
+  status.Set(line);
 }
 
 void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
@@ -85,6 +80,7 @@ void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
 
 void Train(TrainCommand& c) {
   if (c.output.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the sidecar to write with -o");
+  CheckOutputPath("-o", c.output);
   if (!c.merge.empty()) {
     WriteSidecar(c.output, MergeSidecars(c.merge));
     return;
@@ -99,9 +95,11 @@ void Train(TrainCommand& c) {
   o.ctx = opened.ctx;
   const bool temporary = o.work_folder.empty();
   if (temporary) o.work_folder = c.output + ".work";
+  StatusLine status;
   const train::TrainLessReport report =
-      train::TrainLess(*opened.engine, *opened.tokenizer, o, ShowProgress, &StopOnInterrupt());
-  if (StderrIsTerminal()) fmt::print(stderr, "\r\x1b[K");
+      train::TrainLess(*opened.engine, *opened.tokenizer, o,
+                       [&](const train::TrainProgress& p) { ShowProgress(status, p); }, &StopOnInterrupt());
+  status.Clear();
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
   if (temporary && !c.keep) std::filesystem::remove_all(o.work_folder);
@@ -132,7 +130,7 @@ void AddLess(CLI::App& train) {
   less->add_option("--lr", o.rate, "Learning rate")->capture_default_str();
   less->add_option("--schedule", c->schedule, "cosine, or halve (the paper's: every 10 epochs)")->capture_default_str();
   less->add_option("--dropout", o.dropout, "Of hidden units (the paper: 0.3)")->capture_default_str();
-  less->add_option("--seed", o.seed)->capture_default_str();
+  AddSeed(*less, o.seed, "Seed of texts, maps and order");
   less->add_option("--layers", c->layers, "Train these layers only, A-B; merge the parts later")->option_text("A-B");
   less->add_option("--from", o.from, "Sidecar to start from; texts then pass the model compressed with it")
       ->option_text("SIDECAR");

@@ -16,22 +16,39 @@ namespace {
 
 // A symbolic link keeps being one: what it points to is replaced.
 std::string FollowLink(const std::string& path) {
-  std::error_code ignored;
-  if (!std::filesystem::is_symlink(path, ignored)) return path;
-  const std::filesystem::path target = std::filesystem::weakly_canonical(path, ignored);
-  return ignored ? path : target.string();
+  std::error_code error;
+  if (!std::filesystem::is_symlink(path, error)) return path;
+  const std::filesystem::path target = std::filesystem::weakly_canonical(path, error);
+  if (error) Fail(ErrorCode::kIo, "cannot write {}: {}", path, error.message());
+  return target.string();
+}
+
+// Beside the file, and no longer a name than the system allows.
+std::string TemporaryPath(const std::filesystem::path& path) {
+  constexpr size_t kMostOfName = 200;
+  const std::string name = path.filename().string().substr(0, kMostOfName);
+  return (path.parent_path() / fmt::format("{}.{}.tmp", name, ::getpid())).string();
 }
 
 }  // namespace
 
-AtomicFile::AtomicFile(const std::string& path)
-    : path_(FollowLink(path)), temporary_path_(fmt::format("{}.{}.tmp", path_, ::getpid())) {
+bool IsReadOnlyFile(const std::string& path) {
   struct stat info;
-  if (::stat(path_.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
+  if (::stat(path.c_str(), &info) != 0) return false;
+  return (info.st_mode & (S_IWUSR | S_IWGRP | S_IWOTH)) == 0 || ::access(path.c_str(), W_OK) != 0;
+}
+
+AtomicFile::AtomicFile(const std::string& path)
+    : path_(FollowLink(path)), temporary_path_(TemporaryPath(path_)) {
+  struct stat info;
+  const bool replaces = ::stat(path_.c_str(), &info) == 0;
+  if (replaces && !S_ISREG(info.st_mode))
     Fail(ErrorCode::kIo, "cannot write {}: it exists and is not a regular file", path_);
-  }
-  const int fd = ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (IsReadOnlyFile(path_)) Fail(ErrorCode::kIo, "cannot write {}: it is read-only", path_);
+  ::unlink(temporary_path_.c_str());  // of a process that had our number and was killed
+  const int fd = ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, replaces ? 0600 : 0666);
   if (fd < 0) Fail(ErrorCode::kIo, "cannot write {}: {}", path_, std::strerror(errno));
+  if (replaces) ::fchmod(fd, info.st_mode & 0777);  // where it is refused, the file stays its owner's alone
   file_ = ::fdopen(fd, "wb");
   CHECK(file_ != nullptr);
 }

@@ -17,8 +17,9 @@ class ByteSink {
 };
 
 // Used once: construct, Write any number of times, Commit. Without Commit the destructor removes the temporary file and
-// whatever had the final name before stays as it was. Throws Error(kIo) when the folder or disk refuses, also when the
-// final name is taken by something that is not a regular file (a symbolic link is followed).
+// whatever had the final name before stays as it was. A file that is replaced hands on its permissions, and is not
+// replaced when it is read-only. Throws Error(kIo) when the folder or disk refuses, also when the final name is taken by
+// something that is not a regular file (a symbolic link is followed).
 class AtomicFile final : public ByteSink {
  public:
   explicit AtomicFile(const std::string& path);
@@ -36,5 +37,9 @@ class AtomicFile final : public ByteSink {
   std::string temporary_path_;
   std::FILE* file_ = nullptr;
 };
+
+// Whether there is a file of that name that must not be written. Root may write everywhere: for it too, a file without
+// any permission to write is meant to stay.
+bool IsReadOnlyFile(const std::string& path);
 
 }  // namespace lesskv

@@ -87,6 +87,47 @@ TEST_F(Files, NothingIsVisibleBeforeCommit) {
   EXPECT_EQ(CountFiles(), 1u);
 }
 
+TEST_F(Files, AReplacedFileKeepsItsPermissions) {
+  const auto mode_of = [&](const char* name) {
+    struct stat info {};
+    ::stat(Path(name).c_str(), &info);
+    return info.st_mode & 0777;
+  };
+  for (const mode_t mode : {0600, 0640, 0666}) {
+    Write(Path("out"), "old");
+    ASSERT_EQ(::chmod(Path("out").c_str(), mode), 0);
+    AtomicFile file(Path("out"));
+    file.Write(Bytes("new"));
+    for (const auto& entry : fs::directory_iterator(folder_))  // nobody reads it while it is being written either
+      EXPECT_EQ(static_cast<mode_t>(entry.status().permissions()) & ~mode, 0u) << entry.path();
+    file.Commit();
+    EXPECT_EQ(mode_of("out"), mode);
+    EXPECT_EQ(Read(Path("out")), "new");
+  }
+}
+
+TEST_F(Files, AReadOnlyFileIsNotReplaced) {
+  Write(Path("out"), "old");
+  ASSERT_EQ(::chmod(Path("out").c_str(), 0444), 0);
+  ExpectError(ErrorCode::kIo, "read-only", [&] { AtomicFile file(Path("out")); });
+  EXPECT_EQ(Read(Path("out")), "old");
+  EXPECT_EQ(CountFiles(), 1u);
+}
+
+TEST_F(Files, ALinkThatLeadsToItselfIsNotReplaced) {
+  fs::create_symlink("loop", folder_ / "loop");
+  ExpectError(ErrorCode::kIo, "loop", [&] { AtomicFile file(Path("loop")); });
+  EXPECT_TRUE(fs::is_symlink(folder_ / "loop"));
+}
+
+TEST_F(Files, NamesMayBeAsLongAsTheSystemAllows) {
+  const std::string name(255, 'n');
+  AtomicFile file(Path(name.c_str()));
+  file.Commit();
+  EXPECT_TRUE(fs::exists(folder_ / name));
+  ExpectError(ErrorCode::kIo, "too long", [&] { AtomicFile longer(Path((name + "n").c_str())); });
+}
+
 TEST_F(Files, ALinkIsFollowed) {
   Write(Path("target"), "old");
   fs::create_symlink(Path("target"), Path("link"));

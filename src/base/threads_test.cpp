@@ -127,17 +127,18 @@ TEST(Threads, PoolsOfTwoOwnersRunAtTheSameTime) {
 
 TEST(Threads, ScopesNestAndEnd) {
   const int outside = Threads();
-  const ThreadPool two(2), five(5);
+  const int n = outside % 4 + 2, m = n + 1;  // neither is the process's number
+  const ThreadPool first(n), second(m);
   {
-    const ThreadScope outer(two);
-    EXPECT_EQ(Threads(), 2);
+    const ThreadScope outer(first);
+    EXPECT_EQ(Threads(), n);
     {
-      const ThreadScope inner(five);
-      EXPECT_EQ(Threads(), 5);
+      const ThreadScope inner(second);
+      EXPECT_EQ(Threads(), m);
       std::thread([&] { EXPECT_EQ(Threads(), outside); }).join();
     }
-    EXPECT_EQ(Threads(), 2);
-    EXPECT_TRUE(OnThreads(2, [&] { EXPECT_EQ(Threads(), 2); }));
+    EXPECT_EQ(Threads(), n);
+    EXPECT_TRUE(OnThreads(2, [&] { EXPECT_EQ(Threads(), n); }));
   }
   EXPECT_EQ(Threads(), outside);
 }

@@ -158,7 +158,7 @@ std::optional<FinishReason> Generation::FinishAt(int32_t token) const {
   if (tokenizer_->IsEndOfGeneration(token)) return FinishReason::kEndOfText;
   const bool is_stop = std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end();
   if (is_stop || filter_.stopped()) return FinishReason::kStopString;
-  if (tokens().size() == max_tokens_) return FinishReason::kLength;
+  if (tokens().size() >= max_tokens_) return FinishReason::kLength;
   if (tokens().size() > room_) return FinishReason::kContext;
   return std::nullopt;
 }
@@ -226,6 +226,7 @@ GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& se
     result.reason = FinishReason::kInterrupted;
     return result;
   }
+  if (options.max_tokens == 0) return result;
   Generation generation(tokenizer, options, sequence.tokens(), sequence.config().shape().ctx);
   Decode(engine, sequence, generation, logits, options, result);
   result.decode_seconds = Seconds(prefilled, Clock::now());

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <span>
 #include <string>
@@ -44,7 +45,8 @@ class StopFilter {
 
 struct GenerationOptions {
   SamplerOptions sampler;
-  size_t max_tokens = 0;           // 0: until the text or the context ends
+  static constexpr size_t kNoLimit = std::numeric_limits<size_t>::max();
+  size_t max_tokens = kNoLimit;    // kNoLimit: until the text or the context ends
   // Generation ends before the first of these texts, or at the control token whose text it is; not empty strings.
   std::vector<std::string> stops;
 };
@@ -52,7 +54,7 @@ struct GenerationOptions {
 // Throws Error kInvalidArgument for sampler options out of range and for empty stop strings.
 void Validate(const GenerationOptions& options);
 
-// One text being generated. Calls no engine, keeps no logits, may be moved; the tokenizer must outlive it.
+// One text being generated, of one token at least. Calls no engine, keeps no logits, may be moved; the tokenizer must outlive it.
 class Generation {
  public:
   struct Output {
@@ -129,7 +131,8 @@ struct GenerateResult {
   double DecodeTokensPerSecond() const;  // decode steps a second
 };
 
-// Reads `prompt` (at least one token) and generates. The last generated token is not fed to the sequence.
+// Reads `prompt` (at least one token) and generates; with max_tokens = 0 it only reads. The last generated token is not
+// fed to the sequence.
 // Throws Error as Engine::Prefill does; a prompt that leaves no room in the context for one more token is refused.
 GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence, std::span<const int32_t> prompt,
                         const GenerateOptions& options);

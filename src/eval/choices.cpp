@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 
 #include "base/check.h"
 #include "base/error.h"
@@ -23,10 +24,18 @@ std::string Replaced(std::string_view text, std::string_view what, const std::st
   return at == std::string::npos ? out : out.replace(at, what.size(), by);
 }
 
+// 1 and 1.0 are labels; numbers between, text and truth values are not.
+size_t Label(const Json& label) {
+  const double value = label.is_number() ? label.get<double>() : -1;
+  if (value < 0 || value > 1e6 || value != std::floor(value))
+    Fail(ErrorCode::kBadFile, "the label must be a whole number from 0, found {}", label.dump());
+  return static_cast<size_t>(value);
+}
+
 ChoiceQuestion MakeQuestion(const Json& record, std::string_view question_template) {
   const std::string q = record.at("q");
   ChoiceQuestion question;
-  question.label = record.at("label").get<size_t>();
+  question.label = Label(record.at("label"));
   const std::vector<std::string> choices = record.at("choices");
   std::string rest;
   if (record.contains("asks_for")) {
@@ -210,6 +219,8 @@ std::vector<ChoiceQuestion> ParseChoices(std::string_view json_lines, const std:
     } catch (const Json::exception& error) {
       Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with q, choices and label: {}", name, line_number,
            error.what());
+    } catch (const Error& error) {
+      Fail(error.code(), "{}, line {}: {}", name, line_number, error.what());
     }
     const ChoiceQuestion& question = questions.back();
     if (question.continuations.size() < 2 || question.label >= question.continuations.size()) {

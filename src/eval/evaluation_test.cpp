@@ -264,6 +264,11 @@ TEST(ChoicesTest, PromptsOfTheThreeKinds) {
   EXPECT_EQ(questions[2].label, 1u);
   EXPECT_THROW(ParseChoices("{\"q\": 1}", "test"), Error);
   EXPECT_THROW(ParseChoices(R"({"q": "a", "choices": ["b", "c"], "label": 2})", "test"), Error);
+  EXPECT_EQ(ParseChoices(R"({"q": "a", "choices": ["b", "c"], "label": 1.0})", "test")[0].label, 1u);
+  for (const char* label : {"0.7", "-1", "true", "\"1\"", "1e99", "null"}) {
+    const std::string line = fmt::format(R"({{"q": "a", "choices": ["b", "c"], "label": {}}})", label);
+    EXPECT_THROW(ParseChoices(line, "test"), Error) << label;
+  }
 }
 
 // A copied statement is likelier than a wrong one for any model that can copy.

@@ -100,6 +100,11 @@ std::string GgufTensor::ShapeString() const {
 }
 
 GgufFile GgufFile::Open(const std::string& path, bool map) {
+  GgufFile file = OpenOne(path, map);
+  return file.split_count_ > 1 ? Join(std::move(file), map) : file;
+}
+
+GgufFile GgufFile::OpenOne(const std::string& path, bool map) {
   auto mapping = std::make_shared<const MappedFile>(map ? MappedFile::Open(path) : MappedFile::Read(path));
   const std::span<const std::byte> bytes = mapping->bytes();
   return GgufParser(bytes, path, std::move(mapping)).Run();
@@ -108,7 +113,12 @@ GgufFile GgufFile::Open(const std::string& path, bool map) {
 GgufFile GgufFile::Parse(std::vector<std::byte> bytes, std::string name) {
   auto owner = std::make_shared<const std::vector<std::byte>>(std::move(bytes));
   const std::span<const std::byte> view = *owner;
-  return GgufParser(view, std::move(name), std::move(owner)).Run();
+  GgufFile file = GgufParser(view, std::move(name), std::move(owner)).Run();
+  if (file.split_count_ > 1) {
+    Fail(ErrorCode::kBadFile, "{}: this is one of {} files of a split model, which are opened by name", file.name_,
+         file.split_count_);
+  }
+  return file;
 }
 
 const GgufValue* GgufFile::Find(std::string_view key) const {
@@ -168,7 +178,9 @@ uint64_t GgufFile::Fingerprint() const {
   const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(), &XXH3_freeState);
   if (state == nullptr) Fail(ErrorCode::kOutOfMemory, "no memory to fingerprint {}", name_);
   XXH3_64bits_reset(state.get());
-  XXH3_64bits_update(state.get(), bytes_.data(), header_bytes_);
+  for (const std::span<const std::byte> header : headers_) {
+    XXH3_64bits_update(state.get(), header.data(), header.size());
+  }
   for (const GgufTensor& tensor : tensors_) {
     const size_t n = std::min(kSample, tensor.data.size());
     XXH3_64bits_update(state.get(), tensor.data.data(), n);

@@ -93,7 +93,8 @@ struct GgufTensor {
   DType type;
   size_t n_dims;             // 1 to 4
   std::array<size_t, 4> ne;  // dimensions, fastest first: ne[0] is the row length; those beyond n_dims are 1; none is 0
-  uint64_t file_offset;      // of the first data byte, from the start of the file
+  size_t part = 0;           // which file of a split model, from 0
+  uint64_t file_offset;      // of the first data byte, from the start of its file
   std::span<const std::byte> data;  // rows in order, RowBytes(type, ne[0]) each; aligned to 8 bytes at least
 
   size_t RowLength() const { return ne[0]; }
@@ -102,6 +103,22 @@ struct GgufTensor {
   std::string ShapeString() const;  // "[64, 512]", in the file's order
 };
 
+// Where the parts of a model that is split into several files are: PREFIX-00001-of-00003.gguf and so on.
+struct SplitName {
+  std::string prefix;  // with the folder
+  size_t part;         // from 0
+  size_t count;
+
+  std::string Part(size_t index) const;  // the path of another part
+};
+
+// Nothing when `path` does not end like a part's.
+std::optional<SplitName> ParseSplitName(std::string_view path);
+
+// The files that opening `path` reads, going by names alone: all parts when it ends like the first part of a split
+// model, else itself.
+std::vector<std::string> ModelFiles(const std::string& path);
+
 // An open, completely checked file. Copies share the bytes, which live as long as any copy; tensor data and strings
 // are views into them. Immutable, thread-safe.
 class GgufFile {
@@ -109,6 +126,10 @@ class GgufFile {
   // Maps and checks a file. Touches only the header's pages, so it is cheap however large the model is.
   // Throws Error: see MappedFile::Open, and kBadFile with a sentence naming what is wrong and where.
   // With map = false the whole file is read into memory at once (MappedFile::Read).
+  // The first part of a split model (split.count above 1) opens all its parts, which lie beside it under their names:
+  // metadata are the first part's, tensors those of all parts in order. Throws Error also when a part is missing
+  // (kNotFound), when another part than the first is named, and for a part that belongs to another model as far as
+  // the parts tell.
   static GgufFile Open(const std::string& path, bool map = true);
 
   // The same checks on bytes in memory; `name` takes the path's place in messages.
@@ -118,7 +139,8 @@ class GgufFile {
   uint32_t version() const { return version_; }
   size_t alignment() const { return alignment_; }
   uint64_t data_offset() const { return data_offset_; }  // where tensor data begins
-  uint64_t file_bytes() const { return bytes_.size(); }
+  uint64_t file_bytes() const { return file_bytes_; }  // of all parts
+  size_t n_parts() const { return headers_.size(); }
 
   // Metadata in file order.
   const std::vector<std::pair<std::string_view, GgufValue>>& metadata() const { return metadata_; }
@@ -147,7 +169,7 @@ class GgufFile {
 
   // Names this model for sidecars and result rows: XXH3-64 of the header (everything before the padding) followed by,
   // for each tensor in file order, its first and its last 4096 bytes (all of it, twice, when shorter). Reads 8 KiB a
-  // tensor. Two files of the same bytes agree; files that differ in metadata, shapes, types or sampled bytes do not.
+  // tensor. Of a split model, the headers of all parts come first. Two files of the same bytes agree; files that differ in metadata, shapes, types or sampled bytes do not.
   // Damage in the middle of a tensor is not seen: this identifies a model, it does not verify it.
   uint64_t Fingerprint() const;
   // Identifies the model in whatever quantisation: architecture, vocabulary, names and shapes of all tensors, and the
@@ -158,16 +180,21 @@ class GgufFile {
   friend class GgufParser;
   GgufFile() = default;
 
+  static GgufFile OpenOne(const std::string& path, bool map);
+  static GgufFile Join(GgufFile first, bool map);
+  void CheckPart(const GgufFile& part, size_t index) const;
+  void Append(GgufFile part, size_t index);
   const GgufValue& Require(std::string_view key) const;
   [[noreturn]] void FailType(std::string_view key, const GgufValue& value, std::string_view expected) const;
 
   std::string name_;
   std::shared_ptr<const void> owner_;
-  std::span<const std::byte> bytes_;
+  uint64_t file_bytes_ = 0;
   uint32_t version_ = 0;
   size_t alignment_ = 0;
-  uint64_t header_bytes_ = 0;
+  std::vector<std::span<const std::byte>> headers_;  // of each part, up to the padding
   uint64_t data_offset_ = 0;
+  size_t split_part_ = 0, split_count_ = 1;  // as this file says
   std::vector<std::pair<std::string_view, GgufValue>> metadata_;
   std::unordered_map<std::string_view, size_t> key_index_;
   std::vector<GgufTensor> tensors_;

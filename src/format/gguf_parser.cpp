@@ -47,10 +47,11 @@ std::string ForeignTypeName(uint32_t type) {
 
 }  // namespace
 
-GgufParser::GgufParser(std::span<const std::byte> bytes, std::string name, std::shared_ptr<const void> owner) {
+GgufParser::GgufParser(std::span<const std::byte> bytes, std::string name, std::shared_ptr<const void> owner)
+    : bytes_(bytes) {
   file_.name_ = std::move(name);
   file_.owner_ = std::move(owner);
-  file_.bytes_ = bytes;
+  file_.file_bytes_ = bytes.size();
 }
 
 GgufFile GgufParser::Run() {
@@ -60,7 +61,7 @@ GgufFile GgufParser::Run() {
   const uint64_t n_pairs = Count(kSmallestPair, "metadata count");
   for (uint64_t i = 0; i < n_pairs; ++i) ReadPair(i);
   ReadAlignment();
-  RefuseSplit();
+  ReadSplit();
   for (uint64_t i = 0; i < n_tensors; ++i) ReadTensor(i);
   FindDataOffset();
   PlaceTensors();
@@ -72,7 +73,7 @@ std::span<const std::byte> GgufParser::Take(uint64_t n, const char* what) {
   if (n > Remaining()) {
     Bad("the file ends inside {}: {} bytes expected at offset {}, {} left", what, n, position_, Remaining());
   }
-  const auto result = file_.bytes_.subspan(position_, n);
+  const auto result = bytes_.subspan(position_, n);
   position_ += n;
   return result;
 }
@@ -98,8 +99,8 @@ uint64_t GgufParser::Count(uint64_t smallest, const char* what) {
 }
 
 void GgufParser::ReadMagicAndVersion() {
-  const size_t shown = std::min<size_t>(4, file_.bytes_.size());
-  const std::string_view start(reinterpret_cast<const char*>(file_.bytes_.data()), shown);
+  const size_t shown = std::min<size_t>(4, bytes_.size());
+  const std::string_view start(reinterpret_cast<const char*>(bytes_.data()), shown);
   if (start != "GGUF") Bad("not a GGUF file: it starts with {}, expected 'GGUF'", Quoted(start));
   position_ = 4;
   file_.version_ = Number<uint32_t>("the version");
@@ -142,7 +143,7 @@ GgufValue GgufParser::ReadValue(std::string_view key) {
     value.size_ = count;
   }
   ReadElements(key, value);
-  value.encoded_ = file_.bytes_.subspan(begin, position_ - begin);
+  value.encoded_ = bytes_.subspan(begin, position_ - begin);
   return value;
 }
 
@@ -171,9 +172,13 @@ void GgufParser::ReadAlignment() {
   file_.alignment_ = alignment;
 }
 
-void GgufParser::RefuseSplit() const {
-  const uint64_t n_files = file_.GetOr<uint64_t>("split.count", 1);
-  if (n_files > 1) Bad("this is one of {} files of a split model; join them into one file first", n_files);
+// 0 is what joining the parts leaves.
+void GgufParser::ReadSplit() {
+  file_.split_count_ = std::max<size_t>(1, file_.GetOr<size_t>("split.count", 1));
+  file_.split_part_ = file_.GetOr<size_t>("split.no", 0);
+  if (file_.split_part_ >= file_.split_count_) {
+    Bad("split.no is {}, expected less than {}, the split.count", file_.split_part_, file_.split_count_);
+  }
 }
 
 void GgufParser::ReadTensor(uint64_t index) {
@@ -220,19 +225,19 @@ void GgufParser::ReadTensorType(GgufTensor& tensor) {
 }
 
 void GgufParser::FindDataOffset() {
-  file_.header_bytes_ = position_;
+  file_.headers_ = {bytes_.first(position_)};
   // The position is inside the file and the alignment small, so that this cannot overflow.
   file_.data_offset_ = RoundUp(position_, file_.alignment_);
   const bool needs_data = !file_.tensors_.empty();
-  if (needs_data && file_.data_offset_ > file_.bytes_.size()) {
-    Bad("the file ends before the tensor data: {} bytes, data expected at {}", file_.bytes_.size(), file_.data_offset_);
+  if (needs_data && file_.data_offset_ > bytes_.size()) {
+    Bad("the file ends before the tensor data: {} bytes, data expected at {}", bytes_.size(), file_.data_offset_);
   }
 }
 
 void GgufParser::PlaceTensors() {
   for (size_t i = 0; i < file_.tensors_.size(); ++i) {
     GgufTensor& tensor = file_.tensors_[i];
-    const uint64_t offset = relative_offsets_[i], available = file_.bytes_.size() - file_.data_offset_;
+    const uint64_t offset = relative_offsets_[i], available = bytes_.size() - file_.data_offset_;
     if (offset % file_.alignment_ != 0) {
       Bad("tensor {} lies at offset {}, which is not a multiple of the alignment {}", Quoted(tensor.name), offset,
           file_.alignment_);
@@ -244,7 +249,7 @@ void GgufParser::PlaceTensors() {
           Quoted(tensor.name), traits.name, tensor.ShapeString(), size, offset, available);
     }
     tensor.file_offset = file_.data_offset_ + offset;
-    tensor.data = file_.bytes_.subspan(tensor.file_offset, size);
+    tensor.data = bytes_.subspan(tensor.file_offset, size);
   }
 }
 

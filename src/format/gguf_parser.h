@@ -22,7 +22,7 @@ class GgufParser {
     Fail(ErrorCode::kBadFile, "{}: {}", file_.name_, fmt::format(format, std::forward<Args>(args)...));
   }
 
-  uint64_t Remaining() const { return file_.bytes_.size() - position_; }
+  uint64_t Remaining() const { return bytes_.size() - position_; }
   std::span<const std::byte> Take(uint64_t n, const char* what);
   template <typename T>
   T Number(const char* what);
@@ -36,7 +36,7 @@ class GgufParser {
   void ReadElements(std::string_view key, GgufValue& value);
   GgufType ReadType(std::string_view key);
   void ReadAlignment();
-  void RefuseSplit() const;
+  void ReadSplit();
   void ReadTensor(uint64_t index);
   void ReadShape(GgufTensor& tensor);
   void ReadTensorType(GgufTensor& tensor);
@@ -45,6 +45,7 @@ class GgufParser {
   void RefuseOverlap() const;
 
   GgufFile file_;
+  std::span<const std::byte> bytes_;
   uint64_t position_ = 0;
   std::vector<uint64_t> relative_offsets_;  // of each tensor's data, from the start of the data
 };

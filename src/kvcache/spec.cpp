@@ -121,8 +121,9 @@ std::string CheckNumber(const Method& method, const Parameter& parameter, const 
   const double max = percent ? 100 : parameter.max;
   const bool whole = parameter.kind != Kind::kReal && !percent;
   const std::string expected =
-      fmt::format("{} from {} to {}{}", whole ? "a whole number" : "a number", percent ? 0 : parameter.min, max,
-                  parameter.kind == Kind::kRows ? " (rows), or a percentage of the context length such as 5%" : "");
+      percent ? "a percentage of the context length above 0% and up to 100%, such as 5%, or a number of rows"
+              : fmt::format("{} from {} to {}{}", whole ? "a whole number" : "a number", parameter.min, max,
+                            parameter.kind == Kind::kRows ? " (rows), or a percentage of the context length such as 5%" : "");
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, std::chars_format::fixed);
   if (argument.quoted || error != std::errc() || end != text.data() + text.size() || !std::isfinite(value))

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <filesystem>
+#include <optional>
 #include <unordered_set>
 
 #include "base/error.h"
@@ -206,15 +207,22 @@ RopeTables ReadRopes(TensorReader& tensors, const ModelConfig& config) {
 bool ReadsAtOnce(const std::string& path, ModelLoading loading) {
   if (loading != ModelLoading::kAuto) return loading == ModelLoading::kRead;
   constexpr uintmax_t kLeastBytes = uintmax_t{64} << 20;  // smaller files stay in caches, or cost little either way
-  std::error_code unreadable;                             // left to GgufFile::Open
-  const uintmax_t bytes = std::filesystem::file_size(path, unreadable);
-  return !unreadable && bytes >= kLeastBytes && HasLargePages() && AvailableMemory().value_or(0) / 2 >= bytes;
+  uintmax_t bytes = 0;
+  for (const std::string& file : ModelFiles(path)) {
+    std::error_code unreadable;  // left to GgufFile::Open
+    const uintmax_t file_bytes = std::filesystem::file_size(file, unreadable);
+    if (unreadable) return false;
+    bytes += file_bytes;
+  }
+  return bytes >= kLeastBytes && HasLargePages() && AvailableMemory().value_or(0) / 2 >= bytes;
 }
 
 // NAME.less.gguf beside the model, else another one for the same model there or one folder up.
 SidecarSource FindSidecar(const std::string& model_path, uint64_t fingerprint, uint64_t identity) {
   namespace fs = std::filesystem;
-  const fs::path named = fs::path(model_path).replace_extension(".less.gguf");
+  const std::optional<SplitName> split = ParseSplitName(model_path);
+  const fs::path named =
+      split ? fs::path(split->prefix + ".less.gguf") : fs::path(model_path).replace_extension(".less.gguf");
   SidecarSource source{named.string(), fingerprint, identity};
   std::error_code error;
   if (fs::exists(named, error)) return source;

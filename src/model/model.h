@@ -73,7 +73,7 @@ class Model {
   size_t weight_bytes() const { return weight_bytes_; }  // as stored
 
   // The cache's view of this model for a context of `ctx` tokens, by which LongRoPE chooses its factors. `sidecar` is
-  // NAME.less.gguf beside NAME.gguf, else the first .less.gguf there or one folder up (in the order of names) that was
+  // NAME.less.gguf beside NAME.gguf or NAME-00001-of-0000N.gguf, else the first .less.gguf there or one folder up (in the order of names) that was
   // trained for this identity.
   CacheShape MakeCacheShape(size_t ctx, ComputeType compute) const;
   const SidecarSource& Sidecar() const { return sidecar_; }

@@ -164,6 +164,41 @@ TEST(Model, LongContextsTakeTheLongFactors) {
   EXPECT_EQ(frequency(21), frequency(80));
 }
 
+// The same file in three parts, by whole tensors: the same weights, a fingerprint of its own, and a sidecar named for the
+// model and not for its part.
+TEST(Model, SplitFileLoadsAsOne) {
+  const std::string whole = TinyFile().Write(), prefix = testing::TempDir() + "lesskv_model_test_split";
+  const GgufFile file = GgufFile::Open(whole);
+  const size_t n_tensors = file.tensors().size();
+  std::vector<std::string> paths;
+  for (size_t part = 0; part < 3; ++part) {
+    GgufWriter writer;
+    if (part == 0) {
+      for (const auto& [key, value] : file.metadata()) writer.Add(key, value);
+    }
+    writer.Add("split.no", static_cast<uint16_t>(part));
+    writer.Add("split.count", uint16_t{3});
+    writer.Add("split.tensors.count", static_cast<int32_t>(n_tensors));
+    for (size_t i = part * n_tensors / 3; i < (part + 1) * n_tensors / 3; ++i) {
+      const GgufTensor& tensor = file.tensors()[i];
+      writer.AddTensor(tensor.name, tensor.type, std::span(tensor.ne).first(tensor.n_dims), tensor.data);
+    }
+    paths.push_back(fmt::format("{}-{:05}-of-00003.gguf", prefix, part + 1));
+    writer.Write(paths.back());
+  }
+  const auto expected = Model::Load(whole);
+  for (const ModelLoading loading : {ModelLoading::kMap, ModelLoading::kRead, ModelLoading::kAuto}) {
+    const auto model = Model::Load(paths[0], loading);
+    EXPECT_EQ(model->parameter_count(), expected->parameter_count());
+    EXPECT_EQ(model->weight_bytes(), expected->weight_bytes());
+    EXPECT_NE(model->fingerprint(), expected->fingerprint());
+    EXPECT_EQ(model->Sidecar().path, prefix + ".less.gguf");
+    EXPECT_EQ(model->Sidecar().model_fingerprint, model->fingerprint());
+  }
+  for (const std::string& path : paths) std::filesystem::remove(path);
+  std::filesystem::remove(whole);
+}
+
 struct BadFile {
   const char* name;
   std::function<void(TinyFile&)> spoil;

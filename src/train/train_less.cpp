@@ -124,6 +124,8 @@ class Trainer {
       if (!ok) Fail(ErrorCode::kInvalidArgument, "train less: {}", what);
     };
     require(!o_.policies.empty(), "at least one policy is needed (--kv)");
+    // What less cannot stand beside teaches it nothing: a cache that no token leaves, positions counted inside the cache.
+    for (const std::string& policy : o_.policies) CacheSpec::Parse(policy + "+less");
     require(!o_.steps.empty() && *std::min_element(o_.steps.begin(), o_.steps.end()) > 0, "--step must be at least 1");
     require(o_.views >= 1, "--views must be at least 1");
     require(o_.sequences >= 2, "--sequences must be at least 2: one of them validates");
@@ -163,9 +165,10 @@ class Trainer {
 
   void PrepareFolder() {
     const std::string key_path = o_.work_folder + "/capture.txt";
-    std::error_code ignored;
+    std::error_code error, ignored;
     for (const std::string& text : o_.texts)
-      if (!fs::is_regular_file(text, ignored)) Fail(ErrorCode::kNotFound, "{}: no such text file", text);
+      if (!fs::is_regular_file(text, error))
+        Fail(ErrorCode::kNotFound, "{}: {}", text, error ? error.message() : "not a file of text");
     if (fs::exists(key_path)) {
       if (!o_.resume)
         Fail(ErrorCode::kInvalidArgument,
