@@ -43,11 +43,16 @@ class ModelVocabulary : public testing::TestWithParam<const char*> {
   std::unique_ptr<const Tokenizer> tokenizer_;
 };
 
+// Gemma's GGUF files write the tokens of runs of spaces with spaces, as text has them; in the original a literal U+2581
+// makes them, too, which such a file cannot say (llama.cpp reads it as we do).
 TEST_P(ModelVocabulary, MatchesTokenizers) {
+  const auto& vectors = ModelVectors().at("texts");
   const auto& expected = ModelVectors().at(GetParam()).at("ids");
-  size_t i = 0;
-  for (const std::string text : ModelVectors().at("texts"))
-    EXPECT_EQ(tokenizer_->Encode(text, false, true), expected[i++].get<Ids>()) << testing::PrintToString(text);
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    const std::string text = vectors[i];
+    if (KeepsBytes() && text.find("\u2581") != std::string::npos) continue;
+    EXPECT_EQ(tokenizer_->Encode(text, false, true), expected[i].get<Ids>()) << testing::PrintToString(text);
+  }
 }
 
 // Not: a literal U+2581, which SentencePiece reads as a space, and control characters, some of which SmolLM2 lacks.
