@@ -225,28 +225,39 @@ class Terminal {
     ASSERT_EQ(write(fd_, keys.data(), keys.size()), static_cast<ssize_t>(keys.size()));
   }
 
-  // Reads until `text` has appeared behind what was waited for before; false after a minute or at the end.
-  bool WaitFor(const std::string& text) {
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  // Types keys again and again until `text` appears: while the terminal changes between the line editor's mode and the
+  // usual one, Ctrl-C means neither what it does here nor what it does there.
+  bool TypeUntil(const std::string& keys, const std::string& text) {
+    for (int tries = 0; tries < 60; ++tries) {
+      Type(keys);
+      if (WaitFor(text, std::chrono::seconds(1))) return true;
+    }
+    return false;
+  }
+
+  // Reads until `text` has appeared behind what was waited for before; false when time is up and at the end.
+  bool WaitFor(const std::string& text, std::chrono::milliseconds limit = std::chrono::minutes(1)) {
+    const auto deadline = std::chrono::steady_clock::now() + limit;
     for (;;) {
       if (const size_t at = seen_.find(text, from_); at != std::string::npos) {
         from_ = at + text.size();
         return true;
       }
+      if (std::chrono::steady_clock::now() > deadline) return false;
       pollfd there{fd_, POLLIN, 0};
-      if (poll(&there, 1, 1000) == 0 && std::chrono::steady_clock::now() < deadline) continue;
+      if (poll(&there, 1, 100) == 0) continue;
       char buffer[4096];
-      const ssize_t n = there.revents != 0 ? read(fd_, buffer, sizeof buffer) : 0;
+      const ssize_t n = read(fd_, buffer, sizeof buffer);
       if (n <= 0) return false;
       seen_.append(buffer, static_cast<size_t>(n));
     }
   }
 
-  bool Ended() { return ended_ = ended_ || waitpid(pid_, &status_, WNOHANG) == pid_; }
   int Wait() {
-    if (!ended_) waitpid(pid_, &status_, 0);
+    int status = 0;
+    waitpid(pid_, &status, 0);
     ended_ = true;
-    return WIFEXITED(status_) ? WEXITSTATUS(status_) : -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
   }
   const std::string& seen() const { return seen_; }
 
@@ -255,23 +266,23 @@ class Terminal {
   pid_t pid_ = -1;
   std::string seen_;
   size_t from_ = 0;
-  int status_ = 0;
   bool ended_ = false;
 };
 
 TEST_F(ChatCommand, OnATerminalCtrlCStopsTheAnswerOnly) {
   Terminal terminal(
-      {LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "chatml", "--ctx", "100000", "--seed", "1"});
+      {LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "chatml", "--ctx", "100000", "--temp", "0"});
   ASSERT_TRUE(terminal.WaitFor("> ")) << terminal.seen();
   for (int i = 0; i < 2; ++i) {
     terminal.Type("The s\u00E9a was\n");
     ASSERT_TRUE(terminal.WaitFor("was\r\n")) << terminal.seen();
     ASSERT_TRUE(terminal.WaitFor(" ")) << terminal.seen();  // the answer has begun; it would go on for minutes
-    terminal.Type("\x03");
-    ASSERT_TRUE(terminal.WaitFor("stopped")) << terminal.seen();
+    ASSERT_TRUE(terminal.TypeUntil("\x03", "stopped")) << terminal.seen();
     ASSERT_TRUE(terminal.WaitFor("> ")) << terminal.seen();
   }
-  terminal.Type("half a question\x03/dance\n");  // Ctrl-C empties the line
+  terminal.Type("half a question");
+  ASSERT_TRUE(terminal.WaitFor("half a question")) << terminal.seen();
+  terminal.Type("\x03/dance\n");  // Ctrl-C empties the line
   ASSERT_TRUE(terminal.WaitFor("no command \"/dance\"")) << terminal.seen();
   terminal.Type("/stats\n");
   ASSERT_TRUE(terminal.WaitFor("context  ")) << terminal.seen();
@@ -298,14 +309,9 @@ TEST_F(ChatCommand, OnATerminalCtrlCTakesAQuestionBackThatIsBeingRead) {
   for (int i = 0; i < 300; ++i) question += "so far ";
   terminal.Type(question + "\n");
   ASSERT_TRUE(terminal.WaitFor("prompt [")) << terminal.seen();
-  terminal.Type("\x03");
-  ASSERT_TRUE(terminal.WaitFor("the question was not read")) << terminal.seen();
+  ASSERT_TRUE(terminal.TypeUntil("\x03", "the question was not read")) << terminal.seen();
   EXPECT_EQ(context(), before);
-  // Until the line editor has the terminal, which is some time after its prompt, Ctrl-D is no key to it.
-  for (int tries = 0; tries < 600 && !terminal.Ended(); ++tries) {
-    terminal.Type("\x04");
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  }
+  terminal.Type("/exit\n");
   EXPECT_EQ(terminal.Wait(), 0);
 }
 

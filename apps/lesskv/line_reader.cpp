@@ -64,13 +64,14 @@ LineReader::LineReader() {
 LineReader::~LineReader() = default;
 
 std::optional<std::string> LineReader::Read(const std::string& prompt) {
-  const InterruptsAsByDefault by_default;  // nothing runs that would have to be stopped; libedit puts the terminal right
   std::string line;
   if (editor_ == nullptr) {
+    const InterruptsAsByDefault by_default;  // nothing runs that would have to be stopped
     if (std::getline(std::cin, line)) return line;
     if (std::cin.bad()) Fail(ErrorCode::kIo, "standard input cannot be read");
     return std::nullopt;
   }
+  const KeyInterrupts keys;
   editor_->prompt = prompt;
   int size = 0;
   const char* read = el_gets(editor_->line, &size);

@@ -4,21 +4,23 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <initializer_list>
 #include <system_error>
 #include <thread>
 
 namespace lesskv {
 namespace {
 
-std::atomic<bool> g_polled{false}, g_interrupted{false};
+std::atomic<bool> g_polled{false}, g_interrupted{false}, g_is_key{false};
 
-sigset_t Interrupts() {
+sigset_t Set(std::initializer_list<int> numbers) {
   sigset_t set;
   sigemptyset(&set);
-  sigaddset(&set, SIGINT);
-  sigaddset(&set, SIGTERM);
+  for (const int number : numbers) sigaddset(&set, number);
   return set;
 }
+
+sigset_t Interrupts() { return Set({SIGINT, SIGTERM}); }
 
 // As the signal would have ended the process, so that whoever started it can tell.
 [[noreturn]] void End(int number) {
@@ -33,7 +35,7 @@ void Wait() {
   const sigset_t set = Interrupts();
   for (;;) {
     int number = 0;
-    if (sigwait(&set, &number) != 0) continue;
+    if (sigwait(&set, &number) != 0 || (number == SIGINT && g_is_key)) continue;
     if (!g_polled || g_interrupted.exchange(true)) End(number);
   }
 }
@@ -60,6 +62,18 @@ InterruptsAsByDefault::InterruptsAsByDefault() {
 InterruptsAsByDefault::~InterruptsAsByDefault() {
   const sigset_t set = Interrupts();
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
+}
+
+KeyInterrupts::KeyInterrupts() {
+  g_is_key = true;
+  const sigset_t set = Set({SIGTERM});
+  pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+}
+
+KeyInterrupts::~KeyInterrupts() {
+  const sigset_t set = Set({SIGTERM});
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  g_is_key = false;
 }
 
 const std::atomic<bool>& StopOnInterrupt() {

@@ -26,4 +26,14 @@ class InterruptsAsByDefault {
   InterruptsAsByDefault& operator=(const InterruptsAsByDefault&) = delete;
 };
 
+// The same around an editor of lines, where Ctrl-C is a key: SIGTERM is the calling thread's, and a SIGINT, which comes of
+// the key when the terminal is not the editor's yet, means nothing.
+class KeyInterrupts {
+ public:
+  KeyInterrupts();
+  ~KeyInterrupts();
+  KeyInterrupts(const KeyInterrupts&) = delete;
+  KeyInterrupts& operator=(const KeyInterrupts&) = delete;
+};
+
 }  // namespace lesskv
