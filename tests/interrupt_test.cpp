@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/stat.h>
 
 #include <chrono>
 #include <functional>
@@ -114,9 +115,12 @@ TEST_F(Interrupt, ASecondSignalEndsAtOnceAndALongPromptIsAnnounced) {
 }
 
 TEST_F(Interrupt, WhatDoesNotWatchForItEndsAtOnce) {
-  Start("run -m \"$M\" -f - -n 1 <\"$(mkfifo pipe; echo pipe)\"");  // waits for a prompt
+  ASSERT_EQ(::mkfifo(Path("pipe").c_str(), 0600), 0);
+  const int writer = ::open(Path("pipe").c_str(), O_RDWR);
+  Start("run -m \"$M\" -f - -n 1 <pipe");  // waits for a prompt
   std::this_thread::sleep_for(std::chrono::milliseconds(300));
   const int status = End(SIGINT);
+  ::close(writer);
   EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT) << status;
 }
 
