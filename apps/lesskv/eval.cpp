@@ -41,8 +41,18 @@ struct ProtocolOptions {
   std::string mode = "stream";
   size_t step = 8;
   size_t prompt = 0;
+  std::string protocol = "lesskv";
 
-  Protocol Parse() const { return {ParseMode(mode), step, prompt}; }
+  // For texts: `ctx` is the length of their windows.
+  Protocol Parse(size_t ctx) const {
+    if (protocol != "lesskv" && protocol != "llama")
+      Fail(ErrorCode::kInvalidArgument, "--protocol: expected lesskv or llama, found '{}'", protocol);
+    const bool llama = protocol == "llama";
+    Protocol result{ParseMode(mode), step, prompt, llama};
+    if (llama && result.mode == Protocol::Mode::kContinue && prompt == 0) result.prompt = ctx / 2;
+    CheckProtocol(result, ctx);
+    return result;
+  }
 };
 
 void AddCommonOptions(CLI::App& command, CommonOptions& o) {
@@ -122,6 +132,11 @@ void AddTextOptions(CLI::App& command, TextOptions& o) {
                   "continue: --prompt tokens at once, then one token a step")
       ->option_text("MODE")
       ->capture_default_str();
+  command
+      .add_option("--protocol", o.protocol.protocol,
+                  "lesskv: every token of each window is scored; llama: windows and scored halves of llama-perplexity")
+      ->option_text("NAME")
+      ->capture_default_str();
   command.add_option("--step", o.protocol.step, "Tokens a step of --mode stream")
       ->check(AtLeast(1))->option_text("N")
       ->capture_default_str();
@@ -141,9 +156,8 @@ void AddPerplexity(CLI::App& parent) {
       ->check(AtLeast(1))
       ->option_text("N");
   command->callback([o, pair_distance] {
-    const Protocol protocol = o->protocol.Parse();
     Session session(o->common, "perplexity");
-    CheckProtocol(protocol, session.setup.ctx);
+    const Protocol protocol = o->protocol.Parse(session.setup.ctx);
     session.AddRivalsIfAsked(o->common, protocol.prompt);
     session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, protocol, *pair_distance}));
   });
@@ -154,9 +168,8 @@ void AddDivergence(CLI::App& parent) {
   auto o = std::make_shared<TextOptions>();
   AddTextOptions(*command, *o);
   command->callback([o] {
-    const Protocol protocol = o->protocol.Parse();
     Session session(o->common, "divergence");
-    CheckProtocol(protocol, session.setup.ctx);
+    const Protocol protocol = o->protocol.Parse(session.setup.ctx);
     session.AddRivalsIfAsked(o->common, protocol.prompt);
     session.Print(EvaluateDivergence(session.setup, {o->texts, o->max_windows, protocol}));
   });

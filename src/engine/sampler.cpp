@@ -32,14 +32,17 @@ Sampler::Sampler(const SamplerOptions& options) : options_(options), rng_(option
 
 int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> history) {
   candidates_.clear();
-  for (size_t i = 0; i < logits.size(); ++i)
-    candidates_.push_back({static_cast<int32_t>(i), std::isnan(logits[i]) ? -INFINITY : logits[i]});
+  bool any_nan = false;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    any_nan |= std::isnan(logits[i]);
+    candidates_.push_back({static_cast<int32_t>(i), logits[i]});
+  }
   if (options_.repeat_penalty != 1.0f) Penalise(history);
   const auto larger = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
   };
   const auto best = std::min_element(candidates_.begin(), candidates_.end(), larger);
-  if (best == candidates_.end() || !std::isfinite(best->logit))
+  if (any_nan || best == candidates_.end() || !std::isfinite(best->logit))
     Fail(ErrorCode::kRuntime, "the model's logits are not finite numbers; the weights may be damaged");
   if (options_.temperature == 0) return best->token;
   KeepTopK();

@@ -31,7 +31,7 @@ class Sampler {
   explicit Sampler(const SamplerOptions& options);
 
   // The next token. `history`: all tokens of the text so far, oldest first; used by the repetition penalty.
-  // Throws Error kRuntime when no logit is a finite number.
+  // Throws Error kRuntime when a logit is NaN or the largest is no finite number.
   int32_t Sample(std::span<const float> logits, std::span<const int32_t> history);
 
  private:

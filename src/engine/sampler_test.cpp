@@ -33,7 +33,7 @@ TEST(Sampler, GreedyTakesTheLargestAndTheLowerTokenOfEquals) {
   Sampler sampler(Plain(0));
   EXPECT_EQ(sampler.Sample(std::vector<float>{1, 3, 2}, {}), 1);
   EXPECT_EQ(sampler.Sample(std::vector<float>{1, 3, 3}, {}), 1);
-  EXPECT_EQ(sampler.Sample(std::vector<float>{NAN, -3, -2}, {}), 2);
+  EXPECT_EQ(sampler.Sample(std::vector<float>{-INFINITY, -3, -2}, {}), 2);
 }
 
 TEST(Sampler, DrawsFollowTheProbabilities) {
@@ -117,6 +117,8 @@ TEST(Sampler, OptionsOutOfRangeAreRefusedByName) {
 
 TEST(Sampler, DamagedLogitsAreAnErrorNotACrash) {
   EXPECT_THROW(Sampler(Plain(0)).Sample(std::vector<float>{NAN, NAN}, {}), Error);
+  EXPECT_THROW(Sampler(Plain(0)).Sample(std::vector<float>{1, NAN, 2}, {}), Error);
+  EXPECT_THROW(Sampler(Plain(0)).Sample(std::vector<float>{1, INFINITY}, {}), Error);
   EXPECT_THROW(Sampler(Plain(1)).Sample(std::vector<float>{INFINITY, 1}, {}), Error);
   EXPECT_EQ(Sampler(Plain(1)).Sample(std::vector<float>{-INFINITY, 1}, {}), 1);
 }

@@ -189,7 +189,8 @@ size_t LockstepBatch(const EvalSetup& setup, const Protocol& protocol) {
 Report EvaluateDivergence(const EvalSetup& setup, const DivergenceOptions& options) {
   CheckProtocol(options.protocol, setup.ctx);
   const std::vector<TextWindow> windows =
-      ReadWindows(*setup.tokenizer, options.texts, setup.ctx, MinWindowLength(options.protocol), options.max_windows);
+      ReadWindows(*setup.tokenizer, options.texts, setup.ctx, MinWindowLength(options.protocol), options.max_windows,
+                  options.protocol.llama_windows);
   const std::shared_ptr<const CacheConfig> full = setup.engine->MakeCacheConfig(CacheSpec(), setup.ctx);
   const size_t n_batch = LockstepBatch(setup, options.protocol);
   std::vector<DivergenceTally> tallies(setup.subjects.size());

@@ -62,6 +62,33 @@ TEST(PerplexityTest, EqualsTheDefinition) {
   EXPECT_GT(Value(row, "word_perplexity"), Value(row, "perplexity"));
 }
 
+// llama-perplexity: of windows of one context the tokens behind the first half and one, whatever feeds them.
+TEST(PerplexityTest, LlamasProtocolScoresSecondHalves) {
+  const std::string texts[] = {kSampleText};
+  double nats = 0;
+  size_t tokens = 0;
+  for (const TextWindow& window : ReadWindows(*Bundled().tokenizer, texts, 128, 2, 3, /*llama=*/true)) {
+    Sequence sequence(Bundled().engine.MakeCacheConfig(CacheSpec(), 128));
+    Bundled().engine.Prefill({{&sequence, window.ids, LogitsRows::kAll}}, [&](std::span<const LogitsRow> rows) {
+      for (const LogitsRow& logits : rows) {
+        if (logits.row < 64 || logits.row + 1 == window.ids.size()) continue;
+        nats += LogMass(logits.logits) - logits.logits[static_cast<size_t>(window.ids[logits.row + 1])];
+        ++tokens;
+      }
+    });
+  }
+  ASSERT_EQ(tokens, 3u * 63);
+  for (const Protocol& protocol : {Protocol{Protocol::Mode::kStream, 8, 0, true}, Protocol{Protocol::Mode::kStream, 50, 0, true},
+                                   Protocol{Protocol::Mode::kContinue, 8, 64, true}, Protocol{Protocol::Mode::kContinue, 8, 40, true}}) {
+    const Json row = PerplexityRow("full", protocol, 16, 3);
+    EXPECT_EQ(row["tokens_scored"], tokens);
+    EXPECT_EQ(row["protocol"], "llama");
+    EXPECT_NEAR(Value(row, "perplexity"), std::exp(nats / static_cast<double>(tokens)), 0.01);
+  }
+  EXPECT_EQ(DivergenceRow("full", {Protocol::Mode::kStream, 8, 0, true})["kl_mean"], 0);
+  EXPECT_THROW(PerplexityRow("full", {Protocol::Mode::kContinue, 8, 65, true}), Error);
+}
+
 TEST(PerplexityTest, BatchedWindowsEqualOneByOne) {
   for (const char* spec : {"full", "h2o(24)"}) {
     for (const Protocol& protocol : {kStream8, kContinue}) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "base/error.h"
 
 namespace lesskv {
 
@@ -12,7 +13,10 @@ double LogMass(std::span<const float> logits) {
   const double largest = *std::max_element(logits.begin(), logits.end());
   double sum = 0;
   for (const float logit : logits) sum += std::exp(logit - largest);
-  return largest + std::log(sum);
+  const double mass = largest + std::log(sum);
+  if (!std::isfinite(mass))
+    Fail(ErrorCode::kRuntime, "the model's logits are not finite numbers, so nothing can be measured; its weights may be damaged");
+  return mass;
 }
 
 double KlDivergence(const ReferenceDistribution& p, std::span<const float> q_logits, double q_log_mass) {

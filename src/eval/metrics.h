@@ -9,7 +9,8 @@
 
 namespace lesskv {
 
-// log(sum(exp(logits))): the log-probability of token t is logits[t] - LogMass(logits). Needs one element or more.
+// log(sum(exp(logits))): the log-probability of token t is logits[t] - LogMass(logits). Needs one element or more. Throws
+// Error (kRuntime) when it is no finite number, as of logits with a NaN or an infinity: no measure rests on such.
 double LogMass(std::span<const float> logits);
 
 // A next-token distribution that others are compared with.

@@ -3,7 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <vector>
+
+#include "base/error.h"
 
 namespace lesskv {
 namespace {
@@ -16,6 +19,13 @@ TEST(MetricsTest, LogMassOfEqualLogitsIsTheirCount) {
 TEST(MetricsTest, LogMassSurvivesHugeAndTinyLogits) {
   EXPECT_NEAR(LogMass(std::vector<float>{10000.0f, 10000.0f}), 10000.0 + std::log(2.0), 1e-9);
   EXPECT_NEAR(LogMass(std::vector<float>{-10000.0f, -20000.0f}), -10000.0, 1e-9);
+}
+
+TEST(MetricsTest, NothingIsMeasuredByLogitsThatAreNoNumbers) {
+  const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+  for (const std::vector<float>& logits : {std::vector{nan, 1.0f}, {1.0f, nan}, {1.0f, infinity}, {-infinity, -infinity}})
+    EXPECT_THROW(LogMass(logits), Error);
+  EXPECT_EQ(LogMass(std::vector{-infinity, 2.0f}), 2.0);  // a token that cannot come is one
 }
 
 double Kl(const std::vector<float>& p, const std::vector<float>& q) {

@@ -112,7 +112,8 @@ void PerplexityTally::AddTo(Json& row) const {
 Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& options) {
   CheckProtocol(options.protocol, setup.ctx);
   const std::vector<TextWindow> windows =
-      ReadWindows(*setup.tokenizer, options.texts, setup.ctx, MinWindowLength(options.protocol), options.max_windows);
+      ReadWindows(*setup.tokenizer, options.texts, setup.ctx, MinWindowLength(options.protocol), options.max_windows,
+                  options.protocol.llama_windows);
   const size_t n_batch = setup.BatchSize(options.protocol.prompt, setup.ctx - options.protocol.prompt);
   const size_t n_total = setup.subjects.size() * windows.size();
   size_t n_done = 0;

@@ -47,6 +47,7 @@ class AnswerBatch {
   // Judges a sample's next token by the logits that predict it.
   void Judge(size_t sample, std::span<const float> logits) {
     const std::vector<int32_t>& answer = samples_[sample].answer;
+    LogMass(logits);  // throws where they are not numbers
     const bool right = ArgMax(logits.data(), logits.size()) == static_cast<size_t>(answer[right_[sample]]);
     if (right_[sample] == 0) outcomes_[sample].first_token = right;
     right_[sample] = right ? right_[sample] + 1 : kWrong;

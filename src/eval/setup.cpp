@@ -50,6 +50,7 @@ void AddProtocol(Json& row, const Protocol& protocol) {
   row["mode"] = stream ? "stream" : "continue";
   row["step"] = stream ? protocol.step : 1;
   row["prompt"] = stream ? Json() : Json(protocol.prompt);
+  if (protocol.llama_windows) row["protocol"] = "llama";
 }
 
 void AddCost(Json& row, const FeedCost& cost) {

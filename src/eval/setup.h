@@ -53,6 +53,10 @@ struct Protocol {
   Mode mode = Mode::kStream;
   size_t step = 8;
   size_t prompt = 0;
+  // The windows and tokens of llama.cpp's llama-perplexity: the text, behind a BOS where the model wants one, in windows of
+  // exactly one context (what is left over at the end is dropped), the first token of each replaced by BOS; scored are the
+  // tokens behind the first half and one.
+  bool llama_windows = false;
 };
 
 Protocol::Mode ParseMode(const std::string& text);  // "stream", "continue"; Error otherwise

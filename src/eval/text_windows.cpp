@@ -87,6 +87,18 @@ std::vector<TextWindow> CutWindows(const Tokenizer& tokenizer, const TokenizedTe
   return windows;
 }
 
+std::vector<TextWindow> CutLlamaWindows(const Tokenizer& tokenizer, const TokenizedText& text, size_t length) {
+  const int32_t bos = tokenizer.add_bos() ? tokenizer.bos() : -1;
+  const TextWindow whole = MakeWindow(text, 0, text.ids.size(), bos);
+  std::vector<TextWindow> windows;
+  for (size_t begin = 0; begin + length <= whole.ids.size(); begin += length) {
+    TextWindow& window = windows.emplace_back(MakeWindow({whole.ids, whole.bytes, whole.words}, begin, begin + length, -1));
+    if (bos >= 0) window.ids[0] = bos;
+    window.bytes[0] = window.words[0] = 0;
+  }
+  return windows;
+}
+
 std::vector<size_t> EvenlySpaced(size_t total, size_t count) {
   count = std::min(count, total);
   std::vector<size_t> indices(count);
@@ -95,18 +107,20 @@ std::vector<size_t> EvenlySpaced(size_t total, size_t count) {
 }
 
 std::vector<TextWindow> ReadWindows(const Tokenizer& tokenizer, std::span<const std::string> paths, size_t length,
-                                    size_t min_length, size_t max_windows) {
+                                    size_t min_length, size_t max_windows, bool llama) {
   if (length < min_length) {
     Fail(ErrorCode::kInvalidArgument, "windows of {} tokens are too short: at least {} are needed", length, min_length);
   }
   std::vector<TextWindow> all;
   for (const std::string& path : paths) {
+    const TokenizedText text = TokenizeText(tokenizer, ReadTextFile(path));
     std::vector<TextWindow> windows =
-        CutWindows(tokenizer, TokenizeText(tokenizer, ReadTextFile(path)), length, min_length);
+        llama ? CutLlamaWindows(tokenizer, text, length) : CutWindows(tokenizer, text, length, min_length);
     std::move(windows.begin(), windows.end(), std::back_inserter(all));
   }
   if (all.empty()) {
-    Fail(ErrorCode::kInvalidArgument, "no text of at least {} tokens in {} file(s), beginning with {}", min_length,
+    Fail(ErrorCode::kInvalidArgument, "no text of at least {} tokens in {} file(s), beginning with {}",
+         llama ? length : min_length,
          paths.size(), paths.empty() ? "none" : paths.front());
   }
   if (max_windows == 0) return all;

@@ -43,10 +43,13 @@ struct TextWindow {
 std::vector<TextWindow> CutWindows(const Tokenizer& tokenizer, const TokenizedText& text, size_t length,
                                    size_t min_length);
 
-// The windows of several files; with max_windows > 0 at most that many, evenly spaced over all of them. Throws Error
+// llama-perplexity's: see Protocol::llama_windows.
+std::vector<TextWindow> CutLlamaWindows(const Tokenizer& tokenizer, const TokenizedText& text, size_t length);
+
+// The windows of several files, by CutLlamaWindows if `llama`; with max_windows > 0 at most that many, evenly spaced over all of them. Throws Error
 // when there is none.
 std::vector<TextWindow> ReadWindows(const Tokenizer& tokenizer, std::span<const std::string> paths, size_t length,
-                                    size_t min_length, size_t max_windows);
+                                    size_t min_length, size_t max_windows, bool llama = false);
 
 // `count` of `total` indices, evenly spaced, the first one included: i * total / count.
 std::vector<size_t> EvenlySpaced(size_t total, size_t count);

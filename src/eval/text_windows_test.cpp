@@ -62,6 +62,23 @@ TEST(TextWindowsTest, WindowsPartitionTheText) {
   for (const TextWindow& window : CutWindows(tokenizer, text, 100, 100)) EXPECT_EQ(window.ids.size(), 100u);
 }
 
+// The n-th window is tokens n * 100 to n * 100 + 99 of BOS and the text, its first token replaced by BOS.
+TEST(TextWindowsTest, LlamasWindowsAreWholeAndBeginWithBos) {
+  const Tokenizer& tokenizer = *Bundled().tokenizer;
+  const TokenizedText text = TokenizeText(tokenizer, ReadTextFile(testing_support::kSampleText));
+  const auto windows = CutLlamaWindows(tokenizer, text, 100);
+  ASSERT_EQ(windows.size(), (text.ids.size() + 1) / 100);
+  for (size_t w = 0; w < windows.size(); ++w) {
+    ASSERT_EQ(windows[w].ids.size(), 100u);
+    EXPECT_EQ(windows[w].ids[0], tokenizer.bos());
+    EXPECT_EQ(windows[w].bytes[0] + windows[w].words[0], 0u);
+    for (size_t i = 1; i < 100; ++i) {
+      EXPECT_EQ(windows[w].ids[i], text.ids[w * 100 + i - 1]);
+      EXPECT_EQ(windows[w].bytes[i], text.bytes[w * 100 + i - 1]);
+    }
+  }
+}
+
 TEST(TextWindowsTest, ChosenWindowsAreEvenlySpaced) {
   EXPECT_EQ(EvenlySpaced(10, 4), (std::vector<size_t>{0, 2, 5, 7}));
   EXPECT_EQ(EvenlySpaced(2, 4), (std::vector<size_t>{0, 1}));

@@ -24,7 +24,10 @@ WindowBatch::WindowBatch(Engine& engine, std::shared_ptr<const CacheConfig> conf
   }
 }
 
-size_t WindowBatch::FirstTarget() const { return protocol_.mode == Protocol::Mode::kStream ? 1 : protocol_.prompt + 1; }
+size_t WindowBatch::FirstTarget() const {
+  if (protocol_.llama_windows) return windows_.front().ids.size() / 2 + 1;
+  return protocol_.mode == Protocol::Mode::kStream ? 1 : protocol_.prompt + 1;
+}
 
 size_t WindowBatch::TokensPerStep() const { return protocol_.mode == Protocol::Mode::kStream ? protocol_.step : 1; }
 
@@ -47,13 +50,15 @@ bool WindowBatch::Step(const ScoredSink& sink) {
   const bool stream = protocol_.mode == Protocol::Mode::kStream;
   if (!stream && fed_ == 0) PrefillAll();
   const StepKind kind = stream ? StepKind::kStream : StepKind::kDecode;
+  const size_t first = FirstTarget();
   std::vector<StepItem> items;
   size_t n_tokens = 0;
   for (size_t w = 0; w < windows_.size(); ++w) {
     const std::span<const int32_t> ids = windows_[w].ids;
     if (fed_ + 1 >= ids.size()) continue;
     const size_t n = std::min(TokensPerStep(), ids.size() - 1 - fed_);
-    items.push_back({&sequences_[w], ids.subspan(fed_, n), LogitsRows::kAll, w, kind});
+    const bool is_scored = fed_ + n >= first;
+    items.push_back({&sequences_[w], ids.subspan(fed_, n), is_scored ? LogitsRows::kAll : LogitsRows::kNone, w, kind});
     n_tokens += n;
   }
   if (items.empty()) {
@@ -67,7 +72,8 @@ bool WindowBatch::Step(const ScoredSink& sink) {
   const LogitsSink score = [&](std::span<const LogitsRow> tile) {
     const Stopwatch watch;
     rows.clear();
-    for (const LogitsRow& row : tile) rows.push_back({row.tag, fed_ + row.row + 1, row.logits});
+    for (const LogitsRow& row : tile)
+      if (fed_ + row.row + 1 >= first) rows.push_back({row.tag, fed_ + row.row + 1, row.logits});
     sink(rows);
     sink_seconds += watch.Seconds();
   };
@@ -89,7 +95,8 @@ void WindowBatch::AddStats(StatsTally& tally) const {
 }
 
 size_t MinWindowLength(const Protocol& protocol) {
-  return protocol.mode == Protocol::Mode::kStream ? 2 : protocol.prompt + 2;
+  const size_t least = protocol.llama_windows ? 3 : 2;
+  return protocol.mode == Protocol::Mode::kStream ? least : protocol.prompt + 2;
 }
 
 void CheckProtocol(const Protocol& protocol, size_t length) {
@@ -98,6 +105,9 @@ void CheckProtocol(const Protocol& protocol, size_t length) {
   if (!stream && protocol.prompt == 0) {
     Fail(ErrorCode::kInvalidArgument, "--mode continue needs --prompt N, the tokens that are read before scoring");
   }
+  if (protocol.llama_windows && !stream && protocol.prompt > length / 2)
+    Fail(ErrorCode::kInvalidArgument, "--prompt: the windows of llama are scored from token {} on, found a prompt of {}",
+         length / 2 + 1, protocol.prompt);
   if (MinWindowLength(protocol) > length) {
     Fail(ErrorCode::kInvalidArgument, "a context of {} tokens leaves nothing to score{}: at least {} are needed",
          length, stream ? "" : fmt::format(" behind a prompt of {}", protocol.prompt), MinWindowLength(protocol));

@@ -31,7 +31,7 @@ class WindowBatch {
               const Protocol& protocol);
 
   // The next step of every window that is not done; false when there was none left. Scored are, each once, in mode
-  // `stream` the targets 1, 2, ...; in mode `continue` those after prompt: the token at prompt is predicted by the
+  // `stream` the targets 1, 2, ... (of llama's windows those behind the first half and one); in mode `continue` those after prompt: the token at prompt is predicted by the
   // prompt's exact attention, not through the compressed cache, and is left out.
   bool Step(const ScoredSink& sink);
 
