@@ -183,6 +183,13 @@ TEST_F(CommandLine, TheTextComesOutWhereTheSessionFindsNoRoom) {
   EXPECT_FALSE(Exists("s.bin"));
 }
 
+// The model is mapped and its weights are read when tokens come, which here is after it was cut.
+TEST_F(CommandLine, AMappedModelThatIsCutShortIsASentence) {
+  Shell("cp \"$S\" m.gguf");
+  const Result result = Shell("{ sleep 1; truncate -s 1000000 m.gguf; echo The sea; } | $L chat -m m.gguf --mmap -n 3 --chat-template plain");
+  ExpectOneSentence(result, 1, "a mapped file was cut short");
+}
+
 TEST_F(CommandLine, NamesThatTheSystemRefusesAreASentence) {
   fs::create_symlink("loop", folder_ / "loop");
   const std::string name(300, 'n');

@@ -84,6 +84,13 @@ void OccupyClosedStreams() {
     if (::fcntl(fd, F_GETFD) == -1) static_cast<void>(::open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY));
 }
 
+// A page of a mapped file that is no longer there (SIGBUS): nothing can go on, but it can be told why.
+void EndOnLostPage(int) {
+  constexpr char kWhy[] = "lesskv: a mapped file was cut short, or could not be read, while it was in use\n";
+  static_cast<void>(!::write(STDERR_FILENO, kWhy, sizeof kWhy - 1));
+  ::_exit(kFailed);
+}
+
 int Answer(int argc, char** argv) {
   try {
     return Run(argc, argv);
@@ -106,6 +113,7 @@ int Main(int argc, char** argv) {
   // A reader that went away, a file as large as files may be: errors of writing, told in a sentence.
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);
+  std::signal(SIGBUS, EndOnLostPage);
   const int status = Answer(argc, argv);
   return WordsWereLost() && status == 0 ? kFailed : status;
 }
