@@ -2,10 +2,12 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <filesystem>
 #include <memory>
 
 #include "base/error.h"
+#include "base/memory.h"
 #include "commands.h"
 #include "common.h"
 #include "engine/run_info.h"
@@ -18,6 +20,7 @@ struct TrainCommand {
   ModelOptions model;
   std::string output, layers, features = "exp", type = "bf16", schedule = "cosine";
   std::vector<std::string> merge;
+  std::string disk;
   bool keep = false, json = false;
   train::TrainLessOptions options;
 };
@@ -48,14 +51,26 @@ T Choose(const std::string& option, const std::string& value, std::initializer_l
   Fail(ErrorCode::kInvalidArgument, "{}: expected {}, found {}", option, names, value);
 }
 
-void ShowProgress(StatusLine& status, const train::TrainProgress& p) {
-  if (!status.enabled()) return;
+// On a terminal one line that changes, elsewhere a line a minute.
+void ShowProgress(StatusLine& status, std::chrono::steady_clock::time_point& last_line, const train::TrainProgress& p) {
+  const auto now = std::chrono::steady_clock::now();
+  if (!status.enabled() && now - last_line < std::chrono::minutes(1)) return;
   const int minutes = static_cast<int>(p.seconds_left / 60), seconds = static_cast<int>(p.seconds_left) % 60;
   std::string line = fmt::format("{} {:3.0f} %  {}:{:02} left", p.phase, 100 * p.done, minutes, seconds);
   if (p.phase == "train")
     line += fmt::format("  layer {} epoch {}  loss {:.3e}  validation {:.3e}  selector {:.3e}  Baseline+ {:.3e}", p.layer,
                         p.epoch, p.loss, p.validation, p.baseline, p.baseline_plus);
-  status.Set(line);
+  if (status.enabled()) {
+    status.Set(line);
+  } else {
+    Say("{}\n", line);
+    last_line = now;
+  }
+}
+
+void TellPlan(const train::TrainLessPlan& plan, const std::string& folder) {
+  Say("captures    {} of disk in {} at once, for {} of {} layers; the time they take is known after the first text\n",
+      HumanBytes(plan.bytes_at_once()), folder, plan.layers_at_once, plan.n_layers);
 }
 
 void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
@@ -95,10 +110,13 @@ void Train(TrainCommand& c) {
   o.ctx = opened.ctx;
   const bool temporary = o.work_folder.empty();
   if (temporary) o.work_folder = c.output + ".work";
+  o.disk_bytes = c.disk.empty() ? 0 : ParseBytes(c.disk, "--disk");
+  TellPlan(train::PlanTraining(*opened.engine, *opened.tokenizer, o), o.work_folder);
   StatusLine status;
+  auto last_line = std::chrono::steady_clock::now();
   const train::TrainLessReport report =
       train::TrainLess(*opened.engine, *opened.tokenizer, o,
-                       [&](const train::TrainProgress& p) { ShowProgress(status, p); }, &StopOnInterrupt());
+                       [&](const train::TrainProgress& p) { ShowProgress(status, last_line, p); }, &StopOnInterrupt());
   status.Clear();
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
@@ -135,6 +153,8 @@ void AddLess(CLI::App& train) {
   less->add_option("--from", o.from, "Sidecar to start from; texts then pass the model compressed with it")
       ->option_text("SIDECAR");
   less->add_option("--work", o.work_folder, "Folder of captures and states (default: SIDECAR.work, removed at the end)");
+  less->add_option("--disk", c->disk, "Bytes that captures may take at once, such as 10GiB: layers then go in groups (default: "
+                   "all layers at once)")->option_text("BYTES");
   less->add_flag("--keep", c->keep, "Keep the default work folder");
   less->add_flag("--resume", o.resume, "Continue what lies in the work folder");
   less->add_option("--merge", c->merge, "Join sidecars of different layers into one and do nothing else")

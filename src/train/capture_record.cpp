@@ -68,6 +68,13 @@ std::string RecordPath(const std::string& folder, size_t sequence, size_t layer)
   return fmt::format("{}/text-{:05}-layer-{:03}.gguf", folder, sequence, layer);
 }
 
+uint64_t RecordBytes(size_t n_tokens, size_t n_heads, size_t n_kv_heads, size_t head_dim, size_t views, bool plus) {
+  constexpr size_t kHalf = 2, kSingle = 4;
+  const size_t query = n_heads * head_dim * kHalf, row = n_kv_heads * head_dim * kHalf;
+  const size_t view = (plus ? 2 : 1) * query + n_heads * kSingle + n_kv_heads * kSingle;  // out, plus; lse; leave
+  return uint64_t{n_tokens} * (2 * query + 2 * row + views * view);                        // q, target; k, v
+}
+
 void WriteRecord(const std::string& path, const CaptureRecord& record, size_t n_heads, size_t n_kv_heads) {
   HalfWriter out(path);
   GgufWriter& writer = out.writer();

@@ -29,6 +29,9 @@ struct CaptureRecord {
   std::vector<CaptureView> views;
 };
 
+// What a file of `views` views takes on disk, less a few KiB of its header; `plus`: with Baseline+'s outputs.
+uint64_t RecordBytes(size_t n_tokens, size_t n_heads, size_t n_kv_heads, size_t head_dim, size_t views, bool plus);
+
 std::string RecordPath(const std::string& folder, size_t sequence, size_t layer);
 
 // Throws Error when a value does not fit half precision, or kIo.

@@ -13,6 +13,7 @@
 #include "base/atomic_file.h"
 #include "base/check.h"
 #include "base/error.h"
+#include "base/memory.h"
 #include "base/mmap.h"
 #include "base/rng.h"
 #include "base/threads.h"
@@ -97,27 +98,68 @@ class Trainer {
     n_training_ = o_.sequences - n_validation_;
   }
 
+  TrainLessPlan Plan() const {
+    const auto text_bytes = [&](bool plus) {
+      return RecordBytes(o_.ctx, shape_.n_heads, shape_.n_kv_heads, shape_.head_dim, o_.views, plus);
+    };
+    TrainLessPlan plan;
+    plan.layer_bytes = n_training_ * text_bytes(false) + n_validation_ * text_bytes(true);
+    plan.n_layers = plan.layers_at_once = o_.end_layer - o_.first_layer;
+    if (o_.disk_bytes == 0) return plan;
+    if (plan.layer_bytes > o_.disk_bytes)
+      Fail(ErrorCode::kInvalidArgument, "--disk: the captures of one layer take {}, more than the {} allowed; fewer texts "
+           "(--sequences) take less", HumanBytes(plan.layer_bytes), HumanBytes(o_.disk_bytes));
+    plan.layers_at_once = std::min<uint64_t>(plan.n_layers, o_.disk_bytes / plan.layer_bytes);
+    return plan;
+  }
+
   TrainLessReport Run() {
     TrainLessReport result;
     result.sidecar = o_.from.empty() ? InitialSidecar(shape_, o_.seed) : StartingSidecar();
+    const TrainLessPlan plan = Plan();
     PrepareFolder();
-    const auto start = Clock::now();
-    Capture();
-    result.capture_seconds = Seconds(start);
-    result.capture_bytes = CaptureBytes();
-    const auto trained = Clock::now();
-    for (size_t layer = 0; layer < shape_.n_layers; ++layer) {
-      LayerParams& params = result.sidecar.layers[layer];
-      if (layer >= o_.first_layer && layer < o_.end_layer) TrainLayer(layer, params, result);
-      else params = {};
-    }
-    result.train_seconds = Seconds(trained);
+    CheckRoom(plan);
+    for (size_t layer = 0; layer < shape_.n_layers; ++layer)
+      if (layer < o_.first_layer || layer >= o_.end_layer) result.sidecar.layers[layer] = {};
+    for (size_t first = o_.first_layer; first < o_.end_layer; first += plan.layers_at_once)
+      TrainGroup({first, std::min(o_.end_layer, first + plan.layers_at_once)}, plan.n_groups() > 1, result);
     Describe(result);
     return result;
   }
 
  private:
-  struct State;
+  struct Group {
+    size_t first, end;  // layers, half-open
+  };
+
+  void TrainGroup(const Group& group, bool remove_captures, TrainLessReport& result) {
+    const auto start = Clock::now();
+    if (!IsTrained(group)) Capture(group);
+    result.capture_seconds += Seconds(start);
+    result.capture_bytes = std::max(result.capture_bytes, CaptureBytes());
+    const auto trained = Clock::now();
+    for (size_t layer = group.first; layer < group.end; ++layer) TrainLayer(layer, result.sidecar.layers[layer], result);
+    result.train_seconds += Seconds(trained);
+    for (size_t layer = group.first; layer < group.end && remove_captures; ++layer)
+      for (size_t s = 0; s < o_.sequences; ++s) fs::remove(RecordPath(o_.work_folder, s, layer));
+  }
+
+  // Whether an earlier run has done all epochs of a group: its captures may be gone.
+  bool IsTrained(const Group& group) const {
+    for (size_t layer = group.first; layer < group.end; ++layer)
+      if (!o_.resume || !fs::exists(StatePath(layer)) || OpenState(layer).Get<size_t>("train.epoch") < o_.epochs) return false;
+    return true;
+  }
+
+  void CheckRoom(const TrainLessPlan& plan) const {
+    std::error_code unknown;
+    const fs::space_info space = fs::space(o_.work_folder, unknown);
+    const uint64_t there = CaptureBytes();
+    if (unknown || plan.bytes_at_once() <= space.available + there) return;
+    Fail(ErrorCode::kInvalidArgument, "{} has room for {}, but captures take {} at once; --disk {} trains layers in groups",
+         o_.work_folder, HumanBytes(space.available), HumanBytes(plan.bytes_at_once()),
+         HumanBytes((space.available + there) / 10 * 9));
+  }
 
   void Validate(const ModelConfig& model) const {
     auto require = [](bool ok, const char* what) {
@@ -204,8 +246,8 @@ class Trainer {
     return views;
   }
 
-  bool IsCaptured(size_t sequence) const {
-    for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer)
+  bool IsCaptured(size_t sequence, const Group& group) const {
+    for (size_t layer = group.first; layer < group.end; ++layer)
       if (!fs::exists(RecordPath(o_.work_folder, sequence, layer))) return false;
     return true;
   }
@@ -222,7 +264,7 @@ class Trainer {
 
   // The text through the model compressed under `view` with the maps of --from, step by step.
   void CaptureCompressed(const CacheShape& shape, const ViewRequest& view, const std::vector<int32_t>& tokens,
-                         CaptureCache& capture, ForwardWorkspace& workspace) const {
+                         const Group& group, CaptureCache& capture, ForwardWorkspace& workspace) const {
     const CacheSpec spec = CacheSpec::Parse(view.spec + "+less(file=\"" + o_.from + "\")");
     SequenceCache cache(CacheConfig::Create(spec, shape, {}, {"", engine_.model().fingerprint(), engine_.model().identity()}));
     RecordingCache recorder(cache, shape);
@@ -233,10 +275,10 @@ class Trainer {
       Forward(engine_.model(), std::span(tokens).subspan(seen, n), recorder, engine_.compute(), workspace);
       cache.EndStep();
     }
-    for (size_t layer = o_.first_layer; layer < o_.end_layer; ++layer) recorder.Replay(layer, capture);
+    for (size_t layer = group.first; layer < group.end; ++layer) recorder.Replay(layer, capture);
   }
 
-  void Capture() {
+  void Capture(const Group& group) {
     const CropSource crops(tokenizer_, o_.texts);
     const CacheShape shape = engine_.model().MakeCacheShape(o_.ctx, engine_.compute());
     ForwardWorkspace workspace;
@@ -245,22 +287,23 @@ class Trainer {
     size_t captured = 0;
     for (size_t s = 0; s < o_.sequences; ++s) {
       ThrowIfStopped();
-      if (IsCaptured(s)) continue;
+      if (IsCaptured(s, group)) continue;
       const std::vector<int32_t> tokens = crops.Crop(Mix(o_.seed, s), o_.ctx);
       const size_t plus_rows = s >= n_training_ ? std::max<size_t>(1, o_.rank / 2) : 0;
-      CaptureCache cache(shape, o_.ctx, Views(s), plus_rows, o_.first_layer, o_.end_layer,
+      CaptureCache cache(shape, o_.ctx, Views(s), plus_rows, group.first, group.end,
                          [&](size_t layer, const CaptureRecord& record) {
                            WriteRecord(RecordPath(o_.work_folder, s, layer), record, shape_.n_heads, shape_.n_kv_heads);
                          });
       if (!o_.from.empty()) {
-        CaptureCompressed(shape, Views(s)[0], tokens, cache, workspace);
+        CaptureCompressed(shape, Views(s)[0], tokens, group, cache, workspace);
       } else {
         Forward(engine_.model(), tokens, cache, engine_.compute(), workspace, {},
-                [&](size_t layers_done) { return layers_done < o_.end_layer; });
+                [&](size_t layers_done) { return layers_done < group.end; });
       }
       ++captured;
       TrainProgress p;
       p.phase = "capture";
+      p.layer = group.first;
       p.done = static_cast<double>(s + 1) / static_cast<double>(o_.sequences);
       p.seconds_left = Seconds(start) / static_cast<double>(captured) * static_cast<double>(o_.sequences - s - 1);
       report_(p);
@@ -418,12 +461,17 @@ class Trainer {
     writer.Write(StatePath(layer));
   }
 
-  bool LoadState(size_t layer, size_t n, LayerState& state) const {
-    if (!o_.resume || !fs::exists(StatePath(layer))) return false;
-    const GgufFile file = GgufFile::Open(StatePath(layer));
+  GgufFile OpenState(size_t layer) const {
+    GgufFile file = GgufFile::Open(StatePath(layer));
     if (file.GetOr<std::string>("train.key", "") != TrainKey())
       Fail(ErrorCode::kMismatch, "{} was made with other training options; remove it or name another folder with --work",
            file.name());
+    return file;
+  }
+
+  bool LoadState(size_t layer, size_t n, LayerState& state) const {
+    if (!o_.resume || !fs::exists(StatePath(layer))) return false;
+    const GgufFile file = OpenState(layer);
     auto read = [&](const char* name, std::vector<float>& values) {
       const GgufTensor* tensor = file.FindTensor(name);
       if (tensor == nullptr || tensor->type != DType::kF32 || tensor->Elements() != n)
@@ -510,13 +558,17 @@ class Trainer {
   Engine& engine_;
   const Tokenizer& tokenizer_;
   TrainLessOptions o_;
-  const std::function<void(const TrainProgress&)>& report_;
+  const std::function<void(const TrainProgress&)> report_;
   const std::atomic<bool>* stop_;
   SidecarShape shape_;
   size_t n_training_ = 0, n_validation_ = 0;
 };
 
 }  // namespace
+
+TrainLessPlan PlanTraining(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options) {
+  return Trainer(engine, tokenizer, options, {}, nullptr).Plan();
+}
 
 TrainLessReport TrainLess(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options,
                           const std::function<void(const TrainProgress&)>& report, const std::atomic<bool>* stop) {

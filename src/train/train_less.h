@@ -38,6 +38,8 @@ struct TrainLessOptions {
   // view's policy), so that maps learn from what a compressed model sees; and its maps are where training starts.
   std::string from;
   std::string work_folder;                       // captures and states
+  // Bytes that captures may take at once; 0: no limit. Layers then go in groups: captured, trained, their captures removed.
+  uint64_t disk_bytes = 0;
   bool resume = false;
 };
 
@@ -50,14 +52,26 @@ struct TrainProgress {
   double loss = 0, validation = 0, baseline = 0, baseline_plus = 0;  // mean squared errors; 0: not known yet
 };
 
+// What a training will take, known before it begins.
+struct TrainLessPlan {
+  uint64_t layer_bytes = 0;      // captures of one layer of all texts
+  size_t n_layers = 0;           // to be trained
+  size_t layers_at_once = 0;     // in a group
+  uint64_t bytes_at_once() const { return layer_bytes * layers_at_once; }
+  size_t n_groups() const { return (n_layers + layers_at_once - 1) / layers_at_once; }
+};
+
 struct TrainLessReport {
   Sidecar sidecar;
-  uint64_t capture_bytes = 0;       // on disk
+  uint64_t capture_bytes = 0;       // on disk, at most at once
   double capture_seconds = 0, train_seconds = 0;
   std::vector<double> validation, baseline, baseline_plus;  // a trained layer
 };
 
-// Throws Error for options that make no sense, and when the work folder holds another training's files.
+// Throws Error for options that make no sense, and when one layer takes more than disk_bytes.
+TrainLessPlan PlanTraining(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options);
+
+// Throws Error for options that make no sense, when the disk has not the room for a group, and when the work folder holds another training's files.
 // `stop` set: ends between batches with Error kRuntime; what was done so far can be resumed.
 TrainLessReport TrainLess(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options,
                           const std::function<void(const TrainProgress&)>& report,

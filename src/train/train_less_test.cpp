@@ -191,6 +191,35 @@ TEST_F(TrainLessTest, ResumingEqualsNotHavingStopped) {
   EXPECT_THROW(Run(), Error);
 }
 
+// Layers in groups, whose captures go before the next are made: the same maps, on a bounded disk, also when stopped.
+TEST_F(TrainLessTest, ABoundedDiskChangesNothing) {
+  const TrainLessReport whole = Run();
+  const TrainLessPlan all = PlanTraining(*engine_, *tokenizer_, options_);
+  EXPECT_EQ(all.layers_at_once, kLayers);
+  EXPECT_NEAR(static_cast<double>(all.bytes_at_once()), static_cast<double>(whole.capture_bytes),
+              0.03 * static_cast<double>(whole.capture_bytes) + 2000 * 8 * kLayers);
+  options_.work_folder += "2";
+  options_.disk_bytes = all.layer_bytes * 3 / 2;
+  EXPECT_EQ(PlanTraining(*engine_, *tokenizer_, options_).n_groups(), 2u);
+  std::atomic<bool> stop{false};
+  watch_ = [&](const TrainProgress& p) {
+    stop = stop || (p.phase == "train" && p.layer == 1 && p.epoch == 1);
+    size_t layers = 0;
+    for (size_t layer = 0; layer < kLayers; ++layer) layers += fs::exists(RecordPath(options_.work_folder, 0, layer));
+    EXPECT_LE(layers, 1u);
+  };
+  EXPECT_THROW(Run(&stop), Error);
+  stop = false;
+  options_.resume = true;
+  watch_ = [&](const TrainProgress& p) { EXPECT_EQ(p.layer, 1u) << "the first layer is done"; };
+  const TrainLessReport report = Run();
+  EXPECT_TRUE(Same(whole.sidecar, report.sidecar));
+  EXPECT_EQ(report.validation, whole.validation);
+  EXPECT_LT(report.capture_bytes, whole.capture_bytes * 2 / 3);
+  options_.disk_bytes = all.layer_bytes - 1;
+  EXPECT_THROW(PlanTraining(*engine_, *tokenizer_, options_), Error);
+}
+
 TEST_F(TrainLessTest, LayersTrainedApartMergeToTheWhole) {
   const Sidecar whole = Run().sidecar;
   std::vector<std::string> parts;
