@@ -38,26 +38,9 @@ inline void MultiplyPanel(size_t m, size_t pairs, const uint32_t* a, size_t a_st
   for (size_t i = 0; i < m; i += kRows) {
     const uint32_t* left = a + i * a_stride;
     float* to = c + i * c_stride;
-    switch (m - i) {
-      case 1:
-        Multiply<1, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 2:
-        Multiply<2, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 3:
-        Multiply<3, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 4:
-        Multiply<4, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 5:
-        Multiply<5, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      default:
-        Multiply<6, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-    }
+    WithCount<kRows>(m - i, [&](auto count) {
+      Multiply<count.value, NV>(pairs, left, a_stride, b, b_stride, to, c_stride, add);
+    });
   }
 }
 
@@ -66,20 +49,9 @@ inline void MultiplyPanel(size_t m, size_t pairs, const uint32_t* a, size_t a_st
 void MultiplyPairs(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride, const uint32_t* b,
                    size_t b_stride, float* c, size_t c_stride, bool add) {
   for (size_t j = 0; j < n; j += kVectors * 16) {
-    switch ((n - j + 15) / 16) {
-      case 1:
-        MultiplyPanel<1>(m, pairs, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-      case 2:
-        MultiplyPanel<2>(m, pairs, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-      case 3:
-        MultiplyPanel<3>(m, pairs, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-      default:
-        MultiplyPanel<4>(m, pairs, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-    }
+    WithCount<kVectors>((n - j + 15) / 16, [&](auto count) {
+      MultiplyPanel<count.value>(m, pairs, a, a_stride, b + j, b_stride, c + j, c_stride, add);
+    });
   }
 }
 

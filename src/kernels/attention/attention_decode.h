@@ -130,32 +130,9 @@ void ScoreAll(const typename Rows::T* keys, size_t n_tiles, size_t tile_stride, 
       const auto* k = keys + t * tile_stride;
       const float* q = queries + m;
       float* s = scores + m * stride + t * kTileRows;
-      switch (Min(kScoreQueries, stacked - m)) {
-        case 1:
-          ScoreTileRun<Rows, 1>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        case 2:
-          ScoreTileRun<Rows, 2>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        case 3:
-          ScoreTileRun<Rows, 3>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        case 4:
-          ScoreTileRun<Rows, 4>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        case 5:
-          ScoreTileRun<Rows, 5>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        case 6:
-          ScoreTileRun<Rows, 6>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        case 7:
-          ScoreTileRun<Rows, 7>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-        default:
-          ScoreTileRun<Rows, 8>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
-          break;
-      }
+      WithCount<kScoreQueries>(stacked - m, [&](auto count) {
+        ScoreTileRun<Rows, count.value>(k, n, tile_stride, channel_stride, dim, q, stacked, s, stride, ahead);
+      });
     }
   }
 }
@@ -297,20 +274,9 @@ template <typename Rows, int MB>
 inline void AddRowsOfQueries(const typename Rows::T* values, size_t dim, size_t row_stride, size_t n, const float* p,
                              size_t p_stride, float* out, size_t out_stride, Ahead ahead) {
   for (size_t c = 0; c < dim; c += kAddVectors * kW) {
-    switch (Min(kAddVectors, (dim - c + kW - 1) / kW)) {
-      case 1:
-        AddRows<Rows, MB, 1>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
-        break;
-      case 2:
-        AddRows<Rows, MB, 2>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
-        break;
-      case 3:
-        AddRows<Rows, MB, 3>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
-        break;
-      default:
-        AddRows<Rows, MB, 4>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
-        break;
-    }
+    WithCount<kAddVectors>((dim - c + kW - 1) / kW, [&](auto count) {
+      AddRows<Rows, MB, count.value>(values + c, row_stride, n, p, p_stride, out + c, out_stride, ahead);
+    });
   }
 }
 
@@ -325,20 +291,9 @@ void AddAll(const typename Rows::T* values, size_t dim, size_t row_stride, size_
     for (size_t m = 0; m < stacked; m += kAddQueries) {
       const float* w = p + m * p_stride + i;
       float* o = out + m * out_stride;
-      switch (Min(kAddQueries, stacked - m)) {
-        case 1:
-          AddRowsOfQueries<Rows, 1>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
-          break;
-        case 2:
-          AddRowsOfQueries<Rows, 2>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
-          break;
-        case 3:
-          AddRowsOfQueries<Rows, 3>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
-          break;
-        default:
-          AddRowsOfQueries<Rows, 4>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
-          break;
-      }
+      WithCount<kAddQueries>(stacked - m, [&](auto count) {
+        AddRowsOfQueries<Rows, count.value>(v, dim, row_stride, run, w, p_stride, o, out_stride, ahead);
+      });
     }
   }
 }

@@ -21,6 +21,28 @@ inline constexpr size_t kBlockRows = RowReader::kMaxRows;  // rows expanded to f
 using MultiplyPairsFunction = void (*)(size_t m, size_t n, size_t pairs, const uint32_t* a, size_t a_stride,
                                        const uint32_t* b, size_t b_stride, float* c, size_t c_stride, bool add);
 
+namespace {  // not shared: each translation unit has its own
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// f(Count<n>), 1 <= n; with n beyond kMost f(Count<kMost>): for kernels that are made once for each number of queries or
+// vectors at a time.
+template <int kMost, int k = 1, typename F>
+inline void WithCount(size_t n, const F& f) {
+  if constexpr (k == kMost) {
+    f(Count<k>());
+  } else if (n == k) {
+    f(Count<k>());
+  } else {
+    WithCount<kMost, k + 1>(n, f);
+  }
+}
+
+}  // namespace
+
 // How prefill is cut: expanding a block of rows costs the same for few and for many queries, so a task takes as many as
 // its products are worth.
 struct PrefillShape {

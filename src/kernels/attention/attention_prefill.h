@@ -83,26 +83,9 @@ inline void MultiplyPanel(size_t m, size_t k, const float* a, size_t a_stride, c
   for (size_t i = 0; i < m; i += kMultiplyRows) {
     const float* left = a + i * a_stride;
     float* to = c + i * c_stride;
-    switch (Min(kMultiplyRows, m - i)) {
-      case 1:
-        Multiply<1, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 2:
-        Multiply<2, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 3:
-        Multiply<3, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 4:
-        Multiply<4, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      case 5:
-        Multiply<5, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-      default:
-        Multiply<6, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
-        break;
-    }
+    WithCount<kMultiplyRows>(m - i, [&](auto count) {
+      Multiply<count.value, NV>(k, left, a_stride, b, b_stride, to, c_stride, add);
+    });
   }
 }
 
@@ -110,20 +93,9 @@ inline void MultiplyPanel(size_t m, size_t k, const float* a, size_t a_stride, c
 void MultiplyAll(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b, size_t b_stride,
                  float* c, size_t c_stride, bool add) {
   for (size_t j = 0; j < n; j += kMultiplyVectors * kW) {
-    switch (Min(kMultiplyVectors, (n - j + kW - 1) / kW)) {
-      case 1:
-        MultiplyPanel<1>(m, k, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-      case 2:
-        MultiplyPanel<2>(m, k, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-      case 3:
-        MultiplyPanel<3>(m, k, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-      default:
-        MultiplyPanel<4>(m, k, a, a_stride, b + j, b_stride, c + j, c_stride, add);
-        break;
-    }
+    WithCount<kMultiplyVectors>((n - j + kW - 1) / kW, [&](auto count) {
+      MultiplyPanel<count.value>(m, k, a, a_stride, b + j, b_stride, c + j, c_stride, add);
+    });
   }
 }
 

@@ -156,20 +156,9 @@ void ScoreAllCoded(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, si
     const size_t n = Min(kRun, n_tiles - t);
     for (size_t m = 0; m < stacked; m += 4) {
       float* to = scores + m * stride + t * kTileRows;
-      switch (Min(4, stacked - m)) {
-        case 1:
-          ScoreCodedTiles<kType, 1>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
-          break;
-        case 2:
-          ScoreCodedTiles<kType, 2>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
-          break;
-        case 3:
-          ScoreCodedTiles<kType, 3>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
-          break;
-        default:
-          ScoreCodedTiles<kType, 4>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
-          break;
-      }
+      WithCount<4>(stacked - m, [&](auto count) {
+        ScoreCodedTiles<kType, count.value>(p, n, tile_bytes, dim, q, stacked, m, to, stride, ahead);
+      });
     }
   }
 }
@@ -353,20 +342,7 @@ void CodedValues(const AttentionView& view, const DecodeScratch& s, size_t begin
     for (size_t m = 0; m < stacked; m += 4) {
       const float* p = s.scores + m * kSplitStride;
       float* out = s.out + m * Padded(dim);
-      switch (Min(4, stacked - m)) {
-        case 1:
-          AddParts<kType, 1>(parts, n_parts, dim, p, out);
-          break;
-        case 2:
-          AddParts<kType, 2>(parts, n_parts, dim, p, out);
-          break;
-        case 3:
-          AddParts<kType, 3>(parts, n_parts, dim, p, out);
-          break;
-        default:
-          AddParts<kType, 4>(parts, n_parts, dim, p, out);
-          break;
-      }
+      WithCount<4>(stacked - m, [&](auto count) { AddParts<kType, count.value>(parts, n_parts, dim, p, out); });
     }
     TilePart* const done = parts;
     parts = next;
