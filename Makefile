@@ -3,12 +3,14 @@
 #               one) and runs it with a full and with small caches
 #   make test   installs what is missing, builds and runs all tests
 #   make model  brings the real model only
+#   make install PREFIX=DIR  puts the program, the C library and its header there (default /usr/local)
 BUILD ?= build/release
 JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
 
 CTEST := ctest -j 2 --output-on-failure
 
-.PHONY: run model test bench bench-check build program sanitize packages clean
+.PHONY: run model test bench bench-check build program install sanitize packages clean
 
 packages:
 	@tools/install_packages.sh
@@ -20,6 +22,11 @@ build: packages
 program: packages
 	cmake --preset release -B $(BUILD)
 	cmake --build $(BUILD) -j $(JOBS) --target lesskv
+
+install: packages
+	cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD) -j $(JOBS) --target lesskv lesskv_shared lesskv_static
+	cmake --install $(BUILD) --prefix $(PREFIX)
 
 run: program
 	@tools/demo.sh $(BUILD)/apps/lesskv/lesskv

@@ -1,0 +1,112 @@
+// Calls in any order, with handles that live, were freed, never were or are of another kind: each is done or refused, and
+// nothing crashes (also under sanitizers).
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "base/rng.h"
+#include "lesskv/lesskv.h"
+
+namespace lesskv {
+namespace {
+
+class CApiFuzz : public testing::Test {
+ protected:
+  size_t Below(size_t n) { return rng_.Below(n); }
+
+  lesskv_cache* Any() {
+    if (handles_.empty() || Below(20) == 0) return Below(2) == 0 ? nullptr : reinterpret_cast<lesskv_cache*>(&rng_);
+    return handles_[Below(handles_.size())];  // may have been freed
+  }
+
+  void New() {
+    static const char* const kSpecs[] = {"full", "h2o(8)", "window(8)+q8", "tova(6)", "snapkv(50%)", "h2o(", "window(1)", nullptr};
+    lesskv_cache_shape shape = lesskv_cache_default_shape();
+    shape.n_layers = 1 + Below(2);
+    shape.n_heads = 4;
+    shape.n_kv_heads = Below(8) == 0 ? 3 : 2;
+    shape.head_dim = shape.rope_dims = 32;
+    shape.ctx = 40;
+    if (Below(10) == 0) shape.size = Below(100);
+    lesskv_cache* cache = nullptr;
+    if (lesskv_cache_new(&shape, kSpecs[Below(8)], static_cast<int32_t>(Below(3)) - (Below(20) == 0), &cache) == LESSKV_OK)
+      handles_.push_back(cache);
+  }
+
+  void Call() {
+    // Room for the largest step of any shape: one whose structure was cut short has the default head size of 64.
+    static float in[60 * 4 * 64], out[60 * 4 * 64];
+    for (float& x : in) x = static_cast<float>(Below(2001)) * 1e-3f - 1;
+    lesskv_stats stats;
+    stats.size = Below(8) == 0 ? Below(200) : sizeof stats;
+    size_t n = 0;
+    std::vector<char> bytes(Below(3) == 0 ? 0 : 100000);
+    lesskv_cache* clone = nullptr;
+    const size_t layer = Below(20) == 0 ? Below(5) : Below(2);
+    switch (Below(20)) {
+      case 0: New(); break;
+      case 1: if (Below(4) == 0) lesskv_cache_free(Any()); break;
+      case 2: if (handles_.size() < 12 && lesskv_cache_clone(Any(), &clone) == LESSKV_OK) handles_.push_back(clone); break;
+      case 3: lesskv_cache_get_stats(Any(), &stats); break;
+      case 4: lesskv_cache_end_prompt(Any()); break;
+      case 5: {
+        int32_t positions[4];
+        lesskv_cache_get_positions(Any(), layer, Below(3), positions, 4, &n);
+        break;
+      }
+      case 6:
+        if (lesskv_cache_save(Any(), bytes.data(), bytes.size(), &n) == LESSKV_OK && n <= bytes.size() && n > 0) {
+          if (Below(2) == 0) bytes[Below(n)] ^= 4;
+          lesskv_cache_load(Any(), bytes.data(), n - Below(2));
+        }
+        break;
+      case 7: lesskv_cache_begin_step(Any(), Below(60), static_cast<lesskv_step_kind>(Below(4))); break;
+      case 8: case 9: case 10: lesskv_cache_append(Any(), layer, in, Below(30) == 0 ? nullptr : in); break;
+      case 11: case 12: case 13: lesskv_cache_attend(Any(), layer, in, out); break;
+      case 14: lesskv_cache_end_step(Any()); break;
+      default: Step(Any(), in, out); break;
+    }
+  }
+
+  // A step in its order, so that random calls meet caches with a history, too.
+  void Step(lesskv_cache* cache, const float* in, float* out) {
+    if (lesskv_cache_begin_step(cache, 1 + Below(6), static_cast<lesskv_step_kind>(Below(3))) != LESSKV_OK) return;
+    size_t layer = 0;
+    while (lesskv_cache_append(cache, layer, in, in) == LESSKV_OK) {
+      EXPECT_EQ(lesskv_cache_attend(cache, layer, in, out), LESSKV_OK) << lesskv_last_error();
+      ++layer;
+    }
+    EXPECT_EQ(lesskv_cache_end_step(cache), LESSKV_OK) << lesskv_last_error();
+    ++n_steps_;
+  }
+
+  Rng rng_{17};
+  std::vector<lesskv_cache*> handles_;
+  size_t n_steps_ = 0;
+};
+
+TEST_F(CApiFuzz, CallsInAnyOrder) {
+  for (int round = 0; round < 60; ++round) {
+    for (int call = 0; call < 300; ++call) Call();
+    for (lesskv_cache* handle : handles_) lesskv_cache_free(handle);
+    handles_.clear();
+  }
+  EXPECT_GT(n_steps_, 500u);
+}
+
+TEST(CApi, OneKindOfHandleIsNotAnother) {
+  lesskv_cache_shape shape = lesskv_cache_default_shape();
+  lesskv_cache* cache = nullptr;
+  ASSERT_EQ(lesskv_cache_new(&shape, nullptr, 1, &cache), LESSKV_OK) << lesskv_last_error();
+  int32_t token = 1;
+  EXPECT_EQ(lesskv_prefill(reinterpret_cast<lesskv_sequence*>(cache), &token, 1, nullptr), LESSKV_INVALID_ARGUMENT);
+  lesskv_model_free(reinterpret_cast<lesskv_model*>(cache));
+  lesskv_stats stats;
+  stats.size = sizeof stats;
+  EXPECT_EQ(lesskv_cache_get_stats(cache, &stats), LESSKV_OK) << "another kind's free does nothing";
+  lesskv_cache_free(cache);
+  EXPECT_EQ(lesskv_cache_get_stats(cache, &stats), LESSKV_INVALID_ARGUMENT);
+}
+
+}  // namespace
+}  // namespace lesskv

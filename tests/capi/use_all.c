@@ -1,0 +1,314 @@
+/* Every function of the C API from C: what it gives, and that each kind of mistake is a status with a sentence. */
+#include <lesskv/lesskv.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MODEL LESSKV_SOURCE_DIR "/models/lesskv-small.gguf"
+#define TEXT LESSKV_SOURCE_DIR "/docs/sample.txt"
+
+static int failures = 0;
+
+static void check(bool holds, const char* what, int line) {
+  if (holds) return;
+  ++failures;
+  fprintf(stderr, "use_all.c:%d: %s (last error: %s)\n", line, what, lesskv_last_error());
+}
+#define CHECK(condition) check((condition), #condition, __LINE__)
+#define OK(call) check((call) == LESSKV_OK, #call, __LINE__)
+#define REFUSES(call, word) check((call) == LESSKV_INVALID_ARGUMENT && strstr(lesskv_last_error(), word) != NULL, #call, __LINE__)
+
+static int logged = 0;
+static void log_failure(lesskv_status status, const char* sentence, void* user_data) {
+  (void)status;
+  (void)sentence;
+  *(int*)user_data += 1;
+}
+
+static lesskv_model* load(void) {
+  lesskv_model* model = NULL;
+  lesskv_model_params params = lesskv_model_default_params();
+  params.n_threads = 2;
+  OK(lesskv_model_load(MODEL, &params, &model));
+  return model;
+}
+
+static void models(lesskv_model* model) {
+  lesskv_model* none = NULL;
+  lesskv_model_info info;
+  info.size = sizeof info;
+  OK(lesskv_model_get_info(model, &info));
+  CHECK(info.n_layers > 0 && info.n_vocab > 1000 && info.identity != 0 && info.bos >= 0);
+  CHECK(lesskv_model_load("/no/such/file.gguf", NULL, &none) == LESSKV_NOT_FOUND);
+  CHECK(lesskv_model_load(TEXT, NULL, &none) == LESSKV_BAD_FILE);
+  CHECK(none == NULL && strlen(lesskv_last_error()) > 10 && logged == 2);
+  REFUSES(lesskv_model_load(NULL, NULL, &none), "path");
+  lesskv_model_params params = lesskv_model_default_params();
+  params.n_threads = -3;
+  REFUSES(lesskv_model_load(MODEL, &params, &none), "n_threads");
+  params = lesskv_model_default_params();
+  params.size = 0;
+  REFUSES(lesskv_model_load(MODEL, &params, &none), "size");
+  REFUSES(lesskv_model_get_info((const lesskv_model*)&info, &info), "no live model");
+  CHECK(strcmp(lesskv_status_name(LESSKV_BAD_FILE), "bad file") == 0);
+  CHECK(strlen(lesskv_version()) >= 5);
+  /* A caller of an older version, whose structure ends earlier. */
+  memset(&info, 7, sizeof info);
+  info.size = 2 * sizeof(size_t);
+  OK(lesskv_model_get_info(model, &info));
+  CHECK(info.n_layers < 100 && info.n_heads == (size_t)0x0707070707070707u);
+}
+
+static size_t prompt_of(lesskv_model* model, int32_t* tokens, size_t capacity) {
+  const char* text = "The sea was calm, and the boats lay still in the harbour.";
+  size_t n = 0, again = 0, n_bytes = 0;
+  char back[200];
+  bool ends = true;
+  OK(lesskv_tokenize(model, text, strlen(text), true, false, NULL, 0, &n));
+  OK(lesskv_tokenize(model, text, strlen(text), true, false, tokens, capacity, &again));
+  CHECK(n == again && n > 5 && n < capacity);
+  OK(lesskv_detokenize(model, tokens, n, true, back, sizeof back, &n_bytes));
+  CHECK(n_bytes == strlen(text) && memcmp(back, text, n_bytes) == 0);
+  OK(lesskv_token_ends_generation(model, tokens[n - 1], &ends));
+  CHECK(!ends);
+  int32_t bad = -1;
+  REFUSES(lesskv_detokenize(model, &bad, 1, true, back, sizeof back, &n_bytes), "-1");
+  REFUSES(lesskv_tokenize(model, NULL, 4, true, false, tokens, capacity, &n), "text");
+  return n;
+}
+
+static bool collect(const char* text, size_t n_bytes, void* user_data) {
+  strncat((char*)user_data, text, n_bytes);
+  return true;
+}
+static bool stop_at_once(const char* text, size_t n_bytes, void* user_data) {
+  (void)text;
+  (void)n_bytes;
+  (void)user_data;
+  return false;
+}
+
+static void sequences(lesskv_model* model) {
+  int32_t tokens[100], seen[100];
+  const size_t n = prompt_of(model, tokens, 100);
+  lesskv_model_info info;
+  info.size = sizeof info;
+  OK(lesskv_model_get_info(model, &info));
+  float* logits = malloc(2 * info.n_vocab * sizeof(float));
+  float* again = malloc(info.n_vocab * sizeof(float));
+  lesskv_sequence_params params = lesskv_sequence_default_params();
+  lesskv_sequence *sequence = NULL, *clone = NULL, *loaded = NULL, *bad = NULL;
+  params.ctx = 256;
+  params.kv_spec = "h2o(12)";
+  OK(lesskv_sequence_new(model, &params, &sequence));
+  OK(lesskv_prefill(sequence, tokens, n, logits));
+  lesskv_stats stats;
+  stats.size = sizeof stats;
+  OK(lesskv_sequence_get_stats(sequence, &stats));
+  CHECK(stats.tokens_seen == n && stats.tokens_resident <= 12 && stats.kv_bytes > 0);
+  OK(lesskv_sequence_clone(sequence, &clone));
+
+  /* Two sequences in one step are what each is alone. */
+  lesskv_sequence* both[2] = {sequence, clone};
+  const int32_t next[2] = {tokens[3], tokens[3]};
+  OK(lesskv_decode(both, next, 2, logits));
+  CHECK(memcmp(logits, logits + info.n_vocab, info.n_vocab * sizeof(float)) == 0);
+
+  const char* path = "capi_session.bin";
+  OK(lesskv_sequence_save(sequence, path));
+  OK(lesskv_sequence_load(model, &params, path, &loaded));
+  size_t n_seen = 0;
+  OK(lesskv_sequence_get_tokens(loaded, seen, 100, &n_seen));
+  CHECK(n_seen == n + 1 && memcmp(seen, tokens, n * sizeof(int32_t)) == 0 && seen[n] == tokens[3]);
+  OK(lesskv_decode(&sequence, next, 1, logits));
+  OK(lesskv_decode(&loaded, next, 1, again));
+  CHECK(memcmp(logits, again, info.n_vocab * sizeof(float)) == 0);
+  lesskv_sequence_params other = params;
+  other.kv_spec = "window(12)";
+  CHECK(lesskv_sequence_load(model, &other, path, &bad) == LESSKV_MISMATCH);
+  remove(path);
+
+  lesskv_plan plan;
+  plan.size = sizeof plan;
+  OK(lesskv_plan_bytes(model, &params, n, 2, &plan));
+  OK(lesskv_sequence_get_stats(sequence, &stats));
+  CHECK(plan.bytes_end == stats.kv_bytes && plan.bytes_full == stats.kv_bytes_full);
+  REFUSES(lesskv_plan_bytes(model, &params, 200, 57, &plan), "256");
+
+  other.kv_spec = "no_such_method(3)";
+  REFUSES(lesskv_sequence_new(model, &other, &bad), "no_such_method");
+  REFUSES(lesskv_prefill(sequence, NULL, 3, NULL), "token");
+  int32_t outside = (int32_t)info.n_vocab;
+  REFUSES(lesskv_prefill(sequence, &outside, 1, NULL), "token");
+  CHECK(bad == NULL);
+  lesskv_span span = {0, (int32_t)n};
+  params.protected_spans = &span;
+  params.n_protected_spans = 1;
+  REFUSES(lesskv_sequence_new(model, &params, &bad), "protected");
+  lesskv_sequence_free(clone);
+  REFUSES(lesskv_prefill(clone, tokens, n, NULL), "no live sequence");
+  lesskv_sequence_free(clone);
+  lesskv_sequence_free(sequence);
+  lesskv_sequence_free(loaded);
+  free(logits);
+  free(again);
+}
+
+static void generation(lesskv_model* model) {
+  int32_t tokens[100];
+  const size_t n = prompt_of(model, tokens, 100);
+  char text[2000] = "", part[2000] = "";
+  lesskv_sequence* sequence = NULL;
+  lesskv_generate_result result;
+  result.size = sizeof result;
+  lesskv_generate_params how = lesskv_generate_default_params();
+  how.temperature = 0;
+  how.max_tokens = 12;
+  how.on_text = collect;
+  how.user_data = text;
+  OK(lesskv_sequence_new(model, NULL, &sequence));
+  OK(lesskv_generate(sequence, tokens, n, &how, &result));
+  CHECK(result.generated_tokens == 12 && result.finish == LESSKV_FINISH_LENGTH && strlen(text) > 5);
+  lesskv_sequence_free(sequence);
+
+  /* The second half of the same text is a stop text. */
+  const char* stops[1] = {text + strlen(text) / 2};
+  how.stops = stops;
+  how.n_stops = 1;
+  how.user_data = part;
+  OK(lesskv_sequence_new(model, NULL, &sequence));
+  OK(lesskv_generate(sequence, tokens, n, &how, &result));
+  CHECK(result.finish == LESSKV_FINISH_STOP && strncmp(part, text, strlen(part)) == 0 && strlen(part) <= strlen(text) / 2);
+  how = lesskv_generate_default_params();
+  how.on_text = stop_at_once;
+  OK(lesskv_generate(sequence, tokens, 1, &how, &result));
+  CHECK(result.finish == LESSKV_FINISH_INTERRUPTED || result.finish == LESSKV_FINISH_END);
+  how.temperature = NAN;
+  REFUSES(lesskv_generate(sequence, tokens, 1, &how, &result), "--temp");
+  lesskv_sequence_free(sequence);
+}
+
+static void evaluation(lesskv_model* model) {
+  const char* specs[2] = {"full", "window(16)"};
+  const char* texts[1] = {TEXT};
+  char* json = NULL;
+  lesskv_eval_params params = lesskv_eval_default_params();
+  params.kv_specs = specs;
+  params.n_kv_specs = 2;
+  params.texts = texts;
+  params.n_texts = 1;
+  params.ctx = 128;
+  params.max_windows = 2;
+  params.divergence = true;
+  OK(lesskv_evaluate(model, &params, &json));
+  CHECK(json != NULL && strstr(json, "\"kl_mean\"") != NULL && strstr(json, "window(16") != NULL);
+  lesskv_string_free(json);
+  params.n_texts = 0;
+  REFUSES(lesskv_evaluate(model, &params, &json), "text");
+}
+
+static void step(lesskv_cache* cache, const lesskv_cache_shape* shape, size_t n, float* out) {
+  const size_t n_rows = n * shape->n_kv_heads * shape->head_dim, n_queries = n * shape->n_heads * shape->head_dim;
+  float *k = malloc(n_rows * sizeof(float)), *v = malloc(n_rows * sizeof(float)), *q = malloc(n_queries * sizeof(float));
+  OK(lesskv_cache_begin_step(cache, n, LESSKV_STEP_DECODE));
+  for (size_t layer = 0; layer < shape->n_layers; ++layer) {
+    for (size_t i = 0; i < n_rows; ++i) k[i] = (float)sin(0.7 * (double)(i + layer)), v[i] = (float)cos(0.3 * (double)i);
+    for (size_t i = 0; i < n_queries; ++i) q[i] = (float)sin(0.2 * (double)(i + 3 * layer));
+    OK(lesskv_cache_append(cache, layer, k, v));
+    OK(lesskv_cache_attend(cache, layer, q, out));
+  }
+  OK(lesskv_cache_end_step(cache));
+  free(k);
+  free(v);
+  free(q);
+}
+
+static void cache_alone(void) {
+  lesskv_cache_shape shape = lesskv_cache_default_shape();
+  shape.n_layers = 2;
+  shape.n_heads = 4;
+  shape.n_kv_heads = 2;
+  shape.head_dim = 16;
+  shape.rope_dims = 16;
+  shape.ctx = 64;
+  lesskv_cache *cache = NULL, *clone = NULL, *other = NULL;
+  float out[3 * 4 * 16], again[3 * 4 * 16];
+  OK(lesskv_cache_new(&shape, "h2o(8)", 1, &cache));
+  /* One token attends to itself: the output is its value, head by head. */
+  step(cache, &shape, 1, out);
+  for (size_t i = 0; i < 4 * 16; ++i) CHECK(fabs(out[i] - cos(0.3 * (double)((i / 32) * 16 + i % 16))) < 1e-3);
+  for (int i = 0; i < 6; ++i) step(cache, &shape, 3, out);
+  lesskv_stats stats;
+  stats.size = sizeof stats;
+  OK(lesskv_cache_get_stats(cache, &stats));
+  CHECK(stats.tokens_seen == 19 && stats.tokens_resident <= 8 && stats.tokens_dropped >= 11);
+  int32_t positions[64];
+  size_t n = 0, n_bytes = 0;
+  OK(lesskv_cache_get_positions(cache, 1, 1, positions, 64, &n));
+  CHECK(n <= 8 && positions[n - 1] == 18);
+
+  OK(lesskv_cache_clone(cache, &clone));
+  OK(lesskv_cache_save(cache, NULL, 0, &n_bytes));
+  void* bytes = malloc(n_bytes);
+  OK(lesskv_cache_save(cache, bytes, n_bytes, &n_bytes));
+  OK(lesskv_cache_new(&shape, "h2o(8)", 1, &other));
+  CHECK(lesskv_cache_load(other, bytes, n_bytes / 2) == LESSKV_BAD_FILE);
+  OK(lesskv_cache_load(other, bytes, n_bytes));
+  step(cache, &shape, 2, out);
+  step(other, &shape, 2, again);
+  CHECK(memcmp(out, again, 2 * 4 * 16 * sizeof(float)) == 0);
+  step(clone, &shape, 2, again);
+  CHECK(memcmp(out, again, 2 * 4 * 16 * sizeof(float)) == 0);
+  free(bytes);
+
+  /* The order of calls. */
+  float x[4 * 16] = {0};
+  REFUSES(lesskv_cache_append(cache, 0, x, x), "no step");
+  REFUSES(lesskv_cache_end_step(cache), "no step");
+  OK(lesskv_cache_begin_step(cache, 1, LESSKV_STEP_STREAM));
+  REFUSES(lesskv_cache_begin_step(cache, 1, LESSKV_STEP_STREAM), "in progress");
+  REFUSES(lesskv_cache_attend(cache, 0, x, x), "layer 0");
+  REFUSES(lesskv_cache_append(cache, 1, x, x), "layer 1");
+  OK(lesskv_cache_append(cache, 0, x, x));
+  REFUSES(lesskv_cache_append(cache, 0, x, x), "layer 0");
+  REFUSES(lesskv_cache_end_step(cache), "0 of 2");
+  REFUSES(lesskv_cache_get_stats(cache, &stats), "in progress");
+  OK(lesskv_cache_attend(cache, 0, x, x));
+  OK(lesskv_cache_append(cache, 1, x, x));
+  OK(lesskv_cache_attend(cache, 1, x, x));
+  REFUSES(lesskv_cache_append(cache, 2, x, x), "layers");
+  OK(lesskv_cache_end_step(cache));
+  OK(lesskv_cache_end_prompt(cache));
+  REFUSES(lesskv_cache_begin_step(cache, 60, LESSKV_STEP_DECODE), "64");
+  lesskv_cache* none = NULL;
+  shape.n_kv_heads = 3;
+  REFUSES(lesskv_cache_new(&shape, NULL, 1, &none), "evenly");
+  shape.n_kv_heads = 2;
+  shape.rope_dims = 5;
+  CHECK(lesskv_cache_new(&shape, NULL, 1, &none) != LESSKV_OK && none == NULL);
+  lesskv_cache_free(cache);
+  lesskv_cache_free(clone);
+  lesskv_cache_free(other);
+  lesskv_cache_free(NULL);
+}
+
+int main(void) {
+  CHECK(strcmp(lesskv_last_error(), "") == 0);
+  lesskv_log_set(log_failure, &logged);
+  lesskv_model* model = load();
+  models(model);
+  sequences(model);
+  generation(model);
+  evaluation(model);
+  cache_alone();
+  lesskv_sequence* sequence = NULL;
+  OK(lesskv_sequence_new(model, NULL, &sequence));
+  lesskv_model_free(model);
+  int32_t token = 5;
+  OK(lesskv_prefill(sequence, &token, 1, NULL)); /* a sequence keeps its model alive */
+  lesskv_sequence_free(sequence);
+  lesskv_log_set(NULL, NULL);
+  if (failures > 0) fprintf(stderr, "%d failures\n", failures);
+  return failures > 0;
+}
