@@ -3,6 +3,7 @@
 #               one) and runs it with a full and with small caches
 #   make test   installs what is missing, builds and runs all tests
 #   make model  brings the real model only
+#   make python-test  builds the Python package's wheel and tests it in a clean environment (needs PyPI)
 #   make install PREFIX=DIR  puts the program, the C library and its header there (default /usr/local)
 BUILD ?= build/release
 JOBS ?= $(shell nproc)
@@ -10,7 +11,7 @@ PREFIX ?= /usr/local
 
 CTEST := ctest -j 2 --output-on-failure
 
-.PHONY: run model test bench bench-check build program install sanitize packages clean
+.PHONY: run model test bench bench-check build program install python-test sanitize packages clean
 
 packages:
 	@tools/install_packages.sh
@@ -36,6 +37,9 @@ model: packages
 
 test: build
 	$(CTEST) --test-dir $(BUILD)
+
+python-test: program
+	@tools/python_test.sh $(abspath $(BUILD)/apps/lesskv/lesskv)
 
 # Unit tests once more under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: packages

@@ -1,0 +1,163 @@
+"""The C API (include/lesskv/lesskv.h) through ctypes, which releases the GIL in every call."""
+import ctypes as c
+import os
+import pathlib
+
+size_t, i32, f32p, i32p = c.c_size_t, c.c_int32, c.POINTER(c.c_float), c.POINTER(c.c_int32)
+
+
+class Error(RuntimeError):
+    """What the library refused or failed at, in its own sentence. `status` names the kind: "invalid argument", "bad file"."""
+
+    def __init__(self, sentence: str, status: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+class Structure(c.Structure):
+    """One that begins with its size."""
+
+    def __init__(self, **fields):
+        super().__init__(size=c.sizeof(self), **fields)
+
+
+class ModelParams(Structure):
+    _fields_ = [("size", size_t), ("n_threads", i32), ("compute", c.c_int), ("loading", c.c_int)]
+
+
+class ModelInfo(Structure):
+    _fields_ = [("size", size_t), ("n_layers", size_t), ("n_heads", size_t), ("n_kv_heads", size_t), ("head_dim", size_t),
+                ("n_vocab", size_t), ("n_ctx_train", size_t), ("n_parameters", size_t), ("weight_bytes", size_t),
+                ("bos", i32), ("eos", i32), ("fingerprint", c.c_uint64), ("identity", c.c_uint64)]
+
+
+class Span(c.Structure):
+    _fields_ = [("begin", i32), ("end", i32)]
+
+
+class SequenceParams(Structure):
+    _fields_ = [("size", size_t), ("kv_spec", c.c_char_p), ("ctx", size_t), ("protected_spans", c.POINTER(Span)),
+                ("n_protected_spans", size_t)]
+
+
+class CStats(Structure):
+    _fields_ = [("size", size_t), ("tokens_seen", size_t), ("tokens_resident", c.c_double), ("tokens_dropped", c.c_double),
+                ("tokens_absorbed", c.c_double), ("tokens_merged", c.c_double), ("tokens_offloaded", c.c_double),
+                ("kv_bytes", size_t), ("kv_bytes_peak", size_t), ("kv_bytes_full", size_t)]
+
+
+class CPlan(Structure):
+    _fields_ = [("size", size_t), ("bytes_peak", size_t), ("bytes_after_prompt", size_t), ("bytes_end", size_t),
+                ("bytes_full", size_t), ("rows_end", c.c_double)]
+
+
+OnText = c.CFUNCTYPE(c.c_bool, c.POINTER(c.c_char), size_t, c.c_void_p)
+
+
+class GenerateParams(Structure):
+    _fields_ = [("size", size_t), ("temperature", c.c_float), ("top_k", i32), ("top_p", c.c_float), ("min_p", c.c_float),
+                ("repeat_penalty", c.c_float), ("repeat_last_n", i32), ("seed", c.c_uint64), ("max_tokens", size_t),
+                ("stops", c.POINTER(c.c_char_p)), ("n_stops", size_t), ("on_text", OnText), ("user_data", c.c_void_p)]
+
+
+class GenerateResult(Structure):
+    _fields_ = [("size", size_t), ("prompt_tokens", size_t), ("generated_tokens", size_t), ("prefill_seconds", c.c_double),
+                ("decode_seconds", c.c_double), ("finish", c.c_int), ("pending_token", i32)]
+
+
+class EvalParams(Structure):
+    _fields_ = [("size", size_t), ("kv_specs", c.POINTER(c.c_char_p)), ("n_kv_specs", size_t), ("texts", c.POINTER(c.c_char_p)),
+                ("n_texts", size_t), ("ctx", size_t), ("max_windows", size_t), ("step", size_t), ("prompt", size_t),
+                ("divergence", c.c_bool)]
+
+
+class CacheShape(Structure):
+    _fields_ = [("size", size_t), ("n_layers", size_t), ("n_heads", size_t), ("n_kv_heads", size_t), ("head_dim", size_t),
+                ("ctx", size_t), ("rope_dims", size_t), ("rope_halves", c.c_bool), ("rope_theta", c.c_double),
+                ("rope_linear", c.c_double)]
+
+
+def _find() -> str:
+    """LESSKV_LIBRARY, else the library inside the package."""
+    named = os.environ.get("LESSKV_LIBRARY")
+    if named:
+        return named
+    for path in sorted(pathlib.Path(__file__).parent.glob("liblesskv.so*")):
+        return str(path)
+    raise ImportError("liblesskv.so is neither beside the package nor named by LESSKV_LIBRARY")
+
+
+def _declare(lib: c.CDLL) -> c.CDLL:
+    handle, out = c.c_void_p, c.POINTER(c.c_void_p)
+    size_p, bytes_p = c.POINTER(size_t), c.c_void_p
+    functions = {
+        "model_load": [c.c_char_p, c.POINTER(ModelParams), out], "model_get_info": [handle, c.POINTER(ModelInfo)],
+        "tokenize": [handle, c.c_char_p, size_t, c.c_bool, c.c_bool, i32p, size_t, size_p],
+        "detokenize": [handle, i32p, size_t, c.c_bool, c.c_char_p, size_t, size_p],
+        "token_ends_generation": [handle, i32, c.POINTER(c.c_bool)],
+        "sequence_new": [handle, c.POINTER(SequenceParams), out], "sequence_clone": [handle, out],
+        "sequence_get_stats": [handle, c.POINTER(CStats)], "sequence_get_tokens": [handle, i32p, size_t, size_p],
+        "prefill": [handle, i32p, size_t, f32p], "decode": [out, i32p, size_t, f32p],
+        "sequence_save": [handle, c.c_char_p], "sequence_load": [handle, c.POINTER(SequenceParams), c.c_char_p, out],
+        "plan_bytes": [handle, c.POINTER(SequenceParams), size_t, size_t, c.POINTER(CPlan)],
+        "generate": [handle, i32p, size_t, c.POINTER(GenerateParams), c.POINTER(GenerateResult)],
+        "evaluate": [handle, c.POINTER(EvalParams), c.POINTER(c.c_void_p)],
+        "cache_new": [c.POINTER(CacheShape), c.c_char_p, i32, out], "cache_clone": [handle, out],
+        "cache_begin_step": [handle, size_t, c.c_int], "cache_append": [handle, size_t, f32p, f32p],
+        "cache_attend": [handle, size_t, f32p, f32p], "cache_end_step": [handle], "cache_end_prompt": [handle],
+        "cache_get_stats": [handle, c.POINTER(CStats)], "cache_get_positions": [handle, size_t, size_t, i32p, size_t, size_p],
+        "cache_save": [handle, bytes_p, size_t, size_p], "cache_load": [handle, bytes_p, size_t],
+    }
+    for name, arguments in functions.items():
+        function = getattr(lib, "lesskv_" + name)
+        function.argtypes, function.restype = arguments, c.c_int
+    for name in ("model_free", "sequence_free", "cache_free", "string_free"):
+        function = getattr(lib, "lesskv_" + name)
+        function.argtypes, function.restype = [handle], None
+    for name, restype in {"last_error": c.c_char_p, "version": c.c_char_p, "status_name": c.c_char_p,
+                          "generate_default_params": GenerateParams, "cache_default_shape": CacheShape,
+                          "eval_default_params": EvalParams}.items():
+        getattr(lib, "lesskv_" + name).restype = restype
+    lib.lesskv_status_name.argtypes = [c.c_int]
+    return lib
+
+
+lib = _declare(c.CDLL(_find()))
+
+
+def version() -> str:
+    return lib.lesskv_version().decode()
+
+
+def call(name: str, *arguments) -> None:
+    """Calls lesskv_NAME; a status other than ok is an Error."""
+    status = getattr(lib, "lesskv_" + name)(*arguments)
+    if status != 0:
+        raise Error(lib.lesskv_last_error().decode("utf-8", "replace"), lib.lesskv_status_name(status).decode())
+
+
+def array_of(name: str, ctype, *arguments):
+    """What a function gives that takes room, capacity and count at its end: asked twice, for the count and for the values."""
+    n = size_t()
+    call(name, *arguments, None, 0, c.byref(n))
+    values = (ctype * n.value)()
+    call(name, *arguments, values, n.value, c.byref(n))
+    return values
+
+
+def strings(texts):
+    return (c.c_char_p * len(texts))(*[os.fsencode(t) for t in texts])
+
+
+class Handle:
+    """Owns a handle of the library and frees it with the object."""
+
+    _free = ""
+
+    def __init__(self, pointer: c.c_void_p):
+        self._pointer = pointer
+
+    def __del__(self):
+        if getattr(self, "_pointer", None):
+            getattr(lib, "lesskv_" + self._free)(self._pointer)
+            self._pointer = None

@@ -1,0 +1,97 @@
+"""The cache alone, over NumPy arrays or whatever speaks DLPack (torch tensors on the CPU), for layers of your own."""
+from __future__ import annotations
+
+import ctypes as c
+
+import numpy as np
+
+from . import _c
+from .model import Stats, choice, fields_of, pointer
+
+KINDS = {"prompt": 0, "stream": 1, "decode": 2}
+
+
+def rows(name: str, array, shape: tuple) -> np.ndarray:
+    """float32, row-major, without a copy where it is already so."""
+    if not isinstance(array, np.ndarray):
+        array = np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
+    if array.shape != shape:
+        raise _c.Error(f"{name}: expected shape {shape}, found {array.shape}", "invalid argument")
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+class Cache(_c.Handle):
+    """A key-value cache for layers of one shape.
+
+        cache = lesskv.Cache(layers=2, heads=8, kv_heads=2, head_dim=64, ctx=4096, kv="h2o(5%)")
+        with cache.step(n, "prompt"):
+            for layer in range(2):
+                out = cache(layer, queries, keys, values)   # [n, heads, head_dim]; keys and values [n, kv_heads, head_dim]
+        cache.end_prompt()
+
+    Queries and keys come unrotated; the cache rotates them (rope_dims coordinates of each head, 0: none; rope_halves: pairs
+    (i, i + rope_dims / 2), as Hugging Face's models have them, else (2 i, 2 i + 1)).
+    """
+
+    _free = "cache_free"
+
+    def __init__(self, layers: int, heads: int, kv_heads: int, head_dim: int, ctx: int, kv: str = "full",
+                 rope_dims: int | None = None, rope_halves: bool = True, rope_theta: float = 10000.0, threads: int = 0):
+        shape = _c.CacheShape(n_layers=layers, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, ctx=ctx,
+                              rope_dims=head_dim if rope_dims is None else rope_dims, rope_halves=rope_halves,
+                              rope_theta=rope_theta, rope_linear=1.0)
+        handle = c.c_void_p()
+        _c.call("cache_new", c.byref(shape), kv.encode(), threads, c.byref(handle))
+        super().__init__(handle)
+        self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
+        self._n = 0
+
+    def step(self, n: int, kind: str = "decode") -> "Cache":
+        """Begins a step of n tokens: "prompt" (a whole one), "stream" (a part of a text) or "decode". Use it in `with`."""
+        _c.call("cache_begin_step", self._pointer, n, choice("kind", kind, KINDS))
+        self._n = n
+        return self
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            _c.call("cache_end_step", self._pointer)
+
+    def __call__(self, layer: int, queries, keys, values) -> np.ndarray:
+        """Appends keys and values of the step's tokens to a layer and attends: the output [n, heads, head_dim]."""
+        row = (self._n, self.kv_heads, self.head_dim)
+        k, v = rows("keys", keys, row), rows("values", values, row)
+        q = rows("queries", queries, (self._n, self.heads, self.head_dim))
+        out = np.empty_like(q)
+        _c.call("cache_append", self._pointer, layer, pointer(k, c.c_float), pointer(v, c.c_float))
+        _c.call("cache_attend", self._pointer, layer, pointer(q, c.c_float), pointer(out, c.c_float))
+        return out
+
+    def end_prompt(self) -> None:
+        _c.call("cache_end_prompt", self._pointer)
+
+    def clone(self) -> "Cache":
+        handle = c.c_void_p()
+        _c.call("cache_clone", self._pointer, c.byref(handle))
+        clone = object.__new__(Cache)
+        clone.__dict__.update(self.__dict__, _pointer=handle)
+        return clone
+
+    @property
+    def stats(self) -> Stats:
+        stats = _c.CStats()
+        _c.call("cache_get_stats", self._pointer, c.byref(stats))
+        return fields_of(stats, Stats)
+
+    def positions(self, layer: int, kv_head: int) -> np.ndarray:
+        """The positions that one head holds, ascending."""
+        return np.array(_c.array_of("cache_get_positions", c.c_int32, self._pointer, layer, kv_head), dtype=np.int32)
+
+    def save(self) -> bytes:
+        return bytes(_c.array_of("cache_save", c.c_char, self._pointer))
+
+    def load(self, state: bytes) -> None:
+        """Into a new cache of the same shape and spec."""
+        _c.call("cache_load", self._pointer, state, len(state))

@@ -1,0 +1,263 @@
+"""Models and sequences."""
+from __future__ import annotations
+
+import ctypes as c
+import dataclasses
+import json
+import os
+import queue
+import threading
+from typing import Iterator, Sequence as Several, Union
+
+import numpy as np
+
+from . import _c
+
+Tokens = Union[Several[int], np.ndarray]
+FINISHES = ("length", "end", "stop", "context", "interrupted")
+COMPUTE = {"auto": 0, "f32": 1, "bf16": 2}
+LOADING = {"auto": 0, "map": 1, "read": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What a cache holds. Rows are means over (global layer, KV head); bytes are allocated, not estimated."""
+
+    tokens_seen: int
+    tokens_resident: float
+    tokens_dropped: float
+    tokens_absorbed: float
+    tokens_merged: float
+    tokens_offloaded: float
+    kv_bytes: int
+    kv_bytes_peak: int
+    kv_bytes_full: int  # of a full f16 cache of the same tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes that a sequence will take, without running it."""
+
+    bytes_peak: int
+    bytes_after_prompt: int
+    bytes_end: int
+    bytes_full: int
+    rows_end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a generation ended: finish is length, end, stop, context or interrupted."""
+
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    finish: str
+
+
+def fields_of(structure, kind):
+    return kind(**{f.name: getattr(structure, f.name) for f in dataclasses.fields(kind)})
+
+
+def int32(tokens: Tokens) -> np.ndarray:
+    return np.ascontiguousarray(tokens, dtype=np.int32)
+
+
+def pointer(array: np.ndarray, ctype):
+    return array.ctypes.data_as(c.POINTER(ctype))
+
+
+def choice(name: str, value: str, choices: dict) -> int:
+    if value not in choices:
+        raise _c.Error(f"{name}: expected {' or '.join(choices)}, found {value!r}", "invalid argument")
+    return choices[value]
+
+
+class Model(_c.Handle):
+    """Weights, tokenizer and threads of one GGUF file.
+
+    threads: 0 for all CPUs. compute: "auto", "f32", "bf16". loading: "auto", "map", "read".
+    """
+
+    _free = "model_free"
+
+    def __init__(self, path: Union[str, os.PathLike], threads: int = 0, compute: str = "auto", loading: str = "auto"):
+        handle = c.c_void_p()
+        params = _c.ModelParams(n_threads=threads, compute=choice("compute", compute, COMPUTE),
+                                loading=choice("loading", loading, LOADING))
+        _c.call("model_load", os.fsencode(path), c.byref(params), c.byref(handle))
+        super().__init__(handle)
+        info = _c.ModelInfo()
+        _c.call("model_get_info", handle, c.byref(info))
+        self.n_layers, self.n_heads, self.n_kv_heads = info.n_layers, info.n_heads, info.n_kv_heads
+        self.head_dim, self.n_vocab, self.n_ctx_train = info.head_dim, info.n_vocab, info.n_ctx_train
+        self.n_parameters, self.weight_bytes = info.n_parameters, info.weight_bytes
+        self.bos, self.eos = (None if token < 0 else token for token in (info.bos, info.eos))
+        self.fingerprint, self.identity = f"{info.fingerprint:016x}", f"{info.identity:016x}"
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """The ids of a text; BOS and EOS where the vocabulary wants them."""
+        data = text.encode()
+        return list(_c.array_of("tokenize", c.c_int32, self._pointer, data, len(data), add_special, parse_special))
+
+    def detokenize(self, tokens: Tokens, skip_special: bool = True) -> str:
+        """The text of ids; bytes that are no character become U+FFFD."""
+        ids = int32(tokens)
+        data = _c.array_of("detokenize", c.c_char, self._pointer, pointer(ids, c.c_int32), ids.size, skip_special)
+        return bytes(data).decode("utf-8", "replace")
+
+    def ends_generation(self, token: int) -> bool:
+        ends = c.c_bool()
+        _c.call("token_ends_generation", self._pointer, token, c.byref(ends))
+        return ends.value
+
+    def sequence(self, kv: str = "full", ctx: int = 0, protect: Several[tuple[int, int]] = ()) -> "Sequence":
+        """A new text through a cache. ctx 0: what the model was trained for. protect: spans [begin, end) that stay."""
+        handle = c.c_void_p()
+        _c.call("sequence_new", self._pointer, c.byref(_params(kv, ctx, protect)), c.byref(handle))
+        return Sequence(self, handle)
+
+    def load(self, path: Union[str, os.PathLike], kv: str = "full", ctx: int = 0) -> "Sequence":
+        """A saved text, of the same model, spec and context."""
+        handle = c.c_void_p()
+        _c.call("sequence_load", self._pointer, c.byref(_params(kv, ctx, ())), os.fsencode(path), c.byref(handle))
+        return Sequence(self, handle)
+
+    def plan(self, kv: str, prompt: int, decode: int, ctx: int = 0) -> Plan:
+        """The bytes of a sequence that reads `prompt` tokens and writes `decode` more."""
+        plan = _c.CPlan()
+        _c.call("plan_bytes", self._pointer, c.byref(_params(kv, ctx, ())), prompt, decode, c.byref(plan))
+        return fields_of(plan, Plan)
+
+    def evaluate_rows(self, texts: Several[Union[str, os.PathLike]], kv: Several[str] = ("full",), ctx: int = 0,
+                      windows: int = 0, step: int = 8, prompt: int = 0, divergence: bool = False) -> list[dict]:
+        """The rows of `lesskv eval perplexity` (or divergence): a dictionary a cache. Texts are files; windows 0: all.
+        step > 0 streams the text so many tokens at a time; step 0 reads `prompt` tokens at once, then one a step."""
+        specs, files = _c.strings(list(kv)), _c.strings(list(texts))
+        params = _c.EvalParams(kv_specs=specs, n_kv_specs=len(specs), texts=files, n_texts=len(files), ctx=ctx,
+                               max_windows=windows, step=step, prompt=prompt, divergence=divergence)
+        rows = c.c_void_p()
+        _c.call("evaluate", self._pointer, c.byref(params), c.byref(rows))
+        try:
+            return json.loads(c.string_at(rows))
+        finally:
+            _c.lib.lesskv_string_free(rows)
+
+    def evaluate(self, *arguments, **options):
+        """evaluate_rows as a pandas.DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.evaluate_rows(*arguments, **options))
+
+
+def _params(kv: str, ctx: int, protect) -> _c.SequenceParams:
+    spans = (_c.Span * len(protect))(*[_c.Span(*span) for span in protect])
+    return _c.SequenceParams(kv_spec=kv.encode(), ctx=ctx, protected_spans=spans, n_protected_spans=len(spans))
+
+
+class Sequence(_c.Handle):
+    """One text in progress: its cache and the tokens it has seen. Made by Model.sequence and Model.load."""
+
+    _free = "sequence_free"
+
+    def __init__(self, model: Model, handle: c.c_void_p):
+        super().__init__(handle)
+        self.model = model
+        self.result: Result | None = None  # of the last generation that ended
+        self._pending: list[int] = []  # generated, not yet seen: the next prompt begins with it
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens seen, in order."""
+        return list(_c.array_of("sequence_get_tokens", c.c_int32, self._pointer))
+
+    @property
+    def stats(self) -> Stats:
+        stats = _c.CStats()
+        _c.call("sequence_get_stats", self._pointer, c.byref(stats))
+        return fields_of(stats, Stats)
+
+    def clone(self) -> "Sequence":
+        handle = c.c_void_p()
+        _c.call("sequence_clone", self._pointer, c.byref(handle))
+        clone = Sequence(self.model, handle)
+        clone._pending = list(self._pending)
+        return clone
+
+    def save(self, path: Union[str, os.PathLike]) -> None:
+        """Writes the compressed cache with its text; `lesskv run --session` reads it, too."""
+        _c.call("sequence_save", self._pointer, os.fsencode(path))
+
+    def prefill(self, tokens: Tokens) -> np.ndarray:
+        """Reads a prompt or turn; the logits [n_vocab] of what follows."""
+        ids, logits = int32(tokens), np.empty(self.model.n_vocab, dtype=np.float32)
+        _c.call("prefill", self._pointer, pointer(ids, c.c_int32), ids.size, pointer(logits, c.c_float))
+        return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        """One more token; the logits [n_vocab] of what follows."""
+        return decode([self], [token])[0]
+
+    def generate(self, prompt: Union[str, Tokens], max_tokens: int | None = None, temperature: float = 0.8, top_k: int = 40,
+                 top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, repeat_last_n: int = 64, seed: int = 0,
+                 stop: Several[str] = ()) -> Iterator[str]:
+        """Reads the prompt and yields text as it becomes certain. Ends early when the iterator is closed. Afterwards
+        `self.result` says how it ended. A text prompt gets BOS only at the beginning of a sequence."""
+        if isinstance(prompt, str):
+            prompt = self.model.tokenize(prompt, add_special=not self.tokens)
+        ids = int32([*self._pending, *prompt])
+        stops = _c.strings(list(stop))
+        params = _c.GenerateParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                   repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed,
+                                   max_tokens=c.c_size_t(-1).value if max_tokens is None else max_tokens, stops=stops,
+                                   n_stops=len(stops))
+        return self._stream(ids, params)
+
+    def _stream(self, ids: np.ndarray, params: _c.GenerateParams) -> Iterator[str]:
+        # The library calls back from inside one long call, which therefore has a thread of its own.
+        pieces: queue.SimpleQueue = queue.SimpleQueue()
+        wanted = True
+
+        @_c.OnText
+        def on_text(text, n_bytes, _):
+            pieces.put(c.string_at(text, n_bytes).decode())
+            return wanted
+
+        result = _c.GenerateResult()
+
+        def run():
+            try:
+                _c.call("generate", self._pointer, pointer(ids, c.c_int32), ids.size, c.byref(params), c.byref(result))
+                pieces.put(None)
+            except _c.Error as error:
+                pieces.put(error)
+
+        params.on_text = on_text
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        text = ""
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, _c.Error):
+                    raise piece
+                text += piece
+                yield piece
+        finally:
+            wanted = False
+            thread.join()
+            self._pending = [] if result.pending_token < 0 or result.prompt_tokens == 0 else [result.pending_token]
+            self.result = Result(text, result.prompt_tokens, result.generated_tokens, result.prefill_seconds,
+                                 result.decode_seconds, FINISHES[result.finish])
+
+
+def decode(sequences: Several[Sequence], tokens: Tokens) -> np.ndarray:
+    """One token each for sequences of one model, which share the products of weights: logits [n, n_vocab]."""
+    ids = int32(tokens)
+    if not sequences or len(sequences) != ids.size:
+        raise _c.Error(f"{len(sequences)} sequences and {ids.size} tokens: one each is needed", "invalid argument")
+    handles = (c.c_void_p * len(sequences))(*[s._pointer for s in sequences])
+    logits = np.empty((len(sequences), sequences[0].model.n_vocab), dtype=np.float32)
+    _c.call("decode", handles, pointer(ids, c.c_int32), ids.size, pointer(logits, c.c_float))
+    return logits

@@ -1,0 +1,199 @@
+"""The package on the bundled model."""
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import lesskv
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL, TEXT = ROOT / "models/lesskv-small.gguf", ROOT / "docs/sample.txt"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lesskv.Model(MODEL, threads=2)
+
+
+def attention(q, k, v):
+    """Causal attention by the book, [n, heads, dim] in float64."""
+    n, heads, dim = q.shape
+    group = heads // k.shape[1]
+    out = np.empty(q.shape)
+    for h in range(heads):
+        scores = q[:, h].astype(float) @ k[:, h // group].astype(float).T / np.sqrt(dim)
+        scores[np.triu_indices(n, 1)] = -np.inf
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, h] = p / p.sum(-1, keepdims=True) @ v[:, h // group]
+    return out
+
+
+def test_text_and_back(model):
+    ids = model.tokenize("The sea was calm.")
+    assert ids[0] == model.bos and model.detokenize(ids) == "The sea was calm."
+    assert not model.ends_generation(ids[-1]) and model.ends_generation(model.eos)
+    with pytest.raises(lesskv.Error, match="-1"):
+        model.detokenize([-1])
+
+
+def test_generation_is_the_program_s(model):
+    sequence = model.sequence(kv="h2o(5%)", ctx=512)
+    pieces = list(sequence.generate(TEXT.read_text()[:1200], max_tokens=12, temperature=0))
+    program = os.environ.get("LESSKV_PROGRAM")
+    if program:
+        said = subprocess.run([program, "run", "-m", MODEL, "-f", "-", "-c", "512", "-n", "12", "--temp", "0", "--kv", "h2o(5%)",
+                               "-t", "2", "--json"], input=TEXT.read_text()[:1200], capture_output=True, text=True, check=True)
+        assert json.loads(said.stdout)["text"] == "".join(pieces)
+    assert sequence.result.finish == "length" and sequence.result.generated_tokens == 12
+    assert sequence.result.text == "".join(pieces) and len(pieces) > 3
+    stats = sequence.stats
+    assert stats.tokens_resident < 0.2 * stats.tokens_seen and stats.kv_bytes < stats.kv_bytes_full
+
+
+def test_turns_go_on_where_the_last_ended(model):
+    whole = model.sequence()
+    a = "".join(whole.generate("The sea was", max_tokens=8, temperature=0))
+    b = "".join(whole.generate(" and then", max_tokens=8, temperature=0))
+    other = model.sequence()
+    prompt = model.tokenize("The sea was") + [t for t in whole.tokens[len(model.tokenize("The sea was")):]]
+    logits = other.prefill(prompt)
+    again = model.sequence()
+    again.prefill(prompt[:-1])
+    assert np.allclose(again.decode(prompt[-1]), logits, atol=2e-2) and a and b
+    assert whole.tokens[: len(model.tokenize("The sea was"))] == model.tokenize("The sea was")
+
+
+def test_an_iterator_that_is_closed_ends_the_generation(model):
+    sequence = model.sequence()
+    stream = sequence.generate("The sea was", temperature=0)
+    next(stream)
+    stream.close()
+    assert sequence.result.finish == "interrupted" and sequence.result.generated_tokens < 200
+
+
+def test_stop_texts_and_refusals(model):
+    text = "".join(model.sequence().generate("The sea was", max_tokens=16, temperature=0))
+    sequence = model.sequence()
+    shown = "".join(sequence.generate("The sea was", max_tokens=16, temperature=0, stop=[text[8:12]]))
+    assert sequence.result.finish == "stop" and text.startswith(shown) and len(shown) <= 8
+    with pytest.raises(lesskv.Error, match="no_such"):
+        model.sequence(kv="no_such(3)")
+    with pytest.raises(lesskv.Error, match="--temp"):
+        list(model.sequence().generate("x", temperature=-1))
+    with pytest.raises(lesskv.Error) as failure:
+        lesskv.Model("/no/such/model.gguf")
+    assert failure.value.status == "not found"
+
+
+def test_sequences_clone_save_and_load(model, tmp_path):
+    sequence = model.sequence(kv="window(16)", ctx=128)
+    sequence.prefill(model.tokenize("The sea was calm, and the boats lay still."))
+    clone = sequence.clone()
+    sequence.save(tmp_path / "s.bin")
+    loaded = model.load(tmp_path / "s.bin", kv="window(16)", ctx=128)
+    assert loaded.tokens == sequence.tokens
+    a, b = lesskv.model.decode([clone, loaded], [7, 7])
+    assert np.array_equal(a, b) and np.array_equal(a, sequence.decode(7))
+    with pytest.raises(lesskv.Error, match="spec"):
+        model.load(tmp_path / "s.bin", kv="full", ctx=128)
+
+
+def test_a_plan_is_what_a_sequence_takes(model):
+    plan = model.plan("h2o(32)+q8", prompt=100, decode=5, ctx=256)
+    sequence = model.sequence(kv="h2o(32)+q8", ctx=256)
+    sequence.prefill(np.full(100, 5))
+    for _ in range(5):
+        sequence.decode(5)
+    assert plan.bytes_end == sequence.stats.kv_bytes and plan.bytes_full == sequence.stats.kv_bytes_full
+
+
+def test_evaluation(model):
+    rows = model.evaluate_rows([TEXT], kv=["full", "window(16)"], ctx=128, windows=2, divergence=True)
+    assert rows[0]["kl_mean"] == 0 < rows[1]["kl_mean"] and rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+    pandas = pytest.importorskip("pandas")
+    frame = model.evaluate([TEXT], kv=["full"], ctx=128, windows=1)
+    assert isinstance(frame, pandas.DataFrame) and frame.perplexity[0] > 1
+
+
+def make_cache(kv, **more):
+    return lesskv.Cache(layers=2, heads=4, kv_heads=2, head_dim=32, ctx=256, kv=kv, rope_dims=0, threads=2, **more)
+
+
+def test_the_cache_alone_attends_by_the_book():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((50, heads, 32), dtype=np.float32) for heads in (4, 2, 2))
+    cache = make_cache("full")
+    with cache.step(50, "prompt"):
+        for layer in range(2):
+            assert np.allclose(cache(layer, q, k, v), attention(q, k, v), atol=2e-3)  # rows are f16
+    cache.end_prompt()
+    small = make_cache("window(8)")
+    for i in range(50):
+        with small.step(1):
+            outs = [small(layer, q[i:i + 1], k[i:i + 1], v[i:i + 1]) for layer in range(2)]
+    assert list(small.positions(0, 1)) == [0, 1, 2, 3, 46, 47, 48, 49]
+    kept = list(small.positions(1, 0))
+    assert outs[1].shape == (1, 4, 32) and small.stats.tokens_resident == 8 and len(kept) == 8
+    other = make_cache("window(8)")
+    other.load(small.save())
+    for c in (small, small.clone(), other):
+        with c.step(1):
+            for layer in range(2):
+                c(layer, q[:1], k[:1], v[:1])
+        assert c.stats.tokens_seen == 51
+
+
+def test_wrong_shapes_and_orders_are_sentences():
+    cache = make_cache("full")
+    x = np.zeros((2, 2, 32), np.float32)
+    with pytest.raises(lesskv.Error, match="no step"):
+        cache._n = 2
+        cache(0, np.zeros((2, 4, 32)), x, x)
+    cache.step(2)
+    with pytest.raises(lesskv.Error, match=r"keys: expected shape \(2, 2, 32\)"):
+        cache(0, np.zeros((2, 4, 32)), x[:1], x)
+    with pytest.raises(lesskv.Error, match="kind"):
+        cache.step(1, "sideways")
+
+
+def test_torch_tensors_are_taken_without_a_copy():
+    torch = pytest.importorskip("torch")
+    from lesskv.cache import rows
+
+    tensor = torch.zeros(3, 2, 32)
+    assert rows("keys", tensor, (3, 2, 32)).ctypes.data == tensor.data_ptr()
+
+
+def test_calls_release_the_gil(model):
+    """Another thread goes on while a prompt is read."""
+    counted, done = [0], threading.Event()
+
+    def count():
+        while not done.is_set():
+            counted[0] += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    sequence = model.sequence(ctx=2048)
+    begin = time.perf_counter()
+    sequence.prefill(np.full(1500, 5))
+    seconds = time.perf_counter() - begin
+    done.set()
+    thread.join()
+    assert counted[0] > 20 * seconds
+
+
+def test_handles_go_with_their_objects():
+    for _ in range(3):
+        model = lesskv.Model(MODEL, threads=1)
+        sequence = model.sequence()
+        del model
+        gc.collect()
+        sequence.prefill([1, 2, 3])
