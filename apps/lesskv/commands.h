@@ -10,6 +10,7 @@ void AddRunCommand(CLI::App& app);
 void AddChatCommand(CLI::App& app);
 void AddInfoCommand(CLI::App& app);
 void AddQuantizeCommand(CLI::App& app);
+void AddConvertCommand(CLI::App& app);
 void AddEvalCommand(CLI::App& app);
 void AddBenchCommand(CLI::App& app);
 void AddTrainCommand(CLI::App& app);

@@ -35,6 +35,7 @@ void AddCommands(CLI::App& app) {
   AddChatCommand(app);
   AddInfoCommand(app);
   AddQuantizeCommand(app);
+  AddConvertCommand(app);
   AddEvalCommand(app);
   AddBenchCommand(app);
   AddMethodsCommand(app);

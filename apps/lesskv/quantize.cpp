@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cctype>
-#include <cmath>
 #include <filesystem>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,6 +13,7 @@
 #include "commands.h"
 #include "common.h"
 #include "base/memory.h"
+#include "convert/row_encoder.h"
 #include "format/gguf_writer.h"
 #include "kernels/quants/quants.h"
 
@@ -97,32 +96,11 @@ class TypePlan {
   std::vector<std::string> misfits_;
 };
 
-// What the conversion changed in the rows that it changed most: a value that a block's half-precision scale or minimum
-// cannot reach is cut to what it can, without an error of its own.
-struct Losses {
-  static constexpr float kMuch = 0.25f;  // of a row's root mean square; 4-bit types lose a tenth of normal rows
-  size_t rows = 0;
-  float most = 0;
-  std::string where = {};
-
-  void Add(const GgufTensor& tensor, size_t row, float loss) {
-    if (loss <= kMuch) return;
-    ++rows;
-    if (loss <= most) return;
-    most = loss;
-    where = fmt::format("row {} of tensor {}", row, Quoted(tensor.name));
-  }
-  void Report(DType type) const {
-    if (rows == 0) return;
-    Say("warning: {} cannot hold {} row{}: the error is more than a quarter of the values, most in {} ({:.0f} %)\n",
-        Traits(type).name, rows, rows == 1 ? "" : "s", where, 100 * most);
-  }
-};
-
-// Converts tensors slab by slab, rows in parallel, so that memory stays bounded whatever the tensor's size.
+// Converts tensors, rows in parallel, and shows how far it is.
 class Converter {
  public:
-  explicit Converter(const GgufFile& file) : file_(file), stop_(StopOnInterrupt()), bar_("quantize") {
+  explicit Converter(const GgufFile& file)
+      : encoder_(file.name()), stop_(StopOnInterrupt()), bar_("quantize") {
     for (const GgufTensor& tensor : file.tensors()) total_ += tensor.data.size();
   }
 
@@ -132,89 +110,26 @@ class Converter {
       return Advance(tensor.data.size());
     }
     const size_t n = tensor.RowLength(), row_bytes = RowBytes(tensor.type, n);
-    const size_t slab_rows = std::clamp<size_t>(kSlabElements / n, 1, tensor.Rows());
-    for (size_t row = 0; row < tensor.Rows(); row += slab_rows) {
-      const size_t n_rows = std::min(slab_rows, tensor.Rows() - row);
-      ConvertSlab(tensor, row, n_rows, target, sink);
-      Advance(n_rows * row_bytes);
-    }
+    const auto read = [&](size_t row, float* values) {
+      DequantizeRow(tensor.type, tensor.data.data() + row * row_bytes, n, values);
+    };
+    encoder_.Encode(tensor.name, tensor.Rows(), n, target, read, sink,
+                    [&](size_t n_rows) { Advance(n_rows * row_bytes); });
   }
 
-  const Losses& losses() const { return losses_; }
+  const EncodingLosses& losses() const { return encoder_.losses(); }
 
  private:
-  static constexpr size_t kSlabElements = size_t{4} << 20;
-
-  void ConvertSlab(const GgufTensor& tensor, size_t first_row, size_t n_rows, DType target, ByteSink& sink) {
-    const size_t n = tensor.RowLength(), in_bytes = RowBytes(tensor.type, n), out_bytes = RowBytes(target, n);
-    values_.resize(n_rows * n);
-    encoded_.resize(n_rows * out_bytes);
-    largest_.assign(n_rows, 0.0f);
-    lost_.assign(n_rows, 0.0f);
-    ParallelFor(n_rows, [&](size_t r) {
-      float* row = values_.data() + r * n;
-      DequantizeRow(tensor.type, tensor.data.data() + (first_row + r) * in_bytes, n, row);
-      largest_[r] = LargestMagnitude(row, n);
-      // Not finite rows are left out here and refused below, the first one whatever the threads do.
-      if (!std::isfinite(largest_[r])) return;
-      std::byte* encoded = encoded_.data() + r * out_bytes;
-      QuantizeRow(target, row, n, encoded);
-      lost_[r] = Lost(row, n, target, encoded);
-    });
-    for (size_t r = 0; r < n_rows; ++r) {
-      CheckRange(tensor, first_row + r, largest_[r], target);
-      losses_.Add(tensor, first_row + r, lost_[r]);
-    }
-    sink.Write(encoded_);
-  }
-
-  // NaN and infinity make the result infinite.
-  static float LargestMagnitude(const float* x, size_t n) {
-    float largest = 0, zero = 0;
-    for (size_t i = 0; i < n; ++i) {
-      largest = std::max(largest, std::fabs(x[i]));
-      zero += x[i] * 0.0f;
-    }
-    return zero == 0.0f ? largest : std::numeric_limits<float>::infinity();
-  }
-
-  // Root mean square of what the stored row is off by, as a share of the row's own.
-  static float Lost(const float* row, size_t n, DType type, const std::byte* encoded) {
-    std::vector<float> stored(n);
-    DequantizeRow(type, encoded, n, stored.data());
-    double error = 0, all = 0;
-    for (size_t i = 0; i < n; ++i) {
-      error += (double{stored[i]} - row[i]) * (double{stored[i]} - row[i]);
-      all += double{row[i]} * row[i];
-    }
-    return all == 0 ? 0 : static_cast<float>(std::sqrt(error / all));
-  }
-
-  void CheckRange(const GgufTensor& tensor, size_t row, float largest, DType target) const {
-    if (!std::isfinite(largest)) {
-      Fail(ErrorCode::kBadFile, "{}: row {} of tensor {} holds a value that is not finite", file_.name(), row,
-           Quoted(tensor.name));
-    }
-    constexpr float kHalfOverflow = 65520.0f;
-    if (target == DType::kF16 && largest >= kHalfOverflow) {
-      Fail(ErrorCode::kBadFile, "{}: row {} of tensor {} holds {}, more than F16 can; BF16 can", file_.name(), row,
-           Quoted(tensor.name), largest);
-    }
-  }
-
   void Advance(size_t bytes) {
     if (stop_) Fail(ErrorCode::kRuntime, "interrupted; nothing was written");
     done_ += bytes;
     bar_.Show(static_cast<double>(done_) / static_cast<double>(total_));
   }
 
-  const GgufFile& file_;
+  RowEncoder encoder_;
   const std::atomic<bool>& stop_;
   ProgressBar bar_;
   size_t total_ = 0, done_ = 0;
-  std::vector<float> values_, largest_, lost_;
-  std::vector<std::byte> encoded_;
-  Losses losses_;
 };
 
 void CopyMetadata(const GgufFile& file, DType target, GgufWriter& writer) {
@@ -256,7 +171,7 @@ void Quantize(const QuantizeOptions& options) {
   }
   plan.Report();
   writer.Write(options.out);
-  converter.losses().Report(target);
+  Say(std::string_view(converter.losses().Warning(target)));
   Say("{}: {}, was {}\n", options.out, HumanBytes(std::filesystem::file_size(options.out)),
       HumanBytes(file.file_bytes()));
 }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <utility>
 
+#include "base/check.h"
 #include "base/checked.h"
 #include "base/error.h"
 #include "base/large_pages.h"
@@ -84,6 +85,16 @@ void MappedFile::Advise(Access access) const {
   if (access == Access::kRandom) advice = MADV_RANDOM;
   if (access == Access::kWillNeed) advice = MADV_WILLNEED;
   ::madvise(const_cast<std::byte*>(data_), size_, advice);
+}
+
+void MappedFile::Release(std::span<const std::byte> part) const {
+  if (part.empty()) return;
+  CHECK(part.data() >= data_ && part.data() + part.size() <= data_ + size_, "not of this file");
+  const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const size_t first = RoundUp(static_cast<size_t>(part.data() - data_), page);
+  const size_t end = static_cast<size_t>(part.data() - data_) + part.size();
+  if (end < first + page) return;
+  ::madvise(const_cast<std::byte*>(data_) + first, (end - first) / page * page, MADV_DONTNEED);
 }
 
 }  // namespace lesskv

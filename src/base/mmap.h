@@ -33,6 +33,10 @@ class MappedFile {
   // Tells the kernel how the bytes will be read. A hint: it cannot fail and changes no result.
   void Advise(Access access) const;
 
+  // Takes the whole pages of `part`, which lies inside bytes(), out of this process's memory; touching them brings them
+  // back. Only for a file that was mapped, not read (Read): its bytes would be lost.
+  void Release(std::span<const std::byte> part) const;
+
  private:
   MappedFile(const std::byte* data, size_t size) : data_(data), size_(size) {}
 

@@ -6,7 +6,6 @@
 
 #include "base/atomic_file.h"
 #include "base/checked.h"
-#include "base/mmap.h"
 #include "format/gguf.h"  // Quoted
 
 namespace lesskv {
@@ -154,7 +153,9 @@ std::string Safetensor::ShapeString() const { return fmt::format("[{}]", fmt::jo
 SafetensorsFile SafetensorsFile::Open(const std::string& path) {
   auto mapping = std::make_shared<const MappedFile>(MappedFile::Open(path));
   const std::span<const std::byte> bytes = mapping->bytes();
-  return Load(bytes, path, std::move(mapping));
+  SafetensorsFile file = Load(bytes, path, mapping);
+  file.mapping_ = std::move(mapping);
+  return file;
 }
 
 SafetensorsFile SafetensorsFile::Parse(std::vector<std::byte> bytes, std::string name) {
@@ -199,6 +200,10 @@ SafetensorsFile SafetensorsFile::Load(std::span<const std::byte> bytes, std::str
 const Safetensor* SafetensorsFile::FindTensor(const std::string& name) const {
   const auto it = index_.find(name);
   return it == index_.end() ? nullptr : &tensors_[it->second];
+}
+
+void SafetensorsFile::Release(const Safetensor& tensor) const {
+  if (mapping_ != nullptr) mapping_->Release(tensor.data);
 }
 
 const std::string& SafetensorsFile::Metadata(const std::string& key) const {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/mmap.h"
 
 namespace lesskv {
 
@@ -56,6 +57,10 @@ class SafetensorsFile {
   template <typename T>
   std::vector<T> Values(const std::string& name, std::optional<std::vector<size_t>> shape = std::nullopt) const;
 
+  // Tells the system that a tensor of this file will not be read for a while: of a mapped file, its pages leave this
+  // process's memory, and come back when they are touched.
+  void Release(const Safetensor& tensor) const;
+
   // Metadata `key`; Error(kNotFound) without it.
   const std::string& Metadata(const std::string& key) const;
 
@@ -67,6 +72,7 @@ class SafetensorsFile {
 
   std::string name_;
   std::shared_ptr<const void> owner_;
+  std::shared_ptr<const MappedFile> mapping_;  // null for bytes in memory
   std::vector<Safetensor> tensors_;
   std::unordered_map<std::string, size_t> index_;
   std::map<std::string, std::string> metadata_;

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 #include <pcre2.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <span>
@@ -21,9 +22,8 @@ struct PreTokenizerFamily {
 
 namespace {
 
-// The patterns that the models' own tokenizer files give. Radford et al. 2019 is the first, the others descend from it.
-constexpr std::string_view kGpt2Pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+// The patterns that the models' own tokenizer files give. kGpt2Pattern (Radford et al. 2019) is the first, the others
+// descend from it.
 constexpr std::string_view kLlama3Pattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|)"
     R"(\s+(?!\S)|\s+)";
@@ -78,15 +78,15 @@ constexpr std::string_view kDeepSeekV3Pattern =
     R"([!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|)"
     R"(\s*[\r\n]+|\s+(?!\S)|\s+)";
 
-constexpr std::string_view kNewline = R"([\r\n])", kDigit = R"(\p{N})", kUpTo3Digits = R"(\p{N}{1,3})",
+constexpr std::string_view kNewline = R"([\r\n])", kUpTo3Digits = R"(\p{N}{1,3})",
                            k3AsciiDigits = "[0-9][0-9][0-9]";
 
 constexpr std::array kGpt2 = {kGpt2Pattern};
 constexpr std::array kLlama3 = {kLlama3Pattern};
 constexpr std::array kQwen2 = {kQwen2Pattern};
 constexpr std::array kQwen35 = {kQwen35Pattern};
-constexpr std::array kSmolLm = {kDigit, kGpt2Pattern};
-constexpr std::array kFalcon = {std::string_view(R"([\p{P}$+<=>^~|`]+)"), kGpt2Pattern, k3AsciiDigits};
+constexpr std::array kSmolLm = {kDigitPattern, kGpt2Pattern};
+constexpr std::array kFalcon = {kPunctuationPattern, kGpt2Pattern, k3AsciiDigits};
 constexpr std::array kDefault = {std::string_view(R"([\p{P}$+<=>^~|]+)"), kGpt2Pattern, std::string_view(R"(\p{N}+)"),
                                  k3AsciiDigits};
 constexpr std::array kTekken = {kTekkenPattern};
@@ -95,12 +95,12 @@ constexpr std::array kSeedCoder = {kSeedCoderPattern};
 constexpr std::array kMiniCpm5 = {kUpTo3Digits, kMiniCpm5Pattern};
 constexpr std::array kUfakzeka = {kUfakzekaPattern};
 constexpr std::array kDeepSeekLlm = {kNewline,     kDeepSeekLlmLetters, kDeepSeekLlmPunctuation,
-                                     kSpacesAtEnd, kDeepSeekCjk,        kDigit};
+                                     kSpacesAtEnd, kDeepSeekCjk,        kDigitPattern};
 constexpr std::array kDeepSeekCoder = {kNewline, std::string_view(R"(\s?\p{L}+)"), std::string_view(R"(\s?\p{P}+)"),
-                                       kDeepSeekCjk, kDigit};
+                                       kDeepSeekCjk, kDigitPattern};
 constexpr std::array kDeepSeekV3 = {
     kUpTo3Digits, std::string_view(R"([\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+)"), kDeepSeekV3Pattern};
-constexpr std::array kViking = {std::string_view(R"( ?[^(\s|.,!?…。，、।۔،)]+)"), kDigit};
+constexpr std::array kViking = {std::string_view(R"( ?[^(\s|.,!?…。，、।۔،)]+)"), kDigitPattern};
 
 constexpr PreTokenizerFamily kGpt2Family = {"gpt-2", kGpt2};
 constexpr PreTokenizerFamily kLlama3Family = {"llama-bpe", kLlama3};
@@ -281,6 +281,13 @@ PreTokenizer PreTokenizer::ForName(std::string_view name, const std::string& fil
   }
   Fail(ErrorCode::kBadFile, "{}: the pre-tokenizer {} is not known; known are {}", file, Quoted(name),
        fmt::join(Names(), ", "));
+}
+
+std::optional<std::string_view> PreTokenizer::FindName(std::span<const std::string> patterns, bool ignore_merges) {
+  for (const NamedFamily& known : kNames) {
+    if (known.ignore_merges == ignore_merges && std::ranges::equal(known.family->patterns, patterns)) return known.name;
+  }
+  return std::nullopt;
 }
 
 std::vector<std::string_view> PreTokenizer::Names() {

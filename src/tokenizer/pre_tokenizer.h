@@ -7,6 +7,8 @@
 #pragma once
 
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,12 +17,21 @@ namespace lesskv {
 
 struct PreTokenizerFamily;  // the patterns and defaults that names share
 
+// The patterns of cuts that tokenizer files name instead of spelling them out.
+inline constexpr std::string_view kGpt2Pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+inline constexpr std::string_view kDigitPattern = R"(\p{N})";
+inline constexpr std::string_view kPunctuationPattern = R"([\p{P}$+<=>^~|`]+)";
+
 // Immutable and thread-safe; copies share the compiled patterns.
 class PreTokenizer {
  public:
   // `name` as in tokenizer.ggml.pre; an empty one is "default", as llama.cpp reads files older than the key.
   // Throws Error (kBadFile) that names an unknown one and the known ones; `file` is for its message.
   static PreTokenizer ForName(std::string_view name, const std::string& file);
+
+  // The first name that stands for exactly these patterns.
+  static std::optional<std::string_view> FindName(std::span<const std::string> patterns, bool ignore_merges);
 
   // Every known name, aliases included.
   static std::vector<std::string_view> Names();

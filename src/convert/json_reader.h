@@ -1,0 +1,54 @@
+// A JSON file's values with checks: every refusal names the file, the key, what was expected and what was found.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace lesskv {
+
+// The object in a file. Throws Error: see MappedFile::Open; kBadFile when it is not JSON or not an object.
+nlohmann::json LoadJsonObject(const std::string& path);
+
+// A view of one object, which must outlive it. A key that is null counts as absent.
+class JsonReader {
+ public:
+  // `where` names the object in messages: the file's path, and the keys that lead to it.
+  JsonReader(const nlohmann::json& object, std::string where) : object_(&object), where_(std::move(where)) {}
+
+  const std::string& where() const { return where_; }
+  const nlohmann::json* Find(std::string_view key) const;  // null when absent
+  bool Has(std::string_view key) const { return Find(key) != nullptr; }
+  // The first of `keys` that is there; the first of all when none is.
+  std::string_view AnyOf(std::initializer_list<std::string_view> keys) const;
+
+  // Without a fallback the key must be there.
+  uint32_t Count(std::string_view key) const;  // in [0, 2^32)
+  uint32_t CountOr(std::string_view key, uint32_t fallback) const { return Has(key) ? Count(key) : fallback; }
+  double Real(std::string_view key) const;  // finite
+  double RealOr(std::string_view key, double fallback) const { return Has(key) ? Real(key) : fallback; }
+  bool Truth(std::string_view key) const;
+  bool TruthOr(std::string_view key, bool fallback) const { return Has(key) ? Truth(key) : fallback; }
+  std::string Text(std::string_view key) const;
+  std::string TextOr(std::string_view key, std::string_view fallback) const {
+    return Has(key) ? Text(key) : std::string(fallback);
+  }
+  std::vector<double> Reals(std::string_view key) const;
+  // The array under `key`.
+  const nlohmann::json& Array(std::string_view key) const;
+  JsonReader Object(std::string_view key) const;
+
+  [[noreturn]] void Refuse(std::string_view key, std::string_view expected, std::string_view found) const;
+  [[noreturn]] void Refuse(std::string_view key, std::string_view expected) const;  // what is there was found
+
+ private:
+  const nlohmann::json& Require(std::string_view key, std::string_view expected) const;
+
+  const nlohmann::json* object_;
+  std::string where_;
+};
+
+}  // namespace lesskv
