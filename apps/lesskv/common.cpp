@@ -110,7 +110,8 @@ void RequirePlainValues(CLI::App& app) {
     if (kind == "INT") option->transform(PlainNumber<int64_t>());
     else if (kind == "UINT") option->transform(PlainNumber<uint64_t>());
     else if (kind == "FLOAT") option->transform(PlainNumber<double>());
-    else if (option->get_items_expected_min() > 0 && !option->check_lname("prompt")) option->transform(NotEmpty());
+    else if (option->get_items_expected_min() > 0 && !option->check_lname("prompt") && !option->check_lname("system"))
+      option->transform(NotEmpty());
   }
   for (CLI::App* command : app.get_subcommands({})) RequirePlainValues(*command);
 }

@@ -111,12 +111,14 @@ void Train(TrainCommand& c) {
   const bool temporary = o.work_folder.empty();
   if (temporary) o.work_folder = c.output + ".work";
   o.disk_bytes = c.disk.empty() ? 0 : ParseBytes(c.disk, "--disk");
-  TellPlan(train::PlanTraining(*opened.engine, *opened.tokenizer, o), o.work_folder);
   StatusLine status;
   auto last_line = std::chrono::steady_clock::now();
   const train::TrainLessReport report =
       train::TrainLess(*opened.engine, *opened.tokenizer, o,
-                       [&](const train::TrainProgress& p) { ShowProgress(status, last_line, p); }, &StopOnInterrupt());
+                       [&](const train::TrainProgress& p) {
+                         if (p.phase == "plan") return TellPlan(p.plan, o.work_folder);
+                         ShowProgress(status, last_line, p);
+                       }, &StopOnInterrupt());
   status.Clear();
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);

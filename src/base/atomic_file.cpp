@@ -42,6 +42,7 @@ AtomicFile::AtomicFile(const std::string& path)
     : path_(FollowLink(path)), temporary_path_(TemporaryPath(path_)) {
   struct stat info;
   const bool replaces = ::stat(path_.c_str(), &info) == 0;
+  if (!replaces && errno != ENOENT) FailWriting(errno);  // such as a name that is too long
   if (replaces && !S_ISREG(info.st_mode))
     Fail(ErrorCode::kIo, "cannot write {}: it exists and is not a regular file", path_);
   if (IsReadOnlyFile(path_)) Fail(ErrorCode::kIo, "cannot write {}: it is read-only", path_);

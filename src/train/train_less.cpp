@@ -119,6 +119,10 @@ class Trainer {
     const TrainLessPlan plan = Plan();
     PrepareFolder();
     CheckRoom(plan);
+    TrainProgress begin;
+    begin.phase = "plan";
+    begin.plan = plan;
+    report_(begin);
     for (size_t layer = 0; layer < shape_.n_layers; ++layer)
       if (layer < o_.first_layer || layer >= o_.end_layer) result.sidecar.layers[layer] = {};
     for (size_t first = o_.first_layer; first < o_.end_layer; first += plan.layers_at_once)

@@ -43,15 +43,6 @@ struct TrainLessOptions {
   bool resume = false;
 };
 
-// Where training stands, for people.
-struct TrainProgress {
-  std::string phase;  // "capture" or "train"
-  size_t layer = 0, epoch = 0;
-  double done = 0;  // share of the phase
-  double seconds_left = 0;
-  double loss = 0, validation = 0, baseline = 0, baseline_plus = 0;  // mean squared errors; 0: not known yet
-};
-
 // What a training will take, known before it begins.
 struct TrainLessPlan {
   uint64_t layer_bytes = 0;      // captures of one layer of all texts
@@ -59,6 +50,16 @@ struct TrainLessPlan {
   size_t layers_at_once = 0;     // in a group
   uint64_t bytes_at_once() const { return layer_bytes * layers_at_once; }
   size_t n_groups() const { return (n_layers + layers_at_once - 1) / layers_at_once; }
+};
+
+// Where training stands, for people.
+struct TrainProgress {
+  std::string phase;  // "plan", once, before anything is done; "capture"; "train"
+  TrainLessPlan plan;
+  size_t layer = 0, epoch = 0;
+  double done = 0;  // share of the phase
+  double seconds_left = 0;
+  double loss = 0, validation = 0, baseline = 0, baseline_plus = 0;  // mean squared errors; 0: not known yet
 };
 
 struct TrainLessReport {
