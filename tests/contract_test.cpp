@@ -161,7 +161,8 @@ TEST(Contract, NothingEvictedEqualsFull) {
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
       for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)"}) {
-        const std::string spec = std::string(select->name) + "(200)" + rest;
+        const std::string rows = select->name == "cascade" ? "(200, positions=true)" : "(200)";
+        const std::string spec = std::string(select->name) + rows + rest;
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
@@ -173,11 +174,14 @@ TEST(Contract, NothingEvictedEqualsFull) {
       }
     }
     // Keys stored unrotated: to rounding.
-    SequenceCache a(MakeConfig("window(200, positions=cache)+f32", shape, sidecar)),
-        b(MakeConfig("full+f32", shape, sidecar));
-    const auto out_a = LiveAll(a, text, UsualLife()), out_b = LiveAll(b, text, UsualLife());
-    for (size_t i = 0; i < out_a.size(); ++i)
-      for (size_t l = 0; l < shape.n_layers; ++l) EXPECT_LT(RelativeError(out_a[i][l], out_b[i][l]), 1e-5) << i;
+    SequenceCache full(MakeConfig("full+f32", shape, sidecar));
+    const auto want = LiveAll(full, text, UsualLife());
+    for (const char* spec : {"window(200, positions=cache)+f32", "cascade(200)+f32", "cascade(200, levels=7)+f32"}) {
+      SequenceCache cache(MakeConfig(spec, shape, sidecar));
+      const auto got = LiveAll(cache, text, UsualLife());
+      for (size_t i = 0; i < got.size(); ++i)
+        for (size_t l = 0; l < shape.n_layers; ++l) EXPECT_LT(RelativeError(got[i][l], want[i][l]), 1e-5) << i;
+    }
   }
 }
 
@@ -196,7 +200,8 @@ TEST(Contract, FullIsTheSameInAnySteps) {
       return all;
     };
     const Outputs want = run("full+f32", text.n, StepKind::kPrompt);
-    for (const char* spec : {"full+f32", "window(200)+f32", "window(200, positions=cache)+f32", "h2o(200)+f32+less"})
+    for (const char* spec : {"full+f32", "window(200)+f32", "window(200, positions=cache)+f32", "cascade(200)+f32",
+                             "h2o(200)+f32+less"})
       for (const auto& [chunk, kind] : {std::pair{size_t{1}, StepKind::kDecode},
                                         {7, StepKind::kStream},
                                         {16, StepKind::kStream},
@@ -213,7 +218,9 @@ TEST(Contract, FullIsTheSameInAnySteps) {
 TEST(Contract, OneShotPromptIsAttendedInFull) {
   ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
     const CacheSpec parsed = CacheSpec::Parse(spec);
-    if (parsed.Find("prefill") != nullptr || spec.find("positions=cache") != std::string::npos) return;
+    if (parsed.Find("prefill") != nullptr || spec.find("positions=cache") != std::string::npos ||
+        (parsed.Find("cascade") != nullptr && spec.find("positions=true") == std::string::npos))
+      return;
     std::string full = "full";
     for (const SpecTerm& term : parsed.terms())
       if (FindMethod(term.name)->stage == Stage::kCodec) full += spec.substr(spec.find("+" + term.name));
@@ -267,6 +274,7 @@ TEST(Contract, ProtectionThatDoesNotFitIsRefused) {
                                    {"h2o(heavy=9, recent=3)", 9},
                                    {"tova(10)", 10},
                                    {"window(12, sinks=2)", 9},
+                                   {"cascade(14, levels=3, sinks=2)", 11},
                                    {"snapkv(14, window=4)", 10}}) {
     EXPECT_NO_THROW(MakeConfig(spec, shape, sidecar, {{20, 20 + fits}})) << spec;
     EXPECT_THROW(MakeConfig(spec, shape, sidecar, {{20, 21 + fits}}), Error) << spec;
@@ -286,10 +294,11 @@ TEST(Contract, ProtectionThatFitsExactlyWorks) {
                                    {"tova(10)+f32", 10},
                                    {"window(12, sinks=2)+f32", 9},
                                    {"window(12, sinks=2, positions=cache)+f32", 9},
+                                   {"cascade(14, levels=3, sinks=2)+f32", 11},
                                    {"snapkv(14, window=4)+f32", 10}}) {
     for (int begin : {0, 3, 30}) {
       SCOPED_TRACE(testing::Message() << spec << " from " << begin);
-      if (begin == 0 && std::string(spec).starts_with("window")) continue;  // sinks are part of it
+      if (begin == 0 && (std::string(spec).starts_with("window") || std::string(spec).starts_with("cascade"))) continue;  // sinks are part of it
       SequenceCache cache(MakeConfig(spec, shape, sidecar, {{begin, begin + fits}}));
       LiveAll(cache, RandomText(shape, 120, 10), UsualLife());
       for (const auto& held : AllResident(cache, shape))
@@ -590,7 +599,8 @@ TEST(Contract, GroupedEqualsRepeatedHeads) {
   for (auto& v : wide.v) widen(v);
   for (const char* spec :
        {"full+f32", "window(9, sinks=2)+f32", "h2o(11)+f32", "tova(9)+f32", "snapkv(14, window=4)+f32",
-        "snapkv(14, window=4, pool=avg)+pyramid(3)", "window(9, sinks=2, positions=cache)"}) {
+        "snapkv(14, window=4, pool=avg)+pyramid(3)", "window(9, sinks=2, positions=cache)",
+        "cascade(14, levels=3, sinks=2)+f32"}) {
     SCOPED_TRACE(spec);
     SequenceCache a(MakeConfig(spec, grouped, grouped_sidecar)), b(MakeConfig(spec, repeated, repeated_sidecar));
     const auto out_a = LiveAll(a, text, UsualLife()), out_b = LiveAll(b, wide, UsualLife());
@@ -599,6 +609,34 @@ TEST(Contract, GroupedEqualsRepeatedHeads) {
     for (size_t l = 0; l < 2; ++l)
       for (size_t h = 0; h < grouped.n_heads; ++h) EXPECT_EQ(Resident(b, l, h), Resident(a, l, h / group));
   }
+}
+
+// One ring is a window: the same rows in the same slots, the same bits.
+TEST(Contract, CascadeOfOneLevelIsAWindow) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 120, 28);
+    for (const std::string rest : {"+f32", "+f16+prefill(chunk=7)", "+bf16+pyramid(3)"}) {
+      SequenceCache window(MakeConfig("window(12, sinks=2, positions=cache)" + rest, shape, sidecar)),
+          cascade(MakeConfig("cascade(12, levels=1, sinks=2)" + rest, shape, sidecar));
+      ExpectSameLives(LiveAll(cascade, text, UsualLife()), LiveAll(window, text, UsualLife()));
+      EXPECT_EQ(cascade.Stats().kv_bytes_peak, window.Stats().kv_bytes_peak);
+    }
+  }
+}
+
+// Blocks of one token are decoding.
+TEST(Contract, CascadeOfBlocksOfOneDecodes) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 90, 29);
+  const auto run = [&](StepKind kind) {
+    SequenceCache cache(MakeConfig("cascade(14, levels=3, sinks=2)+f32", shape, sidecar));
+    std::vector<Outputs> all;
+    for (size_t t = 0; t < text.n; ++t) all.push_back(Feed(cache, text, t, 1, kind));
+    return all;
+  };
+  ExpectSameLives(run(StepKind::kStream), run(StepKind::kDecode));
 }
 
 // Score-free or one set a layer: nothing but positions and the layer's queries may matter.

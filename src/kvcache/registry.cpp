@@ -13,6 +13,7 @@
   X(H2o)                  \
   X(Tova)                 \
   X(Snapkv)               \
+  X(Cascade)              \
   X(Uniform)              \
   X(Pyramid)              \
   X(Drop)                 \
