@@ -162,11 +162,13 @@ TEST(Contract, NothingEvictedEqualsFull) {
     const Text text = RandomText(shape, 120, 5);
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
-      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)", "+f32+merge"}) {
+      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)", "+f32+merge",
+                               "+f32+match"}) {
         const std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
         const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
         const MethodTraits traits = TraitsOf(ParseTerm(std::string(select->name) + rows));
-        if ((has("prefill") && !traits.acts_in_stream) || (has("pyramid") && traits.same_rows))
+        if ((has("prefill") && !traits.acts_in_stream) || (has("match") && traits.takes_no_fit) ||
+            (has("pyramid") && traits.same_rows))
           continue;
         const std::string spec = std::string(select->name) + rows + rest;
         SCOPED_TRACE(spec + ", " + shape.Name());

@@ -1,4 +1,4 @@
-// Rows that stand for others, merged by elastic and merge, through the whole cache. The sharpest
+// Rows that stand for others: merged ones (elastic, merge) and fitted ones (match), through the whole cache. The sharpest
 // case can be computed by hand: with keys of zero every query weighs all tokens alike, so that a cache whose rows weigh as
 // many tokens as they hold answers like the full one.
 #include <gtest/gtest.h>
@@ -207,6 +207,85 @@ TEST(Elastic, AnchorsAreTrueRanks) {
   EXPECT_THROW(CacheSpec::Parse("elastic(1.5)"), Error);
   EXPECT_THROW(CacheSpec::Parse("elastic(0.5, at=3, distance=4)"), Error);
   EXPECT_THROW(CacheSpec::Parse("elastic(0.5)+prefill(chunk=8)"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(0.5)+match"), Error);
+  EXPECT_THROW(CacheSpec::Parse("cascade(12, positions=true)+match"), Error);
+  EXPECT_THROW(CacheSpec::Parse("window(12, positions=cache)+match"), Error);
+}
+
+// With keys of zero the fit has an exact answer: the block's mean with the block's mass.
+TEST(Match, KeptRowsAnswerForTheBlock) {
+  const Text text = KeysOfZero(45);
+  for (const std::string exact : {"match(mu=0, lambda=0.000001)"})
+    for (const std::string spec : {"snapkv(14, window=4)+f32", "snapkv(14, window=4)+pyramid(2)+f32", "h2o(21)+f32"}) {
+      const auto life = PromptAnd(60, spec[0] == 'h' ? 1 : 30);
+      EXPECT_LT(ErrorToFull(spec + "+" + exact, life, text, 0), 1e-3) << spec;
+      EXPECT_GT(ErrorToFull(spec, life, text, 0), 0.02) << spec;
+    }
+  // A second prompt fits what was fitted again.
+  const std::vector<LifeStep> twice = {{60, StepKind::kPrompt}, {1, StepKind::kDecode}, {30, StepKind::kPrompt}, {1, StepKind::kDecode}};
+  EXPECT_LT(ErrorToFull("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)", twice, text, 0), 1e-3);
+  // Chunks: each is fitted when enough leaves.
+  EXPECT_LT(ErrorToFull("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)+prefill(chunk=30)", PromptAnd(60, 20), text, 0), 1e-3);
+  EXPECT_GT(ErrorToFull("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)+prefill(chunk=10)", PromptAnd(60, 20), text, 0), 0.01);
+}
+
+double LogMass(const FitBlock& b, size_t q, size_t n, const float* weights, std::vector<double>& p) {
+  p.resize(n);
+  double sum = 0;
+  for (size_t j = 0; j < n; ++j) {
+    double s = 0;
+    for (size_t c = 0; c < b.head_dim; ++c) s += double(b.queries[q * b.head_dim + c]) * double(b.keys[j * b.head_dim + c]);
+    sum += p[j] = weights[j] * std::exp(double(b.scale) * s);
+  }
+  return sum;
+}
+
+// On the queries it was fitted to a fit is never worse than none, in mass and in output, whatever rows and queries are.
+TEST(Match, AFitIsNeverWorseThanNoneOnItsQueries) {
+  const CacheSpec spec = CacheSpec::Parse("h2o(8)+match");
+  const Method& method = *FindMethod("match");
+  const SidecarSource none;
+  const auto made = method.make_residual(Arguments(method.parameters, *spec.Find("match")), {{}, 100, ComputeType::kF32, none});
+  Rng rng(46);
+  size_t better = 0;
+  for (int round = 0; round < 60; ++round) {
+    const size_t d = 1 + rng.Below(12), n = 2 + rng.Below(60), kept = 1 + rng.Below(n - 1), n_queries = 1 + rng.Below(70);
+    const float scale = round % 3 == 0 ? 4.0f : round % 3 == 1 ? 1.0f : 0.1f;
+    std::vector<float> keys(n * d), values(n * d), weights(n, 1), queries(n_queries * d);
+    for (float& x : keys) x = rng.Normal() * scale;
+    for (float& x : values) x = rng.Normal();
+    for (float& x : queries) x = rng.Normal();
+    if (round % 4 == 0)
+      for (float& w : weights) w = rng.UniformFloat(0.2f, 3.0f);
+    std::vector<FitBlock> blocks(1);
+    FitBlock& b = blocks[0];
+    b.n_rows = n, b.n_kept = kept, b.head_dim = d, b.scale = 1, b.n_queries = n_queries;
+    b.keys = keys.data(), b.values = values.data(), b.weights = weights.data(), b.queries = queries.data();
+    b.kept_weights.assign(weights.begin(), weights.begin() + static_cast<ptrdiff_t>(kept));
+    b.kept_values.assign(values.begin(), values.begin() + static_cast<ptrdiff_t>(kept * d));
+    made.residual->Fit(blocks);
+    double mass_error[2] = {}, out_error[2] = {};
+    for (size_t q = 0; q < n_queries; ++q) {
+      std::vector<double> all, some;
+      const double mass = LogMass(b, q, n, weights.data(), all);
+      for (const int fitted : {0, 1}) {
+        const float* w = fitted ? b.kept_weights.data() : weights.data();
+        const float* v = fitted ? b.kept_values.data() : values.data();
+        const double own = LogMass(b, q, kept, w, some);
+        mass_error[fitted] += std::pow(own / mass - 1, 2);
+        for (size_t c = 0; c < d; ++c) {
+          double difference = 0;
+          for (size_t j = 0; j < n; ++j) difference += all[j] / mass * double(values[j * d + c]);
+          for (size_t j = 0; j < kept; ++j) difference -= some[j] / own * double(v[j * d + c]);
+          out_error[fitted] += difference * difference;
+        }
+      }
+    }
+    EXPECT_LE(mass_error[1], mass_error[0] * (1 + 1e-4) + 1e-9) << round;
+    EXPECT_LE(out_error[1], out_error[0] * (1 + 1e-4) + 1e-9) << round;
+    better += b.fitted && out_error[1] < 0.9 * out_error[0];
+  }
+  EXPECT_GT(better, 40u);
 }
 
 }  // namespace

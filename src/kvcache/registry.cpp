@@ -20,6 +20,7 @@
   X(Drop)                 \
   X(Less)                 \
   X(Merge)                \
+  X(Match)                \
   X(F16)                  \
   X(F32)                  \
   X(Bf16)                 \
