@@ -177,7 +177,15 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "snapkv(14, window=4, pool=avg)+f32+prefill(chunk=6)", "full+f32+prefill(chunk=16)",
         "h2o(12)+mix(k=f16, v=f32)+less", "h2o(16)+mix(k=q8, v=q4)+less",
         "full+q4(rotate=true)", "h2o(16)+mix(k=q8, v=q4, rotate=true)+less", "snapkv(14, window=4)+q8(rotate=true)",
-        "tova(16)+q8(rotate=true)+prefill(chunk=9)", "window(12, sinks=2, positions=cache)+q8(rotate=true)"})
+        "tova(16)+q8(rotate=true)+prefill(chunk=9)", "window(12, sinks=2, positions=cache)+q8(rotate=true)",
+        "cascade(14, levels=3, sinks=2)+f32", "cascade(14, levels=3, sinks=2)+pyramid(3)+f32+prefill(chunk=9)",
+        "cascade(14, levels=3, sinks=2, positions=true)+less+f32+prefill(chunk=7)", "cascade(12, levels=1)+f32",
+        "cascade(14, levels=2, sinks=0, positions=true, heads=mean)+f32",
+        "elastic(0.3, weighted=true)+f32", "elastic(0.2, keys=unrotated)+less+f32", "elastic(0.4, merge=off, at=9)+merge+f32",
+        "elastic(0.2, first=0, last=0)+f16", "h2o(12)+merge(weighted=true)+f32+prefill(chunk=7)",
+        "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
+        "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
+        "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);
   std::sort(specs.begin(), specs.end());
   specs.erase(std::unique(specs.begin(), specs.end()), specs.end());

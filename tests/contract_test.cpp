@@ -97,7 +97,9 @@ TEST(Contract, NothingReturnsAndBudgetsHold) {
       ASSERT_EQ(cache.tokens_seen(), seen);
       const auto now = AllResident(cache, shape);
       const bool evicts = config->global().selector->EvictsIn(step.kind);
-      const auto budgets = config->Budgets(config->prefill_chunk() > 0 || seen < 60 ? 45 : seen);
+      const LayerPolicy& policy = config->global();
+      const size_t n = config->prefill_chunk() > 0 || seen < 60 ? 45 : seen;
+      const auto budgets = evicts ? policy.Budgets(policy.selector->After(step.kind, seen).rows, n) : config->Budgets(n);
       double rows = 0;
       for (size_t i = 0; i < now.size(); ++i) {
         ASSERT_TRUE(std::is_sorted(now[i].begin(), now[i].end()));
@@ -160,8 +162,15 @@ TEST(Contract, NothingEvictedEqualsFull) {
     const Text text = RandomText(shape, 120, 5);
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
-      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)"}) {
-        const std::string spec = std::string(select->name) + "(200)" + rest;
+      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)", "+f32+merge",
+                               "+f32+match"}) {
+        const std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
+        const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
+        const MethodTraits traits = TraitsOf(ParseTerm(std::string(select->name) + rows));
+        if ((has("prefill") && !traits.acts_in_stream) || (has("match") && traits.takes_no_fit) ||
+            (has("pyramid") && traits.same_rows))
+          continue;
+        const std::string spec = std::string(select->name) + rows + rest;
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
@@ -173,11 +182,14 @@ TEST(Contract, NothingEvictedEqualsFull) {
       }
     }
     // Keys stored unrotated: to rounding.
-    SequenceCache a(MakeConfig("window(200, positions=cache)+f32", shape, sidecar)),
-        b(MakeConfig("full+f32", shape, sidecar));
-    const auto out_a = LiveAll(a, text, UsualLife()), out_b = LiveAll(b, text, UsualLife());
-    for (size_t i = 0; i < out_a.size(); ++i)
-      for (size_t l = 0; l < shape.n_layers; ++l) EXPECT_LT(RelativeError(out_a[i][l], out_b[i][l]), 1e-5) << i;
+    SequenceCache full(MakeConfig("full+f32", shape, sidecar));
+    const auto want = LiveAll(full, text, UsualLife());
+    for (const char* spec : {"window(200, positions=cache)+f32", "cascade(200)+f32", "cascade(200, levels=7)+f32"}) {
+      SequenceCache cache(MakeConfig(spec, shape, sidecar));
+      const auto got = LiveAll(cache, text, UsualLife());
+      for (size_t i = 0; i < got.size(); ++i)
+        for (size_t l = 0; l < shape.n_layers; ++l) EXPECT_LT(RelativeError(got[i][l], want[i][l]), 1e-5) << i;
+    }
   }
 }
 
@@ -196,7 +208,8 @@ TEST(Contract, FullIsTheSameInAnySteps) {
       return all;
     };
     const Outputs want = run("full+f32", text.n, StepKind::kPrompt);
-    for (const char* spec : {"full+f32", "window(200)+f32", "window(200, positions=cache)+f32", "h2o(200)+f32+less"})
+    for (const char* spec : {"full+f32", "window(200)+f32", "window(200, positions=cache)+f32", "cascade(200)+f32",
+                             "h2o(200)+f32+less"})
       for (const auto& [chunk, kind] : {std::pair{size_t{1}, StepKind::kDecode},
                                         {7, StepKind::kStream},
                                         {16, StepKind::kStream},
@@ -213,7 +226,10 @@ TEST(Contract, FullIsTheSameInAnySteps) {
 TEST(Contract, OneShotPromptIsAttendedInFull) {
   ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
     const CacheSpec parsed = CacheSpec::Parse(spec);
-    if (parsed.Find("prefill") != nullptr || spec.find("positions=cache") != std::string::npos) return;
+    if (parsed.Find("prefill") != nullptr || spec.find("positions=cache") != std::string::npos ||
+        spec.find("unrotated") != std::string::npos ||
+        (parsed.Find("cascade") != nullptr && spec.find("positions=true") == std::string::npos))
+      return;
     std::string full = "full";
     for (const SpecTerm& term : parsed.terms())
       if (FindMethod(term.name)->stage == Stage::kCodec) full += spec.substr(spec.find("+" + term.name));
@@ -267,6 +283,7 @@ TEST(Contract, ProtectionThatDoesNotFitIsRefused) {
                                    {"h2o(heavy=9, recent=3)", 9},
                                    {"tova(10)", 10},
                                    {"window(12, sinks=2)", 9},
+                                   {"cascade(14, levels=3, sinks=2)", 11},
                                    {"snapkv(14, window=4)", 10}}) {
     EXPECT_NO_THROW(MakeConfig(spec, shape, sidecar, {{20, 20 + fits}})) << spec;
     EXPECT_THROW(MakeConfig(spec, shape, sidecar, {{20, 21 + fits}}), Error) << spec;
@@ -286,10 +303,11 @@ TEST(Contract, ProtectionThatFitsExactlyWorks) {
                                    {"tova(10)+f32", 10},
                                    {"window(12, sinks=2)+f32", 9},
                                    {"window(12, sinks=2, positions=cache)+f32", 9},
+                                   {"cascade(14, levels=3, sinks=2)+f32", 11},
                                    {"snapkv(14, window=4)+f32", 10}}) {
     for (int begin : {0, 3, 30}) {
       SCOPED_TRACE(testing::Message() << spec << " from " << begin);
-      if (begin == 0 && std::string(spec).starts_with("window")) continue;  // sinks are part of it
+      if (begin == 0 && (std::string(spec).starts_with("window") || std::string(spec).starts_with("cascade"))) continue;  // sinks are part of it
       SequenceCache cache(MakeConfig(spec, shape, sidecar, {{begin, begin + fits}}));
       LiveAll(cache, RandomText(shape, 120, 10), UsualLife());
       for (const auto& held : AllResident(cache, shape))
@@ -512,7 +530,8 @@ TEST(Contract, CancelledStepLeavesNothing) {
       for (const auto& [n, kind] : {std::pair{size_t{1}, StepKind::kDecode},
                                     {40, StepKind::kPrompt},
                                     {170, StepKind::kStream},
-                                    {3, StepKind::kDecode}}) {
+                                    {3, StepKind::kDecode},
+                                    {1, StepKind::kDecode}}) {
         const auto before = cache.Serialize();
         cache.BeginStep(n, kind);
         cache.CancelStep();
@@ -590,7 +609,8 @@ TEST(Contract, GroupedEqualsRepeatedHeads) {
   for (auto& v : wide.v) widen(v);
   for (const char* spec :
        {"full+f32", "window(9, sinks=2)+f32", "h2o(11)+f32", "tova(9)+f32", "snapkv(14, window=4)+f32",
-        "snapkv(14, window=4, pool=avg)+pyramid(3)", "window(9, sinks=2, positions=cache)"}) {
+        "snapkv(14, window=4, pool=avg)+pyramid(3)", "window(9, sinks=2, positions=cache)",
+        "cascade(14, levels=3, sinks=2)+f32"}) {
     SCOPED_TRACE(spec);
     SequenceCache a(MakeConfig(spec, grouped, grouped_sidecar)), b(MakeConfig(spec, repeated, repeated_sidecar));
     const auto out_a = LiveAll(a, text, UsualLife()), out_b = LiveAll(b, wide, UsualLife());
@@ -599,6 +619,34 @@ TEST(Contract, GroupedEqualsRepeatedHeads) {
     for (size_t l = 0; l < 2; ++l)
       for (size_t h = 0; h < grouped.n_heads; ++h) EXPECT_EQ(Resident(b, l, h), Resident(a, l, h / group));
   }
+}
+
+// One ring is a window: the same rows in the same slots, the same bits.
+TEST(Contract, CascadeOfOneLevelIsAWindow) {
+  for (const TinyShape& shape : kTinyShapes) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 120, 28);
+    for (const std::string rest : {"+f32", "+f16+prefill(chunk=7)", "+bf16+pyramid(3)"}) {
+      SequenceCache window(MakeConfig("window(12, sinks=2, positions=cache)" + rest, shape, sidecar)),
+          cascade(MakeConfig("cascade(12, levels=1, sinks=2)" + rest, shape, sidecar));
+      ExpectSameLives(LiveAll(cascade, text, UsualLife()), LiveAll(window, text, UsualLife()));
+      EXPECT_EQ(cascade.Stats().kv_bytes_peak, window.Stats().kv_bytes_peak);
+    }
+  }
+}
+
+// Blocks of one token are decoding.
+TEST(Contract, CascadeOfBlocksOfOneDecodes) {
+  const TinyShape& shape = kTinyShapes[1];
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 90, 29);
+  const auto run = [&](StepKind kind) {
+    SequenceCache cache(MakeConfig("cascade(14, levels=3, sinks=2)+f32", shape, sidecar));
+    std::vector<Outputs> all;
+    for (size_t t = 0; t < text.n; ++t) all.push_back(Feed(cache, text, t, 1, kind));
+    return all;
+  };
+  ExpectSameLives(run(StepKind::kStream), run(StepKind::kDecode));
 }
 
 // Score-free or one set a layer: nothing but positions and the layer's queries may matter.

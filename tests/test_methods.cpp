@@ -88,6 +88,10 @@ class PlainStore final : public KvStore {
       std::copy_n(&head.values[rows[i] * head.dim], head.dim, values + i * head.dim);
     }
   }
+  void RewriteValues(size_t layer, size_t h, std::span<const uint32_t> rows, const float* values) override {
+    PlainHead& head = heads_[table_(layer, h)];
+    for (size_t i = 0; i < rows.size(); ++i) std::copy_n(values + i * head.dim, head.dim, &head.values[rows[i] * head.dim]);
+  }
   // Rows close ranks and keep their order: every row behind a victim moves.
   SlotMap Close(size_t layer, size_t h, std::span<const Departure> leaving) override {
     PlainHead& head = heads_[table_(layer, h)];

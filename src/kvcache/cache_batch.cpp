@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "base/checked.h"
 #include "base/threads.h"
 #include "kernels/attention/attention.h"
 #include "kernels/basic/basic.h"
@@ -72,6 +73,7 @@ void PrepareLayer(const PolicyCache& part, size_t layer, LayerStep& work) {
   SizeSums(part, layer, part.SelectorObserves(), work.attention);
   SizeSums(part, layer, part.BudgeterMeasures(), work.measured);
   work.queries.clear();
+  work.fit_queries.clear();
 }
 
 void AppendRows(PolicyCache& part, size_t layer, const float* keys, const float* values) {
@@ -105,6 +107,20 @@ void SetWindow(const PolicyCache& part, size_t layer, size_t first_query, std::s
     jobs[h].window = window;
     jobs[h].past_positions = past.data();
     jobs[h].first_position = static_cast<int32_t>(part.step.seen + first_query);
+  }
+}
+
+// Weights of resident rows as a bias on their scores; the step's own rows weigh 1. Where all do there is none, so that the
+// bits are those of a cache without weights.
+void SetBias(const PolicyCache& part, size_t layer, std::span<AttentionJob> jobs, JobList& list) {
+  if (part.policy.weights() != Weights::kInLogits) return;
+  for (size_t h = 0; h < jobs.size(); ++h) {
+    const std::span<const float> weights = part.Ledger(layer, h).Weights();
+    if (std::all_of(weights.begin(), weights.end(), [](float w) { return w == 1; })) continue;
+    std::vector<float>& bias = list.NewFloats();
+    for (const float w : weights) bias.push_back(std::log(w));
+    bias.resize(jobs[h].n_past + jobs[h].n_queries);
+    jobs[h].bias = bias.data();
   }
 }
 
@@ -209,6 +225,7 @@ void CacheBatch::AttendTiles(size_t layer, const float* queries, float* out) {
   AddJobs(layer, out);
   lesskv::Attend(list_.jobs);
   ObserveTiles(layer);
+  for (const Tile& tile : tiles_) KeepFitQueries(tile, layer, queries);
   for (const Tile& tile : tiles_) tile.item->Part(layer).store->Finish(tile.query);
   MergeResiduals(layer);
 }
@@ -226,6 +243,26 @@ void CacheBatch::RotateQueries(size_t layer, const float* queries) {
     for (size_t i = 0; i < tile.n; ++i) positions_[tile.row + i] = static_cast<int32_t>(base + tile.first + i);
   }
   RotateRows(*shape.rope, rotated_.data(), n, stride, shape.n_heads, shape.head_dim, positions_.data());
+  for (const Tile& tile : tiles_)
+    if (tile.item->Part(layer).policy.ranks_positions()) RotateShorterHeads(tile, layer, queries);
+}
+
+// Cache-relative: heads that hold fewer rows than the first, or more, have their queries nearer or farther.
+void CacheBatch::RotateShorterHeads(const Tile& tile, size_t layer, const float* queries) {
+  const PolicyCache& part = tile.item->Part(layer);
+  const LayerShape& shape = tile.item->cache->config->shape().layers[layer];
+  const size_t own = tile.item->Place(layer).layer, stride = shape.q_dim(), width = shape.group() * shape.head_dim;
+  for (size_t h = 1; h < shape.n_kv_heads; ++h) {
+    const size_t base = part.store->n_rows(own, h);
+    if (base == part.store->n_rows(own, 0)) continue;
+    for (size_t i = 0; i < tile.n; ++i) {
+      positions_[tile.row + i] = static_cast<int32_t>(base + tile.first + i);
+      std::copy_n(queries + (tile.item->first_row + tile.first + i) * stride + h * width, width,
+                  &rotated_[(tile.row + i) * stride + h * width]);
+    }
+    RotateRows(*shape.rope, &rotated_[tile.row * stride + h * width], tile.n, stride, shape.group(), shape.head_dim,
+               &positions_[tile.row]);
+  }
 }
 
 void CacheBatch::AddJobs(size_t layer, float* out) {
@@ -248,6 +285,7 @@ void CacheBatch::AddJobs(size_t layer, float* out) {
     tile.n_jobs = list_.jobs.size() - tile.first_job;
     const std::span<AttentionJob> jobs = std::span(list_.jobs).subspan(tile.first_job);
     SetWindow(part, query.layer, tile.first, jobs, list_);
+    SetBias(part, query.layer, jobs, list_);
     const Observation wanted = part.SelectorObserves();
     for (size_t h = 0; h < jobs.size() && part.step.n == 1 && wanted.wanted(); ++h) {
       jobs[h].received = work.attention[h].data();
@@ -298,6 +336,20 @@ void CacheBatch::KeepQueries(const Tile& tile, size_t stride, const Observation&
   for (size_t i = std::max(first, tile.first); i < tile.first + tile.n; ++i) {
     const float* row = tile.query.queries + (i - tile.first) * stride;
     tile.item->work.queries.insert(tile.item->work.queries.end(), row, row + stride);
+  }
+}
+
+// Evenly spread over the step, its last one among them; as the model gave them.
+void CacheBatch::KeepFitQueries(const Tile& tile, size_t layer, const float* queries) {
+  const PolicyCache& part = tile.item->Part(layer);
+  const size_t most = part.ResidualFits().n_queries, n = tile.item->n_rows();
+  if (most == 0) return;
+  const size_t apart = CeilDiv(n, most), width = part.policy.layers[tile.query.layer].q_dim();
+  std::vector<float>& kept = tile.item->work.fit_queries;
+  for (size_t i = tile.first; i < tile.first + tile.n; ++i) {
+    if ((n - 1 - i) % apart != 0) continue;
+    const float* row = queries + (tile.item->first_row + i) * width;
+    kept.insert(kept.end(), row, row + width);
   }
 }
 

@@ -40,6 +40,8 @@ std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {
   std::vector<size_t> budgets = budgeter->Allocate(Request(std::min(rows, ctx), n_tokens));
   CHECK(budgets.size() == heads.size());
   const size_t n_protected = protect.CountFrom(static_cast<int32_t>(selector->Sinks()));
+  if (selector->KeepsAShare())
+    for (size_t& budget : budgets) budget = std::max(budget, selector->Window(ctx) + n_protected);
   for (size_t i = 0; i < budgets.size() && n_protected > 0; ++i) {
     const size_t own = selector->Window(budgets[i]);
     if (own + n_protected > budgets[i])

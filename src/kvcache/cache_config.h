@@ -2,6 +2,7 @@
 // Shared by all sequences that use it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -39,7 +40,13 @@ struct LayerPolicy {
   std::unique_ptr<const Residual> residual;  // null: drop
 
   bool ranks_positions() const { return selector->UsesCachePositions(); }
-  bool unrotated_keys() const { return ranks_positions() || codec->traits().unrotated_keys; }
+  bool unrotated_keys() const {
+    return ranks_positions() || codec->traits().unrotated_keys || selector->WantsUnrotatedKeys() ||
+           (residual != nullptr && residual->WantsUnrotatedKeys());
+  }
+  Weights weights() const {
+    return std::max(selector->weights(), residual == nullptr ? Weights::kNone : residual->weights());
+  }
   StoreShape store_shape() const { return {layers, compute, unrotated_keys(), !selector->Bounded()}; }
   BudgetRequest Request(size_t rows, size_t n_tokens) const;
   // Rows that may stay after a step whose growth law says `rows`, [heads], for a prompt (or, while text streams in, a

@@ -84,12 +84,11 @@ void LoadPart(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   LoadBudgets(part, in, tokens_seen);
   for (uint64_t& n : part.departed) n = in.Count(tokens_seen * heads.size(), "the number of tokens that left");
   part.store->Load(in, part.budgets.empty() ? std::vector<size_t>(heads.size()) : part.budgets, tokens_seen);
-  const bool kept = part.policy.selector->votes() == Votes::kKept;
   const bool fixed = part.policy.selector->Bounded() && !part.budgets.empty();
   for (size_t layer = 0; layer < heads.n_layers(); ++layer)
     for (size_t h = 0; h < heads.n_heads(layer); ++h)
       part.Ledger(layer, h).Load(in, part.counter, part.tracks() ? part.store->n_rows(layer, h) : 0,
-                                 fixed ? part.budgets[heads(layer, h)] : 0, kept, tokens_seen);
+                                 fixed ? part.budgets[heads(layer, h)] : 0, part.tracks() ? part.columns() : LedgerColumns{}, tokens_seen);
   if (part.tracks()) CheckSets(part);
   LoadStates(part, in, tokens_seen);
   const uint64_t left = std::accumulate(part.departed.begin(), part.departed.end(), uint64_t{0});

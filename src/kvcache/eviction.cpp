@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/threads.h"
+#include "kvcache/fit.h"
 #include "kernels/basic/rope.h"
 
 namespace lesskv {
@@ -36,11 +37,11 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   for (size_t h = 0; h < n_kv; ++h) {
     HeadRows& head = work.heads[h];
     LedgerRows& rows = work.ledger_rows[h];
-    rows = cache.Ledger(layer, h).Gather(cache.step.seen, cache.step.n, votes == Votes::kKept, !cache.decides_budgets,
-                                         work.spills[h]);
+    rows = cache.Ledger(layer, h).Gather(cache.step.seen, cache.step.n, cache.columns(), !cache.decides_budgets, work.spills[h]);
     head.budget = cache.budgets[policy.heads(layer, h)];
     head.positions = rows.positions;
     head.votes = rows.votes;
+    head.weights = rows.weights;
     if (votes == Votes::kStep && (h == 0 || !policy.selector->KeepsOneSetALayer())) {
       work.votes[h].resize(rows.positions.size());
       head.votes = work.votes[h];
@@ -165,8 +166,11 @@ void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
     work.departures[h].clear();
     for (const uint32_t row : work.victims[h]) work.departures[h].push_back({row, usual});
   }
-  if (residual != nullptr)
-    ForHeads(cache, layer, [&](size_t h) { residual->Decide(work.rows, h, work.departures[h]); });
+  ForHeads(cache, layer, [&](size_t h) {
+    if (work.departures[h].empty()) return;
+    cache.policy.selector->Decide(work.rows, h, work.departures[h]);
+    if (residual != nullptr) residual->Decide(work.rows, h, work.departures[h]);
+  });
   for (const auto& list : work.departures)
     for (const Departure& departure : list) ++cache.departed[static_cast<size_t>(departure.fate)];
 }
@@ -174,7 +178,7 @@ void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
 // Rows of one head that are absorbed, read and rotated to their true positions.
 struct Absorbed {
   std::vector<uint32_t> rows;
-  std::vector<float> keys, values;
+  std::vector<float> keys, values, weights;
 
   void Read(const PolicyCache& cache, size_t layer, size_t h, const LayerStep& work, size_t first) {
     const LayerShape& shape = cache.policy.layers[layer];
@@ -182,6 +186,9 @@ struct Absorbed {
     keys.resize(some.size() * shape.head_dim);
     values.resize(some.size() * shape.head_dim);
     cache.store->ReadRows(layer, h, some, keys.data(), values.data());
+    weights.clear();
+    for (size_t i = 0; i < some.size() && !work.heads[h].weights.empty(); ++i)
+      weights.push_back(work.heads[h].weights[some[i]]);
     if (!cache.policy.unrotated_keys()) return;
     std::vector<int32_t> positions;
     for (const uint32_t row : some) positions.push_back(ToInt(work.heads[h].positions[row]));
@@ -205,7 +212,7 @@ void Absorb(PolicyCache& cache, size_t layer, const LayerStep& work) {
       if (first >= own.rows.size()) return;
       own.Read(cache, layer, h, work, first);
       evicted[h] = {h, std::min(kAbsorbRows, own.rows.size() - first), own.keys.data(), own.values.data(),
-                    cache.State(cache.policy.heads(layer, h))};
+                    cache.State(cache.policy.heads(layer, h)), own.weights.empty() ? nullptr : own.weights.data()};
     });
     std::erase_if(evicted, [](const EvictedRows& rows) { return rows.n_rows == 0; });
     cache.policy.residual->Absorb(layer, evicted);
@@ -217,6 +224,7 @@ void Absorb(PolicyCache& cache, size_t layer, const LayerStep& work) {
 void Close(PolicyCache& cache, size_t layer, LayerStep& work) {
   Decide(cache, layer, work);
   if (cache.StateFloats() > 0) Absorb(cache, layer, work);
+  FitKept(cache, layer, work);
   ForHeads(cache, layer, [&](size_t h) {
     const SlotMap map = cache.store->Close(layer, h, work.departures[h]);
     cache.Ledger(layer, h).Apply(map, work.ledger_rows[h]);

@@ -105,7 +105,7 @@ struct SequenceCache::RandomFill {
     std::vector<Departure> leave;
     for (size_t i = stay; i < n; ++i) leave.push_back({static_cast<uint32_t>(held + i), Fate::kDrop});
     LedgerSpill spill;
-    const LedgerRows rows = ledger.Gather(0, n, policy.selector->votes() == Votes::kKept, !part.decides_budgets, spill);
+    const LedgerRows rows = ledger.Gather(0, n, part.columns(), !part.decides_budgets, spill);
     std::copy_n(staying.begin() + static_cast<ptrdiff_t>(held), stay,
                 rows.positions.begin() + static_cast<ptrdiff_t>(held));
     for (size_t i = held; i < rows.votes.size(); ++i) rows.votes[i] = rng.UniformFloat(0.01f, 1.0f);

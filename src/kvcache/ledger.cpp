@@ -18,27 +18,52 @@ CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t by
   return to;
 }
 
+// A column as a step sees it, new rows with `fresh`; in `spill` where the ledger's own has no room.
+std::span<float> GatherColumn(CountedBuffer& own, bool spills, size_t n_rows, size_t n, float fresh,
+                              std::vector<float>& spill) {
+  std::span<float> column = own.As<float>();
+  if (spills) {
+    spill.assign(column.begin(), column.begin() + static_cast<ptrdiff_t>(n_rows));
+    spill.resize(n_rows + n);
+    column = spill;
+  }
+  std::fill_n(column.begin() + static_cast<ptrdiff_t>(n_rows), n, fresh);
+  return column.first(n_rows + n);
+}
+
+// Takes over what happened to the rows that stay where they are; the others follow by moves.
+void TakeOver(std::span<const float> given, std::span<float> held, size_t n_rows) {
+  if (!given.empty() && given.data() != held.data())
+    std::copy_n(given.begin(), std::min(n_rows, held.size()), held.begin());
+}
+
+void SaveColumn(const CountedBuffer& column, size_t n_rows, ByteWriter& out) {
+  if (column.size() > 0) out.Raw(column.data(), n_rows * sizeof(float));
+}
+
 }  // namespace
 
-void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool votes) {
+void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, LedgerColumns columns) {
   const size_t capacity = Capacity(std::max(rows, n_rows), fixed);
   if (capacity == 0 || positions_.size() == capacity * sizeof(Position)) return;
   CountedBuffer positions = Resized(counter, positions_, capacity * sizeof(Position));
-  if (votes) {
-    CountedBuffer moved = Resized(counter, votes_, capacity * sizeof(float));
-    votes_ = std::move(moved);
-  }
+  CountedBuffer votes, weights;
+  if (columns.votes) votes = Resized(counter, votes_, capacity * sizeof(float));
+  if (columns.weights) weights = Resized(counter, weights_, capacity * sizeof(float));
+  votes_ = std::move(votes);
+  weights_ = std::move(weights);
   positions_ = std::move(positions);
 }
 
-void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, bool votes) {
+void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, LedgerColumns columns) {
   if (n_rows == 0) {
     positions_ = CountedBuffer();
     votes_ = CountedBuffer();
+    weights_ = CountedBuffer();
     return;
   }
   try {
-    Reserve(counter, n_rows, fixed, votes);
+    Reserve(counter, n_rows, fixed, columns);
   } catch (const Error&) {
   }
 }
@@ -47,26 +72,26 @@ void HeadLedger::AppendNew(size_t seen, size_t n) {
   const std::span<Position> positions = positions_.As<Position>();
   CHECK((n_rows + n) * sizeof(Position) <= positions_.size());
   for (size_t i = 0; i < n && !positions.empty(); ++i) positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
+  const std::span<float> votes = votes_.As<float>(), weights = weights_.As<float>();
+  if (!votes.empty()) std::fill_n(votes.begin() + static_cast<ptrdiff_t>(n_rows), n, 0.0f);
+  if (!weights.empty()) std::fill_n(weights.begin() + static_cast<ptrdiff_t>(n_rows), n, 1.0f);
   n_rows += n;
 }
 
-LedgerRows HeadLedger::Gather(size_t seen, size_t n, bool with_votes, bool may_stay, LedgerSpill& spill) {
+LedgerRows HeadLedger::Gather(size_t seen, size_t n, LedgerColumns columns, bool may_stay, LedgerSpill& spill) {
   const size_t all = n_rows + n;
-  std::span<Position> positions = positions_.As<Position>();
-  std::span<float> votes = with_votes ? votes_.As<float>() : std::span<float>();
-  if (all > positions.size() || !may_stay) {
-    spill.positions.assign(positions.begin(), positions.begin() + static_cast<ptrdiff_t>(n_rows));
+  LedgerRows rows{positions_.As<Position>(), {}, {}};
+  const bool spills = all > rows.positions.size() || !may_stay;
+  if (spills) {
+    spill.positions.assign(rows.positions.begin(), rows.positions.begin() + static_cast<ptrdiff_t>(n_rows));
     spill.positions.resize(all);
-    positions = spill.positions;
-    if (with_votes) {
-      spill.votes.assign(votes.begin(), votes.begin() + static_cast<ptrdiff_t>(n_rows));
-      spill.votes.resize(all);
-      votes = spill.votes;
-    }
+    rows.positions = spill.positions;
   }
-  for (size_t i = 0; i < n; ++i) positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
-  if (with_votes) std::fill_n(votes.begin() + static_cast<ptrdiff_t>(n_rows), n, 0.0f);
-  return {positions.first(all), with_votes ? votes.first(all) : votes};
+  rows.positions = rows.positions.first(all);
+  for (size_t i = 0; i < n; ++i) rows.positions[n_rows + i] = Position(static_cast<int32_t>(seen + i));
+  if (columns.votes) rows.votes = GatherColumn(votes_, spills, n_rows, n, 0, spill.votes);
+  if (columns.weights) rows.weights = GatherColumn(weights_, spills, n_rows, n, 1, spill.weights);
+  return rows;
 }
 
 void HeadLedger::Apply(const SlotMap& map, const LedgerRows& given) {
@@ -75,16 +100,18 @@ void HeadLedger::Apply(const SlotMap& map, const LedgerRows& given) {
   if (map.at_once && rows.positions.data() == positions_.As<Position>().data()) {  // moves must not see each other
     apart.positions.assign(rows.positions.begin(), rows.positions.end());
     apart.votes.assign(rows.votes.begin(), rows.votes.end());
-    rows = {apart.positions, apart.votes};
+    apart.weights.assign(rows.weights.begin(), rows.weights.end());
+    rows = {apart.positions, apart.votes, apart.weights};
   }
   const std::span<Position> held = positions_.As<Position>();
-  const std::span<float> held_votes = votes_.As<float>();
+  const std::span<float> held_votes = votes_.As<float>(), held_weights = weights_.As<float>();
   CHECK(map.n_rows <= held.size(), "{} rows in a ledger of {}", map.n_rows, held.size());
-  if (!rows.votes.empty() && rows.votes.data() != held_votes.data())
-    std::copy_n(rows.votes.begin(), std::min(n_rows, held_votes.size()), held_votes.begin());
+  TakeOver(rows.votes, held_votes, n_rows);
+  TakeOver(rows.weights, held_weights, n_rows);
   for (const RowMove& move : map.moves) {
     held[move.to] = rows.positions[move.from];
     if (!rows.votes.empty()) held_votes[move.to] = rows.votes[move.from];
+    if (!rows.weights.empty()) held_weights[move.to] = rows.weights[move.from];
   }
   n_rows = map.n_rows;
 }
@@ -94,19 +121,22 @@ HeadLedger HeadLedger::Clone(ByteCounter& counter) const {
   copy.n_rows = n_rows;
   copy.positions_ = positions_.Clone(counter);
   copy.votes_ = votes_.Clone(counter);
+  copy.weights_ = weights_.Clone(counter);
   return copy;
 }
 
 void HeadLedger::Save(ByteWriter& out) const {
   out.Put<uint64_t>(n_rows);
   out.Raw(positions_.data(), n_rows * sizeof(Position));
-  if (votes_.size() > 0) out.Raw(votes_.data(), n_rows * sizeof(float));
+  SaveColumn(votes_, n_rows, out);
+  SaveColumn(weights_, n_rows, out);
 }
 
-void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool votes, size_t seen) {
+void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, LedgerColumns columns,
+                      size_t seen) {
   const size_t saved = in.Count(rows, "a head's number of positions");
   if (saved != rows) Fail(ErrorCode::kBadFile, "saved cache: a head has {} rows and {} positions", rows, saved);
-  Reserve(counter, rows, fixed, votes);
+  Reserve(counter, rows, fixed, columns);
   n_rows = rows;
   in.Raw(positions_.data(), rows * sizeof(Position));
   std::vector<Position> sorted(Positions().begin(), Positions().end());
@@ -114,10 +144,12 @@ void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t 
   const bool distinct = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
   if (!distinct || (rows > 0 && (ToInt(sorted.front()) < 0 || static_cast<size_t>(ToInt(sorted.back())) >= seen)))
     Fail(ErrorCode::kBadFile, "saved cache: a head's positions are not distinct positions below {}", seen);
-  if (votes_.size() == 0) return;
-  in.Raw(votes_.data(), rows * sizeof(float));
-  for (float vote : votes_.As<float>().first(rows))
+  if (columns.votes && rows > 0) in.Raw(votes_.data(), rows * sizeof(float));
+  if (columns.weights && rows > 0) in.Raw(weights_.data(), rows * sizeof(float));
+  for (const float vote : votes_.As<float>().first(columns.votes && rows > 0 ? rows : 0))
     if (!std::isfinite(vote)) Fail(ErrorCode::kBadFile, "saved cache: a vote is not finite");
+  for (const float weight : Weights())
+    if (!std::isfinite(weight) || weight <= 0) Fail(ErrorCode::kBadFile, "saved cache: a row's weight is not positive");
 }
 
 }  // namespace lesskv

@@ -4,15 +4,16 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/checked.h"
 #include "kvcache/eviction.h"
 
 namespace lesskv {
 
 size_t LayerStep::Bytes() const {
-  size_t bytes = queries.size() * sizeof(float);
+  size_t bytes = (queries.size() + fit_queries.size()) * sizeof(float);
   for (const std::vector<float>& floats : votes) bytes += floats.size() * sizeof(float);
   for (const LedgerSpill& spill : spills)
-    bytes += spill.positions.size() * sizeof(Position) + spill.votes.size() * sizeof(float);
+    bytes += spill.positions.size() * sizeof(Position) + (spill.votes.size() + spill.weights.size()) * sizeof(float);
   return bytes;
 }
 
@@ -72,6 +73,7 @@ void PolicyCache::Begin(const StepInfo& info) {
     TakeBackRoom(budgets);
     throw;
   }
+  previous_budget_rows_ = budget_rows_;
   if (growth.evicts) budget_rows_ = growth.rows;
   previous_budgets_ = std::exchange(budgets, std::move(new_budgets));
 }
@@ -82,8 +84,7 @@ void PolicyCache::ReserveLedgers(const std::vector<size_t>& new_budgets, bool bu
     const size_t held = ledgers[i].n_rows, all = held + step.n;
     size_t rows = all;
     if (evicts) rows = budgets_known ? std::max(held, std::min(all, new_budgets[i])) : held;
-    ledgers[i].Reserve(counter, rows, bounded_ && budgets_known ? new_budgets[i] : 0,
-                       policy.selector->votes() == Votes::kKept);
+    ledgers[i].Reserve(counter, rows, bounded_ && budgets_known ? new_budgets[i] : 0, columns());
   }
 }
 
@@ -94,8 +95,7 @@ void PolicyCache::SetBudgets(size_t layer, std::span<const size_t> of_layer) {
     const size_t i = policy.heads(layer, h);
     budgets[i] = of_layer[h];
     const size_t held = ledgers[i].n_rows;
-    ledgers[i].Reserve(counter, std::max(held, std::min(held + step.n, budgets[i])), bounded_ ? budgets[i] : 0,
-                       policy.selector->votes() == Votes::kKept);
+    ledgers[i].Reserve(counter, std::max(held, std::min(held + step.n, budgets[i])), bounded_ ? budgets[i] : 0, columns());
   }
 }
 
@@ -104,12 +104,13 @@ void PolicyCache::TakeBackRoom(const std::vector<size_t>& old_budgets) {
   store->CancelStep();
   const bool fixed = bounded_ && !old_budgets.empty();
   for (size_t i = 0; i < ledgers.size(); ++i)
-    ledgers[i].Shrink(counter, fixed ? old_budgets[i] : 0, policy.selector->votes() == Votes::kKept);
+    ledgers[i].Shrink(counter, fixed ? old_budgets[i] : 0, columns());
   if (step.seen == 0) states = CountedBuffer();
 }
 
 void PolicyCache::Cancel() {
   budgets = std::move(previous_budgets_);
+  budget_rows_ = previous_budget_rows_;
   TakeBackRoom(budgets);
 }
 
@@ -119,6 +120,11 @@ void PolicyCache::End() {
   deferred.clear();
 }
 
+size_t PolicyCache::FitQueryFloats(size_t layer) const {
+  const size_t most = ResidualFits().n_queries;
+  return most == 0 ? 0 : CeilDiv(step.n, CeilDiv(step.n, most)) * policy.layers[layer].q_dim();
+}
+
 void PolicyCache::CountLayers() {
   CHECK(counter.only_counts);
   CountedBytes waiting;
@@ -126,7 +132,10 @@ void PolicyCache::CountLayers() {
     size_t rows = 0;
     for (const HeadLedger& ledger : ledgers) rows += ledger.n_rows + step.n;
     const bool votes = policy.selector->votes() != Votes::kNone;
-    waiting = CountedBytes(counter, rows * (sizeof(Position) + (votes ? sizeof(float) : 0)));
+    const size_t a_row = sizeof(Position) + (votes ? sizeof(float) : 0) + (columns().weights ? sizeof(float) : 0);
+    size_t floats = 0;
+    for (size_t layer = 0; layer < policy.layers.size(); ++layer) floats += FitQueryFloats(layer);
+    waiting = CountedBytes(counter, rows * a_row + floats * sizeof(float));
   }
   std::vector<Departure> leaving;
   for (size_t layer = 0; layer < policy.layers.size(); ++layer) {

@@ -28,6 +28,7 @@ struct LayerStep {
   std::vector<const int32_t*> read_pointers;         // a KV head
   std::vector<std::vector<float>> attention, measured;  // a KV head: what selector and budgeter observe
   std::vector<float> queries;                           // Observation::keeps_queries
+  std::vector<float> fit_queries;                       // FitRule: [at most n_queries, n_heads, head_dim], unrotated
   std::vector<std::vector<float>> votes;                // a KV head: Votes::kStep
   std::vector<LedgerSpill> spills;                      // a KV head
   std::vector<LedgerRows> ledger_rows;                  // a KV head
@@ -59,8 +60,13 @@ class PolicyCache {
   HeadLedger& Ledger(size_t layer, size_t kv_head) { return ledgers[policy.heads(layer, kv_head)]; }
   const HeadLedger& Ledger(size_t layer, size_t kv_head) const { return ledgers[policy.heads(layer, kv_head)]; }
   size_t Rows() const;  // of all heads
+  LedgerColumns columns() const {
+    return {policy.selector->votes() == Votes::kKept, policy.weights() != Weights::kNone};
+  }
   // What the selector, and the budgeter, observe of the step in progress.
   Observation SelectorObserves() const { return evicts ? policy.selector->Observes(step.kind) : Observation{}; }
+  // How the residual fits rows in the step in progress.
+  FitRule ResidualFits() const { return evicts && policy.residual != nullptr ? policy.residual->Fits(step.kind) : FitRule{}; }
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
   bool ReadsState(size_t layer) const;
   void SetBudgets(size_t layer, std::span<const size_t> of_layer);
@@ -88,10 +94,13 @@ class PolicyCache {
   void ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known);
   void TakeBackRoom(const std::vector<size_t>& old_budgets);
 
+  size_t FitQueryFloats(size_t layer) const;
+
   bool tracks_ = false;
   bool bounded_ = false;
   size_t budget_rows_ = 0;  // the growth law's rows that budgets divide
   std::vector<size_t> previous_budgets_;
+  size_t previous_budget_rows_ = 0;
 };
 
 }  // namespace lesskv

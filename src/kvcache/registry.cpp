@@ -13,10 +13,14 @@
   X(H2o)                  \
   X(Tova)                 \
   X(Snapkv)               \
+  X(Cascade)              \
+  X(Elastic)              \
   X(Uniform)              \
   X(Pyramid)              \
   X(Drop)                 \
   X(Less)                 \
+  X(Merge)                \
+  X(Match)                \
   X(F16)                  \
   X(F32)                  \
   X(Bf16)                 \
@@ -101,6 +105,10 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'", y.name, x.name);
     if (!tx.gives_full_keys && ty.needs_full_keys)
       return fmt::format("'{}' does not give back whole keys, which '{}' needs", x.name, y.name);
+    if (tx.same_rows && y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget))
+      return fmt::format("'{}' keeps as many rows in all layers and heads, which '{}' would divide", x.name, y.name);
+    if (tx.takes_no_fit && ty.fits_rows)
+      return fmt::format("rows of '{}' are replaced or merged one by one, which a fit by '{}' does not outlive", x.name, y.name);
     if (!tx.rewrites_rows && ty.needs_rewrites)
       return fmt::format("'{}' cannot change a row that is stored, which '{}' needs", x.name, y.name);
     return std::nullopt;

@@ -80,7 +80,10 @@ struct MethodTraits {
   bool gives_full_keys = true;        // codec, wrap: rows can be read back with all their channels
   bool needs_full_keys = false;       // residual
   bool rewrites_rows = true;          // codec, wrap: a row can be changed after it was written
-  bool needs_rewrites = false;        // residual
+  bool needs_rewrites = false;        // select, residual
+  bool fits_rows = false;             // residual: changes weights and values of rows that stay
+  bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
+  bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them
   bool reads_sidecar = false;         // a trained artefact of the model
   bool is_rival = false;              // select: what other methods are measured against at equal bytes
 };

@@ -25,6 +25,10 @@ void JobList::Clear() {
   n_spans_ = n_floats_ = n_ints_ = 0;
 }
 
+void KvStore::RewriteValues(size_t, size_t, std::span<const uint32_t>, const float*) {
+  CHECK(false, "this store does not rewrite rows");
+}
+
 SlotMap PlanCompaction(size_t n_resident, size_t n_step, std::span<const Departure> leaving) {
   SlotMap map;
   const size_t n_rows = n_resident + n_step;

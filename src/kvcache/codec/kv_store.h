@@ -117,6 +117,10 @@ class KvStore {
   virtual void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                         float* values) const = 0;
 
+  // Replaces the values of rows that stay, values [rows.size(), head_dim], between the step's attention and its Close; only
+  // where the codec rewrites rows. From several threads for different heads.
+  virtual void RewriteValues(size_t layer, size_t kv_head, std::span<const uint32_t> rows, const float* values);
+
   // Closes one KV head's step in a layer: the rows of `leaving` (ascending by row) depart, the others stay. Called once
   // a step for every head of every layer, from several threads for different heads. Throws only what allocation throws.
   virtual SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) = 0;

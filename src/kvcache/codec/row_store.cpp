@@ -301,6 +301,17 @@ void RowStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> 
   Hadamard(values, rows.size() * d, formats.hadamard_block);
 }
 
+void RowStore::RewriteValues(size_t layer, size_t kv_head, std::span<const uint32_t> rows, const float* values) {
+  const Formats& formats = formats_[layer];
+  const size_t d = Layer(layer).head_dim;
+  std::vector<float> own(values, values + rows.size() * d);
+  if (formats.hadamard_block > 0) Hadamard(own.data(), own.size(), formats.hadamard_block);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Place at = Find(layer, kv_head, rows[i]);
+    WriteRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, 1, &own[i * d], d);
+  }
+}
+
 // Averages rows that depart by Fate::kMerge into their targets, in floats, each target written once.
 void RowStore::Merge(size_t layer, size_t kv_head, std::span<const Departure> leaving) {
   const size_t d = Layer(layer).head_dim;

@@ -43,6 +43,7 @@ class RowStore final : public KvStore {
   void Finish(const StoreQuery& query) const override;
   void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                 float* values) const override;
+  void RewriteValues(size_t layer, size_t kv_head, std::span<const uint32_t> rows, const float* values) override;
   SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) override;
   void EndStep() override;
   void CancelStep() override;

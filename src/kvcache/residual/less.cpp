@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/threads.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv {
 namespace {
@@ -54,6 +55,8 @@ class LessResidual final : public Residual {
     for (size_t first = 0; first < rows.n_rows; first += kAbsorbBlock) {
       const size_t n = std::min(rows.n_rows - first, kAbsorbBlock);
       maps_->Psi(layer, rows.kv_head, rows.keys + first * head_dim(), head_dim(), n, psi);
+      for (size_t i = 0; rows.weights != nullptr && i < n; ++i)  // a row that stands for several tokens
+        Scale(psi + i * rank(), rows.weights[first + i], rank());
       internal::ActiveLessKernels().absorb(psi, rows.values + first * head_dim(), n, rank(), head_dim(), h, z);
     }
   }

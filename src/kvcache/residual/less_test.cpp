@@ -257,6 +257,23 @@ TEST_P(LessKinds, ConstantValuesComeBack) {
 }
 
 // Fact 4: |d| scales psi, H, z and the mass; d = 0 is the bare selector exactly.
+// A merged row that leaves is as many tokens as were merged.
+TEST(Less, WeightedRowsAreAbsorbedAsOften) {
+  constexpr size_t kDim = 6, kRows = 70;
+  const auto less = Make(RandomSidecar(Shape(2, 2, kDim, 5, 12, FeatureKind::kGelu), 91));
+  const auto k = RandomRows(kRows * kDim, 92), v = RandomRows(kRows * kDim, 93);
+  std::vector<float> weights(kRows, 1), weighted(less->StateFloats()), repeated(less->StateFloats());
+  weights[3] = 4, weights[69] = 2;
+  less->Absorb(0, std::vector<EvictedRows>{{1, kRows, k.data(), v.data(), weighted.data(), weights.data()}});
+  for (size_t r = 0; r < kRows; ++r)
+    for (float i = 0; i < weights[r]; ++i)
+      less->Absorb(0, std::vector<EvictedRows>{{1, 1, &k[r * kDim], &v[r * kDim], repeated.data()}});
+  EXPECT_LT(MaxDifference(weighted, repeated), 1e-4);
+  std::vector<float> plain(less->StateFloats());
+  less->Absorb(0, std::vector<EvictedRows>{{1, kRows, k.data(), v.data(), plain.data()}});
+  EXPECT_GT(MaxDifference(weighted, plain), 1e-2);
+}
+
 TEST(Less, ScaleOfPsiScalesTheStateExactly) {
   const SidecarShape s = Shape(2, 2, 16, 8, 32, FeatureKind::kGelu);
   Sidecar sidecar = RandomSidecar(s, 4);

@@ -19,6 +19,7 @@ struct EvictedRows {
   const float* keys = nullptr;    // [n_rows, head_dim], rotated to their true positions
   const float* values = nullptr;  // [n_rows, head_dim]
   float* state = nullptr;         // [StateFloats()]
+  const float* weights = nullptr;  // [n_rows] tokens that a row stands for; null: one each
 };
 
 // Queries of one sequence and a layer against its states.
@@ -28,6 +29,32 @@ struct ResidualQuery {
   const float* states = nullptr;  // [n_kv_heads, StateFloats()]
   float* out = nullptr;           // [n_queries, n_heads, head_dim], normalised; 0 where the state is empty
   float* lse = nullptr;           // [n_queries, n_heads] log-mass; -infinity where the state is empty
+};
+
+// Rows of one KV head that may be fitted: of those that nothing protects the ones that stay, first, and the ones that
+// leave, as they were before the step's cut.
+struct FitBlock {
+  size_t kv_head = 0;
+  size_t n_rows = 0, n_kept = 0;
+  size_t head_dim = 0;
+  float scale = 1;                 // of scores
+  const float* keys = nullptr;     // [n_rows, head_dim], rotated to their true positions
+  const float* values = nullptr;   // [n_rows, head_dim]
+  const float* weights = nullptr;  // [n_rows]
+  // Queries of the whole group, [n_queries, head_dim], rotated to positions behind the text, so that they see every row;
+  // not scaled.
+  const float* queries = nullptr;
+  size_t n_queries = 0;
+  // What the rows that stay become, where `fitted` says so; they come as they are.
+  std::vector<float> kept_weights, kept_values;  // [n_kept], [n_kept, head_dim]
+  bool fitted = false;
+};
+
+// When rows are fitted: on how many positions' queries, evenly spread over the step (0: never), and in a head from how
+// many leaving rows on.
+struct FitRule {
+  size_t n_queries = 0;
+  size_t least_leaving = 1;
 };
 
 class Residual {
@@ -41,6 +68,15 @@ class Residual {
   // state and as kDrop where there is none. A residual that merges names the targets here. In parallel for different
   // heads.
   virtual void Decide(const LayerRows&, size_t /*kv_head*/, std::span<Departure> /*departures*/) const {}
+
+  virtual Weights weights() const { return Weights::kNone; }
+  // Keys are to be kept unrotated, whatever the selector and the codec want.
+  virtual bool WantsUnrotatedKeys() const { return false; }
+
+  // Changes weights and values of rows that stay, a layer's heads at once; after Decide, before the store closes. Runs its
+  // own parallel region.
+  virtual FitRule Fits(StepKind) const { return {}; }
+  virtual void Fit(std::span<FitBlock>) const {}
 
   // Folds evicted rows into their heads' states; at most one entry a KV head. Runs its own parallel region.
   virtual void Absorb(size_t /*layer*/, std::span<const EvictedRows>) const {}

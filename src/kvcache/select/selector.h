@@ -13,6 +13,7 @@
 #include <span>
 #include <vector>
 
+#include "kvcache/codec/kv_store.h"
 #include "kvcache/kv_cache.h"
 #include "kvcache/protected.h"
 
@@ -37,11 +38,17 @@ struct Observation {
 // Votes on rows: none; made anew in each step by Observe; or kept and accumulated (a column of the ledger).
 enum class Votes { kNone, kStep, kKept };
 
+// Weights of rows, for methods that let a row stand for several tokens: none; a number a row that the ledger carries (1
+// for a new row) and whoever decides fates or fits rows changes; or that number, whose logarithm is added to the row's
+// scores as well.
+enum class Weights { kNone, kKept, kInLogits };
+
 // One KV head's rows after a step's attention and before anything leaves.
 struct HeadRows {
   size_t budget = 0;                    // rows that may stay; not known yet in Observe where budgets are decided later
   std::span<const Position> positions;  // [n_rows]
   std::span<float> votes;               // [n_rows]; kKept: 0 for new rows; kStep: not initialised; empty for kNone
+  std::span<float> weights;             // [n_rows], positive; empty for Weights::kNone
   // Column sums of the exact softmax over the observed queries, [n_rows] summed over the group's heads, or
   // [group, n_rows] by_query_head; empty unless observed. `measured` is the same as the budgeter asked for it.
   std::span<const float> attention, measured;
@@ -90,6 +97,12 @@ class Selector {
   virtual bool KeepsOneSetALayer() const { return false; }
   // Keys are read at consecutive positions inside the cache instead of their true ones.
   virtual bool UsesCachePositions() const { return false; }
+  // Keys are to be kept unrotated though they are read at their true positions.
+  virtual bool WantsUnrotatedKeys() const { return false; }
+  // The law is a share of the text, which at first is less than what always stays (the window and protected tokens): that
+  // stays all the same, where a fixed number of rows would be refused.
+  virtual bool KeepsAShare() const { return false; }
+  virtual Weights weights() const { return Weights::kNone; }
 
   // Fills or updates the votes of one KV head. Called once a step whose growth evicts, also when no row must leave; in
   // parallel for different heads.
@@ -98,6 +111,10 @@ class Selector {
   // Appends the rows of one KV head that leave: exactly n_leaving() of them, ascending, never protected ones; ties: the
   // lower position stays. In parallel for different heads, after Observe.
   virtual void Choose(const LayerRows& layer, size_t kv_head, std::vector<uint32_t>& victims) const = 0;
+
+  // For selectors that merge: what becomes of chosen rows, before the residual is asked (Residual::Decide). What is a
+  // merge already is none of the residual's business.
+  virtual void Decide(const LayerRows&, size_t /*kv_head*/, std::span<Departure> /*departures*/) const {}
 
   // Derived from the growth law.
   bool EvictsIn(StepKind kind) const { return After(kind, 1).evicts; }

@@ -1,0 +1,292 @@
+// Rows that stand for others: merged ones (elastic, merge) and fitted ones (match), through the whole cache. The sharpest
+// case can be computed by hand: with keys of zero every query weighs all tokens alike, so that a cache whose rows weigh as
+// many tokens as they hold answers like the full one.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "cache_harness.h"
+#include "kvcache/registry.h"
+#include "kvcache/residual/merging.h"
+
+namespace lesskv {
+namespace {
+
+using namespace testing_support;  // NOLINT
+
+constexpr TinyShape kShape{2, 4, 2, 32};
+
+Text KeysOfZero(uint64_t seed) {
+  Text text = RandomText(kShape, 120, seed);
+  for (auto& k : text.k) std::fill(k.begin(), k.end(), 0.0f);
+  return text;
+}
+
+// Largest difference to the full cache's outputs over the steps from `first` on, relative.
+double ErrorToFull(const std::string& spec, const std::vector<LifeStep>& life, const Text& text, size_t first) {
+  const TempSidecar sidecar(kShape);
+  SequenceCache cache(MakeConfig(spec, kShape, sidecar)), full(MakeConfig("full+f32", kShape, sidecar));
+  double worst = 0;
+  size_t seen = 0;
+  for (const LifeStep& step : life) {
+    const Outputs got = Live(cache, text, seen, step), want = Live(full, text, seen, step);
+    for (size_t l = 0; l < kShape.n_layers && seen >= first; ++l) worst = std::max(worst, RelativeError(got[l], want[l]));
+    seen += step.n;
+  }
+  return worst;
+}
+
+std::vector<LifeStep> PromptAnd(size_t n_prompt, size_t n_decode) {
+  std::vector<LifeStep> life(n_decode, {1, StepKind::kDecode});
+  life.insert(life.begin(), {n_prompt, StepKind::kPrompt});
+  return life;
+}
+
+HeadRows Rows(std::vector<Position>& at, std::vector<float>& weights, size_t n) {
+  for (size_t i = 0; i < n; ++i) at.push_back(Position(static_cast<int32_t>(i)));
+  weights.assign(n, 1);
+  HeadRows head;
+  head.positions = at;
+  head.weights = weights;
+  return head;
+}
+
+// The specification's buckets: anchors 0, 3, 6, 7 of eight take {0, 1}, {2, 3, 4}, {5, 6}, {7}.
+TEST(Merging, NearestRowsTakeAndTiesGoToTheEarlier) {
+  std::vector<Position> at;
+  std::vector<float> weights;
+  const HeadRows head = Rows(at, weights, 8);
+  std::vector<Departure> departures = {{1}, {2}, {4}, {5}};
+  const auto all = [](uint32_t) { return true; };
+  MergeIntoNearest(head, departures, all, all);
+  std::vector<uint32_t> targets;
+  for (const Departure& d : departures) {
+    EXPECT_EQ(d.fate, Fate::kMerge);
+    targets.push_back(d.target);
+  }
+  EXPECT_EQ(targets, (std::vector<uint32_t>{0, 3, 3, 6}));
+  EXPECT_EQ(weights, (std::vector<float>{2, 1, 1, 3, 1, 1, 2, 1}));
+  EXPECT_FLOAT_EQ(departures[0].share, 1 / 2.0f);
+  EXPECT_FLOAT_EQ(departures[1].share, 1 / 3.0f);
+  // What has merged before counts as many times.
+  weights = {1, 4, 1, 2, 1, 1, 1, 1};
+  departures = {{1}};
+  MergeIntoNearest(head, departures, all, all);
+  EXPECT_FLOAT_EQ(departures[0].share, 4 / 5.0f);
+  EXPECT_FLOAT_EQ(weights[0], 5);
+  // A tie between 2 and 4 goes to the earlier row; who may not take does not, and without takers nothing merges.
+  departures = {{3}};
+  MergeIntoNearest(head, departures, all, all);
+  EXPECT_EQ(departures[0].target, 2u);
+  departures = {{3}};
+  MergeIntoNearest(head, departures, all, [](uint32_t r) { return r > 5; });
+  EXPECT_EQ(departures[0].target, 6u);
+  departures = {{3, Fate::kAbsorb}};
+  MergeIntoNearest(head, departures, all, [](uint32_t) { return false; });
+  EXPECT_EQ(departures[0].fate, Fate::kAbsorb);
+}
+
+TEST(Merging, WeightedRowsHoldAllTokens) {
+  const Text text = KeysOfZero(41);
+  for (const std::string spec : {"window(9, sinks=2)+merge(weighted=true)+f32", "h2o(11)+merge(weighted=true)+f32",
+                                 "tova(7)+merge(weighted=true, keys=unrotated)+f32",
+                                 "window(9, sinks=2, positions=cache)+merge(weighted=true)+f32",
+                                 "cascade(14, levels=3, sinks=2)+merge(weighted=true)+f32",
+                                 "h2o(11)+merge(weighted=true)+f32+prefill(chunk=7)", "h2o(12)+pyramid+merge(weighted=true)+f32"}) {
+    EXPECT_LT(ErrorToFull(spec, UsualLife(), text, 0), 2e-5) << spec;
+  }
+  EXPECT_GT(ErrorToFull("window(9, sinks=2)+merge+f32", UsualLife(), text, 0), 0.01);
+  EXPECT_GT(ErrorToFull("window(9, sinks=2)+f32", UsualLife(), text, 0), 0.05);
+  // A prompt's tokens are all in its anchors; later deletions are losses.
+  for (const std::string spec : {"elastic(0.2, weighted=true)+f32", "elastic(0.2, weighted=true, keys=unrotated)+f32",
+                                 "elastic(0.1, weighted=true, first=0, last=0)+f32",
+                                 "elastic(0.2, weighted=true)+merge+f32"})
+    EXPECT_LT(ErrorToFull(spec, PromptAnd(45, 1), text, 0), 2e-5) << spec;
+  EXPECT_LT(ErrorToFull("elastic(0.2, weighted=true)+merge+f32", UsualLife(), text, 0), 2e-5);
+  EXPECT_GT(ErrorToFull("elastic(0.2)+f32", PromptAnd(45, 1), text, 0), 0.01);
+  EXPECT_GT(ErrorToFull("elastic(0.2, merge=off)+f32", PromptAnd(45, 1), text, 0), 0.01);
+}
+
+// Equal vectors are unchanged by merging, rotated or not where nothing turns; different keys are averaged.
+TEST(Merging, KeysAreAveragedInTheSpaceTheyAreKeptIn) {
+  const TempSidecar sidecar(kShape);
+  const Text text = RandomText(kShape, 120, 42);
+  const auto run = [&](const std::string& spec) {
+    SequenceCache cache(MakeConfig(spec, kShape, sidecar));
+    Feed(cache, text, 0, 60, StepKind::kPrompt);
+    return Feed(cache, text, 60, 1, StepKind::kDecode)[0];
+  };
+  EXPECT_GT(RelativeError(run("elastic(0.2)+f32"), run("elastic(0.2, keys=unrotated)+f32")), 1e-3);
+  EXPECT_LT(RelativeError(run("elastic(1)+f32"), run("elastic(1, keys=unrotated)+f32")), 1e-5);
+  EXPECT_GT(RelativeError(run("h2o(11)+merge+f32"), run("h2o(11)+merge(keys=unrotated)+f32")), 1e-3);
+}
+
+TEST(Elastic, RowsAreAShareOfTheTokens) {
+  const TempSidecar sidecar(kShape);
+  const Text text = RandomText(kShape, 120, 43);
+  for (const double gamma : {0.05, 0.2, 0.5, 0.9, 1.0}) {
+    SCOPED_TRACE(gamma);
+    SequenceCache cache(MakeConfig("elastic(" + std::to_string(gamma) + ")+f32", kShape, sidecar));
+    Feed(cache, text, 0, 50, StepKind::kPrompt);
+    const auto r = static_cast<size_t>(std::floor((1 - gamma) * 50 + 1e-9));
+    for (const auto& held : AllResident(cache, kShape)) EXPECT_EQ(held.size(), std::max<size_t>(50 - r, 3));
+    for (size_t n = 51; n <= 110; ++n) {
+      const size_t before = Resident(cache, 0, 0).size();
+      Feed(cache, text, n - 1, 1, StepKind::kDecode);
+      for (size_t l = 0; l < kShape.n_layers; ++l)
+        for (size_t h = 0; h < kShape.n_kv_heads; ++h) {
+          const auto held = Resident(cache, l, h);
+          EXPECT_EQ(held, Resident(cache, l, 0));
+          EXPECT_GE(held.size(), before);
+          EXPECT_EQ(held.back(), static_cast<int32_t>(n) - 1);
+          if (50 - r >= 3) {
+            EXPECT_LT(static_cast<double>(held.size()) - gamma * static_cast<double>(n), 1 + 1e-9);
+          }
+        }
+    }
+  }
+}
+
+// Rows before the fixed place never leave while decoding; behind it first the prompt's end is consumed, then what was
+// generated, the oldest first. A second prompt's tokens are cut among themselves.
+TEST(Elastic, DeletesAtOnePlace) {
+  const TempSidecar sidecar(kShape);
+  const Text text = RandomText(kShape, 120, 44);
+  for (const std::string place : {"distance=6", "at=14", "distance=0", "at=1000", "distance=1000"}) {
+    SCOPED_TRACE(place);
+    SequenceCache cache(MakeConfig("elastic(0.4, " + place + ")+f32", kShape, sidecar));
+    Feed(cache, text, 0, 50, StepKind::kPrompt);
+    std::vector<int32_t> want = Resident(cache, 1, 0);
+    ASSERT_EQ(want.size(), 20u);
+    const size_t p = place == "distance=6" || place == "at=14" ? 14 : place == "distance=1000" ? 1 : 19;
+    for (size_t n = 51; n <= 90; ++n) {
+      Feed(cache, text, n - 1, 1, StepKind::kDecode);
+      want.push_back(static_cast<int32_t>(n) - 1);
+      if (static_cast<double>(want.size()) - 0.4 * static_cast<double>(n) >= 1) want.erase(want.begin() + static_cast<ptrdiff_t>(p));
+      ASSERT_EQ(Resident(cache, 1, 0), want) << n;
+    }
+    Feed(cache, text, 90, 20, StepKind::kPrompt);
+    const auto held = Resident(cache, 1, 0);
+    EXPECT_TRUE(std::equal(want.begin(), want.end(), held.begin()));
+    EXPECT_EQ(held.size(), 44u);
+    EXPECT_EQ(held.back(), 109);
+  }
+}
+
+// Anchors are the tokens with the most attention, summed over queries and the layer's heads; ties keep the lower position.
+TEST(Elastic, AnchorsAreTrueRanks) {
+  const CacheSpec spec = CacheSpec::Parse("elastic(0.5)");
+  const Method& method = *FindMethod("elastic");
+  const SidecarSource none;
+  const auto selector = method.make_selector(Arguments(method.parameters, spec.terms()[0]), {{}, 100, ComputeType::kF32, none});
+  std::vector<Position> at;
+  std::vector<float> weights, votes(10), second_votes(10);
+  HeadRows heads[2] = {Rows(at, weights, 10), {}};
+  heads[1] = heads[0];
+  const std::vector<float> a = {9, 1, 0, 3, 0, 5, 0, 1, 0, 1}, b = {1, 2, 0, 0, 0, 0, 4, 2, 0, 1};
+  heads[0].attention = a, heads[0].votes = votes, heads[0].budget = 5;
+  heads[1].attention = b, heads[1].votes = second_votes, heads[1].budget = 5;
+  const ProtectedSet protect;
+  LayerRows layer;
+  layer.kind = StepKind::kPrompt;
+  layer.group = 1;
+  layer.tokens_seen = layer.n_step = 10;
+  layer.protect = &protect;
+  layer.heads = heads;
+  std::vector<uint32_t> victims;
+  selector->Observe(layer, 0);
+  float sum = 0;
+  for (const float vote : votes) sum += vote;
+  EXPECT_FLOAT_EQ(sum, 30 / 2.0f);  // (20 + 10) over two query heads
+  selector->Choose(layer, 0, victims);
+  EXPECT_EQ(victims, (std::vector<uint32_t>{2, 3, 4, 7, 8}));  // 0 and 9 stay; 5, 6 lead; of 1, 3 and 7 the lowest
+  EXPECT_THROW(CacheSpec::Parse("elastic"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(0)"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(1.5)"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(0.5, at=3, distance=4)"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(0.5)+prefill(chunk=8)"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(0.5)+match"), Error);
+  EXPECT_THROW(CacheSpec::Parse("cascade(12, positions=true)+match"), Error);
+  EXPECT_THROW(CacheSpec::Parse("window(12, positions=cache)+match"), Error);
+}
+
+// With keys of zero the fit has an exact answer: the block's mean with the block's mass.
+TEST(Match, KeptRowsAnswerForTheBlock) {
+  const Text text = KeysOfZero(45);
+  for (const std::string exact : {"match(mu=0, lambda=0.000001)"})
+    for (const std::string spec : {"snapkv(14, window=4)+f32", "snapkv(14, window=4)+pyramid(2)+f32", "h2o(21)+f32"}) {
+      const auto life = PromptAnd(60, spec[0] == 'h' ? 1 : 30);
+      EXPECT_LT(ErrorToFull(spec + "+" + exact, life, text, 0), 1e-3) << spec;
+      EXPECT_GT(ErrorToFull(spec, life, text, 0), 0.02) << spec;
+    }
+  // A second prompt fits what was fitted again.
+  const std::vector<LifeStep> twice = {{60, StepKind::kPrompt}, {1, StepKind::kDecode}, {30, StepKind::kPrompt}, {1, StepKind::kDecode}};
+  EXPECT_LT(ErrorToFull("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)", twice, text, 0), 1e-3);
+  // Chunks: each is fitted when enough leaves.
+  EXPECT_LT(ErrorToFull("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)+prefill(chunk=30)", PromptAnd(60, 20), text, 0), 1e-3);
+  EXPECT_GT(ErrorToFull("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)+prefill(chunk=10)", PromptAnd(60, 20), text, 0), 0.01);
+}
+
+double LogMass(const FitBlock& b, size_t q, size_t n, const float* weights, std::vector<double>& p) {
+  p.resize(n);
+  double sum = 0;
+  for (size_t j = 0; j < n; ++j) {
+    double s = 0;
+    for (size_t c = 0; c < b.head_dim; ++c) s += double(b.queries[q * b.head_dim + c]) * double(b.keys[j * b.head_dim + c]);
+    sum += p[j] = weights[j] * std::exp(double(b.scale) * s);
+  }
+  return sum;
+}
+
+// On the queries it was fitted to a fit is never worse than none, in mass and in output, whatever rows and queries are.
+TEST(Match, AFitIsNeverWorseThanNoneOnItsQueries) {
+  const CacheSpec spec = CacheSpec::Parse("h2o(8)+match");
+  const Method& method = *FindMethod("match");
+  const SidecarSource none;
+  const auto made = method.make_residual(Arguments(method.parameters, *spec.Find("match")), {{}, 100, ComputeType::kF32, none});
+  Rng rng(46);
+  size_t better = 0;
+  for (int round = 0; round < 60; ++round) {
+    const size_t d = 1 + rng.Below(12), n = 2 + rng.Below(60), kept = 1 + rng.Below(n - 1), n_queries = 1 + rng.Below(70);
+    const float scale = round % 3 == 0 ? 4.0f : round % 3 == 1 ? 1.0f : 0.1f;
+    std::vector<float> keys(n * d), values(n * d), weights(n, 1), queries(n_queries * d);
+    for (float& x : keys) x = rng.Normal() * scale;
+    for (float& x : values) x = rng.Normal();
+    for (float& x : queries) x = rng.Normal();
+    if (round % 4 == 0)
+      for (float& w : weights) w = rng.UniformFloat(0.2f, 3.0f);
+    std::vector<FitBlock> blocks(1);
+    FitBlock& b = blocks[0];
+    b.n_rows = n, b.n_kept = kept, b.head_dim = d, b.scale = 1, b.n_queries = n_queries;
+    b.keys = keys.data(), b.values = values.data(), b.weights = weights.data(), b.queries = queries.data();
+    b.kept_weights.assign(weights.begin(), weights.begin() + static_cast<ptrdiff_t>(kept));
+    b.kept_values.assign(values.begin(), values.begin() + static_cast<ptrdiff_t>(kept * d));
+    made.residual->Fit(blocks);
+    double mass_error[2] = {}, out_error[2] = {};
+    for (size_t q = 0; q < n_queries; ++q) {
+      std::vector<double> all, some;
+      const double mass = LogMass(b, q, n, weights.data(), all);
+      for (const int fitted : {0, 1}) {
+        const float* w = fitted ? b.kept_weights.data() : weights.data();
+        const float* v = fitted ? b.kept_values.data() : values.data();
+        const double own = LogMass(b, q, kept, w, some);
+        mass_error[fitted] += std::pow(own / mass - 1, 2);
+        for (size_t c = 0; c < d; ++c) {
+          double difference = 0;
+          for (size_t j = 0; j < n; ++j) difference += all[j] / mass * double(values[j * d + c]);
+          for (size_t j = 0; j < kept; ++j) difference -= some[j] / own * double(v[j * d + c]);
+          out_error[fitted] += difference * difference;
+        }
+      }
+    }
+    EXPECT_LE(mass_error[1], mass_error[0] * (1 + 1e-4) + 1e-9) << round;
+    EXPECT_LE(out_error[1], out_error[0] * (1 + 1e-4) + 1e-9) << round;
+    better += b.fitted && out_error[1] < 0.9 * out_error[0];
+  }
+  EXPECT_GT(better, 40u);
+}
+
+}  // namespace
+}  // namespace lesskv
