@@ -160,7 +160,7 @@ def save(path: Path, state: dict) -> None:
   os.replace(tmp, path)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--config", choices=CONFIGS, default="small")
   p.add_argument("--data", type=Path, required=True)
@@ -180,102 +180,141 @@ def main() -> None:
   p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
   p.add_argument("--no-compile", action="store_true")
   p.add_argument("--seed", type=int, default=1)
-  args = p.parse_args()
+  return p.parse_args()
 
-  if args.threads:
-    torch.set_num_threads(args.threads)
-  torch.manual_seed(args.seed)
-  cfg = CONFIGS[args.config]
-  tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))
-  data = Data(args.data, tokenizer, cfg.context, args.seed)
-  valid = np.fromfile(args.data / "valid.bin", dtype=np.uint16)
-  held_out = eval_tasks(tokenizer, valid)
-  model = Model(cfg)
-  model.seed_induction()
-  model = model.to(args.device)
-  matrices = [q for q in model.blk.parameters() if q.dim() == 2]
-  rest = [q for q in model.parameters() if not any(q is m for m in matrices)]
-  muon = Muon(matrices, args.muon_lr)
-  adam = torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-  amp = lambda: torch.autocast(args.device, dtype=torch.bfloat16)
-  loss_fn = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
 
-  args.run.mkdir(parents=True, exist_ok=True)
-  at = {"step": 0, "tokens": 0, "recall_tokens": 0, "seconds": 0.0, "cursor": 0}
-  last = args.run / "last.pt"
-  if last.exists():
-    state = torch.load(last, map_location=args.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    muon.load_state_dict(state["muon"])
-    adam.load_state_dict(state["adam"])
-    at = state["at"]
-    print("resumed at", at, flush=True)
-  log = open(args.run / "log.jsonl", "a")
+class Training:
+  """One run: model, data and optimisers, and where it stands (`at`), which is what a checkpoint holds."""
 
-  def write(record: dict) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+  def __init__(self, args: argparse.Namespace):
+    self.args = args
+    torch.manual_seed(args.seed)
+    self.cfg = CONFIGS[args.config]
+    tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))
+    self.data = Data(args.data, tokenizer, self.cfg.context, args.seed)
+    self.valid = np.fromfile(args.data / "valid.bin", dtype=np.uint16)
+    self.held_out = eval_tasks(tokenizer, self.valid)
+    model = Model(self.cfg)
+    model.seed_induction()
+    self.model = model.to(args.device)
+    matrices = [q for q in self.model.blk.parameters() if q.dim() == 2]
+    self.rest = [q for q in self.model.parameters() if not any(q is m for m in matrices)]
+    self.muon = Muon(matrices, args.muon_lr)
+    self.adam = torch.optim.AdamW(self.rest, lr=args.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    self.amp = lambda: torch.autocast(args.device, dtype=torch.bfloat16)
+    self.loss_fn = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
+    self.at = {"step": 0, "tokens": 0, "recall_tokens": 0, "seconds": 0.0, "cursor": 0}
+    args.run.mkdir(parents=True, exist_ok=True)
+    self.last = args.run / "last.pt"
+    self.log = open(args.run / "log.jsonl", "a")
+    self.recent = []  # losses since the last line of the log
 
-  def progress() -> float:
-    return max(at["seconds"] / (60 * args.minutes), at["tokens"] / args.tokens if args.tokens else 0)
+  def resume(self) -> None:
+    if self.last.exists():
+      state = torch.load(self.last, map_location=self.args.device, weights_only=True)
+      self.model.load_state_dict(state["model"])
+      self.muon.load_state_dict(state["muon"])
+      self.adam.load_state_dict(state["adam"])
+      self.at = state["at"]
+      print("resumed at", self.at, flush=True)
+    if not self.at["step"]:
+      self.write({"config": self.args.config, "parameters": self.model.n_params(), "minutes": self.args.minutes, "seed": self.args.seed})
 
-  def snapshot() -> dict:
-    return save_state(model) | {"muon": muon.state_dict(), "adam": adam.state_dict(), "at": at, "seed": args.seed}
+  def write(self, record: dict) -> None:
+    self.log.write(json.dumps(record) + "\n")
+    self.log.flush()
 
-  if not at["step"]:
-    write({"config": args.config, "parameters": model.n_params(), "minutes": args.minutes, "seed": args.seed})
-  next_save, next_eval = at["seconds"] + 60 * args.save_minutes, at["seconds"] + 60 * args.eval_minutes
-  first_step, clock, recent = at["step"], time.time(), []
-  while (now := progress()) < 1 and not (args.max_steps and at["step"] - first_step >= args.max_steps):
-    _, window_share, step_share = stage(now)
-    window = int(cfg.context * window_share)
-    rows = max(1, args.micro_tokens // window)
-    micro = max(1, round(args.step_tokens * step_share / (rows * window)))
-    share = min(0.9, args.recall * recall_share(now))
-    # One in three micro-batches keeps recall documents short, so that what was learnt early is not lost.
+  def progress(self) -> float:
+    by_tokens = self.at["tokens"] / self.args.tokens if self.args.tokens else 0
+    return max(self.at["seconds"] / (60 * self.args.minutes), by_tokens)
+
+  def save(self) -> None:
+    save(self.last, save_state(self.model) | {"muon": self.muon.state_dict(), "adam": self.adam.state_dict(), "at": self.at,
+                                              "seed": self.args.seed})
+
+  def window(self, p: float) -> int:
+    return int(self.cfg.context * stage(p)[1])
+
+  def where(self, window: int) -> dict:
+    return {"step": self.at["step"], "tokens": self.at["tokens"], "seconds": round(self.at["seconds"], 1), "window": window}
+
+  def evaluate(self, window: int) -> None:
+    self.write({"eval": True, **self.where(window),
+                **quick_eval(self.model, self.valid, self.held_out, window, self.args.device, self.amp)})
+
+  def batches(self, p: float, window: int, share: float) -> list:
+    """A step's micro-batches: (ids, weights) each."""
+    rows = max(1, self.args.micro_tokens // window)
+    micro = max(1, round(self.args.step_tokens * stage(p)[2] / (rows * window)))
     batches = []
     for m in range(micro):
-      span = window if (at["step"] + m) % 3 else min(window, 256)
-      ids, w, at["cursor"] = data.batch(at["step"] * 64 + m, at["cursor"], rows, window, share, span, task_mix(now))
-      batches.append((ids.to(args.device), w.to(args.device)))
+      # One in three micro-batches keeps recall documents short, so that what was learnt early is not lost.
+      span = window if (self.at["step"] + m) % 3 else min(window, 256)
+      ids, w, self.at["cursor"] = self.data.batch(self.at["step"] * 64 + m, self.at["cursor"], rows, window, share, span, task_mix(p))
+      batches.append((ids.to(self.args.device), w.to(self.args.device)))
+    return batches
+
+  def backward(self, batches: list) -> None:
     weight = float(sum(w.sum() for _, w in batches))
-    total = torch.zeros((), device=args.device)
+    total = torch.zeros((), device=self.args.device)
     for ids, w in batches:
-      with amp():
-        loss = loss_fn(model, ids, w) / weight
+      with self.amp():
+        loss = self.loss_fn(self.model, ids, w) / weight
       loss.backward()
       total += loss.detach()  # read when logged: a GPU works while the next batch is drawn
-    torch.nn.utils.clip_grad_norm_(rest, 1.0)
-    factor = lr_factor(now)
-    for group in adam.param_groups:
-      group["lr"] = args.adam_lr * factor
-    muon.step(factor)
-    adam.step()
-    model.zero_grad(set_to_none=True)
-    recent.append(total)
-    at["step"] += 1
-    at["tokens"] += micro * rows * window
-    at["recall_tokens"] += int(share * micro * rows * window)
-    at["seconds"] += time.time() - clock
-    clock = time.time()
-    if at["step"] % args.log_steps == 0:
-      write({"step": at["step"], "tokens": at["tokens"], "seconds": round(at["seconds"], 1), "window": window,
-             "lr": round(factor, 4), "recall_share": round(share, 3), "loss": round(torch.stack(recent).mean().item(), 4)})
-      recent = []
-    if at["seconds"] >= next_save:
-      save(last, snapshot())
-      next_save = at["seconds"] + 60 * args.save_minutes
-    if at["seconds"] >= next_eval:
-      write({"eval": True, "step": at["step"], "tokens": at["tokens"], "seconds": round(at["seconds"], 1), "window": window,
-             **quick_eval(model, valid, held_out, window, args.device, amp)})
-      next_eval = at["seconds"] + 60 * args.eval_minutes
-  window = int(cfg.context * stage(min(progress(), 1.0))[1])
-  write({"eval": True, "step": at["step"], "tokens": at["tokens"], "seconds": round(at["seconds"], 1), "window": window,
-         **quick_eval(model, valid, held_out, window, args.device, amp)})
-  save(last, snapshot())
-  if progress() >= 1:
-    save(args.run / "final.pt", save_state(model))
-  print("ended at", at, flush=True)
+    self.recent.append(total)
+
+  def update(self, p: float) -> None:
+    torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
+    for group in self.adam.param_groups:
+      group["lr"] = self.args.adam_lr * lr_factor(p)
+    self.muon.step(lr_factor(p))
+    self.adam.step()
+    self.model.zero_grad(set_to_none=True)
+
+  def step(self, p: float) -> None:
+    window, share = self.window(p), min(0.9, self.args.recall * recall_share(p))
+    batches = self.batches(p, window, share)
+    self.backward(batches)
+    self.update(p)
+    tokens = sum(w.numel() for _, w in batches)
+    self.at["step"] += 1
+    self.at["tokens"] += tokens
+    self.at["recall_tokens"] += int(share * tokens)
+    self.at["seconds"] += time.time() - self.clock  # with what checkpoints and evaluations took since the last step
+    self.clock = time.time()
+    if self.at["step"] % self.args.log_steps == 0:
+      self.write({**self.where(window), "lr": round(lr_factor(p), 4), "recall_share": round(share, 3),
+                  "loss": round(torch.stack(self.recent).mean().item(), 4)})
+      self.recent = []
+
+  def run(self) -> None:
+    next_save = self.at["seconds"] + 60 * self.args.save_minutes
+    next_eval = self.at["seconds"] + 60 * self.args.eval_minutes
+    first_step = self.at["step"]
+    self.clock = time.time()
+    while (p := self.progress()) < 1 and not (self.args.max_steps and self.at["step"] - first_step >= self.args.max_steps):
+      self.step(p)
+      if self.at["seconds"] >= next_save:
+        self.save()
+        next_save = self.at["seconds"] + 60 * self.args.save_minutes
+      if self.at["seconds"] >= next_eval:
+        self.evaluate(self.window(p))
+        next_eval = self.at["seconds"] + 60 * self.args.eval_minutes
+    self.evaluate(self.window(min(self.progress(), 1.0)))
+    self.save()
+    if self.progress() >= 1:
+      save(self.args.run / "final.pt", save_state(self.model))
+    print("ended at", self.at, flush=True)
+
+
+def main() -> None:
+  args = parse_arguments()
+  if args.threads:
+    torch.set_num_threads(args.threads)
+  training = Training(args)
+  training.resume()
+  training.run()
 
 
 if __name__ == "__main__":
