@@ -115,7 +115,7 @@ TEST(Contract, NothingReturnsAndBudgetsHold) {
         }
         // A budgeter's shares depend on the prompt's length; the sum over layers does not.
         if (evicts && spec.find("pyramid") == std::string::npos) {
-          ASSERT_EQ(now[i].size(), std::min(budgets[i], seen));
+          ASSERT_EQ(now[i].size(), config->global().RowsThatStay(seen, budgets[i]));
         } else if (Evicts(spec) && !evicts) {
           ASSERT_EQ(now[i].size(), before[i].size() + step.n);
         }
@@ -160,14 +160,15 @@ TEST(Contract, NothingEvictedEqualsFull) {
     const Text text = RandomText(shape, 120, 5);
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
-      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)"}) {
+      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)",
+                               "+kivi(2, group=16, window=32)", "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)"}) {
+        if (std::string(rest).find("kivi") != std::string::npos && shape.head_dim % 16 != 0) continue;
         const std::string spec = std::string(select->name) + "(200)" + rest;
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
-        for (const char* kept : {"f32", "f16", "bf16", "prefill"})
-          if (parsed.Find(kept) != nullptr)
-            full += std::string("+") + (std::string(kept) == "prefill" ? "prefill(chunk=7)" : kept);
+        for (const char* kept : {"f32", "f16", "bf16", "kivi", "prefill"})
+          if (const SpecTerm* term = parsed.Find(kept)) full += "+" + ToString(*term);
         SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
         ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));
       }
@@ -236,7 +237,7 @@ TEST(Contract, ProtectedTokensStay) {
       // Refused where it does not fit: some layer has no three rows beside its window.
       EXPECT_NE(std::string(error.what()).find("protected"), std::string::npos) << error.what();
       EXPECT_TRUE(spec.find("pyramid") != std::string::npos || spec == "h2o(heavy=0, recent=11)+f32" ||
-                  spec == "tova(1)+f32")
+                  spec == "tova(1)+f32" || spec.find("kivi") != std::string::npos)
           << error.what();
       return;
     }
