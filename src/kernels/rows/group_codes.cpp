@@ -80,21 +80,37 @@ HWY_INLINE V LoadHalf(const uint16_t* p) {
   return hn::PromoteTo(D(), hn::LoadU(DHalf(), reinterpret_cast<const hwy::float16_t*>(p)));
 }
 
-// sums + low halves' products + high halves' products, lane by lane.
-HWY_INLINE VI AddPairs(VU codes, VI pairs, VI sums) {
-  const DI di;
+// Sums of 32-bit integers. On x86 a type of the compiler's own, because GCC 12 copies sums of Highway's from one register
+// to another around each addition in a loop.
 #if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
+using Sums = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+HWY_INLINE Sums NoSums() { return Sums{}; }
+HWY_INLINE VI Total(Sums sums) { return VI{__builtin_bit_cast(decltype(VI::raw), sums)}; }
+
+// sums + low halves' products + high halves' products, lane by lane.
+HWY_INLINE void AddPairs(VU codes, VI pairs, Sums& sums) {
   const hn::Repartition<int16_t, D> d16;
-  VI unused = sums;
-  return hn::ReorderWidenMulAccumulate(di, hn::BitCast(d16, codes), hn::BitCast(d16, pairs), sums, unused);
+  VI unused = hn::Zero(DI());
+  const VI both = hn::ReorderWidenMulAccumulate(DI(), hn::BitCast(d16, codes), hn::BitCast(d16, pairs), hn::Zero(DI()),
+                                                unused);
+  sums += __builtin_bit_cast(Sums, both.raw);
+}
 #else
+using Sums = VI;
+
+HWY_INLINE Sums NoSums() { return hn::Zero(DI()); }
+HWY_INLINE VI Total(Sums sums) { return sums; }
+
+HWY_INLINE void AddPairs(VU codes, VI pairs, Sums& sums) {
   const DU du;
+  const DI di;
   const VI low = hn::BitCast(di, hn::And(codes, hn::Set(du, 0xffffu)));
   const VI high = hn::BitCast(di, hn::ShiftRight<16>(codes));
   sums = hn::Add(sums, hn::Mul(low, hn::ShiftRight<16>(hn::ShiftLeft<16>(pairs))));
-  return hn::Add(sums, hn::Mul(high, hn::ShiftRight<16>(pairs)));
-#endif
+  sums = hn::Add(sums, hn::Mul(high, hn::ShiftRight<16>(pairs)));
 }
+#endif
 
 // sums[m * 16 + i] = products of MB lists of pairs with the codes of column i of 16: n_units times n_words words, the
 // words of a column `columns` apart, units unit_words; the lists are pair_stride numbers apart.
@@ -105,9 +121,9 @@ HWY_NOINLINE void SumPairs(const uint32_t* words, size_t columns, size_t n_words
   const DI di;
   constexpr size_t kPairs = 16 / kBits;
   const VU mask = hn::Set(du, ((1u << kBits) - 1) * 0x10001u);
-  VI sum[MB][kVectors];
+  Sums sum[MB][kVectors];
   for (int m = 0; m < MB; ++m)
-    for (size_t v = 0; v < kVectors; ++v) sum[m][v] = hn::Zero(di);
+    for (size_t v = 0; v < kVectors; ++v) sum[m][v] = NoSums();
   for (size_t u = 0; u < n_units; ++u, words += unit_words) {
     for (size_t w = 0; w < n_words; ++w) {
       VU word[kVectors];
@@ -124,13 +140,13 @@ HWY_NOINLINE void SumPairs(const uint32_t* words, size_t columns, size_t n_words
           int32_t both;
           hwy::CopyBytes<4>(pairs + static_cast<size_t>(m) * pair_stride, &both);
           const VI pair = hn::Set(di, both);
-          for (size_t v = 0; v < kVectors; ++v) sum[m][v] = AddPairs(code[v], pair, sum[m][v]);
+          for (size_t v = 0; v < kVectors; ++v) AddPairs(code[v], pair, sum[m][v]);
         }
       }
     }
   }
   for (int m = 0; m < MB; ++m)
-    for (size_t v = 0; v < kVectors; ++v) hn::StoreU(sum[m][v], di, sums + static_cast<size_t>(m) * 16 + v * kLanes);
+    for (size_t v = 0; v < kVectors; ++v) hn::StoreU(Total(sum[m][v]), di, sums + static_cast<size_t>(m) * 16 + v * kLanes);
 }
 
 // Rounds n floats (whole vectors) to 16 bits relative to the largest; returns what a code is worth.
