@@ -3,7 +3,7 @@
 // come and go the specs take turns and the ratio to the first spec is the number to look at.
 //
 //   bench_cache [--kv SPEC]... [--seen 1024,32768] [--layers 4] [--kv-heads 8] [--group 4] [--dim 64] [--ctx 81920]
-//               [--hidden 512] [--rank 8] [--threads 2] [--repeat 41]
+//               [--hidden 512] [--rank 8] [--threads 2] [--repeat 41] [--random-rows]
 //
 // The default specs answer two questions at a context of 81,920 tokens, 5 % of which are 4,096 rows: what h2o's score
 // bookkeeping costs beside a window of as many rows, and what LESS adds (random feature maps, written to a temporary
@@ -31,6 +31,7 @@ struct Options {
   size_t hidden = 512, rank = 8;
   int threads = 0;
   size_t repeat = 41;
+  bool random_rows = false;
 };
 
 double Seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -63,7 +64,12 @@ void Run(const Options& options) {
               shape.layers[0].n_heads, options.kv_heads, options.dim, shape.ctx, Threads(), IsaName().c_str());
   std::printf("%-36s %10s %10s %14s %14s %10s\n", "cache", "seen", "rows", "us a step", "us a layer", "ratio");
   for (size_t seen : options.seen) {
+    if (options.random_rows) {  // only a new cache can be filled
+      caches = bench::MakeCaches(options.specs, shape, options.rank, options.hidden);
+      for (size_t i = 0; i < caches.size(); ++i) subjects[i].cache = std::move(caches[i]);
+    }
     for (Subject& subject : subjects) {
+      if (options.random_rows) subject.cache->FillRandom(seen, 1);
       while (subject.cache->tokens_seen() < seen)
         feeder.Step(*subject.cache, std::min(kChunk, seen - subject.cache->tokens_seen()), StepKind::kStream);
       subject.times.clear();
@@ -103,6 +109,7 @@ int main(int argc, char** argv) {
   app.add_option("--rank", options.rank);
   app.add_option("--threads", options.threads);
   app.add_option("--repeat", options.repeat);
+  app.add_flag("--random-rows", options.random_rows, "Put the tokens there without attending them");
   CLI11_PARSE(app, argc, argv);
   if (options.specs.empty()) options.specs = {"window(5%)", "h2o(5%)", "tova(5%)", "h2o(5%)+less"};
   try {

@@ -140,13 +140,25 @@ std::shared_ptr<const CacheConfig> MakeConfig(const std::string& spec, const Tin
 
 namespace {
 
-// The example with a chunk that is small beside the texts of these tests.
+// The example with a chunk, and groups, that are small beside the texts of these tests.
 std::string Example(const Method& method) {
+  if (method.name == "kivi") return "kivi(2, group=16, window=16)";
   return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
 }
 
+// A pair as a spec; where rows leave in groups, with budgets that hold some.
+std::string WithRoom(const std::string& spec) {
+  if (spec.find("kivi") == std::string::npos) return spec;
+  std::string text = spec;
+  for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "snapkv(10%)"})
+    if (const size_t at = text.find(few); at != std::string::npos)
+      text.replace(at, std::string(few).size(), std::string(few).substr(0, std::string(few).find('(')) + "(66)");
+  return text;
+}
+
 bool TakesHeadSize(const std::string& spec, size_t head_dim) {
-  const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos;
+  const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos ||
+                      spec.find("kivi") != std::string::npos;
   return !blocks || head_dim % 32 == 0;
 }
 
@@ -155,7 +167,7 @@ bool TakesHeadSize(const std::string& spec, size_t head_dim) {
 std::vector<std::string> LegalSpecs(const TinyShape& shape) {
   std::vector<std::string> specs;
   const auto add = [&](const std::string& text) {
-    if (TakesHeadSize(text, shape.head_dim)) specs.push_back(CacheSpec::Parse(text).ToString());
+    if (TakesHeadSize(text, shape.head_dim)) specs.push_back(CacheSpec::Parse(WithRoom(text)).ToString());
   };
   const Method& h2o = *FindMethod("h2o");
   for (size_t i = 0; i < Methods().size(); ++i) {
@@ -177,6 +189,10 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "snapkv(14, window=4, pool=avg)+f32+prefill(chunk=6)", "full+f32+prefill(chunk=16)",
         "h2o(12)+mix(k=f16, v=f32)+less", "h2o(16)+mix(k=q8, v=q4)+less",
         "full+q4(rotate=true)", "h2o(16)+mix(k=q8, v=q4, rotate=true)+less", "snapkv(14, window=4)+q8(rotate=true)",
+        "h2o(66)+pyramid+f32", "full+kivi(4, group=16, window=16)",
+        "full+kivi(k=4, v=2, group=32, window=64)+prefill(chunk=11)",
+        "h2o(41)+kivi(2, group=16, window=16)+less+prefill(chunk=5)", "h2o(70)+kivi(4, group=16)+less",
+        "window(49, sinks=2, positions=cache)+kivi(4, group=16)", "snapkv(40, window=4)+kivi(2, group=16, window=16)",
         "tova(16)+q8(rotate=true)+prefill(chunk=9)", "window(12, sinks=2, positions=cache)+q8(rotate=true)",
         "cascade(14, levels=3, sinks=2)+f32", "cascade(14, levels=3, sinks=2)+pyramid(3)+f32+prefill(chunk=9)",
         "cascade(14, levels=3, sinks=2, positions=true)+less+f32+prefill(chunk=7)", "cascade(12, levels=1)+f32",

@@ -117,7 +117,7 @@ TEST(Contract, NothingReturnsAndBudgetsHold) {
         }
         // A budgeter's shares depend on the prompt's length; the sum over layers does not.
         if (evicts && spec.find("pyramid") == std::string::npos) {
-          ASSERT_EQ(now[i].size(), std::min(budgets[i], seen));
+          ASSERT_EQ(now[i].size(), config->global().RowsThatStay(seen, budgets[i]));
         } else if (Evicts(spec) && !evicts) {
           ASSERT_EQ(now[i].size(), before[i].size() + step.n);
         }
@@ -163,10 +163,13 @@ TEST(Contract, NothingEvictedEqualsFull) {
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
       for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f32+prefill(chunk=7)", "+f32+merge",
-                               "+f32+match"}) {
+                               "+f32+match", "+kivi(2, group=16, window=32)",
+                               "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)"}) {
         const std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
         const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
         const MethodTraits traits = TraitsOf(ParseTerm(std::string(select->name) + rows));
+        if (has("kivi") && shape.head_dim % 16 != 0) continue;
+        if (has("kivi") && traits.needs_rewrites) continue;
         if ((has("prefill") && !traits.acts_in_stream) || (has("match") && traits.takes_no_fit) ||
             (has("pyramid") && traits.same_rows))
           continue;
@@ -174,9 +177,8 @@ TEST(Contract, NothingEvictedEqualsFull) {
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
-        for (const char* kept : {"f32", "f16", "bf16", "prefill"})
-          if (parsed.Find(kept) != nullptr)
-            full += std::string("+") + (std::string(kept) == "prefill" ? "prefill(chunk=7)" : kept);
+        for (const char* kept : {"f32", "f16", "bf16", "kivi", "prefill"})
+          if (const SpecTerm* term = parsed.Find(kept)) full += "+" + ToString(*term);
         SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
         ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));
       }
@@ -252,7 +254,7 @@ TEST(Contract, ProtectedTokensStay) {
       // Refused where it does not fit: some layer has no three rows beside its window.
       EXPECT_NE(std::string(error.what()).find("protected"), std::string::npos) << error.what();
       EXPECT_TRUE(spec.find("pyramid") != std::string::npos || spec == "h2o(heavy=0, recent=11)+f32" ||
-                  spec == "tova(1)+f32")
+                  spec == "tova(1)+f32" || spec.find("kivi") != std::string::npos)
           << error.what();
       return;
     }

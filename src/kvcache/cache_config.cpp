@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "base/checked.h"
 #include "kvcache/select/window.h"
 
 namespace lesskv {
@@ -49,7 +50,38 @@ std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {
            "{} protected tokens do not fit '{}': layer {} keeps {} rows, {} of them always its own window",
            protect.size(), name, model_layers[heads.LayerOf(i)], budgets[i], own);
   }
+  for (size_t i = 0; i < budgets.size() && codec->traits().group_rows > 1; ++i) CheckGroups(i, budgets[i]);
   return budgets;
+}
+
+size_t LayerPolicy::RowsThatStay(size_t n, size_t budget) const {
+  const size_t group = codec->traits().group_rows;
+  return n > budget ? n - CeilDiv(n - budget, group) * group : n;
+}
+
+// Beside the codec's window and the groups of tokens that must stay there is always a group that may leave.
+void LayerPolicy::CheckGroups(size_t head, size_t budget) const {
+  const CodecTraits traits = codec->traits();
+  const size_t group = traits.group_rows, exact = std::min(traits.window_rows, budget / 2 / group * group) / group;
+  if (traits.window_rows > 0 && exact == 0)
+    Fail(ErrorCode::kInvalidArgument,
+         "'{}': layer {} keeps {} rows a head, but its codec needs two groups of {}, one for its exact window", name,
+         model_layers[heads.LayerOf(head)], budget, group);
+  std::vector<ProtectedSpan> spans(protect.spans().begin(), protect.spans().end());
+  if (selector->Sinks() > 0) spans.insert(spans.begin(), {0, static_cast<int32_t>(selector->Sinks())});
+  size_t held = 0;
+  int64_t next = 0;  // the first group that is not counted yet
+  for (const ProtectedSpan& span : spans) {
+    const int64_t first = std::max<int64_t>(next, span.begin / static_cast<int64_t>(group));
+    const int64_t last = (span.end - 1) / static_cast<int64_t>(group);
+    if (last < first) continue;
+    held += static_cast<size_t>(last - first + 1);
+    next = last + 1;
+  }
+  if (held > 0 && exact + held + 1 > budget / group)
+    Fail(ErrorCode::kInvalidArgument,
+         "protected tokens in {} groups of {} do not fit '{}': layer {} keeps {} rows, of which {} are always exact",
+         held, group, name, model_layers[heads.LayerOf(head)], budget, exact * group);
 }
 
 std::shared_ptr<const CacheConfig> CacheConfig::Create(const CacheSpec& spec, const CacheShape& shape,

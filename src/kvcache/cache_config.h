@@ -48,10 +48,15 @@ struct LayerPolicy {
     return std::max(selector->weights(), residual == nullptr ? Weights::kNone : residual->weights());
   }
   StoreShape store_shape() const { return {layers, compute, unrotated_keys(), !selector->Bounded()}; }
+  // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such.
+  size_t RowsThatStay(size_t n, size_t budget) const;
   BudgetRequest Request(size_t rows, size_t n_tokens) const;
   // Rows that may stay after a step whose growth law says `rows`, [heads], for a prompt (or, while text streams in, a
-  // context) of n_tokens. Throws Error when the protected tokens do not fit.
+  // context) of n_tokens. Throws Error when the protected tokens do not fit, or the codec's groups.
   std::vector<size_t> Budgets(size_t rows, size_t n_tokens) const;
+
+ private:
+  void CheckGroups(size_t head, size_t budget) const;
 };
 
 // Where a model's layer is governed.

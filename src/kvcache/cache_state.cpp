@@ -55,6 +55,20 @@ void CheckSets(const PolicyCache& part) {
   }
 }
 
+// Where rows leave in groups, those of a group are neighbours in the text.
+void CheckGroups(const PolicyCache& part) {
+  const size_t group = part.policy.codec->traits().group_rows;
+  for (size_t i = 0; i < part.ledgers.size() && group > 1; ++i) {
+    const std::span<const Position> held = part.ledgers[i].Positions();
+    for (size_t r = 0; r < held.size(); ++r) {
+      const size_t in_group = r % group, position = static_cast<size_t>(ToInt(held[r]));
+      const bool next = in_group > 0 ? position == static_cast<size_t>(ToInt(held[r - 1])) + 1
+                                     : position % group == 0 && (r == 0 || held[r - 1] < held[r]);
+      if (!next) Fail(ErrorCode::kBadFile, "saved cache: a head's tokens are not whole groups of {}", group);
+    }
+  }
+}
+
 void LoadBudgets(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   const size_t n_heads = part.policy.heads.size();
   const size_t n_budgets = in.Count(n_heads, "the number of budgets");
@@ -63,7 +77,9 @@ void LoadBudgets(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   if (n_budgets != n_heads ? n_budgets != 0 || must_have : !may_have && n_heads > 0)
     Fail(ErrorCode::kBadFile, "saved cache: {} budgets do not fit this model and spec", n_budgets);
   for (size_t i = 0; i < n_budgets; ++i) part.budgets.push_back(in.Count(part.policy.ctx * n_heads, "a budget"));
-  if (n_budgets > 0) CheckBudgets(part, tokens_seen);
+  if (n_budgets == 0) return;
+  CheckBudgets(part, tokens_seen);
+  part.TakeRestoredBudgets(tokens_seen);
 }
 
 void LoadStates(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
@@ -88,8 +104,9 @@ void LoadPart(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   for (size_t layer = 0; layer < heads.n_layers(); ++layer)
     for (size_t h = 0; h < heads.n_heads(layer); ++h)
       part.Ledger(layer, h).Load(in, part.counter, part.tracks() ? part.store->n_rows(layer, h) : 0,
-                                 fixed ? part.budgets[heads(layer, h)] : 0, part.tracks() ? part.columns() : LedgerColumns{}, tokens_seen);
-  if (part.tracks()) CheckSets(part);
+                                 fixed ? part.budgets[heads(layer, h)] : 0, part.tracks() ? part.columns() : LedgerColumns{},
+                                 tokens_seen);
+  if (part.tracks()) CheckSets(part), CheckGroups(part);
   LoadStates(part, in, tokens_seen);
   const uint64_t left = std::accumulate(part.departed.begin(), part.departed.end(), uint64_t{0});
   if (part.Rows() + left != tokens_seen * heads.size())

@@ -83,31 +83,40 @@ void ShareVictims(const PolicyCache& cache, LayerStep& work) {
   }
 }
 
-// One KV head as its groups: what a selector sees that must choose whole ones. A group stands at its newest position, or
-// at that of a row in it which must stay; its vote is the sum of its rows'.
+// One KV head as its groups: what a selector sees that must choose whole ones. A group stands at its newest position; its
+// vote is the sum of its rows'. Groups with a row that must stay are left out, and so are those that reach into the
+// selector's own window: it counts groups here and could not tell. Where that leaves too few, because groups are coarse,
+// the oldest ones of the window may leave.
 struct GroupedHead {
+  std::vector<uint32_t> numbers;
   std::vector<Position> positions;
   std::vector<float> votes;
   HeadRows head;
 
   GroupedHead(const PolicyCache& cache, const HeadRows& rows, size_t n_grouped, size_t group) {
-    const ProtectedSet& protect = cache.policy.protect;
-    const auto stays = [&](Position p) {
-      return protect.Contains(p) || ToInt(p) < static_cast<int32_t>(cache.policy.selector->Sinks());
+    const Selector& selector = *cache.policy.selector;
+    const auto newest = [&](uint32_t g) {
+      return *std::max_element(&rows.positions[g * group], &rows.positions[(g + 1) * group - 1] + 1);
     };
-    for (size_t first = 0; first < n_grouped; first += group) {
-      Position at = rows.positions[first];
-      float sum = 0;
-      for (size_t r = first; r < first + group; ++r) {
-        const Position p = rows.positions[r];
-        if (stays(p) || (!stays(at) && ToInt(p) > ToInt(at))) at = p;
-        if (!rows.votes.empty()) sum += rows.votes[r];
-      }
-      positions.push_back(at);
-      if (!rows.votes.empty()) votes.push_back(sum);
+    const auto stays = [&](Position p) {
+      return cache.policy.protect.Contains(p) || ToInt(p) < static_cast<int32_t>(selector.Sinks());
+    };
+    for (uint32_t g = 0; g < n_grouped / group; ++g)
+      if (std::none_of(&rows.positions[g * group], &rows.positions[(g + 1) * group - 1] + 1, stays)) numbers.push_back(g);
+    std::sort(numbers.begin(), numbers.end(), [&](uint32_t a, uint32_t b) { return newest(a) < newest(b); });
+    const size_t recent = selector.Window(rows.budget) - std::min(selector.Sinks(), selector.Window(rows.budget));
+    const auto window_from = static_cast<int32_t>(cache.step.seen + cache.step.n) - static_cast<int32_t>(recent);
+    const auto old = std::partition_point(numbers.begin(), numbers.end(),
+                                          [&](uint32_t g) { return ToInt(newest(g)) < window_from; });
+    const size_t leaving = std::min(CeilDiv(rows.n_leaving(), group), numbers.size());
+    numbers.resize(std::max(leaving, static_cast<size_t>(old - numbers.begin())));
+    std::sort(numbers.begin(), numbers.end());
+    for (const uint32_t g : numbers) {
+      positions.push_back(newest(g));
+      if (!rows.votes.empty())
+        votes.push_back(std::accumulate(&rows.votes[g * group], &rows.votes[(g + 1) * group - 1] + 1, 0.0f));
     }
-    const size_t leaving = std::min(CeilDiv(rows.n_leaving(), group), positions.size());
-    head.budget = positions.size() - leaving;
+    head.budget = numbers.size() - leaving;
     head.positions = positions;
     head.votes = votes;
   }
@@ -120,13 +129,18 @@ void ChooseHead(const PolicyCache& cache, size_t layer, LayerStep& work, size_t 
   const size_t group = cache.policy.codec->traits().group_rows;
   if (group == 1) return selector.Choose(work.rows, h, work.victims[h]);
   const GroupedHead grouped(cache, work.heads[h], cache.store->GroupedRows(layer, h), group);
-  std::vector<HeadRows> heads(work.heads.size(), grouped.head);
-  LayerRows rows = work.rows;
-  rows.heads = heads;
-  std::vector<uint32_t> groups;
-  if (grouped.head.n_leaving() > 0) selector.Choose(rows, h, groups);
+  std::vector<uint32_t> groups(grouped.numbers.size());
+  std::iota(groups.begin(), groups.end(), 0u);
+  if (grouped.head.budget > 0 && grouped.head.n_leaving() > 0) {
+    std::vector<HeadRows> heads(work.heads.size(), grouped.head);
+    LayerRows rows = work.rows;
+    rows.heads = heads;
+    groups.clear();
+    selector.Choose(rows, h, groups);
+  }
   for (const uint32_t g : groups)
-    for (size_t r = 0; r < group; ++r) work.victims[h].push_back(static_cast<uint32_t>(g * group + r));
+    for (size_t r = 0; r < group; ++r)
+      work.victims[h].push_back(static_cast<uint32_t>(grouped.numbers[g] * group + r));
 }
 
 std::vector<size_t> LayerBudgets(const PolicyCache& cache, size_t layer) {

@@ -25,6 +25,7 @@ struct SequenceCache::RandomFill {
     kind = chunk == 0 ? StepKind::kPrompt : StepKind::kStream;
     if (chunk > 0) last_chunk = (n - 1) % chunk + 1;
     step_rows = chunk == 0 ? kFillRows : std::min(chunk, kFillRows);
+    group = policy.codec->traits().group_rows;
     evicts = policy.selector->EvictsIn(kind);
     for (const LayerShape& layer : policy.layers) widest = std::max(widest, layer.kv_dim());
     for (std::vector<float>* pool : {&keys, &values}) {
@@ -36,7 +37,7 @@ struct SequenceCache::RandomFill {
 
   StepInfo Info(size_t n, size_t seen) const { return {n, seen, kind}; }
   size_t Budget(size_t head) const { return budgets[head]; }
-  size_t Staying(size_t head) const { return evicts ? std::min(n_tokens, Budget(head)) : n_tokens; }
+  size_t Staying(size_t head) const { return evicts ? policy.RowsThatStay(n_tokens, Budget(head)) : n_tokens; }
 
   // Positions that stay, ascending, a head; the same for all heads of a layer where the selector keeps one set.
   void ChooseTokens() {
@@ -52,7 +53,36 @@ struct SequenceCache::RandomFill {
     }
   }
 
+  // Whole groups where the codec has such: those with tokens that must stay, the newest ones, and any others.
+  std::vector<Position> ChooseGroups(size_t head) {
+    const Selector& selector = *policy.selector;
+    const size_t n_groups = n_tokens / group, leave = (n_tokens - Staying(head)) / group;
+    const size_t window = std::min(policy.codec->traits().window_rows, Budget(head) / 2);
+    const auto stays = [&](size_t p) {
+      return p < selector.Sinks() || p + window >= n_tokens || policy.protect.Contains(Position(static_cast<int32_t>(p)));
+    };
+    std::vector<size_t> others;
+    for (size_t g = 0; g < n_groups; ++g) {
+      bool may_leave = true;
+      for (size_t p = g * group; p < (g + 1) * group; ++p) may_leave = may_leave && !stays(p);
+      if (may_leave) others.push_back(g);
+    }
+    CHECK(leave <= others.size(), "{} groups must leave, {} may", leave, others.size());
+    const bool by_position = !selector.Observes(StepKind::kDecode).wanted() && !selector.Observes(kind).wanted();
+    std::vector<char> leaves(n_groups + 1);
+    for (size_t i = 0, left = leave; i < others.size() && left > 0; ++i) {
+      if (!by_position && rng.Below(others.size() - i) >= left) continue;
+      leaves[others[i]] = 1;
+      --left;
+    }
+    std::vector<Position> chosen;
+    for (size_t p = 0; p < n_tokens; ++p)
+      if (!leaves[p / group]) chosen.push_back(Position(static_cast<int32_t>(p)));
+    return chosen;
+  }
+
   std::vector<Position> ChooseTokens(size_t head) {
+    if (group > 1) return ChooseGroups(head);
     const Selector& selector = *policy.selector;
     const size_t rows = Staying(head), sinks = selector.Sinks();
     const size_t recent = selector.Window(Budget(head)) - std::min(sinks, rows);
@@ -92,7 +122,13 @@ struct SequenceCache::RandomFill {
     part.store->EndStep();
   }
 
-  // The step's first rows stay as long as the head has room.
+  // Rows of a head after a step that brings it to so many: in whole groups fewer than stay in the end.
+  size_t StayingAfter(size_t head, size_t all) const {
+    const size_t most = tokens[head].size();
+    return all <= most ? all : most - ((most + group - all % group) % group);
+  }
+
+  // The step's first rows stay as long as the head has room; of groups the last ones that may leave do.
   void CloseHead(size_t layer, size_t h, size_t done, size_t n) {
     HeadLedger& ledger = part.Ledger(layer, h);
     if (!evicts) {
@@ -101,13 +137,14 @@ struct SequenceCache::RandomFill {
       return;
     }
     const std::vector<Position>& staying = tokens[policy.heads(layer, h)];
-    const size_t held = ledger.n_rows, stay = std::min(n, staying.size() - held);
+    const size_t held = ledger.n_rows, all = held + n, stay = StayingAfter(policy.heads(layer, h), done + n);
+    const size_t end = group > 1 ? part.store->GroupedRows(layer, h) : all;
     std::vector<Departure> leave;
-    for (size_t i = stay; i < n; ++i) leave.push_back({static_cast<uint32_t>(held + i), Fate::kDrop});
+    for (size_t i = end - (all - stay); i < end; ++i) leave.push_back({static_cast<uint32_t>(i), Fate::kDrop});
     LedgerSpill spill;
     const LedgerRows rows = ledger.Gather(0, n, part.columns(), !part.decides_budgets, spill);
-    std::copy_n(staying.begin() + static_cast<ptrdiff_t>(held), stay,
-                rows.positions.begin() + static_cast<ptrdiff_t>(held));
+    for (size_t i = 0, kept = 0; i < all; ++i)
+      if (i < end - (all - stay) || i >= end) rows.positions[i] = staying[kept++];
     for (size_t i = held; i < rows.votes.size(); ++i) rows.votes[i] = rng.UniformFloat(0.01f, 1.0f);
     ledger.Apply(part.store->Close(layer, h, leave), rows);
   }
@@ -141,7 +178,7 @@ struct SequenceCache::RandomFill {
   size_t n_tokens;
   Rng& rng;
   StepKind kind;
-  size_t last_chunk = 0, step_rows = 0, widest = 0, most_rows = 0;
+  size_t last_chunk = 0, step_rows = 0, group = 1, widest = 0, most_rows = 0;
   bool evicts = false;
   std::vector<size_t> budgets;
   std::vector<float> keys, values;            // [kPoolRows + kFillRows, widest layer's n_kv_heads * head_dim]

@@ -99,6 +99,11 @@ void PolicyCache::SetBudgets(size_t layer, std::span<const size_t> of_layer) {
   }
 }
 
+void PolicyCache::TakeRestoredBudgets(size_t tokens_seen) {
+  for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})
+    if (const Growth growth = policy.selector->After(kind, tokens_seen); growth.evicts) budget_rows_ = growth.rows;
+}
+
 // Frees what Begin reserved; `old_budgets` are those of the step before.
 void PolicyCache::TakeBackRoom(const std::vector<size_t>& old_budgets) {
   store->CancelStep();
@@ -145,7 +150,7 @@ void PolicyCache::CountLayers() {
       HeadLedger& ledger = Ledger(layer, h);
       const size_t all = store->n_rows(layer, h) + step.n;
       leaving.clear();
-      for (size_t row = evicts ? budgets[policy.heads(layer, h)] : all; row < all; ++row)
+      for (size_t row = evicts ? policy.RowsThatStay(all, budgets[policy.heads(layer, h)]) : all; row < all; ++row)
         leaving.push_back({static_cast<uint32_t>(row), Fate::kDrop});
       const SlotMap map = store->Close(layer, h, leaving);
       if (tracks_) ledger.n_rows = map.n_rows;

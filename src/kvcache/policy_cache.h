@@ -70,6 +70,8 @@ class PolicyCache {
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
   bool ReadsState(size_t layer) const;
   void SetBudgets(size_t layer, std::span<const size_t> of_layer);
+  // Budgets were restored: they hold until the growth law changes or a prompt comes, as where they were saved.
+  void TakeRestoredBudgets(size_t tokens_seen);
   // The layers of a step of a plan, which has no text and no memory, between Begin and the store's EndStep: allocates and
   // frees what real ones do; as many rows leave as must.
   void CountLayers();

@@ -27,6 +27,7 @@
   X(Q8)                   \
   X(Q4)                   \
   X(Mix)                  \
+  X(Kivi)                 \
   X(All)                  \
   X(Prefill)
 

@@ -150,7 +150,7 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
   size_t rows = global.Rows();
   for (size_t i = 0; bounded && n_decode > 1 && i < global.ledgers.size(); ++i) {
     const size_t held = global.ledgers[i].n_rows;
-    rows += std::min(held + n_decode - 1, std::max(held, global.budgets[i])) - held;
+    rows += global.policy.RowsThatStay(held + n_decode - 1, std::max(held, global.budgets[i])) - held;
   }
   cache.parts.resize(1);  // frees the local layers
   plan.bytes_local = plan.bytes_end - cache.counter.now;

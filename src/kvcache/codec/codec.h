@@ -16,6 +16,8 @@ struct CodecTraits {
   // Rows leave only in groups of so many neighbours along the slots, chosen by the sum of their votes; 1: each by
   // itself. A head then keeps up to group_rows - 1 rows less than its budget.
   size_t group_rows = 1;
+  // Rows at the end that never leave: at most so many, and at most half the budget rounded down to the group.
+  size_t window_rows = 0;
   bool gives_full_keys = true;  // ReadRows gives keys with all their channels
   bool rewrites_rows = true;    // a row can be changed after it was written (Fate::kMerge)
   bool unrotated_keys = false;  // keys are kept unrotated whatever the selector wants, and rotated when read

@@ -1,0 +1,63 @@
+// Codes of 2 or 4 bits whose scale and minimum are shared by a group of neighbours: keys along the tokens (one channel
+// of `group` tokens), values along the channels (`group` channels of one token). What KIVI stores (Liu et al., arXiv
+// 2402.02750): value = code * scale + minimum, both in f16, round to nearest even, encoded against the parameters as
+// they are stored.
+//
+// Rows lie in units: a unit of keys is a whole group of tokens, one of values a tile of 16 tokens. Units of one side
+// follow one another; every kernel takes the first one and counts rows from it.
+//
+//   unit of keys     words [head_dim / n][group], scales [head_dim], minima [head_dim]
+//   unit of values   words [16 / n][head_dim], scales [head_dim / group][16], minima [head_dim / group][16]
+//
+// A word of 32 bits holds n = 32 / bits codes along the side that a product sums up (a key's channels, a value's
+// tokens): the even ones in its low half, the odd ones in its high half, from the lowest bits up. So one mask leaves a
+// pair of 16-bit numbers, which one instruction multiplies with a pair of 16-bit queries or weights and adds up.
+//
+// Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded to 16 bits
+// relative to the largest of the (query, group), weights times scales relative to the largest of a (query, channel
+// group) and 128 tokens: an error of at most half of a 32767th of that largest, times the code, in each part of a sum.
+// The scalar kernels (ForceIsa) round nothing.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/rows/rows.h"
+
+namespace lesskv {
+
+struct GroupFormat {
+  RowSide side = RowSide::kKeys;
+  size_t bits = 2;    // 2 or 4
+  size_t group = 32;  // a multiple of 16, at most 256; a divisor of 256 keeps the pieces of attention whole
+  size_t head_dim = 0;
+
+  size_t unit_rows() const { return side == RowSide::kKeys ? group : kTileRows; }
+};
+
+// head_dim must be a multiple of the group and at most 512.
+bool Supports(const GroupFormat& format);
+
+// n * head_dim * (bits + 32 / group) / 8 for the n rows of a unit.
+size_t UnitBytes(const GroupFormat& format);
+
+// Encodes a unit of keys [group, head_dim].
+void WriteKeyUnit(const GroupFormat& format, std::byte* unit, const float* keys);
+
+// Encodes a value as token `lane` of a unit; lane 0 clears the unit first.
+void WriteValueRow(const GroupFormat& format, std::byte* unit, size_t lane, const float* value);
+
+// Rows [first, first + n) decoded: keys to out[c * stride + i], values to out[i * stride + c].
+void ExpandKeyUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, float* out,
+                    size_t stride);
+void ExpandValueUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, float* out,
+                      size_t stride);
+
+// scores[m * stride + i] = q_m . key of row first + i; channel c of query m is q[c * stacked + m].
+void ScoreKeyUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, const float* q,
+                   size_t stacked, float* scores, size_t stride);
+
+// out[m * out_stride + c] += sum over i of weights[m * stride + i] * channel c of row first + i; weights are at least 0.
+void AddValueUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, const float* weights,
+                   size_t stride, size_t stacked, float* out, size_t out_stride);
+
+}  // namespace lesskv

@@ -1,0 +1,279 @@
+// Codes in groups: the bounds that rounding allows, known errors on Gaussian rows, layout, and every instruction set
+// against arithmetic in double on what is stored.
+#include "kernels/rows/group_codes.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "base/rng.h"
+#include "kernels/basic/cpu.h"
+
+namespace lesskv {
+namespace {
+
+GroupFormat Format(RowSide side, size_t bits, size_t group, size_t dim) { return {side, bits, group, dim}; }
+
+std::vector<float> Random(size_t n, uint64_t seed) {
+  Rng rng(seed);
+  std::vector<float> x(n);
+  for (float& v : x) v = rng.Normal();
+  return x;
+}
+
+// n rows [n, dim] in units of their own, n rounded up to whole units; behind them poison, as no kernel may need it.
+struct Stored {
+  GroupFormat format;
+  std::vector<uint32_t> memory;
+  std::vector<float> rows;
+
+  Stored(const GroupFormat& f, const std::vector<float>& x) : format(f), rows(x) {
+    const size_t n = x.size() / f.head_dim, n_units = (n + f.unit_rows() - 1) / f.unit_rows();
+    memory.assign(n_units * UnitBytes(f) / 4, 0xffffffffu);
+    rows.resize(n_units * f.unit_rows() * f.head_dim);
+    for (size_t r = 0; r < n_units * f.unit_rows(); r += f.unit_rows()) {
+      std::byte* unit = data() + r / f.unit_rows() * UnitBytes(f);
+      if (f.side == RowSide::kKeys)
+        WriteKeyUnit(f, unit, &rows[r * f.head_dim]);
+      else
+        for (size_t i = 0; i < kTileRows; ++i) WriteValueRow(f, unit, i, &rows[(r + i) * f.head_dim]);
+    }
+  }
+  std::byte* data() { return reinterpret_cast<std::byte*>(memory.data()); }
+  const std::byte* data() const { return reinterpret_cast<const std::byte*>(memory.data()); }
+
+  // [n, dim]
+  std::vector<float> Decoded(size_t first, size_t n) const {
+    const size_t d = format.head_dim;
+    std::vector<float> out(n * d), columns(n * d);
+    if (format.side == RowSide::kValues) {
+      ExpandValueUnits(format, data(), first, n, out.data(), d);
+      return out;
+    }
+    ExpandKeyUnits(format, data(), first, n, columns.data(), n);
+    for (size_t i = 0; i < n; ++i)
+      for (size_t c = 0; c < d; ++c) out[i * d + c] = columns[c * n + i];
+    return out;
+  }
+};
+
+double Error(const std::vector<float>& x, const std::vector<float>& y) {
+  double error = 0, power = 0;
+  for (size_t i = 0; i < x.size(); ++i) error += std::pow(double(x[i]) - y[i], 2), power += std::pow(double(y[i]), 2);
+  return error / power;
+}
+
+TEST(GroupCodes, BytesAreThoseOfThePaper) {
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
+    for (const auto& [bits, group, want] : {std::tuple{2, 32, 3.0}, {2, 64, 2.5}, {4, 32, 5.0}, {4, 128, 4.25}}) {
+      const GroupFormat f = Format(side, static_cast<size_t>(bits), static_cast<size_t>(group), 128);
+      EXPECT_DOUBLE_EQ(static_cast<double>(UnitBytes(f)) * 8 / static_cast<double>(f.unit_rows() * 128), want);
+    }
+  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 2, 32, 80)));
+  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 3, 32, 64)));
+  EXPECT_TRUE(Supports(Format(RowSide::kValues, 4, 16, 80)));
+}
+
+// |x - x^| <= s / 2 and what halves lose; the extremes of a group are next to exact.
+TEST(GroupCodes, ErrorsStayWithinHalfAStep) {
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
+    for (const size_t bits : {2, 4})
+      for (const size_t group : {16, 32, 64}) {
+        const size_t d = 64, n = 128;
+        std::vector<float> x = Random(n * d, bits + group);
+        for (size_t i = 0; i < n; ++i) x[i * d + 3] *= 40, x[i * d + 5] -= 300;
+        const Stored stored(Format(side, bits, group, d), x);
+        const std::vector<float> y = stored.Decoded(0, n);
+        for (size_t i = 0; i < n; ++i)
+          for (size_t c = 0; c < d; ++c) {
+            float low = x[i * d + c], high = low;
+            const bool keys = side == RowSide::kKeys;
+            for (size_t j = 0; j < group; ++j) {
+              const float other = keys ? x[(i / group * group + j) * d + c] : x[i * d + c / group * group + j];
+              low = std::min(low, other);
+              high = std::max(high, other);
+            }
+            const double levels = static_cast<double>((1u << bits) - 1), step = (high - low) / levels;
+            const double half_ulp = std::pow(2, -11) * (std::fabs(low) + levels * step) + std::pow(2, -25) * (levels + 1);
+            ASSERT_LE(std::fabs(double(x[i * d + c]) - y[i * d + c]), step / 2 * 1.001 + half_ulp * 1.01) << i << " " << c;
+          }
+      }
+}
+
+// Mean square errors of Gaussian rows relative to their variance, known from arithmetic; and one channel far from zero
+// costs its neighbours nothing where keys are coded a channel at a time.
+TEST(GroupCodes, GaussianRowsLoseWhatIsKnown) {
+  const size_t d = 128, n = 4096;
+  const std::vector<float> x = Random(n * d, 3);
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
+    for (const auto& [bits, group, want] :
+         {std::tuple{size_t{2}, size_t{32}, 0.154}, {size_t{2}, size_t{64}, 0.202}, {size_t{2}, size_t{128}, 0.251},
+          {size_t{4}, size_t{32}, 0.0061}, {size_t{4}, size_t{64}, 0.0080}, {size_t{4}, size_t{128}, 0.0099}})
+      EXPECT_NEAR(Error(Stored(Format(side, bits, group, d), x).Decoded(0, n), x), want, want * 0.03) << bits << " " << group;
+
+  std::vector<float> shifted = x;
+  for (size_t i = 0; i < n; ++i)
+    for (size_t c = 0; c < 4; ++c) shifted[i * d + c] += c % 2 == 0 ? -20.0f : 20.0f;
+  const auto mse = [&](RowSide side) {
+    const std::vector<float> y = Stored(Format(side, 2, 32, d), shifted).Decoded(0, n);
+    double error = 0;
+    for (size_t i = 0; i < y.size(); ++i) error += std::pow(double(y[i]) - shifted[i], 2);
+    return error / static_cast<double>(y.size());
+  };
+  EXPECT_NEAR(mse(RowSide::kKeys), 0.155, 0.01);
+  EXPECT_GT(mse(RowSide::kValues), 10 * mse(RowSide::kKeys));
+}
+
+TEST(GroupCodes, ConstantGroupsAreExactAndNothingIsNaN) {
+  const size_t d = 32;
+  for (const float value : {0.0f, 0.75f, -1000.0f, 65504.0f, 1e-7f}) {
+    const std::vector<float> x(32 * d, value);
+    for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
+      for (const float y : Stored(Format(side, 2, 32, d), x).Decoded(0, 32)) ASSERT_NEAR(y, value, std::fabs(value) / 2048 + 1e-7);
+  }
+  // NaN makes its own group NaN and no other.
+  std::vector<float> x = Random(32 * d, 1);
+  x[7 * d + 9] = std::nanf("");
+  const std::vector<float> y = Stored(Format(RowSide::kKeys, 2, 32, d), x).Decoded(0, 32);
+  for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isnan(y[i]), i % d == 9) << i;
+}
+
+// Values enter one by one: each leaves the codes of those before it as they are.
+TEST(GroupCodes, ValuesEnterOneByOne) {
+  const GroupFormat f = Format(RowSide::kValues, 2, 16, 32);
+  const Stored whole(f, Random(16 * 32, 5));
+  std::vector<uint32_t> memory(UnitBytes(f) / 4, 0xdeadbeefu);
+  auto* unit = reinterpret_cast<std::byte*>(memory.data());
+  std::vector<float> before;
+  for (size_t lane = 0; lane < 16; ++lane) {
+    WriteValueRow(f, unit, lane, &whole.rows[lane * 32]);
+    std::vector<float> now((lane + 1) * 32);
+    ExpandValueUnits(f, unit, 0, lane + 1, now.data(), 32);
+    EXPECT_TRUE(std::equal(before.begin(), before.end(), now.begin()));
+    before = now;
+  }
+  EXPECT_TRUE(memory == whole.memory);
+}
+
+class GroupCodesIsa : public testing::TestWithParam<Isa> {
+ protected:
+  void SetUp() override { ForceIsa(GetParam()); }
+  void TearDown() override { ForceIsa(BestIsa()); }
+};
+
+struct Piece {
+  size_t first, n;
+};
+
+// Sums of products, what they should be, and how far they may be from it.
+struct Sums {
+  double error = 0, power = 0;
+  void Add(double found, double want, double size, double bound) {
+    EXPECT_LE(std::fabs(found - want), bound + 1e-5 * size);
+    error += (found - want) * (found - want);
+    power += size * size;
+  }
+};
+
+float Range(const float* x, size_t n, size_t stride) {
+  float low = x[0], high = x[0];
+  for (size_t i = 0; i < n; ++i) low = std::min(low, x[i * stride]), high = std::max(high, x[i * stride]);
+  return high - low;
+}
+
+// Rounding to 16 bits moves each of n parts by no more than half of a 32767th of the largest, times the largest code.
+TEST_P(GroupCodesIsa, ProductsAreThoseOfDecodedRows) {
+  const bool rounds = GetParam() != Isa::kScalar;
+  constexpr size_t kRows = 384;
+  for (const size_t bits : {2, 4})
+    for (const auto& [group, d] : {std::pair<size_t, size_t>{32, 64}, {16, 80}, {64, 128}, {32, 32}, {128, 512}})
+      for (const size_t stacked : {1, 2, 3, 4, 7, 16}) {
+        if (d == 512 && stacked > 4) continue;
+        SCOPED_TRACE(testing::Message() << bits << " bits, group " << group << ", " << d << " channels, " << stacked);
+        std::vector<float> x = Random(kRows * d, bits + d);
+        const Stored values(Format(RowSide::kValues, bits, group, d), x);
+        for (size_t i = 0; i < kRows; ++i) x[i * d + 1] *= 30;
+        const Stored keys(Format(RowSide::kKeys, bits, group, d), x);
+        const std::vector<float> k = keys.Decoded(0, kRows), v = values.Decoded(0, kRows), q = Random(stacked * d, 4);
+        for (const auto& [first, n] : {Piece{0, 256}, {256, 128}, {0, 1}, {17, 3}, {5, 100}, {31, 33}, {127, 2}}) {
+          SCOPED_TRACE(testing::Message() << "rows from " << first);
+          const size_t stride = n + 16;
+          std::vector<float> scores(stacked * stride, 777.0f);
+          ScoreKeyUnits(keys.format, keys.data(), first, n, q.data(), stacked, scores.data(), stride);
+          std::vector<float> weights = Random(stacked * stride, 9), out(stacked * (d + 16), 2.0f);
+          for (float& w : weights) w = std::exp(w);
+          AddValueUnits(values.format, values.data(), first, n, weights.data(), stride, stacked, out.data(), d + 16);
+          Sums of_scores, of_values;
+          for (size_t m = 0; m < stacked; ++m) {
+            double bound = 0;
+            for (size_t c = 0; c < d && rounds; ++c)
+              bound = std::max(bound, double(d) * std::fabs(q[c * stacked + m]) * Range(&x[c], kRows, d) / 65534 * 1.05);
+            for (size_t i = 0; i < n; ++i) {
+              double want = 0, size = 0;
+              for (size_t c = 0; c < d; ++c) {
+                const double part = double(q[c * stacked + m]) * k[(first + i) * d + c];
+                want += part;
+                size += std::fabs(part);
+              }
+              of_scores.Add(scores[m * stride + i], want, size, bound);
+            }
+            bound = 0;
+            for (size_t i = 0; i < n && rounds; ++i)
+              bound = std::max(bound, double(n) * weights[m * stride + i] * Range(&values.rows[(first + i) * d], d, 1) / 65534 * 1.05);
+            for (size_t c = 0; c < d; ++c) {
+              double want = 2, size = 2;
+              for (size_t i = 0; i < n; ++i) {
+                const double part = double(weights[m * stride + i]) * v[(first + i) * d + c];
+                want += part;
+                size += std::fabs(part);
+              }
+              of_values.Add(out[m * (d + 16) + c], want, size, bound);
+            }
+            for (size_t i = n; i < stride; ++i) EXPECT_EQ(scores[m * stride + i], 777.0f);
+            for (size_t c = d; c < d + 16; ++c) EXPECT_EQ(out[m * (d + 16) + c], 2.0f);
+          }
+          if (n == 256) {
+            EXPECT_LE(of_scores.error, 1e-7 * of_scores.power);
+            EXPECT_LE(of_values.error, 1e-7 * of_values.power);
+          }
+        }
+      }
+}
+
+// A row decodes to the same bits wherever a call begins, on every instruction set.
+TEST_P(GroupCodesIsa, RowsDecodeAlikeInAnyPiece) {
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
+    for (const size_t bits : {2, 4}) {
+      const Stored stored(Format(side, bits, 32, 64), Random(96 * 64, 6));
+      const std::vector<float> all = stored.Decoded(0, 96);
+      ForceIsa(Isa::kScalar);
+      EXPECT_LE(Error(stored.Decoded(0, 96), all), 1e-13);
+      ForceIsa(GetParam());
+      for (const auto& [first, n] : {Piece{1, 5}, {16, 48}, {31, 34}, {95, 1}}) {
+        const std::vector<float> part = stored.Decoded(first, n);
+        EXPECT_LE(Error(part, {all.begin() + static_cast<ptrdiff_t>(first * 64), all.begin() + static_cast<ptrdiff_t>((first + n) * 64)}), 1e-13);
+      }
+    }
+}
+
+// A query that is not a number gives none; whatever else is in the step stays.
+TEST_P(GroupCodesIsa, NaNStaysWhereItIs) {
+  const size_t d = 32;
+  const Stored keys(Format(RowSide::kKeys, 2, 32, d), Random(32 * d, 1));
+  std::vector<float> q = Random(2 * d, 2), scores(2 * 32);
+  q[3 * 2 + 1] = std::nanf("");
+  ScoreKeyUnits(keys.format, keys.data(), 0, 32, q.data(), 2, scores.data(), 32);
+  for (size_t i = 0; i < 32; ++i) {
+    EXPECT_TRUE(std::isfinite(scores[i]));
+    EXPECT_TRUE(std::isnan(scores[32 + i]));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, GroupCodesIsa, testing::ValuesIn(AvailableIsas()),
+                         [](const auto& isa) { return std::string(IsaName(isa.param)); });
+
+}  // namespace
+}  // namespace lesskv

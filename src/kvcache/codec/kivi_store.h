@@ -1,0 +1,142 @@
+// The store of KIVI (Liu et al., ICML 2024, arXiv 2402.02750): old keys coded per channel in groups of `group`
+// neighbouring tokens, old values per token in groups of `group` channels, and an exact recent window in f16.
+//
+// What is coded depends on how many tokens came, not on the steps they came in (l tokens, window R):
+//   coded keys    R * floor(l / R): R of them at a time, once their window is full
+//   coded values  max(0, l - R):    the oldest of more than R, one by one
+// A step's own rows wait in a staging area, so that its queries meet them exactly; they are coded when the layer is
+// closed. Nothing is coded twice. Where rows leave, they leave in whole groups of keys (with their values), never from
+// the last R rows; R is then at most half the budget, rounded down to the group. Rows stay in the order of the text.
+//
+// A head's coded rows lie in blocks: units of keys, then units of values (group_codes.h). Heads that grow own blocks of
+// kKiviBlockRows rows, bounded ones a single block of their budget.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/rows/group_codes.h"
+#include "kvcache/codec/codec.h"
+#include "kvcache/codec/kv_store.h"
+#include "kvcache/memory.h"
+
+namespace lesskv {
+
+inline constexpr size_t kKiviBlockRows = 256;
+
+struct KiviOptions {
+  size_t key_bits = 2, value_bits = 2;
+  size_t group = 32;    // tokens of a key group, channels of a value group
+  size_t window = 128;  // exact rows, a multiple of the group
+
+  // The exact rows of a head that may keep `budget` rows; 0 where that is too few.
+  size_t Window(size_t budget) const { return std::min(window, budget / 2 / group * group); }
+};
+
+class KiviStore final : public KvStore {
+ public:
+  KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOptions& options);
+
+  std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void Reserve(const StepRoom& room) override;
+  void SetBudgets(size_t layer, std::span<const size_t> budgets) override;
+  void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
+  void AddJobs(const StoreQuery& query, JobList& list) const override;
+  void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
+                float* values) const override;
+  SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) override;
+  void EndStep() override;
+  void CancelStep() override;
+  size_t n_rows(size_t layer, size_t kv_head) const override { return At(layer, kv_head).n_rows; }
+  size_t GroupedRows(size_t layer, size_t kv_head) const override;
+  void Save(ByteWriter& out) const override;
+  void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
+
+  // Rows of a head that are coded: the first ones.
+  size_t coded_keys(size_t layer, size_t kv_head) const { return At(layer, kv_head).coded_keys; }
+  size_t coded_values(size_t layer, size_t kv_head) const { return At(layer, kv_head).coded_values; }
+
+ private:
+  struct Formats {  // of one layer
+    GroupFormat keys, values;
+    RowFormat exact_keys, exact_values;
+  };
+  // Exact rows: keys from slot 0 on, values in a ring.
+  struct Exact {
+    CountedBuffer memory;
+    size_t rows = 0;         // its room
+    size_t first_value = 0;  // slot of the oldest value
+  };
+  struct Head final : RowReader {
+    const Formats* formats = nullptr;
+    std::vector<CountedBuffer> blocks;
+    size_t block_rows = 0;
+    size_t n_rows = 0, coded_keys = 0, coded_values = 0;
+    Exact window;
+    size_t rows_before = 0, window_before = 0;  // what CancelStep goes back to
+
+    std::byte* KeyUnit(size_t unit) const;
+    std::byte* ValueUnit(size_t unit) const;
+    size_t Capacity() const { return blocks.size() * block_rows; }
+    // Calls f(first unit of a block, first row in it, n, rows done) for the parts of slots [first, first + n).
+    template <typename F>
+    void ForBlocks(bool keys, size_t first, size_t n, F&& f) const;
+
+    void ExpandKeys(size_t first, size_t n, float* out, size_t stride) const override;
+    void ExpandValues(size_t first, size_t n, float* out, size_t stride) const override;
+    bool Scores(size_t first, size_t n, const float* q, size_t stacked, float* scores, size_t stride) const override;
+    bool AddValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked, float* out,
+                   size_t out_stride) const override;
+  };
+  // Which rows of a head, indexed as before the step was closed, stay.
+  struct Kept {
+    size_t n = 0;
+    size_t first = 0;            // rows before it all stay
+    std::vector<uint32_t> rest;  // the kept ones of those behind
+    size_t Old(size_t row) const { return row < first ? row : rest[row - first]; }
+  };
+
+  const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
+  Head& At(size_t layer, size_t kv_head) { return heads_[table_(layer, kv_head)]; }
+  const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
+  const Exact& Staging(size_t layer, size_t kv_head) const {
+    return staging_[defers_ ? table_(layer, kv_head) : kv_head];
+  }
+  size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
+  // Rows coded at most once a head has so many.
+  static size_t BlockBytes(const Formats& formats, size_t rows);
+  static std::byte* Keys(const Exact& exact) { return const_cast<std::byte*>(exact.memory.data()); }
+  static std::byte* Values(const Formats& formats, const Exact& exact);
+  Exact MakeExact(const Formats& formats, size_t rows) const;
+  void ResizeWindow(Head& head, size_t rows);
+  void ResizeArena(Head& head, size_t rows);
+  void Grow(Head& head, size_t rows);
+  void Trim(Head& head);
+  void ReserveHead(size_t i, const StepRoom& room);
+  void ReserveStaging(const StepRoom& room);
+  void ReadExact(const Head& head, const Exact& staging, RowSide side, size_t row, float* out) const;
+  void CodeRows(Head& head, const Exact& staging, const Kept& kept, size_t keys, size_t values);
+  void CodeKeys(Head& head, const Exact& staging, const Kept& kept, size_t keys);
+  void CodeValues(Head& head, const Exact& staging, const Kept& kept, size_t values);
+  void KeepExactKeys(Head& head, const Exact& staging, size_t n);
+  void KeepExactValues(Head& head, const Exact& staging, size_t n);
+  AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
+
+  ByteCounter* counter_;
+  StoreShape shape_;
+  KiviOptions options_;
+  HeadTable table_;
+  std::vector<Formats> formats_;  // [n_layers]
+  size_t widest_ = 0, most_heads_ = 0;
+  std::vector<Head> heads_;      // [heads]
+  std::vector<Exact> staging_;   // a layer's heads, or all when the step defers
+  // The step in progress.
+  size_t n_step_ = 0;
+  bool is_prompt_ = false;
+  bool defers_ = false;
+  bool evicts_ = false;
+  std::vector<size_t> budgets_;  // [heads], or empty
+};
+
+}  // namespace lesskv

@@ -1,0 +1,278 @@
+// What KIVI must show, through the store: which rows are coded after how many tokens, the same codes however a text is
+// cut into steps, exact rows as they came, and attention that is that of the decoded rows.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "kernels/basic/cpu.h"
+#include "kernels/quants/half.h"
+#include "kvcache/codec/kivi_store.h"
+#include "kvcache/codec/row_store.h"
+#include "kvcache/sequence_cache.h"
+
+namespace lesskv {
+namespace {
+
+constexpr size_t kDim = 32, kHeads = 4, kKvHeads = 2;
+
+LayerShape Shape(size_t n_heads = kHeads, size_t n_kv_heads = kKvHeads) {
+  return {n_heads, n_kv_heads, kDim, UsualScale(kDim), std::make_shared<RopeTable>(RopeConfig{.n_dims = 0, .frequency_factors = {}}), 0};
+}
+
+struct Rows {
+  std::vector<float> q, k, v;
+  explicit Rows(size_t n, size_t n_heads = kHeads, size_t n_kv_heads = kKvHeads) {
+    Rng rng(7);
+    for (auto* x : {&q, &k, &v}) x->resize(n * (x == &q ? n_heads : n_kv_heads) * kDim);
+    for (auto* x : {&q, &k, &v})
+      for (float& f : *x) f = rng.Normal();
+  }
+};
+
+// A store of one layer that nothing leaves.
+struct Subject {
+  ByteCounter counter;
+  LayerShape shape;
+  std::unique_ptr<KvStore> store;
+  size_t seen = 0;
+
+  explicit Subject(const KiviOptions& options, const LayerShape& s = Shape()) : shape(s) {
+    store = std::make_unique<KiviStore>(counter, StoreShape{{shape}, ComputeType::kF32, false, true}, options);
+  }
+  explicit Subject(RowType type) : shape(Shape()) {
+    store = std::make_unique<RowStore>(counter, StoreShape{{shape}, ComputeType::kF32, false, true}, RowTypes{type, type});
+  }
+  KiviStore& kivi() { return static_cast<KiviStore&>(*store); }
+
+  // One step; the outputs of its queries.
+  std::vector<float> Step(const Rows& rows, size_t n) {
+    const size_t kv = shape.kv_dim(), qs = shape.q_dim();
+    store->Reserve({.n_step = n, .budgets = {}});
+    store->Append(0, 0, n, &rows.k[seen * kv], &rows.v[seen * kv]);
+    std::vector<float> out(n * qs), lse(n * shape.n_heads);
+    JobList list;
+    StoreQuery query{.queries = &rows.q[seen * qs], .n_queries = n, .out = out.data(), .lse = lse.data()};
+    store->AddJobs(query, list);
+    Attend(list.jobs);
+    store->Finish(query);
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) store->Close(0, h, {});
+    store->EndStep();
+    seen += n;
+    return out;
+  }
+  std::vector<std::byte> Saved() const {
+    ByteWriter out;
+    store->Save(out);
+    return out.bytes;
+  }
+  std::pair<std::vector<float>, std::vector<float>> Read(size_t h, size_t n) const {
+    std::vector<uint32_t> rows(n);
+    std::iota(rows.begin(), rows.end(), 0u);
+    std::vector<float> keys(n * kDim), values(n * kDim);
+    store->ReadRows(0, h, rows, keys.data(), values.data());
+    return {keys, values};
+  }
+};
+
+TEST(Kivi, CodedRowsDependOnTheTokensSeenOnly) {
+  const KiviOptions options{2, 2, 16, 48};
+  const Rows rows(200);
+  Subject one(options);
+  for (size_t l = 1; l <= 150; ++l) {
+    one.Step(rows, 1);
+    for (size_t h = 0; h < kKvHeads; ++h) {
+      ASSERT_EQ(one.kivi().coded_keys(0, h), l / 48 * 48) << l;
+      ASSERT_EQ(one.kivi().coded_values(0, h), l > 48 ? l - 48 : 0) << l;
+    }
+    if (l != 1 && l != 47 && l != 48 && l != 49 && l != 96 && l != 131) continue;
+    const std::vector<std::byte> saved = one.Saved();
+    for (const size_t chunk : {l, size_t{7}, size_t{50}, size_t{64}}) {
+      Subject other(options);
+      while (other.seen < l) other.Step(rows, std::min(chunk, l - other.seen));
+      EXPECT_TRUE(other.Saved() == saved) << l << " tokens in steps of " << chunk;
+      EXPECT_EQ(other.counter.now > 0, true);
+    }
+  }
+}
+
+TEST(Kivi, ExactRowsAreTheInputsAndCodesStay) {
+  const KiviOptions options{2, 4, 16, 32};
+  const Rows rows(120);
+  Subject subject(options);
+  std::vector<float> before_keys, before_values;
+  for (size_t l = 1; l <= 100; ++l) {
+    subject.Step(rows, 1);
+    const auto [keys, values] = subject.Read(1, l);
+    const size_t coded_keys = subject.kivi().coded_keys(0, 1), coded_values = subject.kivi().coded_values(0, 1);
+    for (size_t i = 0; i < l * kDim; ++i) {
+      const size_t at = (i / kDim * kKvHeads + 1) * kDim + i % kDim;
+      if (i >= coded_keys * kDim) {
+        ASSERT_EQ(keys[i], HalfToFloat(FloatToHalf(rows.k[at]))) << l;
+      }
+      if (i >= coded_values * kDim) {
+        ASSERT_EQ(values[i], HalfToFloat(FloatToHalf(rows.v[at]))) << l;
+      }
+    }
+    // What was coded reads as it did.
+    ASSERT_TRUE(std::equal(before_keys.begin(), before_keys.end(), keys.begin()));
+    ASSERT_TRUE(std::equal(before_values.begin(), before_values.end(), values.begin()));
+    before_keys.assign(keys.begin(), keys.begin() + static_cast<ptrdiff_t>(coded_keys * kDim));
+    before_values.assign(values.begin(), values.begin() + static_cast<ptrdiff_t>(coded_values * kDim));
+  }
+}
+
+// Softmax attention in double over what ReadRows gives.
+std::vector<double> Exact(const Subject& subject, const Rows& rows, size_t token, size_t n) {
+  const LayerShape& shape = subject.shape;
+  std::vector<double> out(shape.q_dim());
+  for (size_t head = 0; head < shape.n_heads; ++head) {
+    const auto [keys, values] = subject.Read(head / shape.group(), n);
+    std::vector<double> p(n);
+    double sum = 0;
+    for (size_t r = 0; r < n; ++r) {
+      for (size_t c = 0; c < kDim; ++c) p[r] += double(rows.q[(token * shape.n_heads + head) * kDim + c]) * keys[r * kDim + c];
+      p[r] = std::exp(p[r] * shape.scale);
+      sum += p[r];
+    }
+    for (size_t r = 0; r < n; ++r)
+      for (size_t c = 0; c < kDim; ++c) out[head * kDim + c] += p[r] / sum * values[r * kDim + c];
+  }
+  return out;
+}
+
+double Deviation(const std::vector<float>& x, const std::vector<double>& want) {
+  double error = 0, power = 0;
+  for (size_t i = 0; i < x.size(); ++i) error += std::pow(x[i] - want[i], 2), power += want[i] * want[i];
+  return error / power;
+}
+
+// One query, up to four, and the tiles of longer steps; every instruction set; where nothing is coded yet, the bits of
+// f16 rows.
+TEST(Kivi, AttentionIsThatOfDecodedRows) {
+  for (const Isa isa : AvailableIsas()) {
+    ForceIsa(isa);
+    for (const KiviOptions& options : {KiviOptions{2, 2, 16, 32}, {4, 4, 32, 64}, {4, 2, 16, 48}}) {
+      const Rows rows(700);
+      Subject subject(options), f16(RowType::kF16);
+      subject.Step(rows, 600);
+      const auto [keys, values] = subject.Read(0, 600);
+      for (const size_t n : {1, 1, 3, 9}) {
+        // A query of the step sees the rows before the step as they are stored, and the step's own exactly: compare its
+        // first query, for which nothing else is coded in between.
+        const size_t token = subject.seen;
+        Subject copy(options);
+        ByteReader in{{}};
+        const std::vector<std::byte> saved = subject.Saved();
+        in.rest = saved;
+        copy.store->Load(in, std::vector<size_t>(kKvHeads), token);
+        copy.seen = token;
+        const std::vector<float> out = subject.Step(rows, n);
+        std::vector<float> first(out.begin(), out.begin() + static_cast<ptrdiff_t>(kHeads * kDim));
+        copy.store->Reserve({.n_step = 1, .budgets = {}});
+        copy.store->Append(0, 0, 1, &rows.k[token * kKvHeads * kDim], &rows.v[token * kKvHeads * kDim]);
+        EXPECT_LE(Deviation(first, Exact(copy, rows, token, token + 1)), 1e-6) << IsaName(isa) << ", step of " << n;
+      }
+      Subject brief(options);
+      for (size_t i = 0; i < options.window; ++i) EXPECT_EQ(brief.Step(rows, 1), f16.Step(rows, 1)) << i;
+      EXPECT_NE(brief.Step(rows, 1), f16.Step(rows, 1));
+    }
+  }
+  ForceIsa(BestIsa());
+}
+
+TEST(Kivi, GroupedEqualsRepeatedHeads) {
+  const KiviOptions options{2, 2, 16, 32};
+  const Rows grouped(150, 4, 2);
+  Rows repeated(150, 4, 4);
+  repeated.q = grouped.q;
+  for (size_t t = 0; t < 150; ++t)
+    for (size_t h = 0; h < 4; ++h)
+      for (size_t c = 0; c < kDim; ++c) {
+        repeated.k[(t * 4 + h) * kDim + c] = grouped.k[(t * 2 + h / 2) * kDim + c];
+        repeated.v[(t * 4 + h) * kDim + c] = grouped.v[(t * 2 + h / 2) * kDim + c];
+      }
+  Subject a(options, Shape(4, 2)), b(options, Shape(4, 4));
+  a.Step(grouped, 120), b.Step(repeated, 120);
+  for (size_t i = 0; i < 20; ++i) {
+    const std::vector<float> x = a.Step(grouped, 1), y = b.Step(repeated, 1);
+    EXPECT_LE(Deviation(x, {y.begin(), y.end()}), 1e-10);
+  }
+}
+
+// Two bits of one in 32 a parameter: 3 bits a number, beside the window.
+TEST(Kivi, BytesAreThoseOfTheRows) {
+  const KiviOptions options{2, 2, 32, 128};
+  const Rows rows(2048);
+  Subject subject(options);
+  subject.Step(rows, 2048);
+  subject.store->Reserve({.n_step = 1, .budgets = {}});
+  const size_t coded = 2048 / 256 * 256 * kDim * 2 * 3 / 8, window = 128 * kDim * 2 * 2, staging = 16 * kDim * 2 * 2;
+  const size_t block = 256 * kDim * 2 * 3 / 8;  // room for the next group
+  EXPECT_GE(subject.counter.now, kKvHeads * (coded + window + staging));
+  EXPECT_LE(subject.counter.now, kKvHeads * (coded + block + window + staging));
+}
+
+std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t ctx = 240, std::vector<ProtectedSpan> protect = {}) {
+  return CacheConfig::Create(CacheSpec::Parse(spec),
+                             CacheShape::Uniform(1, kHeads, kKvHeads, kDim, ctx, {.n_dims = kDim, .frequency_factors = {}}),
+                             std::move(protect));
+}
+
+TEST(Kivi, RefusesWhatCannotWork) {
+  EXPECT_EQ(CacheSpec::Parse("kivi(4, k=2)").ToString(), "full+kivi(4, k=2)");
+  for (const char* spec : {"kivi(3)", "kivi(2, group=24)", "kivi(2, window=100)", "kivi(2, k=4, v=4, bits=2)", "kivi(4, k=2, v=2)"})
+    EXPECT_THROW(CacheSpec::Parse(spec), Error) << spec;
+  EXPECT_THROW(Config("kivi(2, group=64)"), Error);  // heads of 32
+  EXPECT_NO_THROW(Config("h2o(64)+kivi"));
+  const auto message = [](const std::string& spec, std::vector<ProtectedSpan> protect) {
+    try {
+      Config(spec, 240, std::move(protect));
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_NE(message("h2o(63)+kivi", {}).find("keeps 63 rows a head, but its codec needs two groups of 32"), std::string::npos);
+  // Of four groups one is the window's and one must be free to leave.
+  EXPECT_EQ(message("tova(64)+kivi(group=16, window=16)", {{3, 5}, {20, 21}}), "");
+  EXPECT_NE(message("tova(64)+kivi(group=16, window=16)", {{15, 17}, {40, 41}}).find("3 groups of 16"), std::string::npos);
+}
+
+// Under a budget whole groups leave, by their votes, never of the window; what stays was coded once, from exact rows.
+TEST(Kivi, GroupsLeaveWhole) {
+  const auto config = Config("h2o(80)+kivi(2, group=16, window=32)");
+  const Rows rows(240);
+  SequenceCache cache(config);
+  size_t seen = 0;
+  std::vector<Position> before;
+  const auto step = [&](size_t n, StepKind kind) {
+    std::vector<float> out(n * kHeads * kDim);
+    cache.BeginStep(n, kind);
+    cache.Append(0, &rows.k[seen * kKvHeads * kDim], &rows.v[seen * kKvHeads * kDim]);
+    cache.Attend(0, &rows.q[seen * kHeads * kDim], out.data());
+    cache.EndStep();
+    seen += n;
+    const std::vector<Position> held = cache.ResidentPositions(0, 1);
+    EXPECT_LE(held.size(), 80u);
+    EXPECT_GT(held.size() + 16, std::min<size_t>(80, seen));
+    for (size_t i = 0; i < 32 && i < seen; ++i)  // the window
+      EXPECT_EQ(ToInt(held[held.size() - 1 - i]), static_cast<int32_t>(seen - 1 - i));
+    for (size_t i = 0; i < held.size(); ++i) {
+      const size_t p = static_cast<size_t>(ToInt(held[i]));
+      EXPECT_EQ(p % 16, i % 16);
+    }
+  };
+  step(130, StepKind::kPrompt);
+  for (size_t i = 0; i < 60; ++i) step(1, StepKind::kDecode);
+  step(40, StepKind::kPrompt);
+  step(3, StepKind::kStream);
+  EXPECT_EQ(cache.Stats().tokens_dropped + cache.Stats().tokens_resident, static_cast<double>(seen));
+}
+
+}  // namespace
+}  // namespace lesskv
