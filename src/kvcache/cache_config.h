@@ -40,7 +40,14 @@ struct LayerPolicy {
 
   bool ranks_positions() const { return selector->UsesCachePositions(); }
   bool unrotated_keys() const { return ranks_positions() || codec->traits().unrotated_keys; }
-  StoreShape store_shape() const { return {layers, compute, unrotated_keys(), !selector->Bounded()}; }
+  // Heads of a layer keep the same rows in the same slots.
+  bool keeps_one_set() const {
+    return selector->MustKeepOneSetALayer() ||
+           (selector->KeepsOneSetALayer() && budgeter->differ() != BudgetsDiffer::kBetweenHeads);
+  }
+  StoreShape store_shape() const {
+    return {layers, compute, unrotated_keys(), !selector->Bounded(), budgeter->differ() != BudgetsDiffer::kNowhere};
+  }
   BudgetRequest Request(size_t rows, size_t n_tokens) const;
   // Rows that may stay after a step whose growth law says `rows`, [heads], for a prompt (or, while text streams in, a
   // context) of n_tokens. Throws Error when the protected tokens do not fit.
@@ -59,6 +66,7 @@ struct CachePlan {
   size_t bytes_after_prompt = 0;
   size_t bytes_end = 0;
   size_t bytes_local = 0;  // of bytes_end, those of the local layers
+  size_t bytes_slack = 0;  // of bytes_end, what rounding to tiles and blocks costs
   double rows_end = 0;  // mean rows a (global layer, KV head)
 };
 

@@ -33,7 +33,7 @@ void CheckBudgets(const PolicyCache& part, size_t tokens_seen) {
       Fail(ErrorCode::kBadFile, "saved cache: a budget of {} rows does not hold the {} that always stay",
            part.budgets[i], own + n_protected);
     const size_t first = policy.heads(policy.heads.LayerOf(i), 0);
-    if (selector.KeepsOneSetALayer() && part.budgets[i] != part.budgets[first])
+    if (policy.keeps_one_set() && part.budgets[i] != part.budgets[first])
       Fail(ErrorCode::kBadFile, "saved cache: the heads of a layer have different budgets");
   }
   const auto sum = [](const std::vector<size_t>& rows) { return std::accumulate(rows.begin(), rows.end(), size_t{0}); };
@@ -46,7 +46,7 @@ void CheckBudgets(const PolicyCache& part, size_t tokens_seen) {
 }
 
 void CheckSets(const PolicyCache& part) {
-  if (!part.policy.selector->KeepsOneSetALayer()) return;
+  if (!part.policy.keeps_one_set()) return;
   const HeadTable& heads = part.policy.heads;
   for (size_t i = 0; i < heads.size(); ++i) {
     const auto first = part.ledgers[heads(heads.LayerOf(i), 0)].Positions(), own = part.ledgers[i].Positions();
@@ -63,7 +63,12 @@ void LoadBudgets(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   if (n_budgets != n_heads ? n_budgets != 0 || must_have : !may_have && n_heads > 0)
     Fail(ErrorCode::kBadFile, "saved cache: {} budgets do not fit this model and spec", n_budgets);
   for (size_t i = 0; i < n_budgets; ++i) part.budgets.push_back(in.Count(part.policy.ctx * n_heads, "a budget"));
-  if (n_budgets > 0) CheckBudgets(part, tokens_seen);
+  if (n_budgets == 0) return;
+  CheckBudgets(part, tokens_seen);
+  // Without it the next step would divide the rows anew.
+  for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})
+    if (const Growth growth = part.policy.selector->After(kind, tokens_seen); growth.evicts)
+      part.RestoreBudgetRows(growth.rows);
 }
 
 void LoadStates(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
@@ -85,11 +90,10 @@ void LoadPart(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   for (uint64_t& n : part.departed) n = in.Count(tokens_seen * heads.size(), "the number of tokens that left");
   part.store->Load(in, part.budgets.empty() ? std::vector<size_t>(heads.size()) : part.budgets, tokens_seen);
   const bool kept = part.policy.selector->votes() == Votes::kKept;
-  const bool fixed = part.policy.selector->Bounded() && !part.budgets.empty();
   for (size_t layer = 0; layer < heads.n_layers(); ++layer)
     for (size_t h = 0; h < heads.n_heads(layer); ++h)
       part.Ledger(layer, h).Load(in, part.counter, part.tracks() ? part.store->n_rows(layer, h) : 0,
-                                 fixed ? part.budgets[heads(layer, h)] : 0, kept, tokens_seen);
+                                 part.Room(part.budgets, heads(layer, h)), kept, tokens_seen);
   if (part.tracks()) CheckSets(part);
   LoadStates(part, in, tokens_seen);
   const uint64_t left = std::accumulate(part.departed.begin(), part.departed.end(), uint64_t{0});

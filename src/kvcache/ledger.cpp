@@ -10,7 +10,11 @@
 namespace lesskv {
 namespace {
 
-size_t Capacity(size_t rows, size_t fixed) { return fixed > 0 ? std::max(fixed, rows) + 1 : RoundUp(rows, kBlockRows); }
+size_t Capacity(size_t rows, LedgerRoom room) {
+  const size_t beyond = rows - std::min(rows, room.fixed);
+  if (room.fixed == 0 || room.grows) return room.fixed + RoundUp(beyond, kBlockRows);
+  return room.fixed + beyond + 1;
+}
 
 CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t bytes) {
   CountedBuffer to(counter, bytes);
@@ -20,25 +24,27 @@ CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t by
 
 }  // namespace
 
-void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool votes) {
-  const size_t capacity = Capacity(std::max(rows, n_rows), fixed);
+void HeadLedger::Reserve(ByteCounter& counter, size_t rows, LedgerRoom room, bool votes, std::vector<CountedBuffer>* freed) {
+  const size_t capacity = Capacity(std::max(rows, n_rows), room);
   if (capacity == 0 || positions_.size() == capacity * sizeof(Position)) return;
   CountedBuffer positions = Resized(counter, positions_, capacity * sizeof(Position));
   if (votes) {
     CountedBuffer moved = Resized(counter, votes_, capacity * sizeof(float));
-    votes_ = std::move(moved);
+    std::swap(votes_, moved);
+    if (freed != nullptr) freed->push_back(std::move(moved));
   }
-  positions_ = std::move(positions);
+  std::swap(positions_, positions);
+  if (freed != nullptr) freed->push_back(std::move(positions));
 }
 
-void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, bool votes) {
+void HeadLedger::Shrink(ByteCounter& counter, LedgerRoom room, bool votes) {
   if (n_rows == 0) {
     positions_ = CountedBuffer();
     votes_ = CountedBuffer();
     return;
   }
   try {
-    Reserve(counter, n_rows, fixed, votes);
+    Reserve(counter, n_rows, room, votes);
   } catch (const Error&) {
   }
 }
@@ -103,10 +109,10 @@ void HeadLedger::Save(ByteWriter& out) const {
   if (votes_.size() > 0) out.Raw(votes_.data(), n_rows * sizeof(float));
 }
 
-void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool votes, size_t seen) {
+void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, LedgerRoom room, bool votes, size_t seen) {
   const size_t saved = in.Count(rows, "a head's number of positions");
   if (saved != rows) Fail(ErrorCode::kBadFile, "saved cache: a head has {} rows and {} positions", rows, saved);
-  Reserve(counter, rows, fixed, votes);
+  Reserve(counter, rows, room, votes);
   n_rows = rows;
   in.Raw(positions_.data(), rows * sizeof(Position));
   std::vector<Position> sorted(Positions().begin(), Positions().end());

@@ -24,17 +24,24 @@ struct LedgerSpill {
   std::vector<float> votes;
 };
 
+// What a ledger has room for: a head of bounded rows `fixed` ones and a newcomer, a head that grows `fixed` ones and
+// whole blocks behind them; without `fixed` both whole blocks.
+struct LedgerRoom {
+  size_t fixed = 0;
+  bool grows = false;
+};
+
 struct HeadLedger {
   size_t n_rows = 0;
 
   size_t capacity() const { return positions_.size() / sizeof(Position); }
   std::span<const Position> Positions() const { return positions_.As<Position>().first(n_rows); }
 
-  // Room for `rows` rows: `fixed` and a newcomer when that is not 0, else whole blocks.
-  void Reserve(ByteCounter& counter, size_t rows, size_t fixed, bool votes);
+  // Room for `rows` rows at least. The memory it had goes to `freed` where that is given.
+  void Reserve(ByteCounter& counter, size_t rows, LedgerRoom room, bool votes, std::vector<CountedBuffer>* freed = nullptr);
 
   // Takes back a Reserve: room as for the rows that are there. Keeps the larger room when there is no memory to move.
-  void Shrink(ByteCounter& counter, size_t fixed, bool votes);
+  void Shrink(ByteCounter& counter, LedgerRoom room, bool votes);
 
   // New tokens at positions seen, seen + 1, ... take the next slots.
   void AppendNew(size_t seen, size_t n);
@@ -50,7 +57,7 @@ struct HeadLedger {
   HeadLedger Clone(ByteCounter& counter) const;
   void Save(ByteWriter& out) const;
   // Refuses positions that are not distinct or not below `seen`.
-  void Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, bool votes, size_t seen);
+  void Load(ByteReader& in, ByteCounter& counter, size_t rows, LedgerRoom room, bool votes, size_t seen);
 
  private:
   CountedBuffer positions_;  // Position [capacity]

@@ -59,11 +59,19 @@ class PolicyCache {
   HeadLedger& Ledger(size_t layer, size_t kv_head) { return ledgers[policy.heads(layer, kv_head)]; }
   const HeadLedger& Ledger(size_t layer, size_t kv_head) const { return ledgers[policy.heads(layer, kv_head)]; }
   size_t Rows() const;  // of all heads
+  // The growth law's rows that budgets divide.
+  size_t budget_rows() const { return budget_rows_; }
+  void RestoreBudgetRows(size_t rows) { budget_rows_ = rows; }
   // What the selector, and the budgeter, observe of the step in progress.
   Observation SelectorObserves() const { return evicts ? policy.selector->Observes(step.kind) : Observation{}; }
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
   bool ReadsState(size_t layer) const;
-  void SetBudgets(size_t layer, std::span<const size_t> of_layer);
+  // Budgets decided during the step: of a layer, or, where all layers wait, of all of them.
+  void SetBudgets(size_t first_layer, std::span<const size_t> new_budgets);
+  // The same where nothing decides and the even ones stay: called before each layer is closed.
+  void KeepBudgets(size_t layer);
+  // The room that a head's ledger has under these budgets ([heads], or none yet).
+  LedgerRoom Room(const std::vector<size_t>& of, size_t head) const;
   // The layers of a step of a plan, which has no text and no memory, between Begin and the store's EndStep: allocates and
   // frees what real ones do; as many rows leave as must.
   void CountLayers();
@@ -89,8 +97,8 @@ class PolicyCache {
   void TakeBackRoom(const std::vector<size_t>& old_budgets);
 
   bool tracks_ = false;
-  bool bounded_ = false;
-  size_t budget_rows_ = 0;  // the growth law's rows that budgets divide
+  bool bounded_ = false, packs_ = false;
+  size_t budget_rows_ = 0;
   std::vector<size_t> previous_budgets_;
 };
 
