@@ -176,7 +176,8 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "tova(10)+pyramid(5)+less+f32", "tova(1)+f32", "snapkv(14, window=4, kernel=3)+less+f32+pyramid",
         "snapkv(14, window=4, pool=avg)+f32+prefill(chunk=6)", "full+f32+prefill(chunk=16)",
         "h2o(16)+ada(0)+less+f32", "snapkv(24, window=4)+ada+f32+less", "h2o(20)+pyramid(3)+ada(0.1)",
-        "snapkv(14, window=4)+pyramid(4)+q8",
+        "snapkv(14, window=4)+pyramid(4)+q8", "h2o(16)+zigzag+ada+less+f32", "snapkv(24, window=4)+zigzag(0.1, window=5)+ada(0)+f32",
+        "tova(12)+zigzag+less+f32", "window(12, sinks=2, positions=cache)+zigzag",
         "h2o(12)+mix(k=f16, v=f32)+less", "h2o(16)+mix(k=q8, v=q4)+less",
         "full+q4(rotate=true)", "h2o(16)+mix(k=q8, v=q4, rotate=true)+less", "snapkv(14, window=4)+q8(rotate=true)",
         "tova(16)+q8(rotate=true)+prefill(chunk=9)", "window(12, sinks=2, positions=cache)+q8(rotate=true)"})

@@ -41,7 +41,7 @@ TEST(RaggedBudgets, MemoryIsTheSumOfTheBudgets) {
   const Text text = UnevenText(400, 31);
   const TempSidecar sidecar(kShape);
   const size_t heads = kShape.n_layers * kShape.n_kv_heads;
-  for (const std::string rest : {"+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada"})
+  for (const std::string rest : {"+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada", "+zigzag", "+zigzag+ada"})
     for (const std::string select : {"h2o", "snapkv"})
       for (const size_t rows : {64, 65, 77, 100, 133}) {
         const std::string spec = select + "(" + std::to_string(rows) + ")" + rest;
@@ -95,11 +95,41 @@ TEST(RaggedBudgets, HeadsKeepTheirBudgetsWhileDecoding) {
   EXPECT_EQ(stats.tokens_resident + stats.tokens_absorbed, 150);
 }
 
+// With beta 1, with one layer, and where all fits, zigzag is its selector alone.
+TEST(RaggedBudgets, ZigzagThatDividesNothingIsTheSelector) {
+  const Text text = UnevenText(200, 35);
+  const TempSidecar sidecar(kShape);
+  const auto same = [&](const TinyShape& shape, const Text& of, const std::string& a, const std::string& b) {
+    SCOPED_TRACE(a + ", " + b);
+    SequenceCache one(MakeConfig(a, shape, sidecar)), other(MakeConfig(b, shape, sidecar));
+    EXPECT_EQ(Live(one, of, 0, {120, StepKind::kPrompt}), Live(other, of, 0, {120, StepKind::kPrompt}));
+    for (size_t t = 120; t < 125; ++t) EXPECT_EQ(Feed(one, of, t, 1, StepKind::kDecode), Feed(other, of, t, 1, StepKind::kDecode));
+    EXPECT_EQ(AllResident(one, shape), AllResident(other, shape));
+    return std::pair(one.Stats().kv_bytes, other.Stats().kv_bytes);
+  };
+  const auto [zigzag, snapkv] = same(kShape, text, "h2o(48)+zigzag(1)", "h2o(48)");
+  EXPECT_EQ(zigzag, snapkv);
+  same(kShape, text, "snapkv(48)+zigzag(1)", "snapkv(48)");
+  same(kShape, text, "snapkv(130)+zigzag+f32", "full+f32");
+  TinyShape shape = kShape;
+  shape.n_layers = 1;
+  Text layer = text;
+  for (auto* x : {&layer.q, &layer.k, &layer.v}) x->resize(1);
+  same(shape, layer, "snapkv(48)+zigzag", "snapkv(48)");
+  // It divides at all: the layers of the uneven text differ.
+  SequenceCache cache(MakeConfig("snapkv(48)+zigzag", kShape, sidecar));
+  Live(cache, text, 0, {120, StepKind::kPrompt});
+  const auto held = AllResident(cache, kShape);
+  EXPECT_NE(held[0].size(), held[2 * (kShape.n_layers - 1)].size());
+  EXPECT_EQ(held[0].size(), held[1].size());
+}
+
 // The budgets of a prompt outlive saving: decoding goes on with them.
 TEST(RaggedBudgets, RestoredBudgetsStay) {
   const Text text = UnevenText(200, 34);
   const TempSidecar sidecar(kShape);
-  for (const std::string spec : {"h2o(24)+ada", "h2o(24)+pyramid", "snapkv(24)+pyramid+ada"}) {
+  for (const std::string spec : {"h2o(24)+ada", "h2o(24)+pyramid", "snapkv(24)+pyramid+ada", "tova(24)+zigzag",
+                                 "window(24)+zigzag+less", "h2o(24)+zigzag+ada+q8"}) {
     SequenceCache cache(MakeConfig(spec, kShape, sidecar)), restored(MakeConfig(spec, kShape, sidecar));
     Live(cache, text, 0, {60, StepKind::kPrompt});
     const auto bytes = cache.Serialize();

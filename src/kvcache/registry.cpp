@@ -15,6 +15,7 @@
   X(Snapkv)               \
   X(Uniform)              \
   X(Pyramid)              \
+  X(Zigzag)               \
   X(Ada)                  \
   X(Drop)                 \
   X(Less)                 \
