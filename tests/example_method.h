@@ -54,7 +54,7 @@ inline const Method kSampleMethod{
     .summary = "a random sample of the text, and the most recent tokens, stay",
     .reference = "",
     .parameters = kSampleParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.evicts = true}; },
+    .traits = [](const Arguments&) { return MethodTraits{.evicts = true, .votes_by_head = true}; },
     .validate = [](const Arguments& a) { RequireGiven(a, "sample", "rows", "sample(256) or sample(5%)"); },
     .make_selector = [](const Arguments& a, const MethodContext& context) -> std::unique_ptr<const Selector> {
       return std::make_unique<SampleSelector>(a.Rows("rows", context.ctx), a.Count("recent"));

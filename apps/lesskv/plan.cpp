@@ -34,6 +34,7 @@ Json RowJson(const PlanRow& row, const PlanOptions& options, const Engine& engin
   json["kv_bytes_after_prompt"] = row.plan.bytes_after_prompt * n;
   json["kv_bytes"] = row.plan.bytes_end * n;
   json["kv_bytes_peak"] = row.plan.bytes_peak * n;
+  json["kv_bytes_slack"] = row.plan.bytes_slack * n;
   json["kv_bytes_full"] = full_bytes * n;
   if (row.plan.bytes_local > 0) json["kv_bytes_local"] = row.plan.bytes_local * n;
   json["tokens_resident"] = row.plan.rows_end;

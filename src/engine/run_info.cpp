@@ -27,6 +27,7 @@ void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& con
   result["tokens_resident"] = stats.tokens_resident;
   result["kv_bytes"] = stats.kv_bytes;
   result["kv_bytes_peak"] = stats.kv_bytes_peak;
+  result["kv_bytes_slack"] = stats.kv_bytes_slack;
   result["kv_bytes_full"] = stats.kv_bytes_full;
   result["sidecar_bytes"] = config.sidecar_bytes();
 }

@@ -34,6 +34,13 @@ void SizeSums(const PolicyCache& part, size_t layer, const Observation& wanted, 
   }
 }
 
+// Ranks count back from the step's first token, which stands where the largest head ends.
+size_t RankBase(const PolicyCache& part, size_t layer) {
+  size_t most = 0;
+  for (size_t h = 0; h < part.policy.heads.n_heads(layer); ++h) most = std::max(most, part.store->n_rows(layer, h));
+  return most;
+}
+
 // For stores of unrotated keys: where each resident and step row of a KV head is read.
 void ReadPositionsOf(const PolicyCache& part, size_t layer, size_t h, std::vector<int32_t>& out) {
   const size_t n_rows = part.store->n_rows(layer, h);
@@ -52,14 +59,15 @@ void ReadPositionsOf(const PolicyCache& part, size_t layer, size_t h, std::vecto
   for (uint32_t r = 0; r < order.size(); ++r) order[r] = r;
   std::sort(order.begin(), order.end(),
             [&](uint32_t a, uint32_t b) { return ToInt(positions[a]) < ToInt(positions[b]); });
-  for (uint32_t rank = 0; rank < order.size(); ++rank) out[order[rank]] = static_cast<int32_t>(rank);
-  for (size_t i = n_rows; i < out.size(); ++i) out[i] = static_cast<int32_t>(i);
+  const size_t before = RankBase(part, layer) - n_rows;
+  for (uint32_t rank = 0; rank < order.size(); ++rank) out[order[rank]] = static_cast<int32_t>(before + rank);
+  for (size_t i = n_rows; i < out.size(); ++i) out[i] = static_cast<int32_t>(before + i);
 }
 
 void FindReadPositions(const PolicyCache& part, size_t layer, LayerStep& work) {
   if (!part.policy.unrotated_keys()) return work.read_pointers.clear();
   const size_t n_kv = part.policy.layers[layer].n_kv_heads;
-  const bool shared = !part.tracks() || part.policy.selector->KeepsOneSetALayer();
+  const bool shared = !part.tracks() || part.policy.keeps_one_set();
   work.read_positions.resize(n_kv);
   work.read_pointers.resize(n_kv);
   for (size_t h = 0; h < n_kv; ++h) {
@@ -239,7 +247,7 @@ void CacheBatch::RotateQueries(size_t layer, const float* queries) {
     const PolicyCache& part = tile.item->Part(layer);
     std::copy_n(queries + (tile.item->first_row + tile.first) * stride, tile.n * stride, &rotated_[tile.row * stride]);
     // Cache-relative: query i of the step reads at the position of its own key, behind the resident rows.
-    const size_t base = part.policy.ranks_positions() ? part.store->n_rows(tile.item->Place(layer).layer, 0) : part.step.seen;
+    const size_t base = part.policy.ranks_positions() ? RankBase(part, tile.item->Place(layer).layer) : part.step.seen;
     for (size_t i = 0; i < tile.n; ++i) positions_[tile.row + i] = static_cast<int32_t>(base + tile.first + i);
   }
   RotateRows(*shape.rope, rotated_.data(), n, stride, shape.n_heads, shape.head_dim, positions_.data());

@@ -31,7 +31,13 @@ void CheckShape(const CacheShape& shape) {
 }  // namespace
 
 BudgetRequest LayerPolicy::Request(size_t rows, size_t n_tokens) const {
-  BudgetRequest request{{}, rows, selector->Window(rows), n_tokens};
+  BudgetRequest request{{}, rows, selector->Window(rows), n_tokens, protect.CountFrom(static_cast<int32_t>(selector->Sinks())),
+                        selector->MustKeepOneSetALayer()};
+  const size_t sinks = selector->Sinks();
+  const auto holds = [&](size_t budget) {
+    return std::max(selector->Window(budget), sinks > 0 ? sinks + 1 : 0) + request.n_protected <= budget;
+  };
+  while (request.smallest < rows && !holds(request.smallest)) ++request.smallest;
   for (const LayerShape& layer : layers) request.n_kv_heads.push_back(layer.n_kv_heads);
   return request;
 }
@@ -136,6 +142,10 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
     policy.codec = std::move(made);
     const Choice budget = policy.window == 0 ? Choose(spec_, Stage::kBudget) : Choose(CacheSpec(), Stage::kBudget);
     policy.budgeter = budget.method->make_budgeter(budget.arguments(), own);
+    if (!policy.budgeter->artefact().empty()) artefacts.push_back({budget.term.name, policy.budgeter->artefact()});
+    if (const SpecTerm* share = spec_.Find(Stage::kShare); share != nullptr && policy.window == 0)
+      policy.budgeter = FindMethod(share->name)->make_sharer(Arguments(FindMethod(share->name)->parameters, *share), own,
+                                                             std::move(policy.budgeter));
     if (policy.window > 0) policy.selector = MakeLocalSelector(policy.window);
   }
   const Choice select = Choose(spec_, Stage::kSelect);
@@ -157,7 +167,8 @@ std::vector<size_t> CacheConfig::Budgets(size_t n_tokens) const {
 }
 
 size_t CacheConfig::sidecar_bytes() const {
-  return (global().residual == nullptr ? 0 : global().residual->WeightBytes()) + global().codec->ArtefactBytes();
+  return (global().residual == nullptr ? 0 : global().residual->WeightBytes()) + global().codec->ArtefactBytes() +
+         global().budgeter->ArtefactBytes();
 }
 
 size_t CacheConfig::FullBytes(size_t n_tokens) const {

@@ -47,7 +47,14 @@ struct LayerPolicy {
   Weights weights() const {
     return std::max(selector->weights(), residual == nullptr ? Weights::kNone : residual->weights());
   }
-  StoreShape store_shape() const { return {layers, compute, unrotated_keys(), !selector->Bounded()}; }
+  // Heads of a layer keep the same rows in the same slots.
+  bool keeps_one_set() const {
+    return selector->MustKeepOneSetALayer() ||
+           (selector->KeepsOneSetALayer() && budgeter->differ() != BudgetsDiffer::kBetweenHeads);
+  }
+  StoreShape store_shape() const {
+    return {layers, compute, unrotated_keys(), !selector->Bounded(), budgeter->differ() != BudgetsDiffer::kNowhere};
+  }
   // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such.
   size_t RowsThatStay(size_t n, size_t budget) const;
   BudgetRequest Request(size_t rows, size_t n_tokens) const;
@@ -71,6 +78,7 @@ struct CachePlan {
   size_t bytes_after_prompt = 0;
   size_t bytes_end = 0;
   size_t bytes_local = 0;  // of bytes_end, those of the local layers
+  size_t bytes_slack = 0;  // of bytes_end, what rounding to tiles and blocks costs
   double rows_end = 0;  // mean rows a (global layer, KV head)
 };
 

@@ -33,7 +33,7 @@ void CheckBudgets(const PolicyCache& part, size_t tokens_seen) {
       Fail(ErrorCode::kBadFile, "saved cache: a budget of {} rows does not hold the {} that always stay",
            part.budgets[i], own + n_protected);
     const size_t first = policy.heads(policy.heads.LayerOf(i), 0);
-    if (selector.KeepsOneSetALayer() && part.budgets[i] != part.budgets[first])
+    if (policy.keeps_one_set() && part.budgets[i] != part.budgets[first])
       Fail(ErrorCode::kBadFile, "saved cache: the heads of a layer have different budgets");
   }
   const auto sum = [](const std::vector<size_t>& rows) { return std::accumulate(rows.begin(), rows.end(), size_t{0}); };
@@ -46,7 +46,7 @@ void CheckBudgets(const PolicyCache& part, size_t tokens_seen) {
 }
 
 void CheckSets(const PolicyCache& part) {
-  if (!part.policy.selector->KeepsOneSetALayer()) return;
+  if (!part.policy.keeps_one_set()) return;
   const HeadTable& heads = part.policy.heads;
   for (size_t i = 0; i < heads.size(); ++i) {
     const auto first = part.ledgers[heads(heads.LayerOf(i), 0)].Positions(), own = part.ledgers[i].Positions();
@@ -100,12 +100,11 @@ void LoadPart(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
   LoadBudgets(part, in, tokens_seen);
   for (uint64_t& n : part.departed) n = in.Count(tokens_seen * heads.size(), "the number of tokens that left");
   part.store->Load(in, part.budgets.empty() ? std::vector<size_t>(heads.size()) : part.budgets, tokens_seen);
-  const bool fixed = part.policy.selector->Bounded() && !part.budgets.empty();
   for (size_t layer = 0; layer < heads.n_layers(); ++layer)
     for (size_t h = 0; h < heads.n_heads(layer); ++h)
       part.Ledger(layer, h).Load(in, part.counter, part.tracks() ? part.store->n_rows(layer, h) : 0,
-                                 fixed ? part.budgets[heads(layer, h)] : 0, part.tracks() ? part.columns() : LedgerColumns{},
-                                 tokens_seen);
+                                 part.Room(part.budgets, heads(layer, h)),
+                                 part.tracks() ? part.columns() : LedgerColumns{}, tokens_seen);
   if (part.tracks()) CheckSets(part), CheckGroups(part);
   LoadStates(part, in, tokens_seen);
   const uint64_t left = std::accumulate(part.departed.begin(), part.departed.end(), uint64_t{0});

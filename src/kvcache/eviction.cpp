@@ -30,6 +30,7 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   const Votes votes = policy.selector->votes();
   const size_t n_kv = policy.heads.n_heads(layer);
   work.heads.assign(n_kv, {});
+  if (cache.defers) work.votes.clear(), work.spills.clear();  // what waits, and is counted, is this layer's alone
   work.spills.resize(n_kv);
   work.ledger_rows.resize(n_kv);
   work.votes.resize(n_kv);
@@ -42,7 +43,7 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
     head.positions = rows.positions;
     head.votes = rows.votes;
     head.weights = rows.weights;
-    if (votes == Votes::kStep && (h == 0 || !policy.selector->KeepsOneSetALayer())) {
+    if (votes == Votes::kStep && (h == 0 || !policy.keeps_one_set())) {
       work.votes[h].resize(rows.positions.size());
       head.votes = work.votes[h];
     }
@@ -57,6 +58,9 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   rows.tokens_seen = cache.step.seen + cache.step.n;
   rows.n_step = cache.step.n;
   rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
+  rows.window = policy.selector->Window(cache.budget_rows());
+  rows.sinks = policy.selector->Sinks();
+  rows.votes_accumulate = votes == Votes::kKept;
   rows.protect = &policy.protect;
   rows.queries = work.queries;
   rows.heads = work.heads;
@@ -65,7 +69,7 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
 // Calls body(h) for the heads that a selector decides on: one for all where the layer keeps one set.
 template <typename Body>
 void ForDecidingHeads(const PolicyCache& cache, size_t layer, Body&& body) {
-  if (cache.policy.selector->KeepsOneSetALayer()) return body(size_t{0});
+  if (cache.policy.keeps_one_set()) return body(size_t{0});
   const size_t n = cache.policy.heads.n_heads(layer);
   ParallelFor(n, body);
 }
@@ -76,7 +80,7 @@ void ClearVictims(const PolicyCache& cache, size_t layer, LayerStep& work) {
 }
 
 void ShareVictims(const PolicyCache& cache, LayerStep& work) {
-  if (!cache.policy.selector->KeepsOneSetALayer()) return;
+  if (!cache.policy.keeps_one_set()) return;
   for (size_t h = 1; h < work.victims.size(); ++h) {
     CHECK(work.heads[h].budget == work.heads[0].budget, "heads of a layer that keeps one set have one budget");
     work.victims[h] = work.victims[0];
@@ -150,12 +154,11 @@ std::vector<size_t> LayerBudgets(const PolicyCache& cache, size_t layer) {
   return budgets;
 }
 
-// Takes budgets that a budgeter made over, after checking that it only divided what there was.
-void TakeBudgets(PolicyCache& cache, size_t layer, LayerStep& work, std::span<const size_t> budgets) {
-  cache.SetBudgets(layer, budgets);
+void TakeBudgets(LayerStep& work, std::span<const size_t> budgets) {
   for (size_t h = 0; h < budgets.size(); ++h) work.heads[h].budget = budgets[h];
 }
 
+// A budgeter only divides what there is.
 void CheckSum(const std::vector<size_t>& before, const std::vector<size_t>& after) {
   const size_t was = std::accumulate(before.begin(), before.end(), size_t{0});
   const size_t is = std::accumulate(after.begin(), after.end(), size_t{0});
@@ -283,7 +286,8 @@ void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
   std::vector<size_t> budgets = before;
   cache.policy.budgeter->AllocateLayer(work.rows, budgets);
   CheckSum(before, budgets);
-  TakeBudgets(cache, layer, work, budgets);
+  cache.SetBudgets(layer, budgets);
+  TakeBudgets(work, budgets);
   Choose(cache, layer, work);
   Close(cache, layer, work);
 }
@@ -297,10 +301,10 @@ void CutDeferred(PolicyCache& cache) {
                                                 cache.step.seen + cache.step.n),
                                  layers, budgets);
   CheckSum(cache.budgets, budgets);
+  cache.SetBudgets(0, budgets);
   for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
     LayerStep& work = *cache.deferred[layer];
-    const std::span<const size_t> own(&budgets[policy.heads(layer, 0)], policy.heads.n_heads(layer));
-    TakeBudgets(cache, layer, work, own);
+    TakeBudgets(work, {&budgets[policy.heads(layer, 0)], policy.heads.n_heads(layer)});
     Choose(cache, layer, work);
     Close(cache, layer, work);
     cache.deferred[layer].reset();

@@ -49,7 +49,7 @@ struct SequenceCache::RandomFill {
     if (!evicts) return;
     for (size_t i = 0; i < policy.heads.size(); ++i) {
       const bool first = i == policy.heads(policy.heads.LayerOf(i), 0);
-      tokens.push_back(!first && policy.selector->KeepsOneSetALayer() ? tokens.back() : ChooseTokens(i));
+      tokens.push_back(!first && policy.keeps_one_set() ? tokens.back() : ChooseTokens(i));
     }
   }
 
@@ -113,10 +113,7 @@ struct SequenceCache::RandomFill {
     for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
       const size_t at = rng.Below(kPoolRows) * policy.layers[layer].kv_dim();
       part.store->Append(layer, 0, n, keys.data() + at, values.data() + at);
-      if (part.decides_budgets) {
-        const size_t first = policy.heads(layer, 0);
-        part.SetBudgets(layer, std::span(budgets).subspan(first, policy.heads.n_heads(layer)));
-      }
+      part.KeepBudgets(layer);
       for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) CloseHead(layer, h, done, n);
     }
     part.store->EndStep();

@@ -10,7 +10,11 @@
 namespace lesskv {
 namespace {
 
-size_t Capacity(size_t rows, size_t fixed) { return fixed > 0 ? std::max(fixed, rows) + 1 : RoundUp(rows, kBlockRows); }
+size_t Capacity(size_t rows, LedgerRoom room) {
+  const size_t beyond = rows - std::min(rows, room.fixed);
+  if (room.fixed == 0 || room.grows) return room.fixed + RoundUp(beyond, kBlockRows);
+  return room.fixed + beyond + 1;
+}
 
 CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t bytes) {
   CountedBuffer to(counter, bytes);
@@ -43,19 +47,22 @@ void SaveColumn(const CountedBuffer& column, size_t n_rows, ByteWriter& out) {
 
 }  // namespace
 
-void HeadLedger::Reserve(ByteCounter& counter, size_t rows, size_t fixed, LedgerColumns columns) {
-  const size_t capacity = Capacity(std::max(rows, n_rows), fixed);
+void HeadLedger::Reserve(ByteCounter& counter, size_t rows, LedgerRoom room, LedgerColumns columns,
+                         std::vector<CountedBuffer>* freed) {
+  const size_t capacity = Capacity(std::max(rows, n_rows), room);
   if (capacity == 0 || positions_.size() == capacity * sizeof(Position)) return;
   CountedBuffer positions = Resized(counter, positions_, capacity * sizeof(Position));
   CountedBuffer votes, weights;
   if (columns.votes) votes = Resized(counter, votes_, capacity * sizeof(float));
   if (columns.weights) weights = Resized(counter, weights_, capacity * sizeof(float));
-  votes_ = std::move(votes);
-  weights_ = std::move(weights);
-  positions_ = std::move(positions);
+  std::swap(positions_, positions);
+  std::swap(votes_, votes);
+  std::swap(weights_, weights);
+  if (freed == nullptr) return;
+  for (CountedBuffer* old : {&positions, &votes, &weights}) freed->push_back(std::move(*old));
 }
 
-void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, LedgerColumns columns) {
+void HeadLedger::Shrink(ByteCounter& counter, LedgerRoom room, LedgerColumns columns) {
   if (n_rows == 0) {
     positions_ = CountedBuffer();
     votes_ = CountedBuffer();
@@ -63,7 +70,7 @@ void HeadLedger::Shrink(ByteCounter& counter, size_t fixed, LedgerColumns column
     return;
   }
   try {
-    Reserve(counter, n_rows, fixed, columns);
+    Reserve(counter, n_rows, room, columns);
   } catch (const Error&) {
   }
 }
@@ -132,11 +139,11 @@ void HeadLedger::Save(ByteWriter& out) const {
   SaveColumn(weights_, n_rows, out);
 }
 
-void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, LedgerColumns columns,
+void HeadLedger::Load(ByteReader& in, ByteCounter& counter, size_t rows, LedgerRoom room, LedgerColumns columns,
                       size_t seen) {
   const size_t saved = in.Count(rows, "a head's number of positions");
   if (saved != rows) Fail(ErrorCode::kBadFile, "saved cache: a head has {} rows and {} positions", rows, saved);
-  Reserve(counter, rows, fixed, columns);
+  Reserve(counter, rows, room, columns);
   n_rows = rows;
   in.Raw(positions_.data(), rows * sizeof(Position));
   std::vector<Position> sorted(Positions().begin(), Positions().end());

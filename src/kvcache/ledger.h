@@ -31,6 +31,13 @@ struct LedgerSpill {
   std::vector<float> votes, weights;
 };
 
+// What a ledger has room for: a head of bounded rows `fixed` ones and a newcomer, a head that grows `fixed` ones and
+// whole blocks behind them; without `fixed` both whole blocks.
+struct LedgerRoom {
+  size_t fixed = 0;
+  bool grows = false;
+};
+
 struct HeadLedger {
   size_t n_rows = 0;
 
@@ -41,11 +48,12 @@ struct HeadLedger {
     return all.first(std::min(all.size(), n_rows));
   }
 
-  // Room for `rows` rows: `fixed` and a newcomer when that is not 0, else whole blocks.
-  void Reserve(ByteCounter& counter, size_t rows, size_t fixed, LedgerColumns columns);
+  // Room for `rows` rows at least. The memory it had goes to `freed` where that is given.
+  void Reserve(ByteCounter& counter, size_t rows, LedgerRoom room, LedgerColumns columns,
+               std::vector<CountedBuffer>* freed = nullptr);
 
   // Takes back a Reserve: room as for the rows that are there. Keeps the larger room when there is no memory to move.
-  void Shrink(ByteCounter& counter, size_t fixed, LedgerColumns columns);
+  void Shrink(ByteCounter& counter, LedgerRoom room, LedgerColumns columns);
 
   // New tokens at positions seen, seen + 1, ... take the next slots, with vote 0 and weight 1.
   void AppendNew(size_t seen, size_t n);
@@ -62,7 +70,7 @@ struct HeadLedger {
   void Save(ByteWriter& out) const;
   // Refuses positions that are not distinct or not below `seen`, votes that are not finite and weights that are not
   // positive.
-  void Load(ByteReader& in, ByteCounter& counter, size_t rows, size_t fixed, LedgerColumns columns, size_t seen);
+  void Load(ByteReader& in, ByteCounter& counter, size_t rows, LedgerRoom room, LedgerColumns columns, size_t seen);
 
  private:
   CountedBuffer positions_;  // Position [capacity]

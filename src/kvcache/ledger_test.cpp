@@ -15,7 +15,7 @@ std::vector<int> Ints(std::span<const Position> positions) {
 TEST(Ledger, FollowsSlotMaps) {
   ByteCounter counter;
   HeadLedger ledger;
-  ledger.Reserve(counter, 5, 5, {.votes = true});
+  ledger.Reserve(counter, 5, {5}, {.votes = true});
   EXPECT_EQ(counter.now, 6 * (sizeof(Position) + sizeof(float)));  // and a newcomer
   ledger.AppendNew(10, 5);
   LedgerSpill spill;
@@ -44,7 +44,7 @@ TEST(Ledger, FollowsSlotMaps) {
 TEST(Ledger, SavedAndLoaded) {
   ByteCounter counter;
   HeadLedger ledger;
-  ledger.Reserve(counter, 3, 0, {.votes = true});
+  ledger.Reserve(counter, 3, {0}, {.votes = true});
   EXPECT_EQ(counter.now, 128 * (sizeof(Position) + sizeof(float)));
   ledger.AppendNew(2, 3);
   ByteWriter out;
@@ -52,7 +52,7 @@ TEST(Ledger, SavedAndLoaded) {
   const auto load = [&](std::vector<std::byte> bytes, size_t rows, size_t seen) {
     ByteReader in{bytes};
     HeadLedger loaded;
-    loaded.Load(in, counter, rows, 0, {.votes = true}, seen);
+    loaded.Load(in, counter, rows, {}, {.votes = true}, seen);
     return Ints(loaded.Positions());
   };
   EXPECT_EQ(load(out.bytes, 3, 5), (std::vector<int>{2, 3, 4}));
@@ -69,14 +69,14 @@ TEST(Ledger, SavedAndLoaded) {
 TEST(Ledger, ShrinkGoesBack) {
   ByteCounter counter;
   HeadLedger ledger;
-  ledger.Reserve(counter, 7, 7, {});
-  ledger.Shrink(counter, 0, {});
+  ledger.Reserve(counter, 7, {7}, {});
+  ledger.Shrink(counter, {0}, {});
   EXPECT_EQ(counter.now, 0u);
-  ledger.Reserve(counter, 100, 0, {});
+  ledger.Reserve(counter, 100, {0}, {});
   ledger.AppendNew(0, 100);
-  ledger.Reserve(counter, 300, 0, {});
+  ledger.Reserve(counter, 300, {0}, {});
   EXPECT_EQ(counter.now, 384 * sizeof(Position));
-  ledger.Shrink(counter, 0, {});
+  ledger.Shrink(counter, {0}, {});
   EXPECT_EQ(counter.now, 128 * sizeof(Position));
   EXPECT_EQ(ToInt(ledger.Positions()[99]), 99);
 }

@@ -24,7 +24,8 @@ PolicyCache::PolicyCache(const LayerPolicy& of, ByteCounter& count)
       ledgers(of.heads.size()),
       has_absorbed(of.layers.size()),
       tracks_(of.selector->Evicts()),
-      bounded_(of.selector->Bounded()) {}
+      bounded_(of.selector->Bounded()),
+      packs_(of.store_shape().packs) {}
 
 std::unique_ptr<PolicyCache> PolicyCache::Clone(ByteCounter& into) const {
   auto copy = std::make_unique<PolicyCache>(policy, into);
@@ -80,23 +81,36 @@ void PolicyCache::Begin(const StepInfo& info) {
 
 void PolicyCache::ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known) {
   if (!tracks_) return;
+  std::vector<CountedBuffer> freed;  // together, so that a plan's peak does not depend on how rows were divided
   for (size_t i = 0; i < ledgers.size(); ++i) {
     const size_t held = ledgers[i].n_rows, all = held + step.n;
     size_t rows = all;
     if (evicts) rows = budgets_known ? std::max(held, std::min(all, new_budgets[i])) : held;
-    ledgers[i].Reserve(counter, rows, bounded_ && budgets_known ? new_budgets[i] : 0, columns());
+    ledgers[i].Reserve(counter, rows, budgets_known ? Room(new_budgets, i) : LedgerRoom{0, !bounded_},
+                       columns(), packs_ ? &freed : nullptr);
   }
 }
 
-// Budgets that were decided during the step.
-void PolicyCache::SetBudgets(size_t layer, std::span<const size_t> of_layer) {
-  store->SetBudgets(layer, of_layer);
-  for (size_t h = 0; h < of_layer.size(); ++h) {
-    const size_t i = policy.heads(layer, h);
-    budgets[i] = of_layer[h];
+LedgerRoom PolicyCache::Room(const std::vector<size_t>& of, size_t head) const {
+  return {!of.empty() && (bounded_ || packs_) ? of[head] : 0, !bounded_};
+}
+
+void PolicyCache::SetBudgets(size_t first_layer, std::span<const size_t> new_budgets) {
+  store->SetBudgets(first_layer, new_budgets);
+  const size_t first = policy.heads(first_layer, 0);
+  for (size_t i = first; i < first + new_budgets.size(); ++i) {
+    budgets[i] = new_budgets[i - first];
     const size_t held = ledgers[i].n_rows;
-    ledgers[i].Reserve(counter, std::max(held, std::min(held + step.n, budgets[i])), bounded_ ? budgets[i] : 0, columns());
+    ledgers[i].Reserve(counter, std::max(held, std::min(held + step.n, budgets[i])), Room(budgets, i),
+                       columns());
   }
+}
+
+void PolicyCache::KeepBudgets(size_t layer) {
+  if (!decides_budgets || (defers && layer > 0)) return;
+  const std::vector<size_t> even = budgets;
+  const size_t n = defers ? even.size() : policy.heads.n_heads(layer);
+  SetBudgets(layer, std::span(even).subspan(policy.heads(layer, 0), n));
 }
 
 void PolicyCache::TakeRestoredBudgets(size_t tokens_seen) {
@@ -107,9 +121,8 @@ void PolicyCache::TakeRestoredBudgets(size_t tokens_seen) {
 // Frees what Begin reserved; `old_budgets` are those of the step before.
 void PolicyCache::TakeBackRoom(const std::vector<size_t>& old_budgets) {
   store->CancelStep();
-  const bool fixed = bounded_ && !old_budgets.empty();
   for (size_t i = 0; i < ledgers.size(); ++i)
-    ledgers[i].Shrink(counter, fixed ? old_budgets[i] : 0, columns());
+    ledgers[i].Shrink(counter, Room(old_budgets, i), columns());
   if (step.seen == 0) states = CountedBuffer();
 }
 
@@ -123,6 +136,9 @@ void PolicyCache::End() {
   if (defers) CutDeferred(*this);
   store->EndStep();
   deferred.clear();
+  // A head whose budget became smaller gives its room back.
+  for (size_t i = 0; i < ledgers.size() && packs_ && evicts && step.kind == StepKind::kPrompt; ++i)
+    ledgers[i].Shrink(counter, Room(budgets, i), columns());
 }
 
 size_t PolicyCache::FitQueryFloats(size_t layer) const {
@@ -134,18 +150,20 @@ void PolicyCache::CountLayers() {
   CHECK(counter.only_counts);
   CountedBytes waiting;
   if (defers) {
-    size_t rows = 0;
-    for (const HeadLedger& ledger : ledgers) rows += ledger.n_rows + step.n;
-    const bool votes = policy.selector->votes() != Votes::kNone;
-    const size_t a_row = sizeof(Position) + (votes ? sizeof(float) : 0) + (columns().weights ? sizeof(float) : 0);
-    size_t floats = 0;
-    for (size_t layer = 0; layer < policy.layers.size(); ++layer) floats += FitQueryFloats(layer);
-    waiting = CountedBytes(counter, rows * a_row + floats * sizeof(float));
+    const Votes votes = policy.selector->votes();
+    size_t bytes = 0;
+    for (size_t i = 0; i < ledgers.size(); ++i) {
+      const bool first = i == policy.heads(policy.heads.LayerOf(i), 0);
+      const bool has_votes = votes == Votes::kKept || (votes == Votes::kStep && (first || !policy.keeps_one_set()));
+      const size_t n_columns = (has_votes ? 1 : 0) + (columns().weights ? 1 : 0);
+      bytes += (ledgers[i].n_rows + step.n) * (sizeof(Position) + n_columns * sizeof(float));
+    }
+    for (size_t layer = 0; layer < policy.layers.size(); ++layer) bytes += FitQueryFloats(layer) * sizeof(float);
+    waiting = CountedBytes(counter, bytes);
   }
   std::vector<Departure> leaving;
   for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
-    if (decides_budgets) SetBudgets(layer, std::vector<size_t>(budgets.begin() + static_cast<ptrdiff_t>(policy.heads(layer, 0)),
-                                                               budgets.begin() + static_cast<ptrdiff_t>(policy.heads(layer + 1, 0))));
+    KeepBudgets(layer);
     for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) {
       HeadLedger& ledger = Ledger(layer, h);
       const size_t all = store->n_rows(layer, h) + step.n;

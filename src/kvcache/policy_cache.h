@@ -63,13 +63,20 @@ class PolicyCache {
   LedgerColumns columns() const {
     return {policy.selector->votes() == Votes::kKept, policy.weights() != Weights::kNone};
   }
+  // The growth law's rows that budgets divide.
+  size_t budget_rows() const { return budget_rows_; }
   // What the selector, and the budgeter, observe of the step in progress.
   Observation SelectorObserves() const { return evicts ? policy.selector->Observes(step.kind) : Observation{}; }
   // How the residual fits rows in the step in progress.
   FitRule ResidualFits() const { return evicts && policy.residual != nullptr ? policy.residual->Fits(step.kind) : FitRule{}; }
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
   bool ReadsState(size_t layer) const;
-  void SetBudgets(size_t layer, std::span<const size_t> of_layer);
+  // Budgets decided during the step: of a layer, or, where all layers wait, of all of them.
+  void SetBudgets(size_t first_layer, std::span<const size_t> new_budgets);
+  // The same where nothing decides and the even ones stay: called before each layer is closed.
+  void KeepBudgets(size_t layer);
+  // The room that a head's ledger has under these budgets ([heads], or none yet).
+  LedgerRoom Room(const std::vector<size_t>& of, size_t head) const;
   // Budgets were restored: they hold until the growth law changes or a prompt comes, as where they were saved.
   void TakeRestoredBudgets(size_t tokens_seen);
   // The layers of a step of a plan, which has no text and no memory, between Begin and the store's EndStep: allocates and
@@ -99,8 +106,8 @@ class PolicyCache {
   size_t FitQueryFloats(size_t layer) const;
 
   bool tracks_ = false;
-  bool bounded_ = false;
-  size_t budget_rows_ = 0;  // the growth law's rows that budgets divide
+  bool bounded_ = false, packs_ = false;
+  size_t budget_rows_ = 0;
   std::vector<size_t> previous_budgets_;
   size_t previous_budget_rows_ = 0;
 };

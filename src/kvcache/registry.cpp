@@ -17,6 +17,8 @@
   X(Elastic)              \
   X(Uniform)              \
   X(Pyramid)              \
+  X(Zigzag)               \
+  X(Ada)                  \
   X(Drop)                 \
   X(Less)                 \
   X(Merge)                \
@@ -71,6 +73,7 @@ std::string_view Name(Stage stage) {
   switch (stage) {
     case Stage::kSelect: return "select";
     case Stage::kBudget: return "budget";
+    case Stage::kShare: return "share";
     case Stage::kResidual: return "residual";
     case Stage::kCodec: return "codec";
     case Stage::kWrap: return "wrap";
@@ -84,6 +87,7 @@ std::string_view DefaultTerm(Stage stage) {
   switch (stage) {
     case Stage::kSelect: return "full";
     case Stage::kBudget: return "uniform";
+    case Stage::kShare: return "";
     case Stage::kResidual: return "drop";
     case Stage::kCodec: return "f16";
     case Stage::kWrap: return "";
@@ -102,11 +106,13 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' re-numbers positions and cannot feed '{}', which needs true ones", x.name, y.name);
     if (x.stage == Stage::kSelect && !tx.evicts && ty.needs_eviction)
       return fmt::format("'{}' lets no token leave, so '{}' has nothing to do", x.name, y.name);
+    if (x.stage == Stage::kSelect && !tx.votes_by_head && ty.needs_votes_by_head)
+      return fmt::format("'{}' has no votes of each head's own, by which '{}' divides rows", x.name, y.name);
     if (x.stage == Stage::kPrefill && !ty.acts_in_stream)
       return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'", y.name, x.name);
     if (!tx.gives_full_keys && ty.needs_full_keys)
       return fmt::format("'{}' does not give back whole keys, which '{}' needs", x.name, y.name);
-    if (tx.same_rows && y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget))
+    if (tx.same_rows && (y.stage == Stage::kShare || (y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget))))
       return fmt::format("'{}' keeps as many rows in all layers and heads, which '{}' would divide", x.name, y.name);
     if (tx.takes_no_fit && ty.fits_rows)
       return fmt::format("rows of '{}' are replaced or merged one by one, which a fit by '{}' does not outlive", x.name, y.name);

@@ -21,13 +21,14 @@ class Budgeter;
 class Residual;
 class Codec;
 
-// The five questions of the cache; a wrapper of the codec, which changes what another codec stores; and prefill (about
-// time rather than space). The order is that of canonical specs.
-enum class Stage { kSelect, kBudget, kResidual, kCodec, kWrap, kRecall, kPrefill };
-inline constexpr Stage kStages[] = {Stage::kSelect, Stage::kBudget, Stage::kResidual, Stage::kCodec,
-                                    Stage::kWrap,   Stage::kRecall, Stage::kPrefill};
+// The five questions of the cache; what refines the answer to two of them: how heads of a layer share its budget, and a
+// wrapper of the codec, which changes what another codec stores; and prefill (about time rather than space). The order is
+// that of canonical specs.
+enum class Stage { kSelect, kBudget, kShare, kResidual, kCodec, kWrap, kRecall, kPrefill };
+inline constexpr Stage kStages[] = {Stage::kSelect, Stage::kBudget, Stage::kShare,  Stage::kResidual,
+                                    Stage::kCodec,  Stage::kWrap,   Stage::kRecall, Stage::kPrefill};
 std::string_view Name(Stage stage);
-// The stage's term when a spec names none: "full", "uniform", "drop", "f16", "all"; "" for wrap and prefill.
+// The stage's term when a spec names none: "full", "uniform", "drop", "f16", "all"; "" for share, wrap and prefill.
 std::string_view DefaultTerm(Stage stage);
 
 struct Parameter {
@@ -85,6 +86,8 @@ struct MethodTraits {
   bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
   bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them
   bool reads_sidecar = false;         // a trained artefact of the model
+  bool votes_by_head = false;         // select: rows have votes, those of each head its own
+  bool needs_votes_by_head = false;   // share
   bool is_rival = false;              // select: what other methods are measured against at equal bytes
 };
 
@@ -114,6 +117,9 @@ struct Method {
   // The stage's factory; the others are null. `drop`, `all` and `prefill` have none.
   std::unique_ptr<const Selector> (*make_selector)(const Arguments&, const MethodContext&) = nullptr;
   std::unique_ptr<const Budgeter> (*make_budgeter)(const Arguments&, const MethodContext&) = nullptr;
+  // Around the spec's budgeter.
+  std::unique_ptr<const Budgeter> (*make_sharer)(const Arguments&, const MethodContext&,
+                                                 std::unique_ptr<const Budgeter> layers) = nullptr;
   MadeResidual (*make_residual)(const Arguments&, const MethodContext&) = nullptr;
   std::unique_ptr<const Codec> (*make_codec)(const Arguments&, const MethodContext&) = nullptr;
   // Around the spec's codec.

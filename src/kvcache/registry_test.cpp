@@ -24,6 +24,7 @@ TEST(Registry, EveryMethodIsWhole) {
     EXPECT_EQ(FindMethod(method->name), method);
     EXPECT_EQ(method->make_selector != nullptr, method->stage == Stage::kSelect);
     EXPECT_EQ(method->make_budgeter != nullptr, method->stage == Stage::kBudget);
+    EXPECT_EQ(method->make_sharer != nullptr, method->stage == Stage::kShare);
     EXPECT_EQ(method->make_codec != nullptr, method->stage == Stage::kCodec);
     std::set<std::string_view> parameters;
     for (const Parameter& parameter : method->parameters) {
@@ -50,6 +51,10 @@ TEST(Registry, KnownPairs) {
   EXPECT_FALSE(conflict("tova", "pyramid"));
   EXPECT_FALSE(conflict("snapkv", "prefill"));
   EXPECT_FALSE(conflict("full", "prefill"));
+  EXPECT_FALSE(conflict("h2o", "ada"));
+  EXPECT_FALSE(conflict("snapkv", "ada"));
+  EXPECT_FALSE(conflict("ada", "pyramid"));
+  for (const char* other : {"full", "window", "tova", "prefill"}) EXPECT_TRUE(conflict(other, "ada")) << other;
   for (const Method* a : Methods())
     for (const Method* b : Methods()) EXPECT_EQ(Conflict(*a, *b).has_value(), Conflict(*b, *a).has_value());
 }

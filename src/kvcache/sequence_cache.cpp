@@ -105,6 +105,7 @@ CacheStats SequenceCache::Stats() const {
   stats.tokens_offloaded = mean(global.departed[static_cast<size_t>(Fate::kOffload)]);
   stats.kv_bytes = impl_->counter.now;
   stats.kv_bytes_peak = impl_->counter.peak;
+  for (const auto& part : impl_->parts) stats.kv_bytes_slack += part->store->SlackBytes(part->budgets);
   stats.kv_bytes_full = impl_->config->FullBytes(stats.tokens_seen);
   return stats;
 }
@@ -146,6 +147,7 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
     count(1, StepKind::kDecode);
   plan.bytes_end = cache.counter.now;
   plan.bytes_peak = cache.counter.peak;
+  for (const auto& part : cache.parts) plan.bytes_slack += part->store->SlackBytes(part->budgets);
   const PolicyCache& global = cache.global();
   size_t rows = global.Rows();
   for (size_t i = 0; bounded && n_decode > 1 && i < global.ledgers.size(); ++i) {

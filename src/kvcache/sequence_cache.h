@@ -33,6 +33,7 @@ struct CacheStats {
   double tokens_dropped = 0, tokens_absorbed = 0, tokens_merged = 0, tokens_offloaded = 0;
   size_t kv_bytes = 0;         // allocated for the sequence's cache now
   size_t kv_bytes_peak = 0;    // the largest kv_bytes so far
+  size_t kv_bytes_slack = 0;   // of kv_bytes, what rounding rows to tiles and blocks costs
   size_t kv_bytes_full = 0;    // CacheConfig::FullBytes of the tokens seen
 };
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kvcache/select/selector.h"
@@ -15,6 +16,13 @@ struct BudgetRequest {
   size_t rows = 0;      // the selector's rows per KV head, B
   size_t window = 0;    // rows of them that the selector always keeps, w
   size_t n_tokens = 0;  // the prompt's length; the context length while text streams in
+  size_t n_protected = 0;  // tokens that always stay beside the window, in every head
+  bool one_budget_a_layer = false;  // the selector keeps one set of tokens a layer: its heads must be equal
+
+  size_t smallest = 1;  // the smallest budget that a head can have: the window shrinks with it
+
+  // Rows that every head must have where its window shall not shrink.
+  size_t least() const { return window + n_protected; }
 
   size_t n_layers() const { return n_kv_heads.size(); }
   size_t n_heads() const {
@@ -31,9 +39,17 @@ enum class AllocationScope {
   kModel,  // when all layers are known: they wait in full until then
 };
 
+// Between what budgets may differ.
+enum class BudgetsDiffer { kNowhere, kBetweenLayers, kBetweenHeads };
+
 class Budgeter {
  public:
   virtual ~Budgeter() = default;
+
+  virtual BudgetsDiffer differ() const { return BudgetsDiffer::kBetweenHeads; }
+  // The trained artefact it reads: its fingerprint; empty: none.
+  virtual std::string artefact() const { return {}; }
+  virtual size_t ArtefactBytes() const { return 0; }
 
   // Rows a head, [heads] layer by layer. kGiven: the budgets. The others: what they start from (and what a text that
   // streams in, or is decoded without a prompt, is held to).

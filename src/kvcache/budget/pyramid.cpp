@@ -49,6 +49,8 @@ class PyramidBudgeter final : public Budgeter {
  public:
   explicit PyramidBudgeter(double beta) : beta_(beta) {}
 
+  BudgetsDiffer differ() const override { return BudgetsDiffer::kBetweenLayers; }
+
   std::vector<size_t> Allocate(const BudgetRequest& request) const override {
     const std::vector<size_t> layers =
         PyramidRows(request.n_layers(), request.rows, request.window, beta_, request.n_tokens);

@@ -7,6 +7,8 @@ namespace {
 
 class UniformBudgeter final : public Budgeter {
  public:
+  BudgetsDiffer differ() const override { return BudgetsDiffer::kNowhere; }
+
   std::vector<size_t> Allocate(const BudgetRequest& request) const override {
     return std::vector<size_t>(request.n_heads(), request.rows);
   }

@@ -29,6 +29,7 @@ struct StoreShape {
   ComputeType compute = ComputeType::kF32;
   bool unrotated_keys = false;  // keys come unrotated, and queries with read positions
   bool grows = false;           // no bound on the rows of a head while decoding
+  bool packs = false;           // budgets differ between heads: they share memory of exactly so many rows
 };
 
 class Codec {

@@ -59,7 +59,8 @@ struct StepRoom {
   // All layers stay open to the step's end: each needs a staging area of its own.
   bool defers = false;
   // Rows that stay at most, a head; empty when nothing leaves in any step. Where budgets are decided during the step
-  // (defers, or a layer at a time) SetBudgets says them before a layer is closed.
+  // SetBudgets says them before a layer is closed: of all layers together where the step defers, else a layer at a
+  // time, whose sum is then that of these.
   std::span<const size_t> budgets;
   bool budgets_later = false;
 };
@@ -101,8 +102,9 @@ class KvStore {
 
   // Makes room for a step in every layer. Throws Error(kOutOfMemory) without having changed any row.
   virtual void Reserve(const StepRoom& room) = 0;
-  // budgets_later: the rows that may stay in each KV head of a layer; makes room for them. Throws Error(kOutOfMemory).
-  virtual void SetBudgets(size_t layer, std::span<const size_t> budgets) = 0;
+  // budgets_later: the rows that may stay in each KV head of a layer, or (defers) of this layer and all behind it; makes
+  // room for them. Throws Error(kOutOfMemory).
+  virtual void SetBudgets(size_t first_layer, std::span<const size_t> budgets) = 0;
 
   // The step's rows of tokens [first, first + n) of a layer: keys, values [n, n_kv_heads, head_dim]; keys rotated to
   // their positions, or as they came where the store was made for unrotated ones.
@@ -129,6 +131,9 @@ class KvStore {
   virtual void CancelStep() = 0;
 
   virtual size_t n_rows(size_t layer, size_t kv_head) const = 0;
+  // Bytes of rows that are allocated between steps and that neither a resident row nor a budget needs: what rounding to
+  // tiles and blocks costs. `budgets` as in StepRoom.
+  virtual size_t SlackBytes(std::span<const size_t> /*budgets*/) const { return 0; }
   // For codecs whose rows leave in groups (CodecTraits::group_rows), in a step that has been attended: the first so many
   // rows, a multiple of the group, may leave, each with its whole group; those behind them stay for now.
   virtual size_t GroupedRows(size_t layer, size_t kv_head) const { return n_rows(layer, kv_head); }

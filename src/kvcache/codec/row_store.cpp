@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "base/check.h"
 #include "base/checked.h"
@@ -23,13 +24,22 @@ RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes
   }
   staging_.resize(most_heads_);
   if (!shape.grows) return;
-  for (Head& head : heads_) head.region_rows = kBlockRows;
+  for (Head& head : heads_) head.region_rows = shape.packs ? kPackedBlockRows : kBlockRows;
 }
 
 std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
   auto copy = std::make_unique<RowStore>(counter, shape_, types_);
   copy->defers_ = defers_;
   copy->staging_.resize(staging_.size());
+  std::map<const CountedBuffer*, std::shared_ptr<CountedBuffer>> shared;  // regions that heads share stay shared
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    const Share& from = heads_[i].share;
+    copy->heads_[i].share = from;
+    if (from.region.memory == nullptr) continue;
+    std::shared_ptr<CountedBuffer>& memory = shared[from.region.memory.get()];
+    if (memory == nullptr) memory = std::make_shared<CountedBuffer>(from.region.memory->Clone(counter));
+    copy->heads_[i].share.region = {memory, memory->data() + (from.region.data - from.region.memory->data())};
+  }
   const auto clone = [&](const Formats& formats, const Head& from, Head& to) {
     to.region_rows = from.region_rows;
     to.n_rows = from.n_rows;
@@ -83,11 +93,12 @@ void RowStore::ResizeArena(const Formats& formats, Head& head, size_t rows) {
 void RowStore::Grow(std::span<const size_t> rows) {
   const auto missing = [&](size_t i) {
     const size_t capacity = heads_[i].capacity();
-    return rows[i] > capacity ? CeilDiv(rows[i] - capacity, kBlockRows) : 0;
+    return rows[i] > capacity ? CeilDiv(rows[i] - capacity, heads_[i].region_rows) : 0;
   };
   std::vector<const Formats*> formats;
   for (size_t i = 0; i < heads_.size(); ++i) formats.insert(formats.end(), missing(i), &FormatsOf(i));
-  const std::vector<Region> blocks = Allocate(*counter_, formats, std::vector<size_t>(formats.size(), kBlockRows));
+  const std::vector<size_t> block_rows(formats.size(), heads_.empty() ? 0 : heads_[0].region_rows);
+  const std::vector<Region> blocks = Allocate(*counter_, formats, block_rows);
   for (size_t i = 0, next = 0; i < heads_.size(); ++i)
     for (size_t n = missing(i); n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
 }
@@ -124,17 +135,47 @@ void RowStore::ReserveStaging(const StepRoom& room) {
   }
 }
 
+// Room beside each other for heads [first_head, first_head + rows.size()), which move there when they are closed. Layers
+// of one head size share a region.
+void RowStore::Pack(size_t first_head, std::span<const size_t> rows) {
+  std::map<size_t, size_t> total;  // rows, by head size
+  const auto size = [&](size_t i) { return FormatsOf(first_head + i).keys.head_dim; };
+  for (size_t i = 0; i < rows.size(); ++i) total[size(i)] += rows[i];
+  for (const auto& [head_dim, n] : total) {
+    size_t next = 0;
+    Region region;
+    const size_t region_rows = RoundUp(n, kTileRows);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (size(i) != head_dim) continue;
+      const Formats* const formats[] = {&FormatsOf(first_head + i)};
+      if (region.memory == nullptr && n > 0) region = Allocate(*counter_, formats, {&region_rows, 1})[0];
+      heads_[first_head + i].moves = true;
+      heads_[first_head + i].next = {region, region_rows, next, rows[i]};
+      next += rows[i];
+    }
+  }
+}
+
+// Where budgets come later a layer's sum is known, and SetBudgets divides it; across layers nothing is known yet.
+void RowStore::ReserveShares(const StepRoom& room) {
+  if (!room.evicts || (room.budgets_later && room.defers)) return;
+  bool same = !room.budgets_later;
+  for (size_t i = 0; i < heads_.size(); ++i) same &= heads_[i].share.rows == room.budgets[i];
+  if (!same) Pack(0, room.budgets);
+}
+
 void RowStore::Reserve(const StepRoom& room) {
   try {
     for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
+    if (shape_.packs) ReserveShares(room);
     std::vector<size_t> grown(heads_.size());
     for (size_t i = 0; i < heads_.size(); ++i) {
       Head& head = heads_[i];
       const size_t all = head.n_rows + room.n_step;
       if (!room.evicts)
         grown[i] = all;
-      else if (room.budgets_later)
-        grown[i] = head.n_rows;
+      else if (shape_.packs)
+        continue;
       else if (shape_.grows)
         grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
       else if (head.capacity() < room.budgets[i])
@@ -152,24 +193,24 @@ void RowStore::Reserve(const StepRoom& room) {
   is_prompt_ = room.is_prompt;
 }
 
-void RowStore::SetBudgets(size_t layer, std::span<const size_t> budgets) {
+void RowStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
+  CHECK(shape_.packs, "budgets that come later are those of a packed store");
+  const size_t first_head = table_(first_layer, 0);
+  std::copy(budgets.begin(), budgets.end(), budgets_.begin() + static_cast<ptrdiff_t>(first_head));
+  if (defers_) return Pack(first_head, budgets);
+  size_t next = heads_[first_head].next.first;
   for (size_t h = 0; h < budgets.size(); ++h) {
-    const size_t i = table_(layer, h);
-    Head& head = heads_[i];
-    budgets_[i] = budgets[h];
-    const size_t rows = std::min(head.n_rows + n_step_, budgets[h]);
-    if (!shape_.grows && head.capacity() < budgets[h]) ResizeArena(formats_[layer], head, RoundUp(budgets[h], kTileRows));
-    if (!shape_.grows) continue;
-    const size_t missing = rows > head.capacity() ? CeilDiv(rows - head.capacity(), kBlockRows) : 0;
-    const std::vector<const Formats*> formats(missing, &formats_[layer]);
-    for (const Region& block : Allocate(*counter_, formats, std::vector<size_t>(missing, kBlockRows)))
-      head.regions.push_back(block);
+    heads_[first_head + h].next.first = next;
+    heads_[first_head + h].next.rows = budgets[h];
+    next += budgets[h];
   }
 }
 
 void RowStore::CancelStep() {
   for (size_t i = 0; i < heads_.size(); ++i) {
-    if (shape_.grows)
+    heads_[i].moves = false;
+    heads_[i].next = Share{};
+    if (shape_.grows || shape_.packs)
       Trim(heads_[i]);
     else
       TakeBackArena(FormatsOf(i), heads_[i]);
@@ -193,12 +234,11 @@ void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, c
     Head& head = evicts_ ? Staging(layer, h) : At(layer, h);
     const size_t first_row = (evicts_ ? 0 : head.n_rows) + first;
     for (size_t done = 0; done < n;) {
-      const size_t row = first_row + done, slot = row % head.region_rows;
-      const size_t run = std::min(n - done, head.region_rows - slot);
-      const Region& region = head.regions[row / head.region_rows];
+      const Place at = FindIn(head, first_row + done);
+      const size_t run = std::min(n - done, at.run);
       const size_t offset = done * stride + h * d;
-      WriteRows(formats.keys, Keys(region), slot, run, keys + offset, stride);
-      WriteRows(formats.values, Values(formats, region, head.region_rows), slot, run, values + offset, stride);
+      WriteRows(formats.keys, Keys(*at.region), at.slot, run, keys + offset, stride);
+      WriteRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, run, values + offset, stride);
       done += run;
     }
   });
@@ -215,11 +255,12 @@ void RowStore::HadamardRows(size_t layer, float* rows, size_t n) const {
 
 void RowStore::AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,
                            std::vector<RowSpan>& values) const {
-  for (size_t row = 0; row < n_rows; row += head.region_rows) {
-    const Region& region = head.regions[row / head.region_rows];
-    const size_t n = std::min(head.region_rows, n_rows - row);
-    keys.push_back({formats.keys, Keys(region), 0, n});
-    values.push_back({formats.values, Values(formats, region, head.region_rows), 0, n});
+  for (size_t row = 0; row < n_rows;) {
+    const Place at = FindIn(head, row);
+    const size_t n = std::min(at.run, n_rows - row);
+    keys.push_back({formats.keys, Keys(*at.region), at.slot, n});
+    values.push_back({formats.values, Values(formats, *at.region, at.region_rows), at.slot, n});
+    row += n;
   }
 }
 
@@ -279,12 +320,17 @@ void RowStore::Finish(const StoreQuery& query) const {
     HadamardRows(query.layer, query.out, query.n_queries * Layer(query.layer).n_heads);
 }
 
+RowStore::Place RowStore::FindIn(const Head& head, size_t row) {
+  const Share& share = head.share;
+  if (row < share.rows) return {&share.region, share.region_rows, share.first + row, share.rows - row};
+  const size_t behind = row - share.rows, slot = behind % head.region_rows;
+  return {&head.regions[behind / head.region_rows], head.region_rows, slot, head.region_rows - slot};
+}
+
 RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const {
   const Head& own = At(layer, kv_head);
-  const bool staged = evicts_ && row >= own.n_rows;
-  const Head& head = staged ? Staging(layer, kv_head) : own;
-  const size_t r = staged ? row - own.n_rows : row;
-  return {&head.regions[r / head.region_rows], head.region_rows, r % head.region_rows};
+  if (evicts_ && row >= own.n_rows) return FindIn(Staging(layer, kv_head), row - own.n_rows);
+  return FindIn(own, row);
 }
 
 void RowStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
@@ -341,6 +387,27 @@ void RowStore::Merge(size_t layer, size_t kv_head, std::span<const Departure> le
   }
 }
 
+// Rows in the order of the slot map to the head's new share.
+void RowStore::Move(Head& head, const Formats& formats, size_t layer, size_t kv_head, const SlotMap& map) {
+  CHECK(map.n_rows <= head.next.rows, "{} rows for a share of {}", map.n_rows, head.next.rows);
+  std::vector<uint32_t> rows(counter_->only_counts ? 0 : map.n_rows);
+  for (uint32_t slot = 0; slot < rows.size(); ++slot) rows[slot] = slot;
+  for (const RowMove& move : map.moves)
+    if (move.to < rows.size()) rows[move.to] = move.from;
+  const Share& to = head.next;
+  for (size_t slot = 0; slot < rows.size(); ++slot) {
+    const Place from = Find(layer, kv_head, rows[slot]);
+    CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(to.region), to.first + slot);
+    CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot,
+            Values(formats, to.region, to.region_rows), to.first + slot);
+  }
+  head.left = std::move(head.regions);
+  head.left.push_back(std::move(head.share.region));
+  head.regions.clear();
+  head.share = std::exchange(head.next, Share{});
+  head.moves = false;
+}
+
 SlotMap RowStore::Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) {
   Head& head = At(layer, kv_head);
   if (!evicts_) {
@@ -357,14 +424,15 @@ SlotMap RowStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
   }
   SlotMap map = PlanCompaction(head.n_rows, n_step_, leaving);
   const Formats& formats = formats_[layer];
-  for (size_t i = 0; i < map.moves.size() && !counter_->only_counts; ++i) {
-    const RowMove& move = map.moves[i];
-    const Place from = Find(layer, kv_head, move.from);
-    const Region& to = head.regions[move.to / head.region_rows];
-    const size_t slot = move.to % head.region_rows;
-    CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(to), slot);
-    CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot,
-            Values(formats, to, head.region_rows), slot);
+  if (head.moves) {
+    Move(head, formats, layer, kv_head, map);
+  } else {
+    for (size_t i = 0; i < map.moves.size() && !counter_->only_counts; ++i) {
+      const Place from = Find(layer, kv_head, map.moves[i].from), to = FindIn(head, map.moves[i].to);
+      CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(*to.region), to.slot);
+      CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot,
+              Values(formats, *to.region, to.region_rows), to.slot);
+    }
   }
   head.n_rows = map.n_rows;
   return map;
@@ -373,9 +441,10 @@ SlotMap RowStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
 void RowStore::EndStep() {
   for (size_t i = 0; i < heads_.size() && evicts_; ++i) {
     Head& head = heads_[i];
+    head.left.clear();
     if (shape_.grows)
       Trim(head);
-    else
+    else if (!shape_.packs)
       ResizeArena(FormatsOf(i), head, RoundUp(budgets_[i], kTileRows));
   }
   if (is_prompt_)
@@ -383,16 +452,60 @@ void RowStore::EndStep() {
   n_step_ = 0;
 }
 
-// One tile of a region, slots from n_rows on written as zeros: what left the cache does not leave in a file.
-void RowStore::SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const {
-  const size_t bytes = TileBytes(format);
-  if (n_rows >= kTileRows) return out.Raw(tile, bytes);
+size_t RowStore::SlackBytes(std::span<const size_t> budgets) const {
+  size_t bytes = 0;
+  std::map<const std::byte*, size_t> shared;  // rows of a region that no head has
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    const Head& head = heads_[i];
+    const size_t tile = TileBytes(FormatsOf(i).keys) + TileBytes(FormatsOf(i).values);
+    const size_t needed = std::max(head.n_rows, budgets.empty() ? 0 : budgets[i]);
+    bytes += (head.capacity() - std::min(head.capacity(), needed)) * tile / kTileRows;
+    if (head.share.region_rows == 0) continue;
+    const auto [at, first] = shared.try_emplace(head.share.region.data, head.share.region_rows * tile / kTileRows);
+    at->second -= head.share.rows * tile / kTileRows;
+  }
+  for (const auto& [region, rest] : shared) bytes += rest;
+  return bytes;
+}
+
+// One tile of a head's keys or values from `row` on. Rows beyond the last are written as zeros: what left the cache does
+// not leave in a file.
+void RowStore::SaveTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteWriter& out) const {
+  const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;
+  const auto data = [&](const Place& at) {
+    return side == RowSide::kKeys ? Keys(*at.region) : Values(formats, *at.region, at.region_rows);
+  };
+  const Place first = FindIn(head, row);
+  const size_t bytes = TileBytes(format), n = std::min(kTileRows, head.n_rows - row);
+  if (n == kTileRows && first.slot % kTileRows == 0 && first.run >= n)
+    return out.Raw(data(first) + first.slot / kTileRows * bytes, bytes);
   ByteCounter scratch;
   CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
-  std::memcpy(copy.data(), tile, bytes);
   const std::vector<float> zeros(format.head_dim, 0.0f);
-  WriteRows(format, copy.data(), n_rows, kTileRows - n_rows, zeros.data(), 0);
+  WriteRows(format, copy.data(), 0, kTileRows, zeros.data(), 0);
+  for (size_t i = 0; i < n; ++i) {
+    const Place from = FindIn(head, row + i);
+    CopyRow(format, data(from), from.slot, copy.data(), i);
+  }
   out.Raw(copy.data(), bytes);
+}
+
+void RowStore::LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const {
+  const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;
+  const auto data = [&](const Place& at) {
+    return side == RowSide::kKeys ? Keys(*at.region) : Values(formats, *at.region, at.region_rows);
+  };
+  const Place first = FindIn(head, row);
+  const size_t bytes = TileBytes(format), n = std::min(kTileRows, head.n_rows - row);
+  if (n == kTileRows && first.slot % kTileRows == 0 && first.run >= n)
+    return in.Raw(data(first) + first.slot / kTileRows * bytes, bytes);
+  ByteCounter scratch;
+  CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
+  in.Raw(copy.data(), bytes);
+  for (size_t i = 0; i < n; ++i) {
+    const Place to = FindIn(head, row + i);
+    CopyRow(format, copy.data(), i, data(to), to.slot);
+  }
 }
 
 void RowStore::Save(ByteWriter& out) const {
@@ -401,34 +514,32 @@ void RowStore::Save(ByteWriter& out) const {
     const Formats& formats = FormatsOf(i);
     out.Put<uint64_t>(head.n_rows);
     for (size_t row = 0; row < head.n_rows; row += kTileRows) {
-      const Region& region = head.regions[row / head.region_rows];
-      const size_t tile = row % head.region_rows / kTileRows;
-      SaveTile(formats.keys, Keys(region) + tile * TileBytes(formats.keys), head.n_rows - row, out);
-      SaveTile(formats.values, Values(formats, region, head.region_rows) + tile * TileBytes(formats.values),
-               head.n_rows - row, out);
+      SaveTile(formats, RowSide::kKeys, head, row, out);
+      SaveTile(formats, RowSide::kValues, head, row, out);
     }
   }
 }
 
 void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
+  if (shape_.packs) Pack(0, budgets);
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const Formats& formats = FormatsOf(i);
-    const size_t key_tile = TileBytes(formats.keys), value_tile = TileBytes(formats.values);
     const size_t n_rows = in.Count(shape_.grows ? max_rows : budgets[i], "a head's number of rows");
+    head.share = std::exchange(head.next, Share{});
+    head.moves = false;
     if (shape_.grows) {
-      const std::vector<const Formats*> all(CeilDiv(n_rows, kBlockRows), &formats);
-      head.regions = Allocate(*counter_, all, std::vector<size_t>(all.size(), kBlockRows));
-    } else {
+      const size_t beyond = n_rows - std::min(n_rows, head.share.rows);
+      const std::vector<const Formats*> all(CeilDiv(beyond, head.region_rows), &formats);
+      head.regions = Allocate(*counter_, all, std::vector<size_t>(all.size(), head.region_rows));
+    } else if (!shape_.packs) {
       ResizeArena(formats, head, RoundUp(budgets[i], kTileRows));
     }
-    for (size_t row = 0; row < n_rows; row += kTileRows) {
-      const Region& region = head.regions[row / head.region_rows];
-      const size_t tile = row % head.region_rows / kTileRows;
-      in.Raw(Keys(region) + tile * key_tile, key_tile);
-      in.Raw(Values(formats, region, head.region_rows) + tile * value_tile, value_tile);
-    }
     head.n_rows = n_rows;
+    for (size_t row = 0; row < n_rows; row += kTileRows) {
+      LoadTile(formats, RowSide::kKeys, head, row, in);
+      LoadTile(formats, RowSide::kValues, head, row, in);
+    }
   }
 }
 

@@ -2,7 +2,10 @@
 //
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
-// can hold them. Where rows may leave after a step, the step's own rows wait in a staging area that all
+// can hold them. Where budgets differ between heads (StoreShape::packs) all heads share one region, in which each has
+// exactly its budget side by side with the others', so that only the whole is rounded up; rows that a growing head
+// takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
+// when their head is closed. Where rows may leave after a step, the step's own rows wait in a staging area that all
 // layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk. Only where
 // budgets wait for all layers does each have an area of its own.
 //
@@ -24,6 +27,8 @@
 namespace lesskv {
 
 inline constexpr size_t kBlockRows = 128;
+// Small, because budgets of growing heads may be small beside a block; a span costs the kernels little.
+inline constexpr size_t kPackedBlockRows = 32;
 
 struct RowTypes {
   RowType keys = RowType::kF16;
@@ -37,7 +42,7 @@ class RowStore final : public KvStore {
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
   void Reserve(const StepRoom& room) override;
-  void SetBudgets(size_t layer, std::span<const size_t> budgets) override;
+  void SetBudgets(size_t first_layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
   void AddJobs(const StoreQuery& query, JobList& list) const override;
   void Finish(const StoreQuery& query) const override;
@@ -48,6 +53,7 @@ class RowStore final : public KvStore {
   void EndStep() override;
   void CancelStep() override;
   size_t n_rows(size_t layer, size_t kv_head) const override { return At(layer, kv_head).n_rows; }
+  size_t SlackBytes(std::span<const size_t> budgets) const override;
   void Save(ByteWriter& out) const override;
   void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
 
@@ -56,17 +62,29 @@ class RowStore final : public KvStore {
     std::shared_ptr<CountedBuffer> memory;
     std::byte* data = nullptr;
   };
+  // Slots [first, first + rows) of a region of region_rows that heads share.
+  struct Share {
+    Region region;
+    size_t region_rows = 0;
+    size_t first = 0, rows = 0;
+  };
   struct Head {
-    std::vector<Region> regions;  // of region_rows rows each
+    Share share;                  // packed stores: the head's first rows
+    std::vector<Region> regions;  // of region_rows rows each: those behind
     size_t region_rows = 0;
     size_t n_rows = 0;
     size_t rows_before = 0;  // an arena's size before the step: what CancelStep goes back to
-    size_t capacity() const { return regions.size() * region_rows; }
+    // A packed head whose budget changes in the step moves when it is closed; what it leaves is freed after the step.
+    bool moves = false;
+    Share next;
+    std::vector<Region> left;
+    size_t capacity() const { return share.rows + regions.size() * region_rows; }
   };
   struct Place {  // where a row lies
     const Region* region;
     size_t region_rows;
     size_t slot;
+    size_t run;  // rows from here that lie side by side
   };
   struct Formats {  // of one layer
     RowFormat keys, values;
@@ -85,6 +103,7 @@ class RowStore final : public KvStore {
   // Layers that share a staging area: it has room for rows of the widest.
   const Formats& StagingFormats(size_t head) const { return defers_ ? FormatsOf(head) : formats_[widest_]; }
   Place Find(size_t layer, size_t kv_head, uint32_t row) const;
+  static Place FindIn(const Head& head, size_t row);
 
   static std::byte* Keys(const Region& region) { return region.data; }
   static std::byte* Values(const Formats& formats, const Region& region, size_t region_rows);
@@ -94,9 +113,13 @@ class RowStore final : public KvStore {
   void ResizeArena(const Formats& formats, Head& head, size_t rows);
   void TakeBackArena(const Formats& formats, Head& head);
   void ReserveStaging(const StepRoom& room);
+  void ReserveShares(const StepRoom& room);
+  void Pack(size_t first_head, std::span<const size_t> rows);
+  void Move(Head& head, const Formats& formats, size_t layer, size_t kv_head, const SlotMap& map);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void Trim(Head& head);
-  void SaveTile(const RowFormat& format, const std::byte* tile, size_t n_rows, ByteWriter& out) const;
+  void SaveTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteWriter& out) const;
+  void LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const;
   void AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,
                    std::vector<RowSpan>& values) const;
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;

@@ -84,7 +84,7 @@ extern const Method kH2oMethod{
     .summary = "heavy hitters by accumulated attention, and the most recent tokens, stay",
     .reference = "arXiv 2306.14048, 2402.09398",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.evicts = true, .is_rival = true}; },
+    .traits = [](const Arguments&) { return MethodTraits{.evicts = true, .votes_by_head = true, .is_rival = true}; },
     .validate = Validate,
     .make_selector = Make,
     .example = "h2o(5%)",

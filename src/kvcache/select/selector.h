@@ -65,6 +65,9 @@ struct LayerRows {
   size_t n_step = 0;              // tokens of this step
   size_t n_observed_queries = 0;  // queries summed in HeadRows::attention
   double need = 0;                // what the budgeter measured of this layer
+  // Rows of a usual budget that the selector always keeps, the first `sinks` tokens among them and else the newest.
+  size_t window = 0, sinks = 0;
+  bool votes_accumulate = false;  // Votes::kKept
   const ProtectedSet* protect = nullptr;  // tokens that always stay
   std::span<const float> queries;  // keeps_queries: [n_observed_queries, n_heads, head_dim], rotated, not scaled
   std::span<HeadRows> heads;       // [n_kv_heads]
@@ -93,8 +96,10 @@ class Selector {
 
   virtual Observation Observes(StepKind) const { return {}; }
   virtual Votes votes() const { return Votes::kNone; }
-  // All heads of a layer keep the same rows in the same slots: head 0 is observed and cut for all.
+  // All heads of a layer keep the same rows in the same slots where their budgets are equal: head 0 is observed and cut
+  // for all. Where it must, its heads are never given different budgets.
   virtual bool KeepsOneSetALayer() const { return false; }
+  virtual bool MustKeepOneSetALayer() const { return false; }
   // Keys are read at consecutive positions inside the cache instead of their true ones.
   virtual bool UsesCachePositions() const { return false; }
   // Keys are to be kept unrotated though they are read at their true positions.

@@ -102,7 +102,7 @@ extern const Method kSnapkvMethod{
     .summary = "at a prompt's end, the tokens its last queries vote for stay; nothing leaves while decoding",
     .reference = "arXiv 2404.14469",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.evicts = true}; },
+    .traits = [](const Arguments&) { return MethodTraits{.evicts = true, .votes_by_head = true}; },
     .validate = Validate,
     .make_selector = Make,
     .example = "snapkv(10%)",

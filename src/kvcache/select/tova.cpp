@@ -16,6 +16,7 @@ class TovaSelector final : public Selector {
 
   Growth After(StepKind, size_t) const override { return {true, rows_}; }
   bool KeepsOneSetALayer() const override { return true; }
+  bool MustKeepOneSetALayer() const override { return true; }
   size_t Window(size_t) const override { return 0; }
   Observation Observes(StepKind) const override { return {.queries = Observation::Queries::kLast, .last = 1}; }
   Votes votes() const override { return Votes::kStep; }

@@ -1,0 +1,19 @@
+// ZigZagKV's layer budgets, apart from the budgeter for its tests.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <vector>
+
+namespace lesskv {
+
+// Keys that hold a share `tau` of what was received, the largest first: between 1 and received.size() of them. The
+// shares need not sum to 1.
+size_t KeysThatHold(double tau, std::span<const float> received);
+
+// Rows for each layer in proportion to `needs` [n_layers], no layer below `least` or `beta` * rows, none above n_tokens;
+// the sum is exactly n_layers * rows. Even where needs say nothing (not finite, or all 0), where nothing must leave, and
+// where `least` leaves nothing to divide.
+std::vector<size_t> ZigzagRows(std::span<const double> needs, size_t rows, size_t least, double beta, size_t n_tokens);
+
+}  // namespace lesskv

@@ -1,0 +1,145 @@
+// Heads whose budgets differ: what they hold is what their budgets say, and the memory is that of the rows.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+
+#include "base/error.h"
+#include "cache_harness.h"
+
+namespace lesskv {
+namespace {
+
+using namespace testing_support;  // NOLINT
+
+constexpr TinyShape kShape{4, 4, 2, 32, 500};
+
+// Heads that attend unlike each other: keys of different sizes.
+Text UnevenText(size_t n, uint64_t seed) {
+  Text text = RandomText(kShape, n, seed);
+  for (size_t l = 0; l < kShape.n_layers; ++l)
+    for (size_t t = 0; t < n; ++t)
+      for (size_t h = 0; h < kShape.n_kv_heads; ++h)
+        for (size_t c = 0; c < kShape.head_dim; ++c)
+          text.k[l][(t * kShape.n_kv_heads + h) * kShape.head_dim + c] *= static_cast<float>(l + 1) * (h == 0 ? 0.3f : 1.2f);
+  return text;
+}
+
+size_t TotalRows(const SequenceCache& cache) {
+  size_t n = 0;
+  for (const auto& head : AllResident(cache, kShape)) n += head.size();
+  return n;
+}
+
+// Rows in f16, positions (and a newcomer's), votes.
+size_t BytesOfRows(size_t rows, bool votes, bool newcomers) {
+  const size_t heads = kShape.n_layers * kShape.n_kv_heads;
+  return rows * 4 * kShape.head_dim + (rows + (newcomers ? heads : 0)) * (votes ? 8 : 4);
+}
+
+TEST(RaggedBudgets, MemoryIsTheSumOfTheBudgets) {
+  const Text text = UnevenText(400, 31);
+  const TempSidecar sidecar(kShape);
+  const size_t heads = kShape.n_layers * kShape.n_kv_heads;
+  for (const std::string rest : {"+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada", "+zigzag", "+zigzag+ada"})
+    for (const std::string select : {"h2o", "snapkv"})
+      for (const size_t rows : {64, 65, 77, 100, 133}) {
+        const std::string spec = select + "(" + std::to_string(rows) + ")" + rest;
+        SCOPED_TRACE(spec);
+        const auto config = MakeConfig(spec, kShape, sidecar);
+        SequenceCache cache(config);
+        Live(cache, text, 0, {300, StepKind::kPrompt});
+        std::set<size_t> sizes;
+        for (const auto& head : AllResident(cache, kShape)) sizes.insert(head.size());
+        EXPECT_GT(sizes.size(), 2u);
+        EXPECT_EQ(TotalRows(cache), rows * heads);
+        const CacheStats stats = cache.Stats();
+        EXPECT_EQ(stats.kv_bytes, BytesOfRows(rows * heads, select == "h2o", select == "h2o") + stats.kv_bytes_slack);
+        EXPECT_LT(static_cast<double>(stats.kv_bytes_slack), 0.05 * static_cast<double>(stats.kv_bytes));
+        EXPECT_EQ(config->Plan(300, 0).bytes_end, stats.kv_bytes);
+        EXPECT_EQ(config->Plan(300, 0).bytes_slack, stats.kv_bytes_slack);
+        // A second prompt divides anew; nothing of the first division stays behind.
+        Live(cache, text, 300, {90, StepKind::kPrompt});
+        EXPECT_EQ(TotalRows(cache), rows * heads);
+        if (select == "h2o") {
+          EXPECT_EQ(cache.Stats().kv_bytes, stats.kv_bytes);
+        }
+      }
+}
+
+// Equal rows a head are rounded up to tiles, and that is told.
+TEST(RaggedBudgets, SlackOfEvenBudgetsIsTold) {
+  const Text text = UnevenText(300, 32);
+  const TempSidecar sidecar(kShape);
+  for (const auto& [rows, slack] : {std::pair<size_t, size_t>{64, 0}, {65, 15}, {80, 0}}) {
+    SequenceCache cache(MakeConfig("h2o(" + std::to_string(rows) + ")", kShape, sidecar));
+    Live(cache, text, 0, {200, StepKind::kPrompt});
+    EXPECT_EQ(cache.Stats().kv_bytes_slack, slack * kShape.n_layers * kShape.n_kv_heads * 4 * kShape.head_dim);
+  }
+}
+
+// While decoding a head that is over its budget evicts one of its own.
+TEST(RaggedBudgets, HeadsKeepTheirBudgetsWhileDecoding) {
+  const Text text = UnevenText(200, 33);
+  const TempSidecar sidecar(kShape);
+  SequenceCache cache(MakeConfig("h2o(24)+ada+less+f32", kShape, sidecar));
+  Live(cache, text, 0, {120, StepKind::kPrompt});
+  const auto before = AllResident(cache, kShape);
+  for (size_t t = 120; t < 150; ++t) Feed(cache, text, t, 1, StepKind::kDecode);
+  const auto after = AllResident(cache, kShape);
+  for (size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(after[i].size(), before[i].size());
+    EXPECT_EQ(after[i].back(), 149);
+  }
+  const CacheStats stats = cache.Stats();
+  EXPECT_EQ(stats.tokens_resident + stats.tokens_absorbed, 150);
+}
+
+// With beta 1, with one layer, and where all fits, zigzag is its selector alone.
+TEST(RaggedBudgets, ZigzagThatDividesNothingIsTheSelector) {
+  const Text text = UnevenText(200, 35);
+  const TempSidecar sidecar(kShape);
+  const auto same = [&](const TinyShape& shape, const Text& of, const std::string& a, const std::string& b) {
+    SCOPED_TRACE(a + ", " + b);
+    SequenceCache one(MakeConfig(a, shape, sidecar)), other(MakeConfig(b, shape, sidecar));
+    EXPECT_EQ(Live(one, of, 0, {120, StepKind::kPrompt}), Live(other, of, 0, {120, StepKind::kPrompt}));
+    for (size_t t = 120; t < 125; ++t) EXPECT_EQ(Feed(one, of, t, 1, StepKind::kDecode), Feed(other, of, t, 1, StepKind::kDecode));
+    EXPECT_EQ(AllResident(one, shape), AllResident(other, shape));
+    return std::pair(one.Stats().kv_bytes, other.Stats().kv_bytes);
+  };
+  const auto [zigzag, snapkv] = same(kShape, text, "h2o(48)+zigzag(1)", "h2o(48)");
+  EXPECT_EQ(zigzag, snapkv);
+  same(kShape, text, "snapkv(48)+zigzag(1)", "snapkv(48)");
+  same(kShape, text, "snapkv(130)+zigzag+f32", "full+f32");
+  TinyShape shape = kShape;
+  shape.n_layers = 1;
+  Text layer = text;
+  for (auto* x : {&layer.q, &layer.k, &layer.v}) x->resize(1);
+  same(shape, layer, "snapkv(48)+zigzag", "snapkv(48)");
+  // It divides at all: the layers of the uneven text differ.
+  SequenceCache cache(MakeConfig("snapkv(48)+zigzag", kShape, sidecar));
+  Live(cache, text, 0, {120, StepKind::kPrompt});
+  const auto held = AllResident(cache, kShape);
+  EXPECT_NE(held[0].size(), held[2 * (kShape.n_layers - 1)].size());
+  EXPECT_EQ(held[0].size(), held[1].size());
+}
+
+// The budgets of a prompt outlive saving: decoding goes on with them.
+TEST(RaggedBudgets, RestoredBudgetsStay) {
+  const Text text = UnevenText(200, 34);
+  const TempSidecar sidecar(kShape);
+  for (const std::string spec : {"h2o(24)+ada", "h2o(24)+pyramid", "snapkv(24)+pyramid+ada", "tova(24)+zigzag",
+                                 "window(24)+zigzag+less", "h2o(24)+zigzag+ada+q8"}) {
+    SequenceCache cache(MakeConfig(spec, kShape, sidecar)), restored(MakeConfig(spec, kShape, sidecar));
+    Live(cache, text, 0, {60, StepKind::kPrompt});
+    const auto bytes = cache.Serialize();
+    restored.Restore(bytes.data(), bytes.size());
+    EXPECT_EQ(restored.Stats().kv_bytes, cache.Stats().kv_bytes);
+    for (size_t t = 60; t < 70; ++t)
+      EXPECT_EQ(Feed(restored, text, t, 1, StepKind::kDecode), Feed(cache, text, t, 1, StepKind::kDecode)) << spec;
+    EXPECT_EQ(AllResident(restored, kShape), AllResident(cache, kShape));
+  }
+}
+
+}  // namespace
+}  // namespace lesskv
