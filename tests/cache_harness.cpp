@@ -150,7 +150,7 @@ std::string Example(const Method& method) {
 std::string WithRoom(const std::string& spec) {
   if (spec.find("kivi") == std::string::npos) return spec;
   std::string text = spec;
-  for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "snapkv(10%)"})
+  for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "cascade(5%)", "snapkv(10%)"})
     if (const size_t at = text.find(few); at != std::string::npos)
       text.replace(at, std::string(few).size(), std::string(few).substr(0, std::string(few).find('(')) + "(66)");
   return text;
