@@ -168,7 +168,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
     const Text text = RandomText(shape, 120, 5);
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
-      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+ada", "+f32+prefill(chunk=7)"}) {
+      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+split", "+f32+ada", "+f32+prefill(chunk=7)"}) {
         const std::string spec = std::string(select->name) + "(200)" + rest;
         if (spec.ends_with("ada") && Conflict(*select, *FindMethod("ada"))) continue;
         SCOPED_TRACE(spec + ", " + shape.Name());
@@ -414,7 +414,7 @@ TEST(Contract, DamagedBytesNeverCrash) {
   const TempSidecar sidecar(shape);
   const Text text = RandomText(shape, 160, 17);
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "h2o(11)+pyramid(3)", "h2o(11)+ada+f32",
-                           "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "tova(9)+f32", "window(9)",
+                           "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "window(14)+split(4)", "tova(9)+f32", "window(9)",
                            "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
@@ -491,7 +491,7 @@ TEST(Contract, ThreadsDoNotChangeABit) {
   const TinyShape& shape = kTinyShapes[1];
   const TempSidecar sidecar(shape);
   const Text text = RandomText(shape, 120, 20);
-  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16", "h2o(14)+ada+less", "h2o(14)+zigzag+ada", "snapkv(14, window=4)+ada+bf16",
+  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16", "h2o(14)+ada+less", "h2o(14)+zigzag+ada", "window(12, sinks=2, positions=cache)+split(2)", "snapkv(14, window=4)+ada+bf16",
                            "window(9, sinks=2, positions=cache)", "h2o(11)+f32+prefill(chunk=7)"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar);

@@ -16,6 +16,7 @@
   X(Uniform)              \
   X(Pyramid)              \
   X(Zigzag)               \
+  X(Split)                \
   X(Ada)                  \
   X(Drop)                 \
   X(Less)                 \
