@@ -128,6 +128,12 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
     for (float& d : layer.d2) d = rng.UniformFloat(-1.0f, 1.0f);
     for (float& b : layer.psi.b2) b = rng.UniformFloat(-0.5f, 0.5f);
   }
+  SidecarBudgets& budgets = sidecar_.budgets;
+  budgets.n_kv_heads.assign(shape.n_layers, shape.n_kv_heads);
+  budgets.ratios = {0.02f, 0.1f, 0.4f};
+  for (const float ratio : budgets.ratios)
+    for (size_t i = 0; i < budgets.n_heads(); ++i)
+      budgets.shares.push_back(std::min(1.0f, ratio * rng.UniformFloat(0.1f, 1.9f)));
   WriteSidecar(path_, sidecar_);
 }
 
@@ -189,7 +195,9 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "snapkv(14, window=4, pool=avg)+f32+prefill(chunk=6)", "full+f32+prefill(chunk=16)",
         "h2o(16)+ada(0)+less+f32", "snapkv(24, window=4)+ada+f32+less", "h2o(20)+pyramid(3)+ada(0.1)",
         "snapkv(14, window=4)+pyramid(4)+q8", "h2o(16)+zigzag+ada+less+f32", "snapkv(24, window=4)+zigzag(0.1, window=5)+ada(0)+f32",
-        "tova(12)+zigzag+less+f32", "window(12, sinks=2, positions=cache)+zigzag",
+        "window(12, sinks=2, positions=cache)+split(2)+f32", "h2o(12)+split(2)+less+f32+prefill(chunk=5)",
+        "window(20)+split(0)+q8", "snapkv(14, window=4)+split(4)+f32", "snapkv(14, window=4)+split(4)+f32+prefill(chunk=6)",
+        "tova(12)+split(2)+f32", "h2o(14)+split+ada+f32", "tova(12)+zigzag+less+f32", "window(12, sinks=2, positions=cache)+zigzag",
         "h2o(12)+mix(k=f16, v=f32)+less", "h2o(16)+mix(k=q8, v=q4)+less",
         "full+q4(rotate=true)", "h2o(16)+mix(k=q8, v=q4, rotate=true)+less", "snapkv(14, window=4)+q8(rotate=true)",
         "h2o(66)+pyramid+f32", "full+kivi(4, group=16, window=16)",

@@ -170,7 +170,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
     const Text text = RandomText(shape, 120, 5);
     for (const Method* select : Methods()) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
-      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+ada", "+f32+prefill(chunk=7)", "+f32+merge",
+      for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+split", "+f32+ada", "+f32+prefill(chunk=7)", "+f32+merge",
                                "+f32+match", "+kivi(2, group=16, window=32)",
                                "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)"}) {
         const std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
@@ -179,7 +179,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
         if (has("kivi") && shape.head_dim % 16 != 0) continue;
         if (has("kivi") && traits.needs_rewrites) continue;
         if ((has("prefill") && !traits.acts_in_stream) || (has("match") && traits.takes_no_fit) ||
-            ((has("pyramid") || has("zigzag") || has("ada")) && traits.same_rows))
+            ((has("pyramid") || has("zigzag") || has("split") || has("ada")) && traits.same_rows))
           continue;
         if (has("ada") && Conflict(*select, *FindMethod("ada"))) continue;
         const std::string spec = std::string(select->name) + rows + rest;
@@ -434,7 +434,7 @@ TEST(Contract, DamagedBytesNeverCrash) {
   const TempSidecar sidecar(shape);
   const Text text = RandomText(shape, 160, 17);
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "h2o(11)+pyramid(3)", "h2o(11)+ada+f32",
-                           "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "tova(9)+f32", "window(9)",
+                           "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "window(14)+split(4)", "tova(9)+f32", "window(9)",
                            "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
@@ -511,7 +511,7 @@ TEST(Contract, ThreadsDoNotChangeABit) {
   const TinyShape& shape = kTinyShapes[1];
   const TempSidecar sidecar(shape);
   const Text text = RandomText(shape, 120, 20);
-  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16", "h2o(14)+ada+less", "h2o(14)+zigzag+ada", "snapkv(14, window=4)+ada+bf16",
+  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16", "h2o(14)+ada+less", "h2o(14)+zigzag+ada", "window(12, sinks=2, positions=cache)+split(2)", "snapkv(14, window=4)+ada+bf16",
                            "window(9, sinks=2, positions=cache)", "h2o(11)+f32+prefill(chunk=7)"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar);

@@ -41,7 +41,7 @@ TEST(RaggedBudgets, MemoryIsTheSumOfTheBudgets) {
   const Text text = UnevenText(400, 31);
   const TempSidecar sidecar(kShape);
   const size_t heads = kShape.n_layers * kShape.n_kv_heads;
-  for (const std::string rest : {"+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada", "+zigzag", "+zigzag+ada"})
+  for (const std::string rest : {"+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada", "+zigzag", "+zigzag+ada", "+split", "+split(4)"})
     for (const std::string select : {"h2o", "snapkv"})
       for (const size_t rows : {64, 65, 77, 100, 133}) {
         const std::string spec = select + "(" + std::to_string(rows) + ")" + rest;
@@ -129,7 +129,7 @@ TEST(RaggedBudgets, RestoredBudgetsStay) {
   const Text text = UnevenText(200, 34);
   const TempSidecar sidecar(kShape);
   for (const std::string spec : {"h2o(24)+ada", "h2o(24)+pyramid", "snapkv(24)+pyramid+ada", "tova(24)+zigzag",
-                                 "window(24)+zigzag+less", "h2o(24)+zigzag+ada+q8"}) {
+                                 "window(24)+zigzag+less", "h2o(24)+zigzag+ada+q8", "window(24)+split(6)", "h2o(24)+split(6)+prefill(chunk=16)"}) {
     SequenceCache cache(MakeConfig(spec, kShape, sidecar)), restored(MakeConfig(spec, kShape, sidecar));
     Live(cache, text, 0, {60, StepKind::kPrompt});
     const auto bytes = cache.Serialize();

@@ -1,16 +1,19 @@
-// lesskv train less: trains LESS feature maps for a model, or merges parts that were trained apart.
+// lesskv train: LESS feature maps (or parts of them merged) and budgets for a model, into its sidecar.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "base/error.h"
 #include "base/memory.h"
 #include "commands.h"
 #include "common.h"
 #include "engine/run_info.h"
+#include "train/train_budgets.h"
 #include "train/train_less.h"
 
 namespace lesskv {
@@ -93,6 +96,14 @@ void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
                           static_cast<double>(r.capture_bytes) / (1 << 20), r.capture_seconds, r.train_seconds));
 }
 
+// The other parts of a sidecar that is there already, of the same model; nothing where there is none.
+std::optional<Sidecar> ExistingSidecar(const std::string& path, const Model& model) {
+  if (!std::filesystem::exists(path)) return std::nullopt;
+  Sidecar sidecar = ReadSidecar(path);
+  CheckModel(sidecar, path, model.fingerprint(), model.identity());
+  return sidecar;
+}
+
 void Train(TrainCommand& c) {
   if (c.output.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the sidecar to write with -o");
   CheckOutputPath("-o", c.output);
@@ -107,19 +118,21 @@ void Train(TrainCommand& c) {
   o.halve = Choose<bool>("--schedule", c.schedule, {{"cosine", false}, {"halve", true}});
   ParseLayers(c.layers, o);
   OpenedModel opened = OpenModel(c.model);
+  const std::optional<Sidecar> existing = ExistingSidecar(c.output, *opened.model);
   o.ctx = opened.ctx;
   const bool temporary = o.work_folder.empty();
   if (temporary) o.work_folder = c.output + ".work";
   o.disk_bytes = c.disk.empty() ? 0 : ParseBytes(c.disk, "--disk");
   StatusLine status;
   auto last_line = std::chrono::steady_clock::now();
-  const train::TrainLessReport report =
+  train::TrainLessReport report =
       train::TrainLess(*opened.engine, *opened.tokenizer, o,
                        [&](const train::TrainProgress& p) {
                          if (p.phase == "plan") return TellPlan(p.plan, o.work_folder);
                          ShowProgress(status, last_line, p);
                        }, &StopOnInterrupt());
   status.Clear();
+  if (existing) report.sidecar.budgets = existing->budgets;
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
   if (temporary && !c.keep) std::filesystem::remove_all(o.work_folder);
@@ -165,12 +178,84 @@ void AddLess(CLI::App& train) {
   less->callback([c] { Train(*c); });
 }
 
+struct BudgetsCommand {
+  ModelOptions model;
+  std::string output;
+  bool json = false;
+  train::TrainBudgetsOptions options;
+};
+
+void PrintBudgets(const BudgetsCommand& c, const train::TrainBudgetsReport& r, const Sidecar& sidecar) {
+  const SidecarBudgets& b = r.budgets;
+  Json rows = Json::array();
+  std::string table = "| rows of all | least head | median | largest head | half of the rows in | correlation of halves |\n|---|---|---|---|---|---|\n";
+  for (size_t i = 0; i < b.ratios.size(); ++i) {
+    const size_t n = b.n_heads();
+    std::vector<float> shares(b.shares.begin() + static_cast<ptrdiff_t>(i * n), b.shares.begin() + static_cast<ptrdiff_t>((i + 1) * n));
+    std::sort(shares.begin(), shares.end());
+    double sum = 0, all = 0;
+    for (const float share : shares) all += share;
+    size_t heads = 0;
+    while (heads < n && sum < all / 2) sum += shares[n - 1 - heads++];
+    rows.push_back({{"ratio", b.ratios[i]}, {"least", shares.front()}, {"median", shares[n / 2]}, {"largest", shares.back()},
+                    {"heads_with_half", heads}, {"correlation", r.correlation[i]}});
+    table += fmt::format("| {:.0f} % | {:.2f} % | {:.2f} % | {:.1f} % | {} of {} heads | {:.3f} |\n", 100 * b.ratios[i],
+                         100 * shares.front(), 100 * shares[n / 2], 100 * shares.back(), heads, n, r.correlation[i]);
+  }
+  if (c.json)
+    WriteResult(Dump({{"model", FingerprintString(sidecar.model_fingerprint)}, {"version", Version()}, {"seed", c.options.seed},
+                      {"tokens", b.tokens}, {"seconds", r.seconds}, {"ratios", rows}}) + "\n");
+  else
+    WriteResult(table + fmt::format("{} texts of {} tokens, {:.0f} s\n", c.options.sequences, c.options.tokens, r.seconds));
+}
+
+void TrainBudgets(BudgetsCommand& c) {
+  CheckOutputPath("-o", c.output);
+  const OpenedModel opened = OpenModel(c.model);
+  std::optional<Sidecar> sidecar = ExistingSidecar(c.output, *opened.model);
+  StatusLine status;
+  const train::TrainBudgetsReport report = train::TrainBudgets(
+      *opened.engine, *opened.tokenizer, c.options,
+      [&](double done) { if (status.enabled()) status.Set(fmt::format("budgets {:3.0f} %", 100 * done)); },
+      &StopOnInterrupt());
+  status.Clear();
+  if (!sidecar) {
+    sidecar.emplace();
+    sidecar->model_fingerprint = opened.model->fingerprint();
+    sidecar->model_identity = opened.model->identity();
+    sidecar->model_name = opened.model->config().name;
+  }
+  sidecar->budgets = report.budgets;
+  WriteSidecar(c.output, *sidecar);
+  PrintBudgets(c, report, *sidecar);
+  FlushResults();
+}
+
+void AddBudgets(CLI::App& train) {
+  auto c = std::make_shared<BudgetsCommand>();
+  CLI::App* budgets = train.add_subcommand("budgets", "Measure how many rows each head of a model needs, for split");
+  budgets->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL")->required();
+  budgets->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
+  budgets->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16");
+  budgets->add_option("-o,--output", c->output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
+      ->option_text("SIDECAR")->required();
+  train::TrainBudgetsOptions& o = c->options;
+  budgets->add_option("--text", o.texts, "Text files to draw texts from")->option_text("FILE...")->required();
+  budgets->add_option("--sequences", o.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
+  budgets->add_option("--tokens", o.tokens, "Tokens of a text; the model reads it twice")->capture_default_str()
+      ->check(CLI::Range(16, 1 << 20));
+  AddSeed(*budgets, o.seed, "Seed of the texts");
+  budgets->add_flag("--json", c->json, "Print one JSON object");
+  budgets->callback([c] { TrainBudgets(*c); });
+}
+
 }  // namespace
 
 void AddTrainCommand(CLI::App& app) {
   CLI::App* train = app.add_subcommand("train", "Train what belongs to a model");
   train->require_subcommand(1);
   AddLess(*train);
+  AddBudgets(*train);
 }
 
 }  // namespace lesskv

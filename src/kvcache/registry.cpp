@@ -18,6 +18,7 @@
   X(Uniform)              \
   X(Pyramid)              \
   X(Zigzag)               \
+  X(Split)                \
   X(Ada)                  \
   X(Drop)                 \
   X(Less)                 \

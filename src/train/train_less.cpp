@@ -14,13 +14,13 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/memory.h"
-#include "base/mmap.h"
 #include "base/rng.h"
 #include "base/threads.h"
 #include "format/gguf.h"
 #include "format/gguf_writer.h"
 #include "train/capture.h"
 #include "train/capture_record.h"
+#include "train/crop_source.h"
 #include "train/less_layer.h"
 #include "train/train_kernels.h"
 
@@ -31,56 +31,6 @@ namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
 double Seconds(Clock::time_point since) { return std::chrono::duration<double>(Clock::now() - since).count(); }
-
-uint64_t Mix(uint64_t a, uint64_t b) {
-  uint64_t x = a * 0x9e3779b97f4a7c15ull + b + 1;
-  x ^= x >> 31;
-  return x * 0xbf58476d1ce4e5b9ull;
-}
-
-// ------------------------------------------------------------------------------------------------------------ texts
-
-// Random crops of the files, in proportion to their bytes. A crop is found by a byte offset and tokenized on its own,
-// so that no corpus is ever tokenized or held whole.
-class CropSource {
- public:
-  CropSource(const Tokenizer& tokenizer, const std::vector<std::string>& paths) : tokenizer_(tokenizer) {
-    for (const std::string& path : paths) {
-      files_.push_back(MappedFile::Open(path));
-      total_ += files_.back().bytes().size();
-    }
-    if (files_.empty()) Fail(ErrorCode::kInvalidArgument, "train less: no text to train on (--text)");
-  }
-
-  std::vector<int32_t> Crop(uint64_t seed, size_t n_tokens) const {
-    Rng rng(seed);
-    constexpr int kTries = 64;
-    for (int i = 0; i < kTries; ++i) {
-      uint64_t at = rng.Below(total_);
-      size_t file = 0;
-      while (at >= files_[file].bytes().size()) at -= files_[file++].bytes().size();
-      std::vector<int32_t> ids = CropAt(files_[file], at, n_tokens);
-      if (ids.size() == n_tokens) return ids;
-    }
-    Fail(ErrorCode::kInvalidArgument, "train less: the texts hold no stretch of {} tokens", n_tokens);
-  }
-
- private:
-  std::vector<int32_t> CropAt(const MappedFile& file, uint64_t at, size_t n_tokens) const {
-    constexpr size_t kBytesPerToken = 12;  // enough in one go for nearly any text
-    const auto bytes = file.bytes();
-    while (at < bytes.size() && at > 0 && bytes[at - 1] != std::byte{'\n'} && bytes[at - 1] != std::byte{' '}) ++at;
-    const size_t n = std::min<size_t>(bytes.size() - at, n_tokens * kBytesPerToken);
-    const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + at, n);
-    std::vector<int32_t> ids = tokenizer_.Encode(text, tokenizer_.add_bos(), false);
-    if (ids.size() > n_tokens) ids.resize(n_tokens);
-    return ids;
-  }
-
-  const Tokenizer& tokenizer_;
-  std::vector<MappedFile> files_;
-  uint64_t total_ = 0;
-};
 
 // ---------------------------------------------------------------------------------------------------------- the run
 
@@ -258,6 +208,7 @@ class Trainer {
 
   Sidecar StartingSidecar() const {
     Sidecar from = ReadSidecar(o_.from);
+    if (!from.has_maps()) Fail(ErrorCode::kMismatch, "{}: holds no feature maps", o_.from);
     CheckModel(from, o_.from, engine_.model().fingerprint(), engine_.model().identity());
     if (!(from.shape == shape_))
       Fail(ErrorCode::kMismatch, "{}: expected {}, found {}", o_.from, shape_.ToString(), from.shape.ToString());
@@ -292,7 +243,7 @@ class Trainer {
     for (size_t s = 0; s < o_.sequences; ++s) {
       ThrowIfStopped();
       if (IsCaptured(s, group)) continue;
-      const std::vector<int32_t> tokens = crops.Crop(Mix(o_.seed, s), o_.ctx);
+      const std::vector<int32_t> tokens = crops.Crop(MixSeed(o_.seed, s), o_.ctx);
       const size_t plus_rows = s >= n_training_ ? std::max<size_t>(1, o_.rank / 2) : 0;
       CaptureCache cache(shape, o_.ctx, Views(s), plus_rows, group.first, group.end,
                          [&](size_t layer, const CaptureRecord& record) {
@@ -414,7 +365,7 @@ class Trainer {
                     Clock::time_point start, double first_done) {
     std::vector<size_t> order(n_training_);
     std::iota(order.begin(), order.end(), 0);
-    Rng rng(Mix(Mix(o_.seed, layer), epoch));
+    Rng rng(MixSeed(MixSeed(o_.seed, layer), epoch));
     rng.Shuffle(order);
     const size_t n_batches = (n_training_ + o_.batch - 1) / o_.batch;
     std::vector<float> gradient;
@@ -427,7 +378,7 @@ class Trainer {
       const std::vector<LessExample> examples = Load(layer, wanted);
       std::vector<const LessExample*> batch;
       for (const LessExample& e : examples) batch.push_back(&e);
-      const DropoutOptions dropout{static_cast<float>(o_.dropout), Mix(rng.Next(), b)};
+      const DropoutOptions dropout{static_cast<float>(o_.dropout), MixSeed(rng.Next(), b)};
       sum += model.LossAndGradient(batch, dropout, gradient);
       Update(gradient, Rate(b, n_batches, epoch), model, adam);
       progress.loss = sum / static_cast<double>(b + 1);

@@ -1,9 +1,7 @@
 // The registry's entry for LESS: finds the sidecar and makes the residual of less.h.
-#include <filesystem>
-
-#include "format/gguf.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
+#include "kvcache/residual/find_sidecar.h"
 #include "kvcache/residual/less.h"
 
 namespace lesskv {
@@ -20,19 +18,11 @@ constexpr Parameter kParameters[] = {
 };
 
 MadeResidual Make(const Arguments& arguments, const MethodContext& context) {
-  const SidecarSource& sidecar = context.sidecar;
-  const bool named = arguments.Has("file");
-  const std::string path(named ? arguments.Text("file") : std::string_view(sidecar.path));
-  if (!named && (path.empty() || !std::filesystem::exists(path)))
-    Fail(ErrorCode::kNotFound, "less needs trained feature maps: {} (train them with 'lesskv train less', or name "
-         "them: less(file=\"...\"))", path.empty() ? "this model has no sidecar" : "there is no " + path);
-  const std::string fingerprint = FingerprintString(GgufFile::Open(path).Fingerprint());
-  if (arguments.Has("sidecar") && arguments.Text("sidecar") != fingerprint)
-    Fail(ErrorCode::kMismatch, "less: {} has fingerprint {}, the spec asks for {}", path, fingerprint,
-         arguments.Text("sidecar"));
-  auto maps = FeatureMaps::Load(path, sidecar.model_fingerprint, sidecar.model_identity);
+  const SidecarSource& source = context.sidecar;
+  const FoundSidecar found = FindSidecar(arguments, source, "less", "feature maps", "less");
+  auto maps = FeatureMaps::Load(found.path, source.model_fingerprint, source.model_identity);
   const LessOptions options{.clamp = arguments.Text("clamp") == "true"};
-  return {MakeLessResidual(options, context.layers, std::move(maps)), fingerprint};
+  return {MakeLessResidual(options, context.layers, std::move(maps)), found.fingerprint};
 }
 
 }  // namespace

@@ -153,6 +153,43 @@ DType ReadMatrixType(const GgufFile& file) {
   Fail(ErrorCode::kBadFile, "{}: less.matrix_type must be bf16 or f32, found {}", file.name(), Quoted(name));
 }
 
+void ReadBudgets(const GgufFile& file, SidecarBudgets& budgets) {
+  constexpr const char* kTensor = "budgets.shares";
+  const GgufTensor* tensor = file.FindTensor(kTensor);
+  if (tensor == nullptr) return;
+  size_t n_heads = 0;
+  for (const uint32_t n : file.Get<std::vector<uint32_t>>("budgets.head_count_kv")) {
+    if (n < 1 || n > 1024)
+      Fail(ErrorCode::kBadFile, "{}: budgets.head_count_kv must hold numbers between 1 and 1024, found {}", file.name(), n);
+    budgets.n_kv_heads.push_back(n);
+    n_heads += n;
+  }
+  budgets.ratios = file.Get<std::vector<float>>("budgets.ratios");
+  budgets.tokens = file.GetOr<uint64_t>("budgets.train.tokens", 0);
+  float before = 0;
+  for (const float ratio : budgets.ratios) {
+    if (!(ratio > before && ratio < 1))
+      Fail(ErrorCode::kBadFile, "{}: budgets.ratios must ascend between 0 and 1, found {} after {}", file.name(), ratio,
+           before);
+    before = ratio;
+  }
+  const Field field{"", &budgets.shares, {n_heads, budgets.ratios.size()}, false};
+  ReadTensor(file, *tensor, field, DType::kF32);
+  for (const float share : budgets.shares)
+    if (!(share >= 0 && share <= 1))
+      Fail(ErrorCode::kBadFile, "{}: tensor {} must hold shares between 0 and 1, found {}", file.name(), kTensor, share);
+  if (budgets.empty()) Fail(ErrorCode::kBadFile, "{}: tensor {} is empty", file.name(), kTensor);
+}
+
+void AddBudgets(const SidecarBudgets& budgets, GgufWriter& writer) {
+  if (budgets.empty()) return;
+  writer.AddArray("budgets.head_count_kv", std::vector<uint32_t>(budgets.n_kv_heads.begin(), budgets.n_kv_heads.end()));
+  writer.AddArray("budgets.ratios", budgets.ratios);
+  writer.Add("budgets.train.tokens", budgets.tokens);
+  const size_t ne[] = {budgets.n_heads(), budgets.ratios.size()};
+  writer.AddTensor("budgets.shares", DType::kF32, ne, std::as_bytes(std::span(budgets.shares)));
+}
+
 SidecarTraining ReadTraining(const GgufFile& file) {
   SidecarTraining training;
   training.policies = file.GetOr<std::vector<std::string>>("less.train.policies", {});
@@ -173,6 +210,7 @@ void AddMetadata(const Sidecar& sidecar, GgufWriter& writer) {
   writer.Add("lesskv.model.fingerprint", fmt::format("{:016x}", sidecar.model_fingerprint));
   if (sidecar.model_identity != 0) writer.Add("lesskv.model.identity", FingerprintString(sidecar.model_identity));
   writer.Add("lesskv.model.name", sidecar.model_name);
+  if (!sidecar.has_maps()) return;
   writer.Add("less.block_count", static_cast<uint32_t>(s.n_layers));
   writer.Add("less.head_count", static_cast<uint32_t>(s.n_heads));
   writer.Add("less.head_count_kv", static_cast<uint32_t>(s.n_kv_heads));
@@ -220,6 +258,12 @@ void InitialNet(const SidecarShape& s, size_t heads, float last_bias, Rng& rng, 
 
 }  // namespace
 
+size_t SidecarBudgets::n_heads() const {
+  size_t n = 0;
+  for (const size_t heads : n_kv_heads) n += heads;
+  return n;
+}
+
 std::string FeatureKindName(FeatureKind kind) { return kind == FeatureKind::kGelu ? "gelu" : "exp"; }
 
 FeatureKind ParseFeatureKind(const std::string& name) {
@@ -260,10 +304,12 @@ Sidecar ReadSidecar(const std::string& path) {
   if (version != kVersion)
     Fail(ErrorCode::kBadFile, "{}: sidecar version must be {}, found {}", path, kVersion, version);
   Sidecar sidecar;
-  sidecar.shape = ReadShape(file);
   sidecar.model_fingerprint = ReadFingerprint(file);
   sidecar.model_identity = ReadIdentity(file);
   sidecar.model_name = file.GetOr<std::string>("lesskv.model.name", "");
+  ReadBudgets(file, sidecar.budgets);
+  if (!sidecar.budgets.empty() && file.Find("less.block_count") == nullptr) return sidecar;  // budgets alone
+  sidecar.shape = ReadShape(file);
   sidecar.training = ReadTraining(file);
   sidecar.matrix_type = ReadMatrixType(file);
   sidecar.layers.resize(sidecar.shape.n_layers);
@@ -274,6 +320,7 @@ Sidecar ReadSidecar(const std::string& path) {
 void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
   GgufWriter writer;
   AddMetadata(sidecar, writer);
+  AddBudgets(sidecar.budgets, writer);
   Sidecar copy = sidecar;  // Fields hands out mutable vectors; sources point into the copy until Write returns
   for (size_t layer = 0; layer < copy.shape.n_layers; ++layer) {
     if (copy.layers[layer].empty()) continue;
@@ -296,13 +343,14 @@ std::optional<uint64_t> SidecarIdentity(const std::string& path) {
 void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint, uint64_t model_identity) {
   if (model_fingerprint == 0 || sidecar.model_fingerprint == model_fingerprint) return;
   if (model_identity != 0 && sidecar.model_identity == model_identity) return;
-  Fail(ErrorCode::kMismatch, "{}: feature maps belong to the model {:016x} ({}), but the model is {:016x}", path,
+  Fail(ErrorCode::kMismatch, "{}: it belongs to the model {:016x} ({}), but the model is {:016x}", path,
        sidecar.model_fingerprint, sidecar.model_name, model_fingerprint);
 }
 
 Sidecar MergeSidecars(const std::vector<std::string>& paths) {
   if (paths.empty()) Fail(ErrorCode::kInvalidArgument, "merging sidecars needs at least one file");
   Sidecar merged = ReadSidecar(paths[0]);
+  if (!merged.has_maps()) Fail(ErrorCode::kMismatch, "{}: holds no feature maps", paths[0]);
   merged.training.validation.resize(merged.shape.n_layers);
   merged.training.validation_baseline.resize(merged.shape.n_layers);
   for (size_t i = 1; i < paths.size(); ++i) {

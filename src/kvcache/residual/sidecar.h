@@ -1,4 +1,5 @@
-// The sidecar: trained feature maps of one model as a GGUF file beside it (NAME.less.gguf for NAME.gguf).
+// The sidecar: what was trained for one model, as a GGUF file beside it (NAME.less.gguf for NAME.gguf): feature maps of
+// the LESS state, a division of the budget among its heads, or both.
 // docs/formats.md, section "Sidecar", lists keys and tensors. Parameters are kept here as they were trained (unfolded,
 // float32 in memory); FeatureMaps turns them into what runs.
 #pragma once
@@ -63,14 +64,29 @@ struct SidecarTraining {
   std::vector<float> validation_baseline;  // a layer: the same for Baseline+ (selector with rank / 2 more rows)
 };
 
+// How the rows of a budget are best divided among the KV heads of a model's global layers (`split`): measured shares.
+struct SidecarBudgets {
+  std::vector<size_t> n_kv_heads;  // of each global layer
+  std::vector<float> ratios;       // ascending, in (0, 1): shares of all rows that may stay
+  std::vector<float> shares;       // [ratios, heads]: the share of its own rows that a head then keeps, in [0, 1]
+  uint64_t tokens = 0;             // distinct training tokens
+
+  bool empty() const { return shares.empty(); }
+  size_t n_heads() const;
+  bool operator==(const SidecarBudgets&) const = default;
+};
+
 struct Sidecar {
-  SidecarShape shape;
+  SidecarShape shape;  // all 0 where there are no maps
   uint64_t model_fingerprint = 0;  // of the file it was trained on
   uint64_t model_identity = 0;     // of the model in any quantisation; 0 in sidecars of earlier versions
   std::string model_name;
   SidecarTraining training;
   DType matrix_type = DType::kBF16;  // of w1 and w2 in the file: kBF16 or kF32
   std::vector<LayerParams> layers;   // n_layers; layers that were not trained (--layers A-B) are empty
+  SidecarBudgets budgets;
+
+  bool has_maps() const { return shape.n_layers > 0; }
 };
 
 // Feature maps before training, less.md section 4: uniform matrices; d = d2 = 1e-4, so that the untrained state weighs
