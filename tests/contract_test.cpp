@@ -512,7 +512,9 @@ TEST(Contract, ThreadsDoNotChangeABit) {
   const TempSidecar sidecar(shape);
   const Text text = RandomText(shape, 120, 20);
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16", "h2o(14)+ada+less", "h2o(14)+zigzag+ada", "window(12, sinks=2, positions=cache)+split(2)", "snapkv(14, window=4)+ada+bf16",
-                           "window(9, sinks=2, positions=cache)", "h2o(11)+f32+prefill(chunk=7)"}) {
+                           "window(9, sinks=2, positions=cache)", "h2o(11)+f32+prefill(chunk=7)",
+                           "cascade(14, levels=3, sinks=2)+f32", "elastic(0.3, weighted=true)+merge+f32",
+                           "snapkv(14, window=4)+match+f32"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar);
     const std::vector<LifeStep> life = {{45, StepKind::kPrompt},

@@ -45,7 +45,9 @@ class Seams : public testing::Test {
 TEST_F(Seams, AStoreOfAnotherLayoutAnswersAsRows) {
   for (const std::string spec : {"full", "h2o(12)", "tova(10)", "snapkv(14, window=4)", "window(12, sinks=2)",
                                  "window(12, sinks=2, positions=cache)", "h2o(12)+less", "h2o(12)+pyramid+less",
-                                 "h2o(12)+prefill(chunk=7)", "window(12)+less+prefill(chunk=5)", "sample(12)"})
+                                 "h2o(12)+prefill(chunk=7)", "window(12)+less+prefill(chunk=5)", "sample(12)",
+                                 "cascade(14, levels=3, sinks=2)", "h2o(12)+merge(weighted=true, keys=unrotated)",
+                                 "elastic(0.3, weighted=true, keys=unrotated)", "snapkv(14, window=4)+match(lambda=3)"})
     for (const std::string codec : {"plain", "plain(rotated=true)"}) {
       SCOPED_TRACE(spec + "+" + codec);
       SequenceCache rows(Config(spec + "+f32")), plain(Config(spec + "+" + codec));
@@ -91,6 +93,9 @@ TEST_F(Seams, RowsLeaveInGroups) {
       before = now;
     }
   }
+  EXPECT_THROW(CacheSpec::Parse("cascade(16)+plain(group=4)"), Error);
+  EXPECT_THROW(CacheSpec::Parse("elastic(0.5)+plain(group=4)"), Error);
+  EXPECT_NO_THROW(CacheSpec::Parse("elastic(0.5)+plain"));
   // By hand: window(4) over groups of two drops the oldest pair as soon as a fifth row is there.
   SequenceCache cache(Config("window(4, sinks=0)+plain(group=2)"));
   for (size_t t = 0; t < 5; ++t) Feed(cache, text_, t, 1, StepKind::kDecode);

@@ -184,6 +184,7 @@ constexpr Parameter kPlainParameters[] = {{.name = "rotated", .kind = Parameter:
                                            .help = "rows that leave together", .min = 1, .max = 64}};
 const Method kPlain{.name = "plain", .stage = Stage::kCodec, .summary = "floats in the order of the text",
                     .reference = "", .parameters = kPlainParameters,
+                    .traits = [](const Arguments& a) { return MethodTraits{.groups_rows = a.Count("group") > 1}; },
                     .make_codec = [](const Arguments& a, const MethodContext&) -> std::unique_ptr<const Codec> {
                       return std::make_unique<PlainCodec>(a.Text("rotated") == "true", a.Count("group"));
                     }};

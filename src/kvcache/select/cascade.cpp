@@ -208,7 +208,10 @@ extern const Method kCascadeMethod{
     .parameters = kParameters,
     .traits =
         [](const Arguments& arguments) {
-          return MethodTraits{.renumbers_positions = arguments.Text("positions") == "cache", .evicts = true, .takes_no_fit = true};
+          return MethodTraits{.renumbers_positions = arguments.Text("positions") == "cache",
+                              .evicts = true,
+                              .needs_single_rows = true,
+                              .takes_no_fit = true};
         },
     .validate = [](const Arguments& arguments) { RequireGiven(arguments, "cascade", "rows", "cascade(1028) or cascade(5%)"); },
     .make_selector = Make,

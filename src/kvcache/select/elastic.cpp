@@ -184,8 +184,8 @@ extern const Method kElasticMethod{
     .traits =
         [](const Arguments& arguments) {
           const bool merges = arguments.Text("merge") == "on";
-          return MethodTraits{.evicts = true, .acts_in_stream = false, .needs_rewrites = merges, .same_rows = true,
-                              .takes_no_fit = true};
+          return MethodTraits{.evicts = true, .acts_in_stream = false, .needs_rewrites = merges,
+                              .needs_single_rows = true, .same_rows = true, .takes_no_fit = true};
         },
     .validate = Validate,
     .make_selector = Make,
