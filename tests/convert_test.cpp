@@ -1,5 +1,7 @@
 // Hugging Face directories to model files: the same logits as transformers, the same ids as tokenizers, refusals that
 // name the thing, and memory that does not grow with the model.
+#include "convert/convert.h"
+
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -16,7 +18,6 @@
 
 #include "base/error.h"
 #include "command_harness.h"
-#include "convert/convert.h"
 #include "engine/engine.h"
 #include "format/safetensors.h"
 #include "kernels/quants/quants.h"
@@ -153,10 +154,10 @@ TEST_F(ConvertTest, MetadataNameTheTokensAndTheTemplate) {
     std::vector<int32_t> ends;
     bool has_template;
   } kCases[] = {
-      {"llama3", "llama-bpe", 1, 0, -1, true, {0, 2}, true}, {"mistral", "default", 1, 2, 0, true, {2}, true},
-      {"smollm", "smollm", 0, 2, -1, false, {0, 2}, true},   {"qwen2", "qwen2", -1, 2, -1, false, {0, 2}, true},
-      {"qwen3", "qwen2", -1, 2, -1, false, {0, 2}, true},    {"gemma3", "default", 1, 2, 0, true, {2, 372}, true},
-      {"phi3", "default", 1, 369, 0, true, {369, 371}, true}, {"falcon-7b", "falcon", 0, 0, -1, false, {0}, false},
+      {"llama3", "llama-bpe", 1, 0, -1, true, {0, 2}, true},    {"mistral", "default", 1, 2, 0, true, {2}, true},
+      {"smollm", "smollm", 0, 2, -1, false, {0, 2}, true},      {"qwen2", "qwen2", -1, 2, -1, false, {0, 2}, true},
+      {"qwen3", "qwen2", -1, 2, -1, false, {0, 2}, true},       {"gemma3", "default", 1, 2, 0, true, {2, 372}, true},
+      {"phi3", "default", 1, 369, 0, true, {369, 371}, true},   {"falcon-7b", "falcon", 0, 0, -1, false, {0}, false},
       {"smollm3", "llama-bpe", -1, 2, -1, false, {0, 2}, true},
   };
   for (const auto& test : kCases) {
@@ -212,7 +213,8 @@ TEST_F(ConvertTest, ShardsAndTiesAreRead) {
   EXPECT_EQ(file.Get<std::string>("general.name"), "llama3");
   // A tied checkpoint may still hold the output matrix.
   const fs::path tied = Copy("qwen3");
-  EditTensors(tied / "model.safetensors", [](Tensor&) {}, "model.embed_tokens.weight", "lm_head.weight");
+  EditTensors(
+      tied / "model.safetensors", [](Tensor&) {}, "model.embed_tokens.weight", "lm_head.weight");
   EXPECT_EQ(GgufFile::Open(Convert(tied)).FindTensor("output.weight"), nullptr);
 }
 
@@ -298,7 +300,9 @@ TEST_F(ConvertTest, ConfigurationsThatCannotBeRunAreNamed) {
       {"falcon-7b", "parallel_attn", false, "parallel_attn: expected true"},
       {"falcon-7b", "alibi", true, "alibi: expected none"},
       {"smollm3", "no_rope_layers", {1, 1, 1, 1, 1}, "no_rope_layers: expected 0 in every fourth of 5 layers"},
-      {"phi3", "rope_scaling", {{"type", "longrope"}, {"short_factor", {1.0}}, {"long_factor", {1.0}}},
+      {"phi3",
+       "rope_scaling",
+       {{"type", "longrope"}, {"short_factor", {1.0}}, {"long_factor", {1.0}}},
        "short_factor: expected 3 numbers, one a rotated pair, found 1"},
   };
   for (const auto& test : kCases) {
@@ -321,7 +325,8 @@ TEST_F(ConvertTest, TokenizersThatCannotBeRunAreNamed) {
       {"llama3", "/model/vocab/a", 5, "expected an id of its own"},
       {"llama3", "/model/end_of_word_suffix", "</w>", "end_of_word_suffix: expected none"},
       {"llama3", "/normalizer", {{"type", "Lowercase"}}, "normalizer: type: expected \"NFC\" or no normalizer"},
-      {"llama3", "/pre_tokenizer/pretokenizers/0/pattern/Regex", "[a-z]+", "no known pre-tokenizer cuts text by '[a-z]+'"},
+      {"llama3", "/pre_tokenizer/pretokenizers/0/pattern/Regex", "[a-z]+",
+       "no known pre-tokenizer cuts text by '[a-z]+'"},
       {"llama3", "/pre_tokenizer/pretokenizers/0/behavior", "MergedWithNext", "behavior: expected \"Isolated\""},
       {"llama3", "/pre_tokenizer/pretokenizers/1/add_prefix_space", true, "add_prefix_space: expected false"},
       {"llama3", "/pre_tokenizer/pretokenizers/0/type", "Whitespace", "expected a step of a known pre-tokenizer"},
@@ -371,20 +376,20 @@ TEST_F(ConvertTest, DamagedDirectoriesAreRefused) {
        [&](const fs::path& m) {
          EditTensors(m / shard(2), [](Tensor& t) {
            if (t.name == "model.norm.weight") t.name = "lm_head.weight";
-          });
+         });
        }},
       {"data_offsets", [&](const fs::path& m) { fs::resize_file(m / shard(2), fs::file_size(m / shard(2)) - 1); }},
       {"expected type F32, F16 or BF16, found I64",
        [&](const fs::path& m) {
          EditTensors(m / shard(2), [](Tensor& t) {
            if (t.name == "model.norm.weight") t.type = SafetensorType::kI64, t.shape = {2};
-          });
+         });
        }},
       {"row 3 of tensor 'lm_head.weight' holds a value that is not finite",
        [&](const fs::path& m) {
          EditTensors(m / shard(1), [](Tensor& t) {
            if (t.name == "lm_head.weight") t.data[3 * 16] = std::byte{0x80}, t.data[3 * 16 + 1] = std::byte{0x7f};
-          });
+         });
        }},
       {"has no tokenizer.json", [](const fs::path& m) { fs::remove(m / "tokenizer.json"); }},
       {"bos_token: expected a token of the vocabulary, found '<none>'",
@@ -419,7 +424,8 @@ TEST_F(ConvertTest, TheCommandConvertsAndRuns) {
   EXPECT_NE(done.err.find("note: chat template 'tool_use' is left out\n"), std::string::npos) << done.err;
   EXPECT_NE(done.err.find("m.gguf: F16, "), std::string::npos) << done.err;
   EXPECT_EQ(Shell("$L run -m m.gguf -p the -n 3 --temp 0").status, 0);
-  ExpectOneSentence(Shell(fmt::format("$L convert '{}' x.gguf --type Q6_K", in)), 2, "expected F32, F16, BF16, Q8_0 or Q4_0");
+  ExpectOneSentence(Shell(fmt::format("$L convert '{}' x.gguf --type Q6_K", in)), 2,
+                    "expected F32, F16, BF16, Q8_0 or Q4_0");
   ExpectOneSentence(Shell(fmt::format("$L convert '{}' absent/x.gguf", in)), 2, "OUT");
   ExpectOneSentence(Shell("$L convert absent x.gguf"), 2, "there is no directory absent");
   Copy("qwen3");
@@ -435,13 +441,17 @@ void WriteLargeModel(const fs::path& folder, size_t d_ffn) {
   config.update({{"hidden_size", d}, {"head_dim", 16}, {"intermediate_size", d_ffn}, {"num_hidden_layers", 1}});
   config.update({{"rope_scaling", nullptr}, {"tie_word_embeddings", true}, {"bos_token_id", 1}});
   WriteText(folder / "config.json", config.dump());
-  const std::pair<std::string, std::vector<size_t>> tensors[] = {
-      {"model.embed_tokens.weight", {n_vocab, d}},  {"model.norm.weight", {d}},
-      {"input_layernorm.weight", {d}},              {"post_attention_layernorm.weight", {d}},
-      {"self_attn.q_proj.weight", {64, d}},         {"self_attn.k_proj.weight", {32, d}},
-      {"self_attn.v_proj.weight", {32, d}},         {"self_attn.o_proj.weight", {d, 64}},
-      {"mlp.gate_proj.weight", {d_ffn, d}},         {"mlp.up_proj.weight", {d_ffn, d}},
-      {"mlp.down_proj.weight", {d, d_ffn}}};
+  const std::pair<std::string, std::vector<size_t>> tensors[] = {{"model.embed_tokens.weight", {n_vocab, d}},
+                                                                 {"model.norm.weight", {d}},
+                                                                 {"input_layernorm.weight", {d}},
+                                                                 {"post_attention_layernorm.weight", {d}},
+                                                                 {"self_attn.q_proj.weight", {64, d}},
+                                                                 {"self_attn.k_proj.weight", {32, d}},
+                                                                 {"self_attn.v_proj.weight", {32, d}},
+                                                                 {"self_attn.o_proj.weight", {d, 64}},
+                                                                 {"mlp.gate_proj.weight", {d_ffn, d}},
+                                                                 {"mlp.up_proj.weight", {d_ffn, d}},
+                                                                 {"mlp.down_proj.weight", {d, d_ffn}}};
   Json header = Json::object();
   size_t offset = 0;
   for (const auto& [name, shape] : tensors) {

@@ -8,6 +8,7 @@ namespace lesskv {
 
 void AddRunCommand(CLI::App& app);
 void AddChatCommand(CLI::App& app);
+void AddServeCommand(CLI::App& app);
 void AddInfoCommand(CLI::App& app);
 void AddQuantizeCommand(CLI::App& app);
 void AddConvertCommand(CLI::App& app);

@@ -56,8 +56,9 @@ void AddConvertCommand(CLI::App& app) {
       ->required()
       ->option_text("DIR");
   command->add_option("out", options->out, "File to write (GGUF)")->required()->option_text("OUT");
-  command->add_option("--type", options->type,
-                      "Type of matrices: F32, F16, BF16, Q8_0 or Q4_0 (default: as the embedding is stored)")
+  command
+      ->add_option("--type", options->type,
+                   "Type of matrices: F32, F16, BF16, Q8_0 or Q4_0 (default: as the embedding is stored)")
       ->option_text("TYPE");
   command->add_option("-t,--threads", options->threads, "Threads (default: all CPUs)")->option_text("N");
   command->callback([options] { Run(*options); });

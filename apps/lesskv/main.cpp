@@ -33,6 +33,7 @@ int Complain(int status, std::string message) {
 void AddCommands(CLI::App& app) {
   AddRunCommand(app);
   AddChatCommand(app);
+  AddServeCommand(app);
   AddInfoCommand(app);
   AddQuantizeCommand(app);
   AddConvertCommand(app);

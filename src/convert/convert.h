@@ -12,8 +12,8 @@
 namespace lesskv {
 
 struct ConvertOptions {
-  std::string in;   // directory
-  std::string out;  // file
+  std::string in;             // directory
+  std::string out;            // file
   std::optional<DType> type;  // of matrices: F32, F16, BF16, Q8_0 or Q4_0; none: as the embedding is stored
   // Called after every slab of rows with the share done, in [0, 1]; what it throws ends the conversion.
   std::function<void(double done)> progress;

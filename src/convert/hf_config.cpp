@@ -24,7 +24,11 @@ constexpr HfClass kClasses[] = {
     {.name = "MistralForCausalLM", .architecture = "llama"},
     {.name = "Qwen2ForCausalLM", .architecture = "qwen2"},
     {.name = "Qwen3ForCausalLM", .architecture = "qwen3"},
-    {.name = "Gemma3ForCausalLM", .architecture = "gemma3", .activation = "gelu_pytorch_tanh", .rope_base = 1e6, .tied = true},
+    {.name = "Gemma3ForCausalLM",
+     .architecture = "gemma3",
+     .activation = "gelu_pytorch_tanh",
+     .rope_base = 1e6,
+     .tied = true},
     {.name = "Gemma3ForConditionalGeneration",
      .architecture = "gemma3",
      .activation = "gelu_pytorch_tanh",
@@ -36,9 +40,14 @@ constexpr HfClass kClasses[] = {
 };
 
 // Keys that would change the result and that no class above has: refused unless absent, null, false, zero or one.
-constexpr std::string_view kForeignKeys[] = {"attn_logit_softcapping", "final_logit_softcapping", "num_local_experts",
-                                             "num_experts",            "clip_qkv",                "use_bidirectional_attention",
-                                             "alibi",                  "quantization_config"};
+constexpr std::string_view kForeignKeys[] = {"attn_logit_softcapping",
+                                             "final_logit_softcapping",
+                                             "num_local_experts",
+                                             "num_experts",
+                                             "clip_qkv",
+                                             "use_bidirectional_attention",
+                                             "alibi",
+                                             "quantization_config"};
 
 const HfClass& FindClass(const JsonReader& config) {
   const nlohmann::json& names = config.Array("architectures");
@@ -203,13 +212,13 @@ class Translator {
       if (scaling.RealOr(key, 0) != 0) scaling.Refuse(key, "none (lesskv has nothing that does this)");
     if (!scaling.TruthOr("truncate", true)) scaling.Refuse("truncate", "true");
     const double factor = AddStretch(scaling, "yarn");
-    Add("rope.scaling.original_context_length",
-        scaling.CountOr("original_max_position_embeddings", ContextLength()));
+    Add("rope.scaling.original_context_length", scaling.CountOr("original_max_position_embeddings", ContextLength()));
     Add("rope.scaling.yarn_beta_fast", static_cast<float>(scaling.RealOr("beta_fast", 32)));
     Add("rope.scaling.yarn_beta_slow", static_cast<float>(scaling.RealOr("beta_slow", 1)));
     // The loader multiplies by YaRN's own magnitude; config.json gives the whole.
     if (scaling.Has("attention_factor"))
-      Add("rope.scaling.attn_factor", static_cast<float>(scaling.Real("attention_factor") / (1 + 0.1 * std::log(factor))));
+      Add("rope.scaling.attn_factor",
+          static_cast<float>(scaling.Real("attention_factor") / (1 + 0.1 * std::log(factor))));
   }
 
   void AddLongRope(const JsonReader& scaling) {
@@ -298,8 +307,8 @@ class Translator {
     const uint32_t window = c_.Count("sliding_window");
     if (kind_.architecture == "phi3") Add("attention.sliding_window", window);
     if (window < ContextLength())
-      result_.notes.push_back(fmt::format("the sliding window of {} tokens is not applied: all layers attend to everything",
-                                          window));
+      result_.notes.push_back(
+          fmt::format("the sliding window of {} tokens is not applied: all layers attend to everything", window));
   }
 
   static constexpr uint32_t kMostLayers = 4096;  // more than the loader takes

@@ -1,5 +1,5 @@
-// config.json to GGUF metadata. What the numbers mean, and whether they make sense together, is left to the loader's own
-// ReadModelConfig, through which every result goes before anything is written.
+// config.json to GGUF metadata. What the numbers mean, and whether they make sense together, is left to the loader's
+// own ReadModelConfig, through which every result goes before anything is written.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 #include <string_view>
 #include <vector>
 
-#include "convert/json_reader.h"
 #include "format/gguf_writer.h"
+#include "format/json_reader.h"
 
 namespace lesskv {
 

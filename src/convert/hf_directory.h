@@ -10,7 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "convert/json_reader.h"
+#include "format/json_reader.h"
 #include "format/safetensors.h"
 
 namespace lesskv {

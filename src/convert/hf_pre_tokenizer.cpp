@@ -29,7 +29,9 @@ std::vector<JsonReader> Steps(const JsonReader& tokenizer, const char* key, cons
   if (tokenizer.Has(key)) Flatten(tokenizer.Object(key), list, steps);
   return steps;
 }
-std::vector<JsonReader> Normalizers(const JsonReader& tokenizer) { return Steps(tokenizer, "normalizer", "normalizers"); }
+std::vector<JsonReader> Normalizers(const JsonReader& tokenizer) {
+  return Steps(tokenizer, "normalizer", "normalizers");
+}
 std::vector<JsonReader> PreTokenizers(const JsonReader& tokenizer) {
   return Steps(tokenizer, "pre_tokenizer", "pretokenizers");
 }

@@ -1,9 +1,10 @@
-// The pipelines of tokenizer.json recognised: which of the pre-tokenizers that GGUF knows by name cuts text as these do.
+// The pipelines of tokenizer.json recognised: which of the pre-tokenizers that GGUF knows by name cuts text as these
+// do.
 #pragma once
 
 #include <string>
 
-#include "convert/json_reader.h"
+#include "format/json_reader.h"
 
 namespace lesskv {
 

@@ -50,8 +50,8 @@ class Planner {
   std::vector<TensorRecipe> Plan() {
     const size_t n_rows = RequireEmbedding(directory_, hf_).tensor->shape[0];
     if (hf_.n_vocab && *hf_.n_vocab != n_rows)
-      Fail(ErrorCode::kBadFile, "{}: tensor {} has {} rows, vocab_size is {}", directory_.path(),
-           prefix_ + Embedding(), n_rows, *hf_.n_vocab);
+      Fail(ErrorCode::kBadFile, "{}: tensor {} has {} rows, vocab_size is {}", directory_.path(), prefix_ + Embedding(),
+           n_rows, *hf_.n_vocab);
     Add("token_embd.weight", prefix_ + Embedding(), {n_rows, m_.d_model});
     for (size_t layer = 0; layer < m_.n_layers; ++layer) AddLayer(layer);
     AddNorm("output_norm", prefix_ + (falcon() ? "ln_f" : "norm"), m_.d_model);
@@ -64,7 +64,7 @@ class Planner {
     for (const auto& [name, tensor] : directory_.tensors()) {
       if (used_.contains(name)) continue;
       if (name.ends_with("rotary_emb.inv_freq")) continue;  // follows from the configuration
-      if (hf_.tied && name == OutputName()) continue;      // the embedding again
+      if (hf_.tied && name == OutputName()) continue;       // the embedding again
       if (hf_.multimodal && !name.starts_with(prefix_)) {
         ++n_elsewhere;
         continue;
@@ -98,7 +98,8 @@ class Planner {
   }
 
   // A bias's elements move as the matrix's rows do; it is written as a column would be, one value a row.
-  void AddMatrix(const std::string& name, const std::string& source, size_t n_out, size_t n_in, const RowMap& rows = {}) {
+  void AddMatrix(const std::string& name, const std::string& source, size_t n_out, size_t n_in,
+                 const RowMap& rows = {}) {
     Add(name + ".weight", source + ".weight", {n_out, n_in}, rows);
     if (directory_.Find(source + ".bias")) Add(name + ".bias", source + ".bias", {n_out}, rows);
   }
@@ -169,8 +170,8 @@ class Planner {
     };
   }
 
-  // Falcon's fused matrix has each KV head's query heads, its key and its value together; GGUF has all queries, then all
-  // keys, then all values.
+  // Falcon's fused matrix has each KV head's query heads, its key and its value together; GGUF has all queries, then
+  // all keys, then all values.
   static RowMap GroupsApart(size_t n_heads, size_t n_kv, size_t d) {
     return [=](size_t row) {
       const size_t head = row / d, group = n_heads / n_kv;

@@ -14,11 +14,11 @@ namespace lesskv {
 
 // One tensor of the GGUF file. Every row is one of the source's; values may be shifted.
 struct TensorRecipe {
-  std::string name;           // GGUF
+  std::string name;  // GGUF
   HfTensor source;
-  std::vector<size_t> shape;  // slowest dimension first: [rows, row length], or [n]
+  std::vector<size_t> shape;                     // slowest dimension first: [rows, row length], or [n]
   std::function<size_t(size_t row)> source_row;  // empty: the same
-  float shift = 0;  // added to every value (Gemma's norms are stored minus one)
+  float shift = 0;                               // added to every value (Gemma's norms are stored minus one)
 
   size_t RowLength() const { return shape.back(); }
   size_t Rows() const { return shape.size() == 1 ? 1 : shape[0]; }

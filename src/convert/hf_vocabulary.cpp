@@ -107,7 +107,8 @@ class Reader {
       SetToken(text, *token.Find("id"), token, special ? TokenType::kControl : TokenType::kUserDefined);
       v_.strips_behind_special |= special && token.TruthOr("rstrip", false);
       if (token.TruthOr("lstrip", false) || token.TruthOr("single_word", false))
-        v_.notes.push_back(fmt::format("token {} is found in other surroundings than tokenizer.json says", Quoted(text)));
+        v_.notes.push_back(
+            fmt::format("token {} is found in other surroundings than tokenizer.json says", Quoted(text)));
     }
   }
 
@@ -141,7 +142,8 @@ class Reader {
     const SpaceRules spaces = ReadSpaceRules(tokenizer_);
     v_.add_space_prefix = spaces.prefix;
     if (spaces.only_at_start)
-      v_.notes.emplace_back("a space is put behind special tokens, too, where tokenizer.json has one at the start only");
+      v_.notes.emplace_back(
+          "a space is put behind special tokens, too, where tokenizer.json has one at the start only");
     if (model.TruthOr("ignore_merges", false)) model.Refuse("ignore_merges", "false");
     v_.scores.assign(v_.tokens.size(), 0);
     const std::vector<std::pair<std::string, std::string>> merges = Merges(model);
@@ -163,8 +165,8 @@ class Reader {
       tokenizer_.Refuse("model", fmt::format("at most {} tokens, the rows of the embedding", n_rows_),
                         fmt::format("{}", n_base_));
     if (v_.tokens.size() > n_rows_)
-      v_.notes.push_back(fmt::format("{} added tokens without a row in the embedding are left out",
-                                     v_.tokens.size() - n_rows_));
+      v_.notes.push_back(
+          fmt::format("{} added tokens without a row in the embedding are left out", v_.tokens.size() - n_rows_));
     for (size_t id = n_rows_; id < v_.tokens.size(); ++id) ids_.erase(v_.tokens[id]);
     v_.tokens.resize(n_rows_);
     v_.types.resize(n_rows_, static_cast<int32_t>(TokenType::kUnused));
@@ -188,7 +190,8 @@ class Reader {
   std::optional<uint32_t> NamedToken(const std::string& key) const {
     const Json* const value = tokenizer_config_.Find(key);
     if (value == nullptr) return std::nullopt;
-    const std::string text = value->is_object() ? tokenizer_config_.Object(key).Text("content") : tokenizer_config_.Text(key);
+    const std::string text =
+        value->is_object() ? tokenizer_config_.Object(key).Text("content") : tokenizer_config_.Text(key);
     return Lookup(tokenizer_config_, key, text);
   }
 

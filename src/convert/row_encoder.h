@@ -35,8 +35,8 @@ class RowEncoder {
   // `file`: for messages.
   explicit RowEncoder(std::string file) : file_(std::move(file)) {}
 
-  // Writes n_rows rows of n values each as `target`, of whose blocks n is a multiple. Throws Error (kBadFile) naming the
-  // first row with a value that is not finite or beyond F16.
+  // Writes n_rows rows of n values each as `target`, of whose blocks n is a multiple. Throws Error (kBadFile) naming
+  // the first row with a value that is not finite or beyond F16.
   void Encode(const std::string& tensor, size_t n_rows, size_t n, DType target, const ReadRow& read, ByteSink& sink,
               const Progress& progress);
 

@@ -20,6 +20,7 @@ class JsonReader {
   JsonReader(const nlohmann::json& object, std::string where) : object_(&object), where_(std::move(where)) {}
 
   const std::string& where() const { return where_; }
+  const nlohmann::json& value() const { return *object_; }
   const nlohmann::json* Find(std::string_view key) const;  // null when absent
   bool Has(std::string_view key) const { return Find(key) != nullptr; }
   // The first of `keys` that is there; the first of all when none is.

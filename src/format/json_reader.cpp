@@ -1,4 +1,4 @@
-#include "convert/json_reader.h"
+#include "format/json_reader.h"
 
 #include <cmath>
 #include <limits>

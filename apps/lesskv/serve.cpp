@@ -1,0 +1,171 @@
+// lesskv serve: an OpenAI-compatible server over one model.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <thread>
+
+#include "base/memory.h"
+#include "chat_turns.h"
+#include "commands.h"
+#include "common.h"
+#include "server/http_server.h"
+
+namespace lesskv {
+namespace {
+
+struct ServeOptions {
+  ModelOptions model;
+  ChatOptions chat;
+  std::string kv = "full";
+  std::vector<std::string> allow_kv;
+  std::string kv_memory, alias, api_key_file;
+  HttpOptions http;
+  SchedulerOptions scheduler;
+  size_t max_prompt = 0, max_output = 1024, max_protected = 1024, max_seconds = 600, max_body_kib = 4096;
+};
+
+// "4G": a number with K, M, G or without.
+size_t ParseBytes(const std::string& text) {
+  const size_t digits = std::min(text.find_first_not_of("0123456789"), text.size());
+  const std::string unit = text.substr(digits);
+  const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
+  if (digits == 0 || digits > 12 || shift < 0)
+    Fail(ErrorCode::kInvalidArgument, "--kv-memory: expected bytes such as 500M or 4G, found {}", Quoted(text));
+  return std::stoull(text.substr(0, digits)) << shift;
+}
+
+// LESSKV_API_KEY, or the first line of a file.
+std::string ApiKey(const ServeOptions& options) {
+  const char* const variable = std::getenv("LESSKV_API_KEY");
+  std::string key = variable == nullptr ? "" : variable;
+  if (options.api_key_file.empty()) return key;
+  key = ReadText(options.api_key_file);
+  key.resize(std::min(key.find_first_of("\r\n"), key.size()));
+  if (key.empty())
+    Fail(ErrorCode::kInvalidArgument, "--api-key-file {}: its first line is empty", options.api_key_file);
+  return key;
+}
+
+// The model's template, if it has one that is known; one that was named must be.
+std::optional<ChatTemplate> FindChatTemplate(const OpenedModel& opened, const ChatOptions& options) {
+  try {
+    return ChooseChatTemplate(opened, options);
+  } catch (const Error& error) {
+    if (!options.format.empty()) throw;
+    Say("note: no /v1/chat/completions: {}\n", error.what());
+    return std::nullopt;
+  }
+}
+
+ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
+  ApiLimits limits;
+  limits.ctx = opened.ctx;
+  if (limits.ctx < 2) Fail(ErrorCode::kInvalidArgument, "--ctx: a server needs room for two tokens at least");
+  limits.max_prompt = options.max_prompt == 0 ? limits.ctx - 1 : options.max_prompt;
+  limits.max_output = options.max_output;
+  limits.max_protected = options.max_protected;
+  limits.max_time = std::chrono::seconds(options.max_seconds);
+  limits.kv.push_back(CacheSpec::Parse(options.kv).ToString());
+  for (const std::string& spec : options.allow_kv) limits.kv.push_back(CacheSpec::Parse(spec).ToString());
+  for (const std::string& spec : limits.kv) opened.engine->MakeCacheConfig(CacheSpec::Parse(spec), opened.ctx);
+  return limits;
+}
+
+void Serve(ServeOptions options) {
+  options.http.api_key = ApiKey(options);
+  options.http.max_body = options.max_body_kib << 10;
+  const OpenedModel opened = OpenModel(options.model);
+  const std::optional<ChatTemplate> chat = FindChatTemplate(opened, options.chat);
+  const std::string name =
+      options.alias.empty() ? std::filesystem::path(options.model.model).stem().string() : options.alias;
+  const ApiContext context{*opened.engine, *opened.tokenizer, chat ? &*chat : nullptr, name,
+                           MakeLimits(options, opened)};
+  options.scheduler.kv_memory =
+      options.kv_memory.empty() ? AvailableMemory().value_or(0) / 2 : ParseBytes(options.kv_memory);
+  Scheduler scheduler(*opened.engine, *opened.tokenizer, options.scheduler);
+  HttpServer server(context, scheduler, options.http);
+  const int port = server.Bind();
+  Say("{} at http://{}:{}, cache {}, {} for caches\n", name, options.http.host, port, context.limits.kv[0],
+      HumanBytes(options.scheduler.kv_memory));
+  const std::atomic<bool>& stop = StopOnInterrupt();
+  std::atomic<bool> ended = false;
+  std::thread watch([&] {
+    while (!stop && !ended) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    scheduler.Stop();  // answers in work end with an error
+    while (!ended) {   // again, should it not have begun to listen
+      server.Stop();
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+  });
+  server.Listen();
+  ended = true;
+  watch.join();
+  Say("stopped\n");
+}
+
+void AddLimits(CLI::App& command, ServeOptions& o) {
+  command.add_option("--parallel", o.scheduler.max_running, "Texts that share steps (default: 4)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 1024));
+  command.add_option("--queue", o.scheduler.max_queued, "Texts that may wait; others get status 429 (default: 16)")
+      ->option_text("N")
+      ->check(CLI::Range(0, 4096));
+  command
+      .add_option("--step-tokens", o.scheduler.step_tokens,
+                  "Prompt tokens a step, beside generated ones (default: 256)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 65536));
+  command
+      .add_option("--kv-memory", o.kv_memory,
+                  "Bytes for all caches, such as 4G (default: half of the available memory)")
+      ->option_text("BYTES");
+  command.add_option("--max-prompt", o.max_prompt, "Tokens of a prompt at most (default: the context)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 1 << 28));
+  command.add_option("--max-output", o.max_output, "Tokens generated for a request at most (default: 1024)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 1 << 28));
+  command.add_option("--max-protected", o.max_protected, "Tokens that a request may protect (default: 1024)")
+      ->option_text("N")
+      ->check(CLI::Range(0, 1 << 28));
+  command.add_option("--max-seconds", o.max_seconds, "Time for a request, waiting included (default: 600)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 86400));
+  command.add_option("--max-body", o.max_body_kib, "KiB of a request's body at most (default: 4096)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 1 << 20));
+}
+
+}  // namespace
+
+void AddServeCommand(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("serve", "Serve a model over HTTP, as OpenAI's API");
+  auto options = std::make_shared<ServeOptions>();
+  AddModelOptions(*command, options->model);
+  AddModelLoading(*command, options->model.loading);
+  AddCacheOption(*command, options->kv);
+  command->add_option("--allow-kv", options->allow_kv, "Another cache spec that requests may ask for; may be repeated")
+      ->option_text("SPEC")
+      ->allow_extra_args(false);
+  command->add_option("--host", options->http.host, "Address to listen at (default: 127.0.0.1; others need a key)")
+      ->option_text("ADDRESS");
+  command->add_option("--port", options->http.port, "Port, 0: any that is free (default: 8080)")
+      ->option_text("N")
+      ->check(CLI::Range(0, 65535));
+  command
+      ->add_option("--api-key-file", options->api_key_file,
+                   "File whose first line is the API key (default: LESSKV_API_KEY)")
+      ->option_text("FILE");
+  command->add_option("--alias", options->alias, "Name of the model (default: its file's)")->option_text("NAME");
+  command
+      ->add_option("--chat-template", options->chat.format,
+                   "Chat format (default: recognised in the model's file): " + ChatFormatNames())
+      ->option_text("NAME");
+  AddLimits(*command, *options);
+  command->callback([options] { Serve(*options); });
+}
+
+}  // namespace lesskv

@@ -1,0 +1,419 @@
+#include "server/api.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <ctime>
+#include <limits>
+
+#include "base/error.h"
+#include "format/gguf.h"  // Quoted
+#include "format/json_reader.h"
+#include "kvcache/spec.h"
+
+namespace lesskv {
+namespace {
+
+using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
+
+Json ParseBody(std::string_view body) {
+  Json value = Json::parse(body, nullptr, false);
+  if (!value.is_object()) Fail(ErrorCode::kInvalidArgument, "the body is not a JSON object");
+  return value;
+}
+
+// Fields that both kinds of texts have.
+constexpr std::string_view kCommon[] = {"model",
+                                        "stream",
+                                        "stream_options",
+                                        "stop",
+                                        "seed",
+                                        "temperature",
+                                        "top_p",
+                                        "top_k",
+                                        "min_p",
+                                        "repeat_penalty",
+                                        "repeat_last_n",
+                                        "max_tokens",
+                                        "n",
+                                        "kv_policy",
+                                        "protected_spans",
+                                        "user",
+                                        "frequency_penalty",
+                                        "presence_penalty"};
+
+// Reads one request. What it finds wrong is Error kBadFile of JsonReader's, or kInvalidArgument; both are 400.
+class RequestReader {
+ public:
+  RequestReader(const Json& body, const ApiContext& context) : r_(body, "request"), c_(context) {}
+
+  TextRequest Chat() {
+    CheckFields({"messages", "max_completion_tokens"});
+    if (c_.chat == nullptr)
+      Fail(ErrorCode::kInvalidArgument, "this model has no chat template; /v1/completions takes plain text");
+    const ChatTokens tokens = EncodeChat(c_.tokenizer, c_.chat->Render(Messages()), {});
+    std::vector<ProtectedSpan> fixed;
+    for (const TokenSpan& span : tokens.fixed)
+      fixed.push_back({static_cast<int32_t>(span.begin), static_cast<int32_t>(span.end)});
+    TextRequest request = Read(tokens.ids, std::move(fixed));
+    if (!c_.chat->stop().empty()) request.job.options.stops.emplace_back(c_.chat->stop());
+    request.chat = true;
+    return request;
+  }
+
+  TextRequest Completion() {
+    CheckFields({"prompt"});
+    return Read(Prompt(), {});
+  }
+
+ private:
+  void CheckFields(std::initializer_list<std::string_view> own) const {
+    for (const auto& [key, value] : r_.value().items()) {
+      const bool known =
+          std::ranges::find(kCommon, key) != std::end(kCommon) || std::ranges::find(own, key) != own.end();
+      if (!known) Fail(ErrorCode::kInvalidArgument, "request: {}: lesskv has no such field", Quoted(key));
+    }
+  }
+
+  TextRequest Read(std::vector<int32_t> prompt, std::vector<ProtectedSpan> fixed) {
+    CheckModel();
+    TextRequest request;
+    request.stream = r_.TruthOr("stream", false);
+    if (r_.Has("stream_options")) {
+      if (!request.stream) r_.Refuse("stream_options", "none without stream");
+      request.include_usage = r_.Object("stream_options").TruthOr("include_usage", false);
+    }
+    if (r_.CountOr("n", 1) != 1) r_.Refuse("n", "1");
+    CheckLength(prompt);
+    request.job.options = Options(prompt.size());
+    AddProtectedSpans(prompt.size(), fixed);
+    request.job.config = c_.engine.MakeCacheConfig(Spec(), c_.limits.ctx, std::move(fixed));
+    request.job.prompt = std::move(prompt);
+    request.job.deadline = std::chrono::steady_clock::now() + c_.limits.max_time;
+    return request;
+  }
+
+  void CheckModel() const {
+    if (r_.Has("model") && r_.Text("model") != c_.model_name)
+      Fail(ErrorCode::kNotFound, "there is no model {}, only {}", Quoted(r_.Text("model")), Quoted(c_.model_name));
+  }
+
+  void CheckLength(const std::vector<int32_t>& prompt) const {
+    if (prompt.empty()) Fail(ErrorCode::kInvalidArgument, "the prompt is empty");
+    const size_t most = std::min(c_.limits.max_prompt, c_.limits.ctx - 1);
+    if (prompt.size() > most)
+      Fail(ErrorCode::kInvalidArgument, "the prompt has {} tokens, at most {} are allowed", prompt.size(), most);
+  }
+
+  std::vector<ChatMessage> Messages() const {
+    std::vector<ChatMessage> messages;
+    for (const Json& item : r_.Array("messages")) {
+      if (!item.is_object()) r_.Refuse("messages", "an array of objects");
+      const JsonReader message(item, fmt::format("request: messages: {}", messages.size()));
+      messages.push_back({Role(message), Content(message)});
+    }
+    if (messages.empty()) r_.Refuse("messages", "at least one");
+    return messages;
+  }
+
+  static ChatRole Role(const JsonReader& message) {
+    const std::string role = message.Text("role");
+    if (role == "system" || role == "developer") return ChatRole::kSystem;
+    if (role == "user") return ChatRole::kUser;
+    if (role == "assistant") return ChatRole::kAssistant;
+    message.Refuse("role", R"("system", "user" or "assistant")");
+  }
+
+  // A text, or an array of parts, which must be texts.
+  static std::string Content(const JsonReader& message) {
+    const Json* const content = message.Find("content");
+    if (content == nullptr || !content->is_array()) return message.Text("content");
+    std::string text;
+    for (const Json& part : *content) {
+      if (!part.is_object()) message.Refuse("content", "a text, or an array of parts");
+      const JsonReader reader(part, message.where() + ": content");
+      if (reader.Text("type") != "text") reader.Refuse("type", "\"text\"");
+      text += reader.Text("text");
+    }
+    return text;
+  }
+
+  // A text, or token ids.
+  std::vector<int32_t> Prompt() const {
+    const Json* const prompt = r_.Find("prompt");
+    if (prompt == nullptr || !prompt->is_array()) return c_.tokenizer.Encode(r_.Text("prompt"), true, true);
+    return Ids(r_, "prompt", c_.tokenizer);
+  }
+
+ public:
+  static std::vector<int32_t> Ids(const JsonReader& reader, const char* key, const Tokenizer& tokenizer) {
+    std::vector<int32_t> ids;
+    for (const Json& id : reader.Array(key)) {
+      if (!id.is_number_unsigned() || id.get<uint64_t>() >= tokenizer.size())
+        reader.Refuse(key, fmt::format("token ids below {}", tokenizer.size()),
+                      Quoted(id.dump(-1, ' ', true, Json::error_handler_t::replace)));
+      ids.push_back(id.get<int32_t>());
+    }
+    return ids;
+  }
+
+ private:
+  float Number(const char* key, float fallback) const { return static_cast<float>(r_.RealOr(key, fallback)); }
+
+  int32_t Whole(const char* key, int32_t fallback) const {
+    const double value = r_.RealOr(key, fallback);
+    if (value != std::floor(value) || std::abs(value) > std::numeric_limits<int32_t>::max())
+      r_.Refuse(key, "a whole number of 32 bits");
+    return static_cast<int32_t>(value);
+  }
+
+  GenerationOptions Options(size_t n_prompt) const {
+    for (const char* key : {"frequency_penalty", "presence_penalty"})
+      if (r_.RealOr(key, 0) != 0) r_.Refuse(key, "0; repeat_penalty is what lesskv has");
+    GenerationOptions options;
+    SamplerOptions& s = options.sampler;
+    s.temperature = Number("temperature", 1.0f);  // as OpenAI's
+    s.top_p = Number("top_p", 1.0f);
+    s.top_k = Whole("top_k", 0);
+    s.min_p = Number("min_p", 0.0f);
+    s.repeat_penalty = Number("repeat_penalty", 1.0f);
+    s.repeat_last_n = Whole("repeat_last_n", s.repeat_last_n);
+    s.seed = Seed();
+    options.stops = Stops();
+    options.max_tokens = MaxTokens(n_prompt);
+    Validate(options);
+    return options;
+  }
+
+  // Without one, every request has another.
+  uint64_t Seed() const {
+    static std::atomic<uint64_t> next = static_cast<uint64_t>(std::time(nullptr)) << 20;
+    if (!r_.Has("seed")) return next++;
+    if (!r_.Find("seed")->is_number_unsigned()) r_.Refuse("seed", "a whole number from 0 on");
+    return r_.Find("seed")->get<uint64_t>();
+  }
+
+  std::vector<std::string> Stops() const {
+    constexpr size_t kMost = 16, kLongest = 1024;
+    std::vector<std::string> stops;
+    if (!r_.Has("stop")) return stops;
+    const Json stop = *r_.Find("stop");
+    for (const Json& text : stop.is_array() ? stop : Json::array({stop})) {
+      if (!text.is_string() || text.get<std::string>().empty() || text.get<std::string>().size() > kLongest ||
+          stops.size() == kMost)
+        r_.Refuse("stop", fmt::format("up to {} texts of 1 to {} bytes", kMost, kLongest));
+      stops.push_back(text.get<std::string>());
+    }
+    return stops;
+  }
+
+  size_t MaxTokens(size_t n_prompt) const {
+    const std::string_view key = r_.AnyOf({"max_completion_tokens", "max_tokens"});
+    const size_t room = c_.limits.ctx - n_prompt, most = std::min(c_.limits.max_output, room);
+    if (!r_.Has(key)) return most;
+    const uint32_t wanted = r_.Count(key);
+    if (wanted < 1 || wanted > c_.limits.max_output)
+      r_.Refuse(key, fmt::format("a number in [1, {}]", c_.limits.max_output));
+    return std::min<size_t>(wanted, room);
+  }
+
+  CacheSpec Spec() const {
+    if (!r_.Has("kv_policy")) return CacheSpec::Parse(c_.limits.kv[0]);
+    const CacheSpec spec = CacheSpec::Parse(r_.Text("kv_policy"));
+    if (std::ranges::find(c_.limits.kv, spec.ToString()) != c_.limits.kv.end()) return spec;
+    std::string known;
+    for (const std::string& allowed : c_.limits.kv) known += fmt::format("{}{}", known.empty() ? "" : ", ", allowed);
+    r_.Refuse("kv_policy", "one that the operator allows: " + known);
+  }
+
+  // [[begin, end], ...], half-open positions of the prompt's tokens.
+  void AddProtectedSpans(size_t n_prompt, std::vector<ProtectedSpan>& spans) const {
+    if (!r_.Has("protected_spans")) return;
+    size_t total = 0;
+    for (const Json& item : r_.Array("protected_spans")) {
+      const bool pair =
+          item.is_array() && item.size() == 2 && item[0].is_number_unsigned() && item[1].is_number_unsigned();
+      const uint64_t begin = pair ? item[0].get<uint64_t>() : 0, end = pair ? item[1].get<uint64_t>() : 0;
+      if (begin >= end || end > n_prompt)
+        r_.Refuse("protected_spans", fmt::format("pairs [begin, end) of the prompt's {} tokens", n_prompt),
+                  Quoted(item.dump()));
+      total += end - begin;
+      if (total > c_.limits.max_protected)
+        r_.Refuse("protected_spans", fmt::format("at most {} tokens", c_.limits.max_protected), "more");
+      spans.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(end)});
+    }
+  }
+
+  const JsonReader r_;
+  const ApiContext& c_;
+};
+
+std::string NextId(bool chat) {
+  static std::atomic<uint64_t> next = 1;
+  return fmt::format("{}-{:x}-{}", chat ? "chatcmpl" : "cmpl", static_cast<uint64_t>(std::time(nullptr)), next++);
+}
+
+const char* FinishText(FinishReason reason) {
+  return reason == FinishReason::kEndOfText || reason == FinishReason::kStopString ? "stop" : "length";
+}
+
+}  // namespace
+
+std::string DumpJson(const OrderedJson& value) {
+  return value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+OrderedJson ApiError::Body() const {
+  return {{"error", {{"message", message}, {"type", type}, {"param", nullptr}, {"code", status}}}};
+}
+
+ApiError ToApiError(const Error& error) {
+  if (dynamic_cast<const BusyError*>(&error) != nullptr) return {429, "rate_limit_error", error.what()};
+  switch (error.code()) {
+    case ErrorCode::kInvalidArgument:
+    case ErrorCode::kBadFile:
+    case ErrorCode::kMismatch:
+      return {400, "invalid_request_error", error.what()};
+    case ErrorCode::kNotFound:
+      return {404, "not_found_error", error.what()};
+    case ErrorCode::kOutOfMemory:
+      return {503, "server_error", error.what()};
+    default:
+      return {500, "server_error", error.what()};
+  }
+}
+
+TextRequest ParseChatRequest(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  return RequestReader(json, context).Chat();
+}
+
+TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  return RequestReader(json, context).Completion();
+}
+
+std::string Tokenize(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  const JsonReader reader(json, "request");
+  OrderedJson answer;
+  answer["tokens"] = context.tokenizer.Encode(reader.Text("content"), reader.TruthOr("add_special", false),
+                                              reader.TruthOr("parse_special", true));
+  return DumpJson(answer);
+}
+
+std::string Detokenize(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  const std::vector<int32_t> ids = RequestReader::Ids({json, "request"}, "tokens", context.tokenizer);
+  OrderedJson answer;
+  answer["content"] = context.tokenizer.Decode(ids, false);
+  return DumpJson(answer);
+}
+
+TextAnswer::TextAnswer(const ApiContext& context, const TextRequest& request)
+    : model_name_(context.model_name),
+      chat_(request.chat),
+      include_usage_(request.include_usage),
+      prompt_tokens_(request.job.prompt.size()),
+      spec_(request.job.config->spec_text()),
+      id_(NextId(request.chat)),
+      created_(std::time(nullptr)) {}
+
+OrderedJson TextAnswer::Head(bool chunk) const {
+  const char* const object = !chat_ ? "text_completion" : chunk ? "chat.completion.chunk" : "chat.completion";
+  return {{"id", id_}, {"object", object}, {"created", created_}, {"model", model_name_}};
+}
+
+OrderedJson TextAnswer::Choice(const char* key, OrderedJson content, const char* finish) const {
+  OrderedJson choice = {{"index", 0}, {key, std::move(content)}, {"logprobs", nullptr}, {"finish_reason", nullptr}};
+  if (finish != nullptr) choice["finish_reason"] = finish;
+  return choice;
+}
+
+OrderedJson TextAnswer::Usage(const JobState& state) const {
+  const CacheStats& stats = state.stats;
+  return {{"prompt_tokens", prompt_tokens_},
+          {"completion_tokens", state.generated_tokens},
+          {"total_tokens", prompt_tokens_ + state.generated_tokens},
+          {"kv",
+           {{"spec", spec_},
+            {"rows", stats.tokens_resident},
+            {"bytes", stats.kv_bytes},
+            {"bytes_peak", stats.kv_bytes_peak},
+            {"bytes_full", stats.kv_bytes_full},
+            {"evicted", stats.tokens_dropped + stats.tokens_absorbed + stats.tokens_merged},
+            {"absorbed", stats.tokens_absorbed}}}};
+}
+
+namespace {
+std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
+}  // namespace
+
+std::string TextAnswer::FirstEvent() const {
+  if (!chat_) return "";
+  OrderedJson event = Head(true);
+  event["choices"] = OrderedJson::array();
+  event["choices"].push_back(Choice("delta", {{"role", "assistant"}, {"content", ""}}, nullptr));
+  return Event(event);
+}
+
+std::string TextAnswer::TextEvent(const std::string& text) const {
+  OrderedJson event = Head(true);
+  event["choices"] = OrderedJson::array();
+  event["choices"].push_back(chat_ ? Choice("delta", {{"content", text}}, nullptr) : Choice("text", text, nullptr));
+  return Event(event);
+}
+
+std::string TextAnswer::LastEvents(const JobState& state) const {
+  OrderedJson last = Head(true);
+  last["choices"] = OrderedJson::array();
+  last["choices"].push_back(
+      Choice(chat_ ? "delta" : "text", chat_ ? OrderedJson::object() : OrderedJson(""), FinishText(*state.finish)));
+  std::string events = Event(last);
+  if (include_usage_) {
+    OrderedJson usage = Head(true);
+    usage["choices"] = OrderedJson::array();
+    usage["usage"] = Usage(state);
+    events += Event(usage);
+  }
+  return events + "data: [DONE]\n\n";
+}
+
+std::string TextAnswer::ErrorEvent(const ApiError& error) { return Event(error.Body()); }
+
+std::string TextAnswer::Body(const std::string& text, const JobState& state) const {
+  OrderedJson body = Head(false);
+  const char* const finish = FinishText(*state.finish);
+  body["choices"] = OrderedJson::array();
+  body["choices"].push_back(chat_ ? Choice("message", {{"role", "assistant"}, {"content", text}}, finish)
+                                  : Choice("text", text, finish));
+  body["usage"] = Usage(state);
+  return DumpJson(body);
+}
+
+std::string MetricsText(const SchedulerMetrics& m) {
+  std::string text;
+  const auto add = [&](const char* name, const char* type, const char* help, auto value) {
+    text += fmt::format("# HELP lesskv_{0} {1}\n# TYPE lesskv_{0} {2}\nlesskv_{0} {3}\n", name, help, type, value);
+  };
+  add("requests_finished_total", "counter", "Texts that ended by themselves.", m.jobs_finished);
+  add("requests_failed_total", "counter", "Texts that ended with an error.", m.jobs_failed);
+  add("requests_cancelled_total", "counter", "Texts whose client went, or that the end of the server cut.",
+      m.jobs_cancelled);
+  add("requests_rejected_total", "counter", "Requests that found the queue full.", m.jobs_rejected);
+  add("prompt_tokens_total", "counter", "Prompt tokens read, of ended texts.", m.prompt_tokens);
+  add("generated_tokens_total", "counter", "Tokens generated, of ended texts.", m.generated_tokens);
+  add("steps_total", "counter", "Steps of the engine.", m.steps);
+  add("tokens_evicted_total", "counter", "Tokens that left the caches of ended texts; means over KV heads.",
+      m.tokens_evicted);
+  add("tokens_absorbed_total", "counter", "Of these, folded into a residual state.", m.tokens_absorbed);
+  add("requests_running", "gauge", "Texts that take part in steps.", m.running);
+  add("requests_queued", "gauge", "Texts that wait.", m.queued);
+  add("kv_bytes", "gauge", "Bytes of the running texts' caches.", m.kv_bytes);
+  add("kv_bytes_reserved", "gauge", "Bytes these caches may reach.", m.kv_bytes_reserved);
+  add("tokens_resident", "gauge", "Tokens in the running texts' caches; means over KV heads.", m.tokens_resident);
+  return text;
+}
+
+}  // namespace lesskv

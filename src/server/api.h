@@ -1,0 +1,93 @@
+// The bodies of requests and answers, in OpenAI's form (docs/server.md). No HTTP here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "chat/chat_template.h"
+#include "engine/engine.h"
+#include "server/scheduler.h"
+#include "tokenizer/tokenizer.h"
+
+namespace lesskv {
+
+// What the operator allows.
+struct ApiLimits {
+  size_t ctx = 0;
+  size_t max_prompt = 0;     // tokens
+  size_t max_output = 0;     // tokens; also what is generated at most where a request does not say
+  size_t max_protected = 0;  // tokens that a request may protect
+  std::chrono::seconds max_time{600};
+  std::vector<std::string> kv = {};  // canonical specs that requests may name; the first is the default
+};
+
+// What requests are read against. All of it outlives the requests.
+struct ApiContext {
+  const Engine& engine;
+  const Tokenizer& tokenizer;
+  const ChatTemplate* chat = nullptr;  // null: the model has no template that is known
+  std::string model_name;
+  ApiLimits limits;
+};
+
+// Errors in OpenAI's form, with the status they are sent with.
+struct ApiError {
+  int status;
+  std::string type, message;
+  nlohmann::ordered_json Body() const;
+};
+// An Error of ours: a caller's mistake is 400, no memory 503, anything else 500; BusyError 429.
+ApiError ToApiError(const Error& error);
+
+// A request for one text.
+struct TextRequest {
+  JobRequest job;
+  bool chat = false;
+  bool stream = false;
+  bool include_usage = false;  // of a stream
+};
+
+// Throw Error (kInvalidArgument) with one sentence that names the field; kNotFound for another model's name.
+TextRequest ParseChatRequest(std::string_view body, const ApiContext& context);
+TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& context);
+std::string Tokenize(std::string_view body, const ApiContext& context);
+std::string Detokenize(std::string_view body, const ApiContext& context);
+
+// Writes the answers to one request: an object at the end, or a stream of events.
+class TextAnswer {
+ public:
+  TextAnswer(const ApiContext& context, const TextRequest& request);
+
+  // Events, each with its "data: " and empty line.
+  std::string FirstEvent() const;  // of a chat: the role
+  std::string TextEvent(const std::string& text) const;
+  std::string LastEvents(const JobState& state) const;  // why it ended, the usage where it was asked for, [DONE]
+  static std::string ErrorEvent(const ApiError& error);
+  // The whole object.
+  std::string Body(const std::string& text, const JobState& state) const;
+
+ private:
+  nlohmann::ordered_json Head(bool chunk) const;
+  nlohmann::ordered_json Choice(const char* key, nlohmann::ordered_json content, const char* finish) const;
+  nlohmann::ordered_json Usage(const JobState& state) const;
+
+  const std::string model_name_;
+  const bool chat_, include_usage_;
+  const size_t prompt_tokens_;
+  const std::string spec_;
+  const std::string id_;
+  const int64_t created_;
+};
+
+// As JSON text; damaged UTF-8 is replaced.
+std::string DumpJson(const nlohmann::ordered_json& value);
+// Prometheus' text form.
+std::string MetricsText(const SchedulerMetrics& metrics);
+
+}  // namespace lesskv
