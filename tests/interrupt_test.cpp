@@ -94,7 +94,7 @@ TEST_F(Interrupt, TrainingStopsSoundWheneverItIsInterrupted) {
   Rng rng(1);
   for (int round = 0; round < 12; ++round) {
     Start(std::string(kTraining) + (round == 0 ? "" : " --resume"));
-    ASSERT_TRUE(Until([&] { return Exists("work/state-layer-000.gguf"); })) << Read("err");
+    ASSERT_TRUE(Until([&] { return Exists("work/state-layer-000.gguf") && Read("err").find("captures") == 0; })) << Read("err");
     std::this_thread::sleep_for(std::chrono::milliseconds(100 + rng.Below(200)));
     ExpectStopped(End(round % 2 == 0 ? SIGINT : SIGTERM), "--resume continues");
     for (const auto& entry : fs::directory_iterator(folder_ / "work"))

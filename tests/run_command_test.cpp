@@ -48,7 +48,7 @@ TEST_F(RunCommand, ASidecarServesEveryQuantisationOfItsModel) {
   EXPECT_EQ(Shell(command).status, 2);
   const Result foreign = Shell("$L run -m small.gguf -p x -n 1 --kv 'h2o(4)+less(file=\"other.less.gguf\")'");
   EXPECT_EQ(foreign.status, 2);
-  EXPECT_NE(foreign.err.find("belong to the model"), std::string::npos) << foreign.err;
+  EXPECT_NE(foreign.err.find("belongs to the model"), std::string::npos) << foreign.err;
 }
 
 TEST_F(RunCommand, UnknownSubcommandIsNamed) {

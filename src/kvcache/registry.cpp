@@ -113,6 +113,8 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'", y.name, x.name);
     if (!tx.gives_full_keys && ty.needs_full_keys)
       return fmt::format("'{}' does not give back whole keys, which '{}' needs", x.name, y.name);
+    if (tx.needs_known_rows && !ty.acts_in_stream && (y.stage == Stage::kBudget || y.stage == Stage::kShare))
+      return fmt::format("'{}' divides rows at the end of a prompt, but '{}' must know its rows before", y.name, x.name);
     if (tx.groups_rows && ty.needs_single_rows)
       return fmt::format("rows of '{}' leave in groups, those of '{}' one by one", x.name, y.name);
     if (tx.same_rows && (y.stage == Stage::kShare || (y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget))))

@@ -84,6 +84,7 @@ struct MethodTraits {
   bool needs_rewrites = false;        // select, residual
   bool groups_rows = false;           // codec: rows leave in groups
   bool needs_single_rows = false;     // select: rows leave one by one
+  bool needs_known_rows = false;      // select, codec: budgets must be known before a prompt, not divided at its end
   bool fits_rows = false;             // residual: changes weights and values of rows that stay
   bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
   bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them

@@ -49,8 +49,8 @@ TEST(Split, RowsByHand) {
   EXPECT_EQ(SplitRows(b, Request({1, 1}, 100, 1000), 50), (Rows{125, 75}));
   EXPECT_EQ(SplitRows(b, Request({1, 1}, 100, 1000), 1000), (Rows{125, 75}));
   EXPECT_EQ(SplitRows(b, Request({1, 1}, 100, 1000), 0), (Rows{150, 50}));
-  // No head holds more than there is.
-  EXPECT_EQ(SplitRows(b, Request({1, 1}, 100, 120), 0), (Rows{120, 80}));
+  // Near the whole text the shares near one another: at 5/6 they are 11/12 and 9/12.
+  EXPECT_EQ(SplitRows(b, Request({1, 1}, 100, 120), 0), (Rows{110, 90}));
   EXPECT_EQ(SplitRows(b, Request({1, 1}, 100, 100), 0), (Rows{100, 100}));
   BudgetRequest tight = Request({1, 1}, 100, 1000);
   tight.smallest = 90;
@@ -58,11 +58,12 @@ TEST(Split, RowsByHand) {
 }
 
 TEST(Split, HeadsOfALayerStayEqualWhereTheyMust) {
-  const SidecarBudgets b = Budgets({2, 2}, {.5f}, {.9f, .3f, .3f, .1f});
-  EXPECT_EQ(SplitRows(b, Request({2, 2}, 100, 10000), 0), (Rows{224, 75, 75, 26}));
+  const SidecarBudgets b = Budgets({2, 2}, {.5f}, {.6f, .3f, .3f, .1f});
+  // 184.6, 92.3, 92.3 and 30.8; of layers 138.5 and 61.5.
+  EXPECT_EQ(SplitRows(b, Request({2, 2}, 100, 10000), 0), (Rows{185, 92, 92, 31}));
   BudgetRequest request = Request({2, 2}, 100, 10000);
   request.one_budget_a_layer = true;
-  EXPECT_EQ(SplitRows(b, request, 0), (Rows{150, 150, 50, 50}));
+  EXPECT_EQ(SplitRows(b, request, 0), (Rows{138, 138, 62, 62}));
 }
 
 TEST(Split, SumsAreExactWithinBounds) {

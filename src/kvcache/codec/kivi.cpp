@@ -75,7 +75,7 @@ extern const Method kKiviMethod{
     .summary = "2 or 4 bits, keys per channel in groups of tokens, values per token, the most recent ones exact",
     .reference = "arXiv 2402.02750",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.rewrites_rows = false, .groups_rows = true}; },
+    .traits = [](const Arguments&) { return MethodTraits{.rewrites_rows = false, .groups_rows = true, .needs_known_rows = true}; },
     .validate = Validate,
     .make_codec = Make,
 };

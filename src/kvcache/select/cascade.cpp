@@ -211,6 +211,7 @@ extern const Method kCascadeMethod{
           return MethodTraits{.renumbers_positions = arguments.Text("positions") == "cache",
                               .evicts = true,
                               .needs_single_rows = true,
+                              .needs_known_rows = true,
                               .takes_no_fit = true};
         },
     .validate = [](const Arguments& arguments) { RequireGiven(arguments, "cascade", "rows", "cascade(1028) or cascade(5%)"); },
