@@ -59,8 +59,8 @@ TEST(Split, RowsByHand) {
 
 TEST(Split, HeadsOfALayerStayEqualWhereTheyMust) {
   const SidecarBudgets b = Budgets({2, 2}, {.5f}, {.6f, .3f, .3f, .1f});
-  // 184.6, 92.3, 92.3 and 30.8; of layers 138.5 and 61.5.
-  EXPECT_EQ(SplitRows(b, Request({2, 2}, 100, 10000), 0), (Rows{185, 92, 92, 31}));
+  // A row each, and of 396 others 182.8, 91.4, 91.4 and 30.5; of layers 198 others, 137.1 and 60.9.
+  EXPECT_EQ(SplitRows(b, Request({2, 2}, 100, 10000), 0), (Rows{184, 92, 92, 32}));
   BudgetRequest request = Request({2, 2}, 100, 10000);
   request.one_budget_a_layer = true;
   EXPECT_EQ(SplitRows(b, request, 0), (Rows{138, 138, 62, 62}));
