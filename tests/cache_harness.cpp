@@ -24,6 +24,17 @@ CacheShape MakeCacheShape(const TinyShape& shape, size_t rotary_dims) {
 
 CacheShape MakeCacheShape(const TinyShape& shape) { return MakeCacheShape(shape, shape.rotary_dims()); }
 
+std::vector<double> Rotated(const TinyShape& shape, const float* x, size_t position) {
+  std::vector<double> y(x, x + shape.head_dim);
+  const size_t n = shape.rotary_dims();
+  for (size_t i = 0; i < n / 2; ++i) {
+    const double angle = double(position) * std::pow(100.0, -2.0 * double(i) / double(n));
+    y[2 * i] = x[2 * i] * std::cos(angle) - x[2 * i + 1] * std::sin(angle);
+    y[2 * i + 1] = x[2 * i] * std::sin(angle) + x[2 * i + 1] * std::cos(angle);
+  }
+  return y;
+}
+
 Text RandomText(const TinyShape& shape, size_t n, uint64_t seed, float scale) {
   Rng rng(seed);
   const auto fill = [&](size_t heads) {

@@ -36,6 +36,9 @@ struct Text {
   size_t n = 0;
   std::vector<std::vector<float>> q, k, v;
 };
+// A query or key of the tests' models at a position, by RoPE's definition in double.
+std::vector<double> Rotated(const TinyShape& shape, const float* x, size_t position);
+
 Text RandomText(const TinyShape& shape, size_t n, uint64_t seed, float scale = 1.5f);
 
 // One step over tokens [first, first + n) of the text; outputs [n_layers][n, n_heads, head_dim].

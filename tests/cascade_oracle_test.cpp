@@ -56,17 +56,6 @@ class Oracle {
   }
 
  private:
-  std::vector<double> Rotated(const float* x, size_t position) const {
-    std::vector<double> y(x, x + shape_.head_dim);
-    const size_t n = shape_.rotary_dims();
-    for (size_t i = 0; i < n / 2; ++i) {
-      const double angle = double(position) * std::pow(100.0, -2.0 * double(i) / double(n));
-      y[2 * i] = x[2 * i] * std::cos(angle) - x[2 * i + 1] * std::sin(angle);
-      y[2 * i + 1] = x[2 * i] * std::sin(angle) + x[2 * i + 1] * std::cos(angle);
-    }
-    return y;
-  }
-
   void StepHead(size_t l, size_t h, size_t n, std::vector<double>& out) {
     OracleHead& head = heads_[l * shape_.n_kv_heads + h];
     const std::vector<Entry*> past = head.Rows();
@@ -76,14 +65,14 @@ class Oracle {
     for (size_t i = 0; i < n; ++i) at.push_back(static_cast<int>(seen_ + i));
     std::vector<std::vector<double>> keys;
     for (size_t r = 0; r < at.size(); ++r)
-      keys.push_back(Rotated(&text_.k[l][(static_cast<size_t>(at[r]) * shape_.n_kv_heads + h) * d],
+      keys.push_back(Rotated(shape_, &text_.k[l][(static_cast<size_t>(at[r]) * shape_.n_kv_heads + h) * d],
                              ranks_ ? r : static_cast<size_t>(at[r])));
     std::vector<double> received(at.size());
     for (size_t g = 0; g < group; ++g) {
       std::vector<double> own(at.size());
       for (size_t m = 0; m < n; ++m) {
         const size_t query_head = h * group + g;
-        const auto q = Rotated(&text_.q[l][((seen_ + m) * shape_.n_heads + query_head) * d], ranks_ ? n_past + m : seen_ + m);
+        const auto q = Rotated(shape_, &text_.q[l][((seen_ + m) * shape_.n_heads + query_head) * d], ranks_ ? n_past + m : seen_ + m);
         std::vector<double> p(n_past + m + 1);
         for (size_t r = 0; r < p.size(); ++r)
           p[r] = std::exp(std::inner_product(q.begin(), q.end(), keys[r].begin(), 0.0) / std::sqrt(double(d)));

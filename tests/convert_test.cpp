@@ -3,8 +3,6 @@
 #include "convert/convert.h"
 
 #include <gtest/gtest.h>
-#include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +15,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "child_peak.h"
 #include "command_harness.h"
 #include "engine/engine.h"
 #include "format/safetensors.h"
@@ -469,32 +468,13 @@ void WriteLargeModel(const fs::path& folder, size_t d_ffn) {
     out.write(piece.data(), static_cast<std::streamsize>(std::min(piece.size(), offset - done)));
 }
 
-// Bytes resident at most, of the program with these arguments.
-size_t PeakOf(std::vector<std::string> arguments) {
-  arguments.insert(arguments.begin(), LESSKV_PROGRAM);
-  const pid_t child = fork();
-  if (child == 0) {
-    std::vector<char*> argv;
-    for (std::string& argument : arguments) argv.push_back(argument.data());
-    argv.push_back(nullptr);
-    if (freopen("/dev/null", "w", stderr) == nullptr) _exit(99);
-    execv(argv[0], argv.data());
-    _exit(99);
-  }
-  int status = 0;
-  rusage usage{};
-  EXPECT_EQ(wait4(child, &status, 0, &usage), child);
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  return static_cast<size_t>(usage.ru_maxrss) * 1024;
-}
-
 TEST_F(ConvertTest, MemoryDoesNotGrowWithTheModel) {
 #ifdef __SANITIZE_ADDRESS__
   GTEST_SKIP() << "AddressSanitizer keeps freed memory and shadows the rest";
 #endif
   const auto peak = [&](const std::string& name, size_t d_ffn) {
     WriteLargeModel(Path(name), d_ffn);
-    return PeakOf({"convert", Path(name), Path(name + ".gguf"), "--type", "Q8_0", "-t", "2"});
+    return testing_support::PeakOfRun({"convert", Path(name), Path(name + ".gguf"), "--type", "Q8_0", "-t", "2"}, "/dev/null");
   };
   const size_t small = peak("small", 1 << 16), large = peak("large", 1 << 19);  // 25 and 201 MB
   const double weights = static_cast<double>(fs::file_size(Path("large") + "/model.safetensors"));

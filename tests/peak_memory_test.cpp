@@ -2,8 +2,6 @@
 // without reading it, a run takes its weights, its cache and the work memory that `plan` states, and rows that leave the
 // cache leave memory, however long the text.
 #include <gtest/gtest.h>
-#include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -14,6 +12,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "child_peak.h"
 #include "format/gguf.h"
 #include "format/gguf_writer.h"
 
@@ -43,23 +42,10 @@ class PeakMemory : public testing::Test {
 
   ChildRun Call(std::vector<std::string> arguments) const {
     const std::string out = (folder_ / "out").string();
-    arguments.insert(arguments.begin(), LESSKV_PROGRAM);
-    const pid_t child = fork();
-    if (child == 0) {
-      std::vector<char*> argv;
-      for (std::string& argument : arguments) argv.push_back(argument.data());
-      argv.push_back(nullptr);
-      if (freopen(out.c_str(), "w", stdout) == nullptr || freopen("/dev/null", "w", stderr) == nullptr) _exit(99);
-      execv(argv[0], argv.data());
-      _exit(99);
-    }
-    int status = 0;
-    rusage usage{};
-    EXPECT_EQ(wait4(child, &status, 0, &usage), child);
-    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    const size_t peak = testing_support::PeakOfRun(std::move(arguments), out);
     std::ifstream in(out);
     const std::string text((std::istreambuf_iterator<char>(in)), {});
-    return {static_cast<size_t>(usage.ru_maxrss) * 1024, nlohmann::json::parse(text, nullptr, false)};
+    return {peak, nlohmann::json::parse(text, nullptr, false)};
   }
 
   fs::path folder_;

@@ -77,17 +77,6 @@ OracleCache::OracleCache(const TinyShape& shape, const OracleOptions& options)
   }
 }
 
-std::vector<double> OracleCache::Rotated(const float* x, size_t position) const {
-  std::vector<double> y(x, x + shape_.head_dim);
-  const size_t n = shape_.rotary_dims();
-  for (size_t i = 0; i < n / 2; ++i) {
-    const double angle = double(position) * std::pow(100.0, -2.0 * double(i) / double(n));
-    y[2 * i] = x[2 * i] * std::cos(angle) - x[2 * i + 1] * std::sin(angle);
-    y[2 * i + 1] = x[2 * i] * std::sin(angle) + x[2 * i + 1] * std::cos(angle);
-  }
-  return y;
-}
-
 OracleCache::Observed OracleCache::Attend(const Text& text, size_t layer, size_t h, size_t n, StepKind,
                                           std::vector<double>& out) {
   const Head& head = At(layer, h);
@@ -101,12 +90,12 @@ OracleCache::Observed OracleCache::Attend(const Text& text, size_t layer, size_t
   rows.last.resize(n_rows);
   std::vector<std::vector<double>> keys;
   for (size_t r = 0; r < n_rows; ++r)  // rows are in order: the place in the cache is r
-    keys.push_back(Rotated(&text.k[layer][(size_t(rows.positions[r]) * shape_.n_kv_heads + h) * d],
+    keys.push_back(Rotated(shape_, &text.k[layer][(size_t(rows.positions[r]) * shape_.n_kv_heads + h) * d],
                            options_.cache_positions ? r : size_t(rows.positions[r])));
   for (size_t i = 0; i < n; ++i) {
     for (size_t g = 0; g < shape_.group(); ++g) {
       const size_t head_index = h * shape_.group() + g;
-      const auto q = Rotated(&text.q[layer][((seen_ + i) * shape_.n_heads + head_index) * d],
+      const auto q = Rotated(shape_, &text.q[layer][((seen_ + i) * shape_.n_heads + head_index) * d],
                              options_.cache_positions ? n_kept + i : seen_ + i);
       std::vector<double> s(n_kept + i + 1);
       for (size_t r = 0; r < s.size(); ++r)
@@ -142,7 +131,7 @@ void OracleCache::Absorb(const Text& text, size_t layer, size_t h) {
   for (int32_t p : head.just_left) {
     if (options_.less == nullptr) break;
     const size_t row = (size_t(p) * shape_.n_kv_heads + h) * d;
-    const auto psi = Psi(*options_.less, layer, h, Rotated(&text.k[layer][row], size_t(p)));
+    const auto psi = Psi(*options_.less, layer, h, Rotated(shape_, &text.k[layer][row], size_t(p)));
     for (size_t r = 0; r < psi.size(); ++r) {
       head.z[r] += psi[r];
       for (size_t c = 0; c < d; ++c) head.h[r * d + c] += psi[r] * text.v[layer][row + c];

@@ -58,7 +58,6 @@ class OracleCache {
   Head& At(size_t layer, size_t h) { return heads_[layer * shape_.n_kv_heads + h]; }
   const Head& At(size_t layer, size_t h) const { return heads_[layer * shape_.n_kv_heads + h]; }
 
-  std::vector<double> Rotated(const float* x, size_t position) const;
   Observed Attend(const Text& text, size_t layer, size_t h, size_t n, StepKind kind, std::vector<double>& out);
   void Absorb(const Text& text, size_t layer, size_t h);
   bool Protected(int32_t position) const;

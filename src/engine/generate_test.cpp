@@ -1,6 +1,8 @@
 #include "engine/generate.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <map>
@@ -72,7 +74,7 @@ std::shared_ptr<const Model> ModelThatSays(size_t says, size_t n_rows, const std
   auto& output = add("output.weight", {kWidth, n_rows}, 0);
   std::fill_n(output.begin() + static_cast<std::ptrdiff_t>(says * kWidth), kWidth, 1.0f);
 
-  const std::string path = testing::TempDir() + "lesskv_generate_test.gguf";
+  const std::string path = testing::TempDir() + fmt::format("lesskv_generate_test_{}.gguf", ::getpid());
   writer.Write(path);
   auto model = Model::Load(path, ModelLoading::kRead);
   std::filesystem::remove(path);

@@ -92,7 +92,7 @@ class SplitFile : public testing::Test {
   void SetUp() override {
     sidecar_.model_fingerprint = 0x1234;
     sidecar_.budgets = Budgets({2, 2}, {.1f}, {.3f, .1f, 0, 0});
-    path_ = testing::TempDir() + "/split.less.gguf";
+    path_ = testing::TempDir() + "/" + testing::UnitTest::GetInstance()->current_test_info()->name() + ".less.gguf";
   }
   void TearDown() override { std::filesystem::remove(path_); }
 

@@ -468,43 +468,42 @@ size_t RowStore::SlackBytes(std::span<const size_t> budgets) const {
   return bytes;
 }
 
+std::byte* RowStore::DataAt(const Formats& formats, RowSide side, const Place& at) {
+  return side == RowSide::kKeys ? Keys(*at.region) : Values(formats, *at.region, at.region_rows);
+}
+
+std::byte* RowStore::WholeTile(const Formats& formats, RowSide side, const Head& head, size_t row) const {
+  const Place first = FindIn(head, row);
+  if (head.n_rows - row < kTileRows || first.slot % kTileRows != 0 || first.run < kTileRows) return nullptr;
+  const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;
+  return DataAt(formats, side, first) + first.slot / kTileRows * TileBytes(format);
+}
+
 // One tile of a head's keys or values from `row` on. Rows beyond the last are written as zeros: what left the cache does
 // not leave in a file.
 void RowStore::SaveTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteWriter& out) const {
   const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;
-  const auto data = [&](const Place& at) {
-    return side == RowSide::kKeys ? Keys(*at.region) : Values(formats, *at.region, at.region_rows);
-  };
-  const Place first = FindIn(head, row);
-  const size_t bytes = TileBytes(format), n = std::min(kTileRows, head.n_rows - row);
-  if (n == kTileRows && first.slot % kTileRows == 0 && first.run >= n)
-    return out.Raw(data(first) + first.slot / kTileRows * bytes, bytes);
+  if (const std::byte* tile = WholeTile(formats, side, head, row)) return out.Raw(tile, TileBytes(format));
   ByteCounter scratch;
   CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
   const std::vector<float> zeros(format.head_dim, 0.0f);
   WriteRows(format, copy.data(), 0, kTileRows, zeros.data(), 0);
-  for (size_t i = 0; i < n; ++i) {
+  for (size_t i = 0; i < std::min(kTileRows, head.n_rows - row); ++i) {
     const Place from = FindIn(head, row + i);
-    CopyRow(format, data(from), from.slot, copy.data(), i);
+    CopyRow(format, DataAt(formats, side, from), from.slot, copy.data(), i);
   }
-  out.Raw(copy.data(), bytes);
+  out.Raw(copy.data(), TileBytes(format));
 }
 
 void RowStore::LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const {
   const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;
-  const auto data = [&](const Place& at) {
-    return side == RowSide::kKeys ? Keys(*at.region) : Values(formats, *at.region, at.region_rows);
-  };
-  const Place first = FindIn(head, row);
-  const size_t bytes = TileBytes(format), n = std::min(kTileRows, head.n_rows - row);
-  if (n == kTileRows && first.slot % kTileRows == 0 && first.run >= n)
-    return in.Raw(data(first) + first.slot / kTileRows * bytes, bytes);
+  if (std::byte* tile = WholeTile(formats, side, head, row)) return in.Raw(tile, TileBytes(format));
   ByteCounter scratch;
   CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
-  in.Raw(copy.data(), bytes);
-  for (size_t i = 0; i < n; ++i) {
+  in.Raw(copy.data(), TileBytes(format));
+  for (size_t i = 0; i < std::min(kTileRows, head.n_rows - row); ++i) {
     const Place to = FindIn(head, row + i);
-    CopyRow(format, copy.data(), i, data(to), to.slot);
+    CopyRow(format, copy.data(), i, DataAt(formats, side, to), to.slot);
   }
 }
 

@@ -118,6 +118,9 @@ class RowStore final : public KvStore {
   void Move(Head& head, const Formats& formats, size_t layer, size_t kv_head, const SlotMap& map);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void Trim(Head& head);
+  static std::byte* DataAt(const Formats& formats, RowSide side, const Place& at);
+  // The tile of the rows from `row` on where they lie as one; null where they are scattered or fewer.
+  std::byte* WholeTile(const Formats& formats, RowSide side, const Head& head, size_t row) const;
   void SaveTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteWriter& out) const;
   void LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const;
   void AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,

@@ -37,7 +37,10 @@ Sidecar Small(FeatureKind kind = FeatureKind::kGelu) {
   return sidecar;
 }
 
-std::string TempPath(const std::string& name) { return testing::TempDir() + "/" + name; }
+// Tests run side by side, each in a process of its own.
+std::string TempPath(const std::string& name) {
+  return testing::TempDir() + "/" + testing::UnitTest::GetInstance()->current_test_info()->name() + "_" + name;
+}
 
 // The message of the Error that `run` must throw.
 std::string Refusal(ErrorCode code, const std::function<void()>& run) {
