@@ -240,6 +240,25 @@ double LogMass(const FitBlock& b, size_t q, size_t n, const float* weights, std:
   return sum;
 }
 
+// Every KV head is fitted to the queries of its own query heads: where those are the same at every position, a step that
+// asks once more reads what the full cache says.
+TEST(Match, HeadsAreFittedToTheirOwnQueries) {
+  Text text = RandomText(kShape, 61, 47);
+  for (auto& q : text.q)
+    for (size_t t = 1; t < text.n; ++t) std::copy_n(q.data(), q.size() / text.n, q.data() + t * (q.size() / text.n));
+  const auto last = [&](const std::string& spec) {
+    SequenceCache cache(CacheConfig::Create(CacheSpec::Parse(spec), MakeCacheShape(kShape, 0), {}, {}));
+    Feed(cache, text, 0, 60, StepKind::kPrompt);
+    return Feed(cache, text, 60, 1, StepKind::kDecode);
+  };
+  const Outputs full = last("full+f32"), fitted = last("snapkv(14, window=4)+f32+match(mu=0, lambda=0.000001)");
+  const Outputs dropped = last("snapkv(14, window=4)+f32");
+  for (size_t l = 0; l < kShape.n_layers; ++l) {
+    EXPECT_LT(RelativeError(fitted[l], full[l]), 0.02) << l;
+    EXPECT_GT(RelativeError(dropped[l], full[l]), 0.1) << l;
+  }
+}
+
 // On the queries it was fitted to a fit is never worse than none, in mass and in output, whatever rows and queries are.
 TEST(Match, AFitIsNeverWorseThanNoneOnItsQueries) {
   const CacheSpec spec = CacheSpec::Parse("h2o(8)+match");

@@ -60,6 +60,11 @@ TEST(Ada, WindowAndProtectedRowsComeFirst) {
   EXPECT_EQ(Divide({{.9f, .9f, .9f, .9f, .9f, .9f}, {.1f, .1f, .1f, .1f, .1f, .1f}}, 4, 0.25, 2, {{0, 1}}), (Rows{4, 4}));
 }
 
+// The newest `window` rows and no others: the third best vote of all lies just before the window.
+TEST(Ada, TheWindowIsAsLongAsItSays) {
+  EXPECT_EQ(Divide({{.5f, 0, 0, 0, 0, 0}, {.3f, .2f, .1f, 0, 0, 0}}, 3, 0, 2), (Rows{3, 3}));
+}
+
 TEST(Ada, NothingChangesWhereNothingLeaves) {
   EXPECT_EQ(Divide({{.9f, .05f}, {.4f, .35f}}, 2, 0), (Rows{2, 2}));
   EXPECT_EQ(Divide({{.9f}, {.4f}}, 5, 0.2), (Rows{5, 5}));

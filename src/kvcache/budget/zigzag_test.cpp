@@ -7,6 +7,8 @@
 #include <numeric>
 
 #include "base/rng.h"
+#include "kvcache/budget/budgeter.h"
+#include "kvcache/registry.h"
 
 namespace lesskv {
 namespace {
@@ -23,6 +25,26 @@ TEST(Zigzag, KeysByHand) {
   EXPECT_EQ(KeysThatHold(0.9, std::vector<float>(10, 0.1f)), 9u);
   // Sums over 32 queries instead of their mean are the same.
   EXPECT_EQ(KeysThatHold(0.9, std::vector<float>(10, 3.2f)), 9u);
+}
+
+// Every query head counts its own keys: one needs a single key, the other nine of ten.
+TEST(Zigzag, NeedIsTheMeanOverQueryHeads) {
+  const CacheSpec spec = CacheSpec::Parse("h2o(8)+zigzag");
+  const Method& method = *FindMethod("zigzag");
+  const SidecarSource none;
+  const auto budgeter =
+      method.make_budgeter(Arguments(method.parameters, *spec.Find("zigzag")), {{}, 100, ComputeType::kF32, none});
+  const std::vector<Position> positions(10, Position(0));
+  std::vector<float> measured(20, 0.1f);
+  std::fill_n(measured.begin(), 10, 0.0f);
+  measured[3] = 1;
+  HeadRows head;
+  head.positions = positions;
+  head.measured = measured;
+  LayerRows layer;
+  layer.group = 2;
+  layer.heads = {&head, 1};
+  EXPECT_DOUBLE_EQ(budgeter->Need(layer), 5);
 }
 
 TEST(Zigzag, KeysGrowWithTau) {
