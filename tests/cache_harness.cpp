@@ -18,8 +18,10 @@ std::string TinyShape::Name() const {
 }
 
 CacheShape MakeCacheShape(const TinyShape& shape, size_t rotary_dims) {
-  return CacheShape::Uniform(shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.ctx,
-                             {.n_dims = rotary_dims, .base = 100.0, .frequency_factors = {}});
+  CacheShape made = CacheShape::Uniform(shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.ctx,
+                                        {.n_dims = rotary_dims, .base = 100.0, .frequency_factors = {}});
+  made.input_width = shape.n_kv_heads * shape.head_dim;  // what enters a layer here are the values
+  return made;
 }
 
 CacheShape MakeCacheShape(const TinyShape& shape) { return MakeCacheShape(shape, shape.rotary_dims()); }
@@ -65,6 +67,7 @@ Outputs RunLayersOf(SequenceCache& cache, size_t n_heads, size_t n_kv_heads, siz
                                  text.k[l].begin() + static_cast<ptrdiff_t>((first + n) * kv));
       const std::vector<float> v(text.v[l].begin() + static_cast<ptrdiff_t>(first * kv),
                                  text.v[l].begin() + static_cast<ptrdiff_t>((first + n) * kv));
+      if (cache.WantsInputs(l)) cache.ReadInputs(l, 0, n, v.data());
       cache.Append(l, k.data(), v.data());
     }
     std::vector<float> out(n * qs, std::nanf(""));
@@ -145,6 +148,13 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
   for (const float ratio : budgets.ratios)
     for (size_t i = 0; i < budgets.n_heads(); ++i)
       budgets.shares.push_back(std::min(1.0f, ratio * rng.UniformFloat(0.1f, 1.9f)));
+  SidecarScores& scores = sidecar_.scores;
+  scores.n_kv_heads = budgets.n_kv_heads;
+  scores.width = shape.n_kv_heads * shape.head_dim;
+  for (size_t i = 0; i < budgets.n_heads(); ++i) {
+    scores.bias.push_back(rng.UniformFloat(-1.0f, 1.0f));
+    for (size_t c = 0; c < scores.width; ++c) scores.weight.push_back(rng.UniformFloat(-0.5f, 0.5f));
+  }
   WriteSidecar(path_, sidecar_);
 }
 
@@ -167,7 +177,7 @@ std::string Example(const Method& method) {
 std::string WithRoom(const std::string& spec) {
   if (spec.find("kivi") == std::string::npos) return spec;
   std::string text = spec;
-  for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "cascade(5%)", "snapkv(10%)"})
+  for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "cascade(5%)", "kvzap(5%)", "snapkv(10%)"})
     if (const size_t at = text.find(few); at != std::string::npos)
       text.replace(at, std::string(few).size(), std::string(few).substr(0, std::string(few).find('(')) + "(66)");
   return text;
@@ -222,6 +232,8 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "elastic(0.3, weighted=true)+f32", "elastic(0.2, keys=unrotated)+less+f32", "elastic(0.4, merge=off, at=9)+merge+f32",
         "elastic(0.2, first=0, last=0)+f16", "h2o(12)+merge(weighted=true)+f32+prefill(chunk=7)",
         "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
+        "kvzap(14, window=3)+pooled+f32", "kvzap(14)+pooled(0.3)+less+q8", "kvzap(12, sinks=0)+f32+prefill(chunk=5)",
+        "kvzap(13)+split(2)+f32", "h2o(16)+pooled+f32", "snapkv(24, window=4)+pooled+f32", "kvzap(20)+ada+f32",
         "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
         "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);

@@ -354,9 +354,11 @@ TEST(Contract, InterleavedSequencesBehaveAsEachAlone) {
         for (size_t l = 0; l < shape.n_layers; ++l) {
           const size_t kv = shape.n_kv_heads * shape.head_dim, qs = shape.n_heads * shape.head_dim;
           out_a.emplace_back(life_a[i].n * qs);
+          if (a.WantsInputs(l)) a.ReadInputs(l, 0, life_a[i].n, text_a.v[l].data() + at_a * kv);
           a.Append(l, text_a.k[l].data() + at_a * kv, text_a.v[l].data() + at_a * kv);
           a.Attend(l, text_a.q[l].data() + at_a * qs, out_a.back().data());
           out_b.emplace_back(life_b[i].n * qs);
+          if (b.WantsInputs(l)) b.ReadInputs(l, 0, life_b[i].n, text_b.v[l].data() + at_b * kv);
           b.Append(l, text_b.k[l].data() + at_b * kv, text_b.v[l].data() + at_b * kv);
           b.Attend(l, text_b.q[l].data() + at_b * qs, out_b.back().data());
         }

@@ -51,6 +51,25 @@ TEST_F(RunCommand, ASidecarServesEveryQuantisationOfItsModel) {
   EXPECT_NE(foreign.err.find("belongs to the model"), std::string::npos) << foreign.err;
 }
 
+// What the training commands measure goes into one sidecar, found beside the model, and serves in one spec.
+TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
+  std::filesystem::copy_file(std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small.gguf", Path("m.gguf"));
+  ASSERT_EQ(Shell("$L train budgets -m m.gguf --text $T --sequences 2 --tokens 64 -o m.less.gguf").status, 0) << Read("err");
+  const Result missing = Shell("$L run -m m.gguf -p x -n 1 --kv 'kvzap(30)'");
+  EXPECT_NE(missing.err.find("holds no scores"), std::string::npos) << missing.err;
+  const Result trained = Shell("$L train kvzap -m m.gguf --text $T --sequences 4 --tokens 128 -o m.less.gguf --json");
+  ASSERT_EQ(trained.status, 0) << trained.err;
+  const auto report = nlohmann::json::parse(trained.out);
+  EXPECT_GT(report["mean_r2"], 0.1);
+  EXPECT_EQ(report["layers"].size(), 4u);
+  for (const std::string spec : {"kvzap(30)+split(4)", "kvzap(30)+pooled", "kvzap(30)+split(4)+prefill(chunk=16)"}) {
+    const Result result = Shell(fmt::format("$L run -m m.gguf -f $T -n 5 --temp 0 --json --kv '{}'", spec));
+    ASSERT_EQ(result.status, 0) << spec << "\n" << result.err;
+    EXPECT_NEAR(nlohmann::json::parse(result.out)["tokens_resident"].get<double>(), 30, 1e-9) << spec;
+  }
+  EXPECT_EQ(Shell("$L train kvzap -m m.gguf --text $T --sequences 1 --tokens 64 -o m.less.gguf").status, 2);
+}
+
 TEST_F(RunCommand, UnknownSubcommandIsNamed) {
   for (const char* command : {"$L foo", "$L eval foo", "$L train foo"}) {
     const Result result = Shell(command);

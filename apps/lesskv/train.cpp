@@ -1,4 +1,4 @@
-// lesskv train: LESS feature maps (or parts of them merged) and budgets for a model, into its sidecar.
+// lesskv train: LESS feature maps (or parts of them merged), budgets and scores for a model, into its sidecar.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -14,6 +14,7 @@
 #include "common.h"
 #include "engine/run_info.h"
 #include "train/train_budgets.h"
+#include "train/train_kvzap.h"
 #include "train/train_less.h"
 
 namespace lesskv {
@@ -104,6 +105,16 @@ std::optional<Sidecar> ExistingSidecar(const std::string& path, const Model& mod
   return sidecar;
 }
 
+// The same, or a new one for the model.
+Sidecar SidecarToAddTo(const std::string& path, const Model& model) {
+  if (std::optional<Sidecar> existing = ExistingSidecar(path, model)) return std::move(*existing);
+  Sidecar sidecar;
+  sidecar.model_fingerprint = model.fingerprint();
+  sidecar.model_identity = model.identity();
+  sidecar.model_name = model.config().name;
+  return sidecar;
+}
+
 void Train(TrainCommand& c) {
   if (c.output.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the sidecar to write with -o");
   CheckOutputPath("-o", c.output);
@@ -132,7 +143,10 @@ void Train(TrainCommand& c) {
                          ShowProgress(status, last_line, p);
                        }, &StopOnInterrupt());
   status.Clear();
-  if (existing) report.sidecar.budgets = existing->budgets;
+  if (existing) {
+    report.sidecar.budgets = existing->budgets;
+    report.sidecar.scores = existing->scores;
+  }
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
   if (temporary && !c.keep) std::filesystem::remove_all(o.work_folder);
@@ -212,41 +226,92 @@ void PrintBudgets(const BudgetsCommand& c, const train::TrainBudgetsReport& r, c
 void TrainBudgets(BudgetsCommand& c) {
   CheckOutputPath("-o", c.output);
   const OpenedModel opened = OpenModel(c.model);
-  std::optional<Sidecar> sidecar = ExistingSidecar(c.output, *opened.model);
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
   StatusLine status;
   const train::TrainBudgetsReport report = train::TrainBudgets(
       *opened.engine, *opened.tokenizer, c.options,
       [&](double done) { if (status.enabled()) status.Set(fmt::format("budgets {:3.0f} %", 100 * done)); },
       &StopOnInterrupt());
   status.Clear();
-  if (!sidecar) {
-    sidecar.emplace();
-    sidecar->model_fingerprint = opened.model->fingerprint();
-    sidecar->model_identity = opened.model->identity();
-    sidecar->model_name = opened.model->config().name;
-  }
-  sidecar->budgets = report.budgets;
-  WriteSidecar(c.output, *sidecar);
-  PrintBudgets(c, report, *sidecar);
+  sidecar.budgets = report.budgets;
+  WriteSidecar(c.output, sidecar);
+  PrintBudgets(c, report, sidecar);
   FlushResults();
+}
+
+// Options that commands which measure a model on texts share.
+template <typename Command>
+void AddMeasureOptions(CLI::App& app, Command& c, const char* tokens) {
+  app.add_option("-m,--model", c.model.model, "Model file (GGUF)")->option_text("MODEL")->required();
+  app.add_option("-t,--threads", c.model.threads, "Threads (default: all CPUs)");
+  app.add_option("--compute", c.model.compute, "Arithmetic of the model: auto, f32, bf16");
+  app.add_option("-o,--output", c.output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
+      ->option_text("SIDECAR")->required();
+  app.add_option("--text", c.options.texts, "Text files to draw texts from")->option_text("FILE...")->required();
+  app.add_option("--sequences", c.options.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
+  app.add_option("--tokens", c.options.tokens, tokens)->capture_default_str()->check(CLI::Range(16, 1 << 20));
+  AddSeed(app, c.options.seed, "Seed of the texts");
+  app.add_flag("--json", c.json, "Print one JSON object");
 }
 
 void AddBudgets(CLI::App& train) {
   auto c = std::make_shared<BudgetsCommand>();
   CLI::App* budgets = train.add_subcommand("budgets", "Measure how many rows each head of a model needs, for split");
-  budgets->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL")->required();
-  budgets->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
-  budgets->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16");
-  budgets->add_option("-o,--output", c->output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
-      ->option_text("SIDECAR")->required();
-  train::TrainBudgetsOptions& o = c->options;
-  budgets->add_option("--text", o.texts, "Text files to draw texts from")->option_text("FILE...")->required();
-  budgets->add_option("--sequences", o.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
-  budgets->add_option("--tokens", o.tokens, "Tokens of a text; the model reads it twice")->capture_default_str()
-      ->check(CLI::Range(16, 1 << 20));
-  AddSeed(*budgets, o.seed, "Seed of the texts");
-  budgets->add_flag("--json", c->json, "Print one JSON object");
+  AddMeasureOptions(*budgets, *c, "Tokens of a text; the model reads it twice");
   budgets->callback([c] { TrainBudgets(*c); });
+}
+
+struct KvzapCommand {
+  ModelOptions model;
+  std::string output;
+  bool json = false;
+  train::TrainKvzapOptions options;
+};
+
+void PrintScores(const KvzapCommand& c, const train::TrainKvzapReport& r, const Sidecar& sidecar) {
+  const SidecarScores& s = r.scores;
+  Json layers = Json::array();
+  std::string table = "| layer | lambda | R2 of heads, texts left out |\n|---|---|---|\n";
+  double sum = 0;
+  for (size_t l = 0, head = 0; l < s.n_kv_heads.size(); ++l) {
+    const std::vector<float> own(s.r2.begin() + static_cast<ptrdiff_t>(head),
+                                 s.r2.begin() + static_cast<ptrdiff_t>(head + s.n_kv_heads[l]));
+    head += own.size();
+    std::string cells;
+    for (const float r2 : own) cells += fmt::format("{}{:.2f}", cells.empty() ? "" : " ", r2), sum += r2;
+    layers.push_back({{"lambda", r.lambda[l]}, {"r2", own}});
+    table += fmt::format("| {} | {:g} | {} |\n", l, r.lambda[l], cells);
+  }
+  const double mean = sum / static_cast<double>(s.r2.size());
+  if (c.json)
+    WriteResult(Dump({{"model", FingerprintString(sidecar.model_fingerprint)}, {"version", Version()}, {"seed", c.options.seed},
+                      {"tokens", s.tokens}, {"seconds", r.seconds}, {"mean_r2", mean}, {"layers", layers}}) + "\n");
+  else
+    WriteResult(table + fmt::format("mean R2 {:.3f}; {} texts of {} tokens, {:.0f} s\n", mean, c.options.sequences,
+                                    c.options.tokens, r.seconds));
+}
+
+void TrainKvzap(KvzapCommand& c) {
+  CheckOutputPath("-o", c.output);
+  const OpenedModel opened = OpenModel(c.model);
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  StatusLine status;
+  const train::TrainKvzapReport report = train::TrainKvzap(
+      *opened.engine, *opened.tokenizer, c.options,
+      [&](double done) { if (status.enabled()) status.Set(fmt::format("scores {:3.0f} %", 100 * done)); },
+      &StopOnInterrupt());
+  status.Clear();
+  sidecar.scores = report.scores;
+  WriteSidecar(c.output, sidecar);
+  PrintScores(c, report, sidecar);
+  FlushResults();
+}
+
+void AddKvzap(CLI::App& train) {
+  auto c = std::make_shared<KvzapCommand>();
+  CLI::App* kvzap = train.add_subcommand("kvzap", "Fit scores of rows to what a model reads of them, for kvzap");
+  AddMeasureOptions(*kvzap, *c, "Tokens of a text; the model reads it twice");
+  kvzap->callback([c] { TrainKvzap(*c); });
 }
 
 }  // namespace
@@ -256,6 +321,7 @@ void AddTrainCommand(CLI::App& app) {
   train->require_subcommand(1);
   AddLess(*train);
   AddBudgets(*train);
+  AddKvzap(*train);
 }
 
 }  // namespace lesskv

@@ -54,6 +54,12 @@ class CheckedStep final : public KvCache {
     reference_->BeginStep(n_tokens, kind);
   }
 
+  bool WantsInputs(size_t layer) const override { return cache_.WantsInputs(layer); }
+  void ReadInputs(size_t layer, size_t first, size_t n, const float* x) override {
+    cache_.ReadInputs(layer, first, n, x);
+    reference_->ReadInputs(layer, first, n, x);
+  }
+
   void Append(size_t layer, const float* keys, const float* values) override {
     cache_.Append(layer, keys, values);
     const ScalarKernels scalar;

@@ -143,6 +143,10 @@ struct CacheBatch::Item {
   size_t n_rows() const { return cache->step.n; }
   LayerPlace Place(size_t layer) const { return cache->config->place(layer); }
   PolicyCache& Part(size_t layer) const { return *cache->parts[Place(layer).policy]; }
+  bool WantsInputs(size_t layer) const {
+    const PolicyCache& part = Part(layer);
+    return !failure && part.evicts && part.policy.selector->ReadsInputs();
+  }
 };
 
 // Some queries of one sequence that are attended together with others'.
@@ -192,6 +196,25 @@ void CacheBatch::ForItems(Body&& body) {
       guarded(*items_[i]);
   }
   ParallelFor(brief.size(), [&](size_t i) { guarded(*brief[i]); });
+}
+
+bool CacheBatch::WantsInputs(size_t layer) const {
+  return std::any_of(items_.begin(), items_.begin() + static_cast<ptrdiff_t>(n_items_),
+                     [&](const std::unique_ptr<Item>& item) { return item->WantsInputs(layer); });
+}
+
+void CacheBatch::ReadInputs(size_t layer, size_t first, size_t n, const float* x) {
+  ForItems([&](Item& item) {
+    const size_t begin = std::max(first, item.first_row), end = std::min(first + n, item.first_row + item.n_rows());
+    if (begin >= end || !item.WantsInputs(layer)) return;
+    const size_t width = item.cache->config->shape().input_width, own = item.Place(layer).layer;
+    const LayerPolicy& policy = item.Part(layer).policy;
+    std::vector<float>& scores = item.Part(layer).input_scores;
+    scores.resize(policy.heads.n_heads(own) * item.n_rows());
+    ParallelFor(end - begin, [&](size_t i) {
+      policy.selector->ScoreInput(own, x + (begin - first + i) * width, &scores[begin + i - item.first_row], item.n_rows());
+    });
+  });
 }
 
 void CacheBatch::Append(size_t layer, const float* keys, const float* values) {

@@ -29,6 +29,8 @@ class CacheBatch final : public KvCache {
 
   // KvCache, for all rows of the step. What these throw concerns the whole step (work memory): all caches in it are
   // then broken.
+  bool WantsInputs(size_t layer) const override;
+  void ReadInputs(size_t layer, size_t first, size_t n, const float* x) override;
   void Append(size_t layer, const float* keys, const float* values) override;
   void Attend(size_t layer, const float* queries, float* out) override;
 

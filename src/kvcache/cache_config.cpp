@@ -129,7 +129,7 @@ void CacheConfig::DivideLayers() {
 }
 
 void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
-  const MethodContext context{policies_[0].layers, shape_.ctx, shape_.compute, sidecar};
+  const MethodContext context{policies_[0].layers, shape_.ctx, shape_.compute, sidecar, shape_.input_width};
   std::vector<Artefact> artefacts;
   for (LayerPolicy& policy : policies_) {
     const Choice codec = Choose(spec_, Stage::kCodec);
@@ -150,6 +150,8 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
   }
   const Choice select = Choose(spec_, Stage::kSelect);
   policies_[0].selector = select.method->make_selector(select.arguments(), context);
+  if (const std::string artefact = policies_[0].selector->artefact(); !artefact.empty())
+    artefacts.push_back({select.term.name, artefact});
   const Choice residual = Choose(spec_, Stage::kResidual);
   if (residual.method->make_residual != nullptr) {
     MadeResidual made = residual.method->make_residual(residual.arguments(), context);
@@ -168,7 +170,7 @@ std::vector<size_t> CacheConfig::Budgets(size_t n_tokens) const {
 
 size_t CacheConfig::sidecar_bytes() const {
   return (global().residual == nullptr ? 0 : global().residual->WeightBytes()) + global().codec->ArtefactBytes() +
-         global().budgeter->ArtefactBytes();
+         global().budgeter->ArtefactBytes() + global().selector->ArtefactBytes();
 }
 
 size_t CacheConfig::FullBytes(size_t n_tokens) const {

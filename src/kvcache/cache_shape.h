@@ -37,6 +37,7 @@ struct CacheShape {
   std::vector<LayerShape> layers;
   size_t ctx = 0;  // --ctx: percentages refer to it
   ComputeType compute = ComputeType::kF32;
+  size_t input_width = 0;  // of what enters a layer, for KvCache::ReadInputs; 0: the cache is not given it
 
   size_t n_layers() const { return layers.size(); }
 

@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/checked.h"
+#include "base/error.h"
 #include "base/threads.h"
 #include "kvcache/fit.h"
 #include "kernels/basic/rope.h"
@@ -34,6 +35,9 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   work.spills.resize(n_kv);
   work.ledger_rows.resize(n_kv);
   work.votes.resize(n_kv);
+  if (policy.selector->ReadsInputs() && cache.input_scores.size() != n_kv * cache.step.n)
+    Fail(ErrorCode::kInvalidArgument, "'{}' needs what enters layer {}, which was not read (KvCache::ReadInputs)", policy.name,
+         policy.model_layers[layer]);
   const bool observed = cache.SelectorObserves().wanted(), measured = cache.BudgeterMeasures().wanted();
   for (size_t h = 0; h < n_kv; ++h) {
     HeadRows& head = work.heads[h];
@@ -43,6 +47,8 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
     head.positions = rows.positions;
     head.votes = rows.votes;
     head.weights = rows.weights;
+    if (policy.selector->ReadsInputs())
+      std::copy_n(&cache.input_scores[h * cache.step.n], cache.step.n, rows.votes.end() - static_cast<ptrdiff_t>(cache.step.n));
     if (votes == Votes::kStep && (h == 0 || !policy.keeps_one_set())) {
       work.votes[h].resize(rows.positions.size());
       head.votes = work.votes[h];
@@ -60,7 +66,7 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
   rows.window = policy.selector->Window(cache.budget_rows());
   rows.sinks = policy.selector->Sinks();
-  rows.votes_accumulate = votes == Votes::kKept;
+  rows.votes_accumulate = votes == Votes::kKept && !policy.selector->ReadsInputs();
   rows.protect = &policy.protect;
   rows.queries = work.queries;
   rows.heads = work.heads;

@@ -53,6 +53,10 @@ struct SequenceCache::RandomFill {
     }
   }
 
+  bool Votes(const Selector& selector) const {
+    return selector.Observes(StepKind::kDecode).wanted() || selector.Observes(kind).wanted() || selector.ReadsInputs();
+  }
+
   // Whole groups where the codec has such: those with tokens that must stay, the newest ones, and any others.
   std::vector<Position> ChooseGroups(size_t head) {
     const Selector& selector = *policy.selector;
@@ -68,7 +72,7 @@ struct SequenceCache::RandomFill {
       if (may_leave) others.push_back(g);
     }
     CHECK(leave <= others.size(), "{} groups must leave, {} may", leave, others.size());
-    const bool by_position = !selector.Observes(StepKind::kDecode).wanted() && !selector.Observes(kind).wanted();
+    const bool by_position = !Votes(selector);
     std::vector<char> leaves(n_groups + 1);
     for (size_t i = 0, left = leave; i < others.size() && left > 0; ++i) {
       if (!by_position && rng.Below(others.size() - i) >= left) continue;
@@ -90,8 +94,8 @@ struct SequenceCache::RandomFill {
     const auto always = [&](size_t p) {
       return p < sinks || p + recent >= n_tokens || policy.protect.Contains(Position(static_cast<int32_t>(p)));
     };
-    // Who observes nothing knows positions only, and keeps the newest.
-    const bool by_position = !selector.Observes(StepKind::kDecode).wanted() && !selector.Observes(kind).wanted();
+    // Who sees nothing else knows positions only, and keeps the newest.
+    const bool by_position = !Votes(selector);
     size_t may_stay = 0, must_stay = 0;
     for (size_t p = 0; p < n_tokens; ++p) ++(always(p) ? must_stay : may_stay);
     CHECK(must_stay <= rows, "{} tokens must stay in {} rows", must_stay, rows);

@@ -27,6 +27,11 @@ class KvCache {
  public:
   virtual ~KvCache() = default;
 
+  // Whether some method wants to see what enters a layer's key projection (after its norm), and, where it does, those
+  // inputs before the layer's Append: x [n, width], row-major, of the step's tokens [first, first + n), in order. Not kept.
+  virtual bool WantsInputs(size_t /*layer*/) const { return false; }
+  virtual void ReadInputs(size_t /*layer*/, size_t /*first*/, size_t /*n*/, const float* /*x*/) {}
+
   // Once a layer, layers in increasing order:
   // keys, values [n, n_kv_heads, head_dim], row-major, unrotated, for the n new tokens in order. Copied before return.
   virtual void Append(size_t layer, const float* keys, const float* values) = 0;

@@ -98,6 +98,7 @@ class PolicyCache {
   bool decides_budgets = false;  // during the step
   bool defers = false;           // at its end, for all layers
   std::vector<std::unique_ptr<LayerStep>> deferred;  // [n_layers]
+  std::vector<float> input_scores;  // [n_kv_heads, n] of the layer that comes next: Selector::ReadsInputs
 
  private:
   void ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known);

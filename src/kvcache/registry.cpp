@@ -15,10 +15,12 @@
   X(Snapkv)               \
   X(Cascade)              \
   X(Elastic)              \
+  X(Kvzap)                \
   X(Uniform)              \
   X(Pyramid)              \
   X(Zigzag)               \
   X(Split)                \
+  X(Pooled)               \
   X(Ada)                  \
   X(Drop)                 \
   X(Less)                 \

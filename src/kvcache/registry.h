@@ -100,6 +100,7 @@ struct MethodContext {
   size_t ctx = 0;
   ComputeType compute = ComputeType::kF32;
   const SidecarSource& sidecar;
+  size_t input_width = 0;  // of CacheShape
 };
 
 // A residual, and what identifies the trained artefact it reads (a fingerprint; empty: none).

@@ -17,7 +17,11 @@ CacheBatch& OwnBatch() {
   return batch;
 }
 
-void Rethrow(const CacheBatch& batch) {
+template <typename Body>
+void AsBatch(SequenceCache* cache, Body&& body) {
+  CacheBatch& batch = OwnBatch();
+  batch.Start({&cache, 1});
+  body(batch);
   if (batch.failure(0)) std::rethrow_exception(batch.failure(0));
 }
 
@@ -69,20 +73,21 @@ void SequenceCache::BeginStep(size_t n_tokens, StepKind kind) { impl_->Begin(n_t
 void SequenceCache::CancelStep() { impl_->Cancel(); }
 void SequenceCache::EndStep() { impl_->End(); }
 
+bool SequenceCache::WantsInputs(size_t layer) const {
+  const PolicyCache& part = *impl_->parts[impl_->config->place(layer).policy];
+  return part.evicts && part.policy.selector->ReadsInputs();
+}
+
+void SequenceCache::ReadInputs(size_t layer, size_t first, size_t n, const float* x) {
+  AsBatch(this, [&](CacheBatch& batch) { batch.ReadInputs(layer, first, n, x); });
+}
+
 void SequenceCache::Append(size_t layer, const float* keys, const float* values) {
-  SequenceCache* const self = this;
-  CacheBatch& batch = OwnBatch();
-  batch.Start({&self, 1});
-  batch.Append(layer, keys, values);
-  Rethrow(batch);
+  AsBatch(this, [&](CacheBatch& batch) { batch.Append(layer, keys, values); });
 }
 
 void SequenceCache::Attend(size_t layer, const float* queries, float* out) {
-  SequenceCache* const self = this;
-  CacheBatch& batch = OwnBatch();
-  batch.Start({&self, 1});
-  batch.Attend(layer, queries, out);
-  Rethrow(batch);
+  AsBatch(this, [&](CacheBatch& batch) { batch.Attend(layer, queries, out); });
 }
 
 // Methods that cut at a prompt's end do so when its step ends; between the chunks of a prompt nothing waits.

@@ -46,6 +46,8 @@ class SequenceCache final : public KvCache {
   void BeginStep(size_t n_tokens, StepKind kind);
   // Takes back a BeginStep whose first Append has not come: another sequence of the same step could not begin.
   void CancelStep();
+  bool WantsInputs(size_t layer) const override;
+  void ReadInputs(size_t layer, size_t first, size_t n, const float* x) override;
   void Append(size_t layer, const float* keys, const float* values) override;
   void Attend(size_t layer, const float* queries, float* out) override;
   // Throws Error(kOutOfMemory) where budgets of the whole model are decided here; the cache is then broken.

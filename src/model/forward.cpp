@@ -73,7 +73,7 @@ struct Pass {
   // parallel layer both halves read the x that came in. Positions and rotation are the cache's.
   void Layer(size_t index) {
     const LayerWeights& l = model.layer(index);
-    ForTiles([&](size_t row, size_t n) { QueriesKeysValues(l, row, n); });
+    ForTiles([&](size_t row, size_t n) { QueriesKeysValues(index, row, n); });
     cache.Append(index, w.k.data(), w.v.data());
     cache.Attend(index, w.q.data(), w.out.data());
     ForTiles([&](size_t row, size_t n) {
@@ -85,9 +85,11 @@ struct Pass {
   }
 
  private:
-  void QueriesKeysValues(const LayerWeights& l, size_t row, size_t n) {
+  void QueriesKeysValues(size_t index, size_t row, size_t n) {
+    const LayerWeights& l = model.layer(index);
     float *q = w.q.data() + row * l.q.n_out, *k = w.k.data() + row * l.k.n_out, *v = w.v.data() + row * l.v.n_out;
     NormRows(w.x.data() + row * config.d_model, l.attn_norm, config.norm_eps, n, w.h.data());
+    if (cache.WantsInputs(index)) cache.ReadInputs(index, row, n, w.h.data());
     Product(l.q, l.q_bias, w.h.data(), row, n, q);
     Product(l.k, l.k_bias, w.h.data(), row, n, k);
     Product(l.v, l.v_bias, w.h.data(), row, n, v);

@@ -269,7 +269,7 @@ std::shared_ptr<const Model> Model::Load(const std::string& path, ModelLoading l
 CacheShape Model::MakeCacheShape(size_t ctx, ComputeType compute) const {
   const ModelConfig& c = config_;
   const auto& global = rope_.global_long != nullptr && ctx > c.original_ctx ? rope_.global_long : rope_.global;
-  CacheShape shape{{}, ctx, compute};
+  CacheShape shape{{}, ctx, compute, c.d_model};
   for (size_t layer = 0; layer < c.n_layers; ++layer) {
     const auto& rope = c.is_local(layer) ? rope_.local : c.is_rotated(layer) ? global : rope_.none;
     shape.layers.push_back(

@@ -59,6 +59,8 @@ class RecordingCache final : public KvCache {
 
   // Before each step of the inner cache.
   void SetStep(size_t n_tokens) { n_step_ = n_tokens; }
+  bool WantsInputs(size_t layer) const override { return inner_.WantsInputs(layer); }
+  void ReadInputs(size_t layer, size_t first, size_t n, const float* x) override { inner_.ReadInputs(layer, first, n, x); }
   void Append(size_t layer, const float* keys, const float* values) override;
   void Attend(size_t layer, const float* queries, float* out) override;
 

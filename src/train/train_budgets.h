@@ -1,12 +1,6 @@
 // lesskv train budgets: how many rows each KV head of a model needs, measured on text.
 //
-// A text is fed twice, one copy behind the other, and attended in full. What the second copy reads of the first shows
-// which rows a model needs to keep (KVzip, arXiv 2505.23416); a row's score is the largest weight that any query of its
-// group gives it, times the length of what it then adds to the layer's output, over the length of the layer's input
-// (KVzip+, arXiv 2601.07891; the input's length as its norm weights have it):
-//
-//   y_i = max over queries j and heads h of (s_ji - lse_j + ln |W_O^h v_i|) - ln |w_norm|
-//
+// Rows are scored by what the model reads when it repeats the text (row_scores.h).
 // The best rows of the whole model, a share `ratio` of all, then tell how many each head has among them.
 #pragma once
 
@@ -38,9 +32,6 @@ struct TrainBudgetsReport {
   std::vector<double> correlation;
   double seconds = 0;
 };
-
-// Which rows the model needs: scores [global heads][n_tokens] of the first copy of a text that is fed twice.
-std::vector<std::vector<float>> MeasureRows(const Engine& engine, const std::vector<int32_t>& text);
 
 // [ratios, heads]: the share of each head's rows among the best of all; ties: the lower head, then the earlier row. The
 // first `kSinkRows` rows of a head do not take part, since every selector worth its name keeps them.

@@ -29,8 +29,7 @@ struct Candidate {
 };
 
 // A head's rows that nothing but their votes can keep.
-std::vector<Candidate> CandidatesOf(const LayerRows& layer, uint32_t h) {
-  const HeadRows& head = layer.heads[h];
+std::vector<Candidate> CandidatesOf(const LayerRows& layer, const HeadRows& head, uint32_t number) {
   const auto usable = [](float vote) { return std::isfinite(vote) ? static_cast<double>(vote) : 0.0; };
   double sum = 0;
   for (const float vote : head.votes) sum += usable(vote);
@@ -41,7 +40,7 @@ std::vector<Candidate> CandidatesOf(const LayerRows& layer, uint32_t h) {
     const int32_t p = ToInt(head.positions[r]);
     const bool kept = p < static_cast<int32_t>(layer.sinks) || p >= static_cast<int32_t>(layer.tokens_seen) - recent ||
                       layer.protect->Contains(head.positions[r]);
-    if (!kept) candidates.push_back({usable(head.votes[r]) * scale, h, p});
+    if (!kept) candidates.push_back({usable(head.votes[r]) * scale, number, p});
   }
   return candidates;
 }
@@ -64,14 +63,14 @@ class AdaBudgeter final : public Budgeter {
   double Need(const LayerRows& layer) const override { return layers_->Need(layer); }
 
   void AllocateLayer(const LayerRows& layer, std::span<size_t> budgets) const override {
-    DivideByVotes(layer, floor_, budgets);
+    DivideByVotes({&layer, 1}, floor_, budgets);
   }
   void AllocateModel(const BudgetRequest& request, std::span<const LayerRows> layers,
                      std::span<size_t> budgets) const override {
     layers_->AllocateModel(request, layers, budgets);
     size_t first = 0;
     for (const LayerRows& layer : layers) {
-      DivideByVotes(layer, floor_, budgets.subspan(first, layer.heads.size()));
+      DivideByVotes({&layer, 1}, floor_, budgets.subspan(first, layer.heads.size()));
       first += layer.heads.size();
     }
   }
@@ -88,27 +87,32 @@ constexpr Parameter kParameters[] = {
 
 }  // namespace
 
-void DivideByVotes(const LayerRows& layer, double floor, std::span<size_t> budgets) {
+void DivideByVotes(std::span<const LayerRows> layers, double floor, std::span<size_t> budgets) {
   const size_t n = budgets.size(), total = std::accumulate(budgets.begin(), budgets.end(), size_t{0}), mean = total / n;
   bool leaving = false;
-  for (size_t h = 0; h < n; ++h) leaving |= layer.heads[h].n_rows() > budgets[h];
+  size_t h = 0;
+  for (const LayerRows& layer : layers)
+    for (const HeadRows& head : layer.heads) leaving |= head.n_rows() > budgets[h++];
   if (!leaving || mean == 0) return;
 
-  const size_t always = std::min(mean, layer.window + layer.protect->CountFrom(static_cast<int32_t>(layer.sinks)));
+  const LayerRows& any = layers[0];  // window and protected tokens are those of all layers
+  const size_t always = std::min(mean, any.window + any.protect->CountFrom(static_cast<int32_t>(any.sinks)));
   const auto own = std::min(mean - always, static_cast<size_t>(floor * static_cast<double>(mean) + 1e-9));
   const size_t least = std::max<size_t>(1, always + own);
   size_t rest = total - n * least;
   std::vector<Candidate> all;
-  for (uint32_t h = 0; h < n; ++h) {
-    std::vector<Candidate> candidates = CandidatesOf(layer, h);
-    const size_t kept = layer.heads[h].n_rows() - candidates.size();
-    const size_t taken = std::min(candidates.size(), least - std::min(least, kept));
-    const size_t ranked = std::min(candidates.size(), taken + rest);
-    std::partial_sort(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(ranked), candidates.end());
-    all.insert(all.end(), candidates.begin() + static_cast<ptrdiff_t>(taken),
-               candidates.begin() + static_cast<ptrdiff_t>(ranked));
-    budgets[h] = least;
-  }
+  uint32_t number = 0;
+  for (const LayerRows& layer : layers)
+    for (const HeadRows& head : layer.heads) {
+      std::vector<Candidate> candidates = CandidatesOf(layer, head, number);
+      const size_t kept = head.n_rows() - candidates.size();
+      const size_t taken = std::min(candidates.size(), least - std::min(least, kept));
+      const size_t ranked = std::min(candidates.size(), taken + rest);
+      std::partial_sort(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(ranked), candidates.end());
+      all.insert(all.end(), candidates.begin() + static_cast<ptrdiff_t>(taken),
+                 candidates.begin() + static_cast<ptrdiff_t>(ranked));
+      budgets[number++] = least;
+    }
   const size_t best = std::min(rest, all.size());
   std::partial_sort(all.begin(), all.begin() + static_cast<ptrdiff_t>(best), all.end());
   for (size_t i = 0; i < best; ++i) ++budgets[all[i].head];

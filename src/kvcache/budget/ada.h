@@ -1,4 +1,4 @@
-// Ada-KV's division of one layer's rows among its heads, apart from the budgeter for its tests.
+// Division of rows among heads by their votes, of one layer (Ada-KV) or of several.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace lesskv {
 
-// Changes `budgets` [n_kv_heads], whose sum stays. `floor` in [0, 1]: the share of a mean budget that every head keeps
+// Changes `budgets` [heads of the layers], whose sum stays: heads of all these layers compete. `floor` in [0, 1]: the share of a mean budget that every head keeps
 // of its own candidates. Nothing changes where no row must leave.
-void DivideByVotes(const LayerRows& layer, double floor, std::span<size_t> budgets);
+void DivideByVotes(std::span<const LayerRows> layers, double floor, std::span<size_t> budgets);
 
 }  // namespace lesskv

@@ -28,7 +28,7 @@ std::vector<size_t> Divide(std::vector<std::vector<float>> votes, size_t rows, d
   layer.protect = &set;
   layer.heads = heads;
   std::vector<size_t> budgets(votes.size(), rows);
-  DivideByVotes(layer, floor, budgets);
+  DivideByVotes({&layer, 1}, floor, budgets);
   return budgets;
 }
 

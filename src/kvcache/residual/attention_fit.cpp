@@ -48,23 +48,6 @@ std::vector<double> GramOfRows(std::span<const double> x, size_t n) {
   return gram;
 }
 
-// Solves S Z = B in place, S symmetric and positive definite [k, k], B [k, dim]. Overwrites S.
-void SolveCholesky(std::vector<double>& s, std::vector<double>& b, size_t k, size_t dim) {
-  for (size_t j = 0; j < k; ++j) {
-    for (size_t i = j; i < k; ++i) s[i * k + j] -= Dot(&s[i * k], &s[j * k], j);
-    const double root = std::sqrt(s[j * k + j]);
-    for (size_t i = j; i < k; ++i) s[i * k + j] /= root;
-  }
-  for (size_t i = 0; i < k; ++i) {
-    for (size_t j = 0; j < i; ++j) AddTimes(&b[i * dim], -s[i * k + j], &b[j * dim], dim);
-    for (size_t c = 0; c < dim; ++c) b[i * dim + c] /= s[i * k + i];
-  }
-  for (size_t i = k; i-- > 0;) {
-    for (size_t c = 0; c < dim; ++c) b[i * dim + c] /= s[i * k + i];
-    for (size_t j = 0; j < i; ++j) AddTimes(&b[j * dim], -s[i * k + j], &b[i * dim], dim);
-  }
-}
-
 // y = H x.
 void Times(std::span<const double> h, std::span<const double> x, std::span<double> y) {
   for (size_t i = 0; i < y.size(); ++i) y[i] = Dot(x.data(), &h[i * x.size()], x.size());
@@ -94,6 +77,22 @@ double LargestRowSum(const std::vector<double>& h, size_t n) {
 }
 
 }  // namespace
+
+void SolveCholesky(std::vector<double>& s, std::vector<double>& b, size_t k, size_t dim) {
+  for (size_t j = 0; j < k; ++j) {
+    for (size_t i = j; i < k; ++i) s[i * k + j] -= Dot(&s[i * k], &s[j * k], j);
+    const double root = std::sqrt(s[j * k + j]);
+    for (size_t i = j; i < k; ++i) s[i * k + j] /= root;
+  }
+  for (size_t i = 0; i < k; ++i) {
+    for (size_t j = 0; j < i; ++j) AddTimes(&b[i * dim], -s[i * k + j], &b[j * dim], dim);
+    for (size_t c = 0; c < dim; ++c) b[i * dim + c] /= s[i * k + i];
+  }
+  for (size_t i = k; i-- > 0;) {
+    for (size_t c = 0; c < dim; ++c) b[i * dim + c] /= s[i * k + i];
+    for (size_t j = 0; j < i; ++j) AddTimes(&b[j * dim], -s[i * k + j], &b[i * dim], dim);
+  }
+}
 
 std::vector<double> FitMass(std::span<const double> a, std::span<const double> m, size_t n, const MassFit& fit) {
   CHECK(a.size() == m.size() * n && fit.lowest <= fit.highest);

@@ -30,4 +30,7 @@ std::vector<double> FitValues(std::span<const double> x, std::span<const double>
 // |X C - Y|_F^2.
 double OutputError(std::span<const double> x, std::span<const double> c, std::span<const double> y, size_t n, size_t dim);
 
+// Solves S Z = B in place, S symmetric and positive definite [k, k] (its lower half is read), B [k, dim]. Overwrites S.
+void SolveCholesky(std::vector<double>& s, std::vector<double>& b, size_t k, size_t dim);
+
 }  // namespace lesskv

@@ -153,17 +153,52 @@ DType ReadMatrixType(const GgufFile& file) {
   Fail(ErrorCode::kBadFile, "{}: less.matrix_type must be bf16 or f32, found {}", file.name(), Quoted(name));
 }
 
+// KV heads of each global layer, and their sum.
+size_t ReadHeads(const GgufFile& file, const char* key, std::vector<size_t>& n_kv_heads) {
+  size_t n_heads = 0;
+  for (const uint32_t n : file.Get<std::vector<uint32_t>>(key)) {
+    if (n < 1 || n > 1024) Fail(ErrorCode::kBadFile, "{}: {} must hold numbers between 1 and 1024, found {}", file.name(), key, n);
+    n_kv_heads.push_back(n);
+    n_heads += n;
+  }
+  return n_heads;
+}
+
+const GgufTensor& RequiredTensor(const GgufFile& file, const char* name) {
+  const GgufTensor* tensor = file.FindTensor(name);
+  if (tensor == nullptr) Fail(ErrorCode::kBadFile, "{}: tensor {} is missing", file.name(), name);
+  return *tensor;
+}
+
+void ReadScores(const GgufFile& file, SidecarScores& scores) {
+  if (file.Find("kvzap.head_count_kv") == nullptr) return;
+  const size_t n_heads = ReadHeads(file, "kvzap.head_count_kv", scores.n_kv_heads);
+  scores.width = file.Get<uint32_t>("kvzap.width");
+  if (n_heads == 0 || scores.width < 1 || scores.width > (1u << 20))
+    Fail(ErrorCode::kBadFile, "{}: kvzap.width must be between 1 and 2^20, of one head at least, found {} of {}", file.name(),
+         scores.width, n_heads);
+  scores.tokens = file.GetOr<uint64_t>("kvzap.train.tokens", 0);
+  scores.r2 = file.GetOr<std::vector<float>>("kvzap.train.r2", {});
+  ReadTensor(file, RequiredTensor(file, "kvzap.weight"), {"", &scores.weight, {scores.width, n_heads}, false}, DType::kF32);
+  ReadTensor(file, RequiredTensor(file, "kvzap.bias"), {"", &scores.bias, {n_heads}, false}, DType::kF32);
+}
+
+void AddScores(const SidecarScores& scores, GgufWriter& writer) {
+  if (scores.empty()) return;
+  writer.AddArray("kvzap.head_count_kv", std::vector<uint32_t>(scores.n_kv_heads.begin(), scores.n_kv_heads.end()));
+  writer.Add("kvzap.width", static_cast<uint32_t>(scores.width));
+  writer.Add("kvzap.train.tokens", scores.tokens);
+  writer.AddArray("kvzap.train.r2", scores.r2);
+  const size_t ne[] = {scores.width, scores.bias.size()};
+  writer.AddTensor("kvzap.weight", DType::kF32, ne, std::as_bytes(std::span(scores.weight)));
+  writer.AddTensor("kvzap.bias", DType::kF32, {&ne[1], 1}, std::as_bytes(std::span(scores.bias)));
+}
+
 void ReadBudgets(const GgufFile& file, SidecarBudgets& budgets) {
   constexpr const char* kTensor = "budgets.shares";
   const GgufTensor* tensor = file.FindTensor(kTensor);
   if (tensor == nullptr) return;
-  size_t n_heads = 0;
-  for (const uint32_t n : file.Get<std::vector<uint32_t>>("budgets.head_count_kv")) {
-    if (n < 1 || n > 1024)
-      Fail(ErrorCode::kBadFile, "{}: budgets.head_count_kv must hold numbers between 1 and 1024, found {}", file.name(), n);
-    budgets.n_kv_heads.push_back(n);
-    n_heads += n;
-  }
+  const size_t n_heads = ReadHeads(file, "budgets.head_count_kv", budgets.n_kv_heads);
   budgets.ratios = file.Get<std::vector<float>>("budgets.ratios");
   budgets.tokens = file.GetOr<uint64_t>("budgets.train.tokens", 0);
   float before = 0;
@@ -308,7 +343,9 @@ Sidecar ReadSidecar(const std::string& path) {
   sidecar.model_identity = ReadIdentity(file);
   sidecar.model_name = file.GetOr<std::string>("lesskv.model.name", "");
   ReadBudgets(file, sidecar.budgets);
-  if (!sidecar.budgets.empty() && file.Find("less.block_count") == nullptr) return sidecar;  // budgets alone
+  ReadScores(file, sidecar.scores);
+  const bool other = !sidecar.budgets.empty() || !sidecar.scores.empty();
+  if (other && file.Find("less.block_count") == nullptr) return sidecar;  // without maps
   sidecar.shape = ReadShape(file);
   sidecar.training = ReadTraining(file);
   sidecar.matrix_type = ReadMatrixType(file);
@@ -321,6 +358,7 @@ void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
   GgufWriter writer;
   AddMetadata(sidecar, writer);
   AddBudgets(sidecar.budgets, writer);
+  AddScores(sidecar.scores, writer);
   Sidecar copy = sidecar;  // Fields hands out mutable vectors; sources point into the copy until Write returns
   for (size_t layer = 0; layer < copy.shape.n_layers; ++layer) {
     if (copy.layers[layer].empty()) continue;

@@ -1,5 +1,5 @@
 // The sidecar: what was trained for one model, as a GGUF file beside it (NAME.less.gguf for NAME.gguf): feature maps of
-// the LESS state, a division of the budget among its heads, or both.
+// the LESS state, a division of the budget among its heads, scores of rows, or several of them.
 // docs/formats.md, section "Sidecar", lists keys and tensors. Parameters are kept here as they were trained (unfolded,
 // float32 in memory); FeatureMaps turns them into what runs.
 #pragma once
@@ -76,6 +76,19 @@ struct SidecarBudgets {
   bool operator==(const SidecarBudgets&) const = default;
 };
 
+// What rows of a KV head are worth by the layer's input (`kvzap`): score = bias + weight x.
+struct SidecarScores {
+  std::vector<size_t> n_kv_heads;  // of each global layer
+  size_t width = 0;                // of the input
+  std::vector<float> weight;       // [heads, width]
+  std::vector<float> bias;         // [heads]
+  std::vector<float> r2;           // [heads]: squared correlation with the measured scores of texts left out
+  uint64_t tokens = 0;             // distinct training tokens
+
+  bool empty() const { return weight.empty(); }
+  bool operator==(const SidecarScores&) const = default;
+};
+
 struct Sidecar {
   SidecarShape shape;  // all 0 where there are no maps
   uint64_t model_fingerprint = 0;  // of the file it was trained on
@@ -85,6 +98,7 @@ struct Sidecar {
   DType matrix_type = DType::kBF16;  // of w1 and w2 in the file: kBF16 or kF32
   std::vector<LayerParams> layers;   // n_layers; layers that were not trained (--layers A-B) are empty
   SidecarBudgets budgets;
+  SidecarScores scores;
 
   bool has_maps() const { return shape.n_layers > 0; }
 };

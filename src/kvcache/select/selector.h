@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kvcache/codec/kv_store.h"
@@ -47,7 +48,7 @@ enum class Weights { kNone, kKept, kInLogits };
 struct HeadRows {
   size_t budget = 0;                    // rows that may stay; not known yet in Observe where budgets are decided later
   std::span<const Position> positions;  // [n_rows]
-  std::span<float> votes;               // [n_rows]; kKept: 0 for new rows; kStep: not initialised; empty for kNone
+  std::span<float> votes;               // [n_rows]; kKept: 0, or the input's score, for new rows; kStep: not initialised; empty for kNone
   std::span<float> weights;             // [n_rows], positive; empty for Weights::kNone
   // Column sums of the exact softmax over the observed queries, [n_rows] summed over the group's heads, or
   // [group, n_rows] by_query_head; empty unless observed. `measured` is the same as the budgeter asked for it.
@@ -67,7 +68,7 @@ struct LayerRows {
   double need = 0;                // what the budgeter measured of this layer
   // Rows of a usual budget that the selector always keeps, the first `sinks` tokens among them and else the newest.
   size_t window = 0, sinks = 0;
-  bool votes_accumulate = false;  // Votes::kKept
+  bool votes_accumulate = false;  // Votes::kKept, but for scores of inputs
   const ProtectedSet* protect = nullptr;  // tokens that always stay
   std::span<const float> queries;  // keeps_queries: [n_observed_queries, n_heads, head_dim], rotated, not scaled
   std::span<HeadRows> heads;       // [n_kv_heads]
@@ -96,6 +97,13 @@ class Selector {
 
   virtual Observation Observes(StepKind) const { return {}; }
   virtual Votes votes() const { return Votes::kNone; }
+  // The votes of new rows (kKept) are scores of the layer's input, which never change: x [CacheShape::input_width], and
+  // the score for KV head h in scores[h * stride]. In parallel for different tokens.
+  virtual bool ReadsInputs() const { return false; }
+  virtual void ScoreInput(size_t /*layer*/, const float* /*x*/, float* /*scores*/, size_t /*stride*/) const {}
+  // The trained artefact it reads: its fingerprint; empty: none.
+  virtual std::string artefact() const { return {}; }
+  virtual size_t ArtefactBytes() const { return 0; }
   // All heads of a layer keep the same rows in the same slots where their budgets are equal: head 0 is observed and cut
   // for all. Where it must, its heads are never given different budgets.
   virtual bool KeepsOneSetALayer() const { return false; }

@@ -1,0 +1,122 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "base/error.h"
+#include "kvcache/registry.h"
+#include "kvcache/residual/sidecar.h"
+#include "kvcache/sequence_cache.h"
+
+namespace lesskv {
+namespace {
+
+// Two layers of two KV heads of 8; inputs of 3. Head h of layer l scores input h + l: the third does not count.
+class Kvzap : public testing::Test {
+ protected:
+  void SetUp() override {
+    path_ = testing::TempDir() + "/kvzap_" + testing::UnitTest::GetInstance()->current_test_info()->name() + ".less.gguf";
+    SidecarScores& s = sidecar_.scores;
+    s.n_kv_heads = {2, 2};
+    s.width = 3;
+    s.weight = {1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1};
+    s.bias = {0, 0, 0, 5};
+    s.r2 = {.5f, .5f, .5f, .5f};
+    s.tokens = 8;
+    sidecar_.model_fingerprint = 0x1234;
+    WriteSidecar(path_, sidecar_);
+  }
+  void TearDown() override { std::filesystem::remove(path_); }
+
+  std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t width = 3, uint64_t fingerprint = 0x1234) {
+    CacheShape shape = CacheShape::Uniform(2, 2, 2, 8, 200, {.n_dims = 8, .frequency_factors = {}});
+    shape.input_width = width;
+    return CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, {path_, fingerprint, 0});
+  }
+
+  // Feeds inputs [n][3] in steps of these sizes; what head h of layer l then holds.
+  static std::vector<std::vector<int32_t>> Held(std::shared_ptr<const CacheConfig> config, const std::vector<float>& x,
+                                                const std::vector<size_t>& steps, StepKind kind) {
+    SequenceCache cache(std::move(config));
+    size_t seen = 0;
+    for (const size_t n : steps) {
+      cache.BeginStep(n, kind);
+      const std::vector<float> zeros(n * 16);
+      std::vector<float> out(n * 16);
+      for (size_t layer = 0; layer < 2; ++layer) {
+        EXPECT_TRUE(cache.WantsInputs(layer));
+        // In two pieces, as a model's tiles come.
+        cache.ReadInputs(layer, 0, n / 2, &x[seen * 3]);
+        cache.ReadInputs(layer, n / 2, n - n / 2, &x[(seen + n / 2) * 3]);
+        cache.Append(layer, zeros.data(), zeros.data());
+        cache.Attend(layer, zeros.data(), out.data());
+      }
+      cache.EndStep();
+      seen += n;
+    }
+    std::vector<std::vector<int32_t>> held;
+    for (size_t layer = 0; layer < 2; ++layer)
+      for (size_t h = 0; h < 2; ++h) {
+        held.emplace_back();
+        for (const Position p : cache.ResidentPositions(layer, h)) held.back().push_back(ToInt(p));
+      }
+    return held;
+  }
+
+  Sidecar sidecar_;
+  std::string path_;
+};
+
+using Rows = std::vector<std::vector<int32_t>>;
+
+// Eight tokens; column c of the input is what heads of score c rank them by.
+const std::vector<float> kInputs = {-3, 1, 0, -5, 2, 0, -4, 3, 0, -7, 4, 0, -2, 5, 0, -9, 6, 0, -8, 7, 0, -1, 8, 0};
+
+TEST_F(Kvzap, TheBestScoresStayHoweverTheTextComes) {
+  const Rows expected = {{0, 2, 4, 5, 6, 7}, {2, 3, 4, 5, 6, 7}, {2, 3, 4, 5, 6, 7}, {0, 1, 2, 5, 6, 7}};
+  for (const std::vector<size_t>& steps : {std::vector<size_t>{8}, {4, 4}, {1, 1, 1, 1, 1, 1, 1, 1}, {7, 1}, {3, 5}})
+    for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})
+      EXPECT_EQ(Held(Config("kvzap(6, window=3, sinks=0)+f32"), kInputs, steps, kind), expected) << steps.size();
+}
+
+TEST_F(Kvzap, SinksStayWhateverTheirScore) {
+  EXPECT_EQ(Held(Config("kvzap(5, window=1, sinks=2)+f32"), kInputs, {8}, StepKind::kPrompt)[1],
+            (std::vector<int32_t>{0, 1, 5, 6, 7}));
+}
+
+// 4 x 4 rows, of which each head keeps its newest; the last head's scores are 5, the first's below 0: of the 12 others
+// the best are the last head's 7 and 5 of the two that count to 8.
+TEST_F(Kvzap, PooledRowsGoToTheBestScoresOfTheModel) {
+  const Rows held = Held(Config("kvzap(4, window=1, sinks=0)+pooled+f32"), kInputs, {8}, StepKind::kPrompt);
+  EXPECT_EQ(held[0], (std::vector<int32_t>{7}));
+  // Scores 7, 6 and 5 of the second and third head, and the last head's seven fives, the lower heads first among equals.
+  EXPECT_EQ(held[1], (std::vector<int32_t>{4, 5, 6, 7}));
+  EXPECT_EQ(held[2], (std::vector<int32_t>{4, 5, 6, 7}));
+  EXPECT_EQ(held[3], (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 7}));
+}
+
+TEST_F(Kvzap, ScoresAreASidecarAndBelongToAModel) {
+  const Sidecar read = ReadSidecar(path_);
+  EXPECT_EQ(read.scores, sidecar_.scores);
+  EXPECT_FALSE(read.has_maps());
+  const auto config = Config("kvzap(6, window=1)");
+  EXPECT_EQ(config->sidecar_bytes(), 16 * sizeof(float));
+  EXPECT_NE(config->spec_text().find("sidecar=\""), std::string::npos);
+  const auto refusal = [&](auto&& make) {
+    try {
+      make();
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_NE(refusal([&] { Config("kvzap(6, window=1)", 4); }).find("width 3"), std::string::npos);
+  EXPECT_NE(refusal([&] { Config("kvzap(6, window=1)", 0); }).find("without its model"), std::string::npos);
+  EXPECT_NE(refusal([&] { Config("kvzap(6, window=1)", 3, 0x99); }).find("belongs to the model"), std::string::npos);
+  EXPECT_NE(refusal([&] { Config("kvzap(6, window=2)"); }).find("must exceed"), std::string::npos);
+  sidecar_.scores.weight.resize(9);
+  EXPECT_ANY_THROW({ WriteSidecar(path_, sidecar_); ReadSidecar(path_); });
+}
+
+}  // namespace
+}  // namespace lesskv
