@@ -31,6 +31,7 @@
   X(Q4)                   \
   X(Mix)                  \
   X(Kivi)                 \
+  X(Csr)                  \
   X(All)                  \
   X(Prefill)
 
