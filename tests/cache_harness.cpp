@@ -139,7 +139,7 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
   WriteSidecar(path_, sidecar_);
 }
 
-// Random atoms; the last two layers share theirs.
+// Random atoms, but for the first of values, which is the same in all channels; the last two layers share theirs of keys.
 void TempSidecar::AddDictionaries(const TinyShape& shape, Rng& rng) {
   SidecarDictionaries& d = sidecar_.dictionaries;
   d.head_dim = shape.head_dim;
@@ -157,7 +157,11 @@ void TempSidecar::AddDictionaries(const TinyShape& shape, Rng& rng) {
     }
   };
   fill(shape.n_layers - 1, shape.head_dim, d.keys);
-  fill(shape.n_layers, shape.head_dim / SidecarDictionaries::kValueChunks, d.values);
+  const size_t chunk = shape.head_dim / SidecarDictionaries::kValueChunks;
+  fill(shape.n_layers, chunk, d.values);
+  for (size_t l = 0; l < shape.n_layers; ++l)
+    std::fill_n(d.values.begin() + static_cast<ptrdiff_t>(l * d.n_atoms * chunk), chunk,
+                FloatToHalf(1 / std::sqrt(static_cast<float>(chunk))));
 }
 
 TempSidecar::~TempSidecar() { std::filesystem::remove(path_); }

@@ -200,7 +200,6 @@ void CsrStore::Reserve(const StepRoom& room) {
   for (Head& head : heads_) {
     head.rows_before = head.blocks.empty() ? 0 : head.block_rows;
     head.window_before = head.window.rows;
-    head.open = {};
   }
   try {
     budgets_.assign(room.budgets.begin(), room.budgets.end());
@@ -214,7 +213,7 @@ void CsrStore::Reserve(const StepRoom& room) {
   n_step_ = room.n_step;
   evicts_ = room.evicts;
   is_prompt_ = room.is_prompt;
-  open_ = false;
+  has_open_ = false;
 }
 
 void CsrStore::SetBudgets(size_t, std::span<const size_t>) { CHECK(false, "csr knows its rows before a prompt"); }
@@ -291,8 +290,9 @@ size_t CsrStore::SlackBytes(std::span<const size_t> budgets) const {
 void CsrStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
   if (first == 0) {  // the staging area is the next layer's
     CodeLayer();
-    open_ = true;
+    has_open_ = true;
     open_layer_ = layer;
+    open_.resize(Layer(layer).n_kv_heads);
   }
   const Formats& f = formats_[layer];
   const size_t d = Layer(layer).head_dim, n_kv = Layer(layer).n_kv_heads, stride = n_kv * d;
@@ -366,7 +366,7 @@ std::span<const uint16_t> CsrStore::Indices(size_t layer, size_t kv_head, RowSid
   return {At(layer, kv_head).At(side, row).indices, options_.pairs};
 }
 
-// Coded rows move at once, what is to be coded waits in head.open.
+// Coded rows move at once, what is to be coded waits in open_.
 SlotMap CsrStore::Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) {
   Head& head = At(layer, kv_head);
   const size_t was_coded = head.n_coded, all = head.n_rows() + n_step_, window = WindowOf(table_(layer, kv_head));
@@ -404,7 +404,7 @@ SlotMap CsrStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
   map.n_rows = n_coded + open.rows.size() - n_code;
   head.n_coded = n_coded;
   head.n_exact = map.n_rows - n_coded;
-  if (!counter_->only_counts) head.open = std::move(open);
+  if (!counter_->only_counts) open_[kv_head] = std::move(open);
   return map;
 }
 
@@ -412,8 +412,8 @@ SlotMap CsrStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
 
 // Codes what the closed layer left open.
 void CsrStore::CodeLayer() {
-  if (!open_) return;
-  open_ = false;
+  if (!has_open_) return;
+  has_open_ = false;
   struct Task {
     size_t kv_head, first, n;
   };
@@ -421,10 +421,11 @@ void CsrStore::CodeLayer() {
   const size_t n_kv = Layer(open_layer_).n_kv_heads;
   for (size_t h = 0; h < n_kv; ++h) {
     Head& head = At(open_layer_, h);
-    if (head.open.first_step && options_.sample > 0) TakeSample(head, h);
-    const size_t n = head.open.slots.size();
+    Open& open = open_[h];
+    if (open.first_step && options_.sample > 0) TakeSample(head, h);
+    const size_t n = open.slots.size();
     if (options_.guard > 0)
-      for (const RowSide side : kSides) head.open.residuals[side == RowSide::kValues].resize(n * head.formats->Of(side).n_chunks);
+      for (const RowSide side : kSides) open.residuals[side == RowSide::kValues].resize(n * head.formats->Of(side).n_chunks);
     for (size_t first = 0; first < n; first += kCodedAtOnce) tasks.push_back({h, first, std::min(kCodedAtOnce, n - first)});
   }
   ParallelFor(tasks.size(), [&](size_t t) {
@@ -434,8 +435,8 @@ void CsrStore::CodeLayer() {
     Head& head = At(open_layer_, h);
     if (options_.guard > 0) FillGuard(head, h);
     KeepExact(head, h);
-    head.open = {};
   });
+  open_ = {};
 }
 
 bool CsrStore::AddAtom(Head& head, RowSide side, const float* x) const {
@@ -467,12 +468,12 @@ void CsrStore::CodeRows(Head& head, size_t kv_head, size_t first, size_t n) {
   const size_t d = head.formats->exact_keys.head_dim, pairs = options_.pairs;
   std::vector<float> rows(n * d);
   std::vector<uint16_t> indices(n * pairs), coefficients(n * pairs);
-  const Open& open = head.open;
+  const Open& open = open_[kv_head];
   for (const RowSide side : kSides) {
     const Coding& coding = head.formats->Of(side);
     for (size_t i = 0; i < n; ++i)
       ReadExact(head, kv_head, side, open.was_exact, open.rows[first + i] - open.was_coded, &rows[i * d]);
-    std::vector<float>& residuals = head.open.residuals[side == RowSide::kValues];
+    std::vector<float>& residuals = open_[kv_head].residuals[side == RowSide::kValues];
     EncodeAtoms(head.AllAtoms(side), coding.pairs, rows.data(), n * coding.n_chunks, coding.atoms.dim, indices.data(),
                 coefficients.data(), residuals.empty() ? nullptr : &residuals[first * coding.n_chunks]);
     for (size_t i = 0; i < n; ++i) {
@@ -486,7 +487,7 @@ void CsrStore::CodeRows(Head& head, size_t kv_head, size_t first, size_t n) {
 // Gives the vector of a code an atom of its own, if there is room, and codes it again.
 void CsrStore::CodeAgain(Head& head, size_t kv_head, RowSide side, size_t at) {
   const Coding& coding = head.formats->Of(side);
-  const Open& open = head.open;
+  const Open& open = open_[kv_head];
   const size_t row = at / coding.n_chunks, chunk = at % coding.n_chunks;
   std::vector<float> x(head.formats->exact_keys.head_dim);
   ReadExact(head, kv_head, side, open.was_exact, open.rows[row] - open.was_coded, x.data());
@@ -498,17 +499,18 @@ void CsrStore::CodeAgain(Head& head, size_t kv_head, RowSide side, size_t at) {
 }
 
 void CsrStore::FillGuard(Head& head, size_t kv_head) {
+  const bool first_step = open_[kv_head].first_step;
   for (const RowSide side : kSides) {
-    const std::vector<float>& residuals = head.open.residuals[side == RowSide::kValues];
+    const std::vector<float>& residuals = open_[kv_head].residuals[side == RowSide::kValues];
     const Own& own = head.Of(side);
     const size_t room = options_.guard - std::min(options_.guard, own.n_own - own.n_sampled);
     std::vector<size_t> worst;
-    const float bound = head.open.first_step ? kWorthAnAtom : kGuarded;
+    const float bound = first_step ? kWorthAnAtom : kGuarded;
     for (size_t i = 0; i < residuals.size(); ++i)
       if (residuals[i] > bound) worst.push_back(i);
-    if (head.open.first_step)
+    if (first_step)
       std::stable_sort(worst.begin(), worst.end(), [&](size_t a, size_t b) { return residuals[a] > residuals[b]; });
-    const auto most = head.open.first_step ? static_cast<size_t>(kGuardedAtFirst * static_cast<double>(options_.guard)) : room;
+    const auto most = first_step ? static_cast<size_t>(kGuardedAtFirst * static_cast<double>(options_.guard)) : room;
     worst.resize(std::min({worst.size(), most, room}));
     for (const size_t at : worst) CodeAgain(head, kv_head, side, at);
   }
@@ -516,7 +518,7 @@ void CsrStore::FillGuard(Head& head, size_t kv_head) {
 
 // The exact rows that stay, in the order they came: the oldest leave the ring, the step's enter it.
 void CsrStore::KeepExact(Head& head, size_t kv_head) {
-  const Open& open = head.open;
+  const Open& open = open_[kv_head];
   const Formats& f = *head.formats;
   const auto n_code = open.slots.size();
   if (head.n_exact == 0) {

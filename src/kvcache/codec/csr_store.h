@@ -132,7 +132,6 @@ class CsrStore final : public KvStore {
     Exact window;          // a ring
     size_t first_exact = 0;  // slot of its oldest row
     Own keys, values;
-    Open open;
     size_t rows_before = 0, window_before = 0;  // what CancelStep goes back to
 
     size_t n_rows() const { return n_coded + n_exact; }
@@ -188,8 +187,11 @@ class CsrStore final : public KvStore {
   std::vector<Exact> staging_;  // a layer's heads
   // The step in progress.
   size_t n_step_ = 0;
-  bool evicts_ = false, is_prompt_ = false, open_ = false;
-  size_t open_layer_ = 0;        // the layer whose rows wait to be coded, once it is closed
+  bool evicts_ = false, is_prompt_ = false;
+  // The layer that was appended to, whose rows wait to be coded once it is closed, and what is known of its heads.
+  bool has_open_ = false;
+  size_t open_layer_ = 0;
+  std::vector<Open> open_;  // [its KV heads]
   std::vector<size_t> budgets_;  // [heads], or empty
 };
 
