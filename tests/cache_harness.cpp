@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "base/check.h"
+#include "kernels/quants/half.h"
 #include "kvcache/registry.h"
 
 namespace lesskv::testing_support {
@@ -155,7 +156,33 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
     scores.bias.push_back(rng.UniformFloat(-1.0f, 1.0f));
     for (size_t c = 0; c < scores.width; ++c) scores.weight.push_back(rng.UniformFloat(-0.5f, 0.5f));
   }
+  if (shape.head_dim % SidecarDictionaries::kValueChunks == 0) AddDictionaries(shape, rng);
   WriteSidecar(path_, sidecar_);
+}
+
+// Random atoms, but for the first of values, which is the same in all channels; the last two layers share theirs of keys.
+void TempSidecar::AddDictionaries(const TinyShape& shape, Rng& rng) {
+  SidecarDictionaries& d = sidecar_.dictionaries;
+  d.head_dim = shape.head_dim;
+  d.n_atoms = 75;
+  for (uint32_t l = 0; l < shape.n_layers; ++l) {
+    d.key_of.push_back(std::min(l, static_cast<uint32_t>(shape.n_layers) - 2));
+    d.value_of.push_back(l);
+  }
+  const auto fill = [&](size_t n, size_t dim, std::vector<uint16_t>& halves) {
+    for (size_t i = 0; i < n * d.n_atoms; ++i) {
+      std::vector<float> atom(dim);
+      double square = 0;
+      for (float& x : atom) x = rng.Normal(), square += double(x) * x;
+      for (const float x : atom) halves.push_back(FloatToHalf(static_cast<float>(x / std::sqrt(square))));
+    }
+  };
+  fill(shape.n_layers - 1, shape.head_dim, d.keys);
+  const size_t chunk = shape.head_dim / SidecarDictionaries::kValueChunks;
+  fill(shape.n_layers, chunk, d.values);
+  for (size_t l = 0; l < shape.n_layers; ++l)
+    std::fill_n(d.values.begin() + static_cast<ptrdiff_t>(l * d.n_atoms * chunk), chunk,
+                FloatToHalf(1 / std::sqrt(static_cast<float>(chunk))));
 }
 
 TempSidecar::~TempSidecar() { std::filesystem::remove(path_); }
@@ -185,7 +212,7 @@ std::string WithRoom(const std::string& spec) {
 
 bool TakesHeadSize(const std::string& spec, size_t head_dim) {
   const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos ||
-                      spec.find("kivi") != std::string::npos;
+                      spec.find("kivi") != std::string::npos || spec.find("csr") != std::string::npos;
   return !blocks || head_dim % 32 == 0;
 }
 
@@ -225,6 +252,10 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "full+kivi(k=4, v=2, group=32, window=64)+prefill(chunk=11)",
         "h2o(41)+kivi(2, group=16, window=16)+less+prefill(chunk=5)", "h2o(70)+kivi(4, group=16)+less",
         "window(49, sinks=2, positions=cache)+kivi(4, group=16)", "snapkv(40, window=4)+kivi(2, group=16, window=16)",
+        "full+csr(4, window=9)", "full+csr(6, atoms=33, sample=8, guard=5)+prefill(chunk=11)",
+        "h2o(41)+csr(4, window=16, sample=16)+less+prefill(chunk=5)", "snapkv(24, window=4)+csr(2, guard=12)+less",
+        "window(20, sinks=2, positions=cache)+csr(window=7)", "tova(16)+csr(4, window=5, sample=4, guard=3)",
+        "h2o(30)+split(4)+csr(window=6)", "snapkv(24, window=4)+pyramid(3)+csr(4, sample=20)",
         "tova(16)+q8(rotate=true)+prefill(chunk=9)", "window(12, sinks=2, positions=cache)+q8(rotate=true)",
         "cascade(14, levels=3, sinks=2)+f32", "cascade(14, levels=3, sinks=2)+pyramid(3)+f32+prefill(chunk=9)",
         "cascade(14, levels=3, sinks=2, positions=true)+less+f32+prefill(chunk=7)", "cascade(12, levels=1)+f32",

@@ -68,6 +68,8 @@ class TempSidecar {
   const Sidecar& sidecar() const { return sidecar_; }
 
  private:
+  void AddDictionaries(const TinyShape& shape, Rng& rng);
+
   std::string path_;
   Sidecar sidecar_;
 };

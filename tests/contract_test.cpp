@@ -173,13 +173,15 @@ TEST(Contract, NothingEvictedEqualsFull) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
       for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+split", "+f32+ada", "+f32+prefill(chunk=7)", "+f32+merge",
                                "+f32+match", "+kivi(2, group=16, window=32)",
-                               "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)"}) {
+                               "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)", "+csr(4, window=9)",
+                               "+csr(4, sample=8, guard=7)+prefill(chunk=7)"}) {
         const std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
         const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
         const MethodTraits traits = TraitsOf(ParseTerm(std::string(select->name) + rows));
-        if (has("kivi") && shape.head_dim % 16 != 0) continue;
+        if ((has("kivi") || has("csr")) && shape.head_dim % 16 != 0) continue;
         if (traits.needs_known_rows && (has("zigzag") || has("ada"))) continue;
         if (has("kivi") && (traits.needs_rewrites || traits.needs_single_rows)) continue;
+        if (has("csr") && traits.needs_rewrites) continue;
         if ((has("prefill") && !traits.acts_in_stream) || (has("match") && traits.takes_no_fit) ||
             ((has("pyramid") || has("zigzag") || has("split") || has("ada")) && traits.same_rows))
           continue;
@@ -188,7 +190,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
-        for (const char* kept : {"f32", "f16", "bf16", "kivi", "prefill"})
+        for (const char* kept : {"f32", "f16", "bf16", "kivi", "csr", "prefill"})
           if (const SpecTerm* term = parsed.Find(kept)) full += "+" + ToString(*term);
         SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
         ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));

@@ -14,6 +14,7 @@
 #include "common.h"
 #include "engine/run_info.h"
 #include "train/train_budgets.h"
+#include "train/train_csr.h"
 #include "train/train_kvzap.h"
 #include "train/train_less.h"
 
@@ -146,6 +147,7 @@ void Train(TrainCommand& c) {
   if (existing) {
     report.sidecar.budgets = existing->budgets;
     report.sidecar.scores = existing->scores;
+    report.sidecar.dictionaries = existing->dictionaries;
   }
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
@@ -241,7 +243,7 @@ void TrainBudgets(BudgetsCommand& c) {
 
 // Options that commands which measure a model on texts share.
 template <typename Command>
-void AddMeasureOptions(CLI::App& app, Command& c, const char* tokens) {
+void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* tokens) {
   app.add_option("-m,--model", c.model.model, "Model file (GGUF)")->option_text("MODEL")->required();
   app.add_option("-t,--threads", c.model.threads, "Threads (default: all CPUs)");
   app.add_option("--compute", c.model.compute, "Arithmetic of the model: auto, f32, bf16");
@@ -250,14 +252,14 @@ void AddMeasureOptions(CLI::App& app, Command& c, const char* tokens) {
   app.add_option("--text", c.options.texts, "Text files to draw texts from")->option_text("FILE...")->required();
   app.add_option("--sequences", c.options.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
   app.add_option("--tokens", c.options.tokens, tokens)->capture_default_str()->check(CLI::Range(16, 1 << 20));
-  AddSeed(app, c.options.seed, "Seed of the texts");
+  AddSeed(app, seed, "Seed of the texts");
   app.add_flag("--json", c.json, "Print one JSON object");
 }
 
 void AddBudgets(CLI::App& train) {
   auto c = std::make_shared<BudgetsCommand>();
   CLI::App* budgets = train.add_subcommand("budgets", "Measure how many rows each head of a model needs, for split");
-  AddMeasureOptions(*budgets, *c, "Tokens of a text; the model reads it twice");
+  AddMeasureOptions(*budgets, *c, c->options.seed, "Tokens of a text; the model reads it twice");
   budgets->callback([c] { TrainBudgets(*c); });
 }
 
@@ -310,8 +312,80 @@ void TrainKvzap(KvzapCommand& c) {
 void AddKvzap(CLI::App& train) {
   auto c = std::make_shared<KvzapCommand>();
   CLI::App* kvzap = train.add_subcommand("kvzap", "Fit scores of rows to what a model reads of them, for kvzap");
-  AddMeasureOptions(*kvzap, *c, "Tokens of a text; the model reads it twice");
+  AddMeasureOptions(*kvzap, *c, c->options.seed, "Tokens of a text; the model reads it twice");
   kvzap->callback([c] { TrainKvzap(*c); });
+}
+
+struct CsrCommand {
+  ModelOptions model;
+  std::string output;
+  bool json = false;
+  train::TrainCsrOptions options;
+};
+
+void PrintDictionaries(const CsrCommand& c, const train::TrainCsrReport& r, const Sidecar& sidecar) {
+  const SidecarDictionaries& d = sidecar.dictionaries;
+  Json rows = Json::array();
+  std::string table = "| layers | keys, k-means | keys | values, k-means | values |\n|---|---|---|---|---|\n";
+  double key_mean = 0, value_mean = 0;
+  for (size_t i = 0; i < r.keys.size(); ++i) {
+    const size_t first = i * c.options.group, last = std::min(first + c.options.group, d.key_of.size()) - 1;
+    const train::TrainedAtoms &k = r.keys[i], &v = r.values[i];
+    rows.push_back({{"first_layer", first}, {"last_layer", last}, {"keys_start", k.start}, {"keys", k.error},
+                    {"values_start", v.start}, {"values", v.error}});
+    table += fmt::format("| {} | {:.3f} | {:.3f} | {:.3f} | {:.3f} |\n",
+                         first == last ? fmt::format("{}", first) : fmt::format("{}-{}", first, last), k.start, k.error, v.start,
+                         v.error);
+    key_mean += k.error / static_cast<double>(r.keys.size());
+    value_mean += v.error / static_cast<double>(r.keys.size());
+  }
+  const size_t bytes = (d.keys.size() + d.values.size()) * sizeof(uint16_t);
+  if (c.json)
+    WriteResult(Dump({{"model", FingerprintString(sidecar.model_fingerprint)}, {"version", Version()},
+                      {"seed", c.options.atoms.seed}, {"tokens", d.tokens}, {"atoms", d.n_atoms}, {"pairs", d.pairs},
+                      {"bytes", bytes}, {"collect_seconds", r.collect_seconds}, {"seconds", r.seconds},
+                      {"keys", key_mean}, {"values", value_mean}, {"dictionaries", rows}}) + "\n");
+  else
+    WriteResult(table + fmt::format("squared error of held-out vectors, of their square: keys {:.3f}, values {:.3f}; {} of "
+                                    "atoms; {} tokens, {:.0f} s\n",
+                                    key_mean, value_mean, HumanBytes(bytes), d.tokens, r.seconds));
+}
+
+void TrainCsr(CsrCommand& c) {
+  CheckOutputPath("-o", c.output);
+  const OpenedModel opened = OpenModel(c.model);
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  StatusLine status;
+  const train::TrainCsrReport report = train::TrainCsr(
+      *opened.engine, *opened.tokenizer, c.options,
+      [&](std::string_view phase, double done) {
+        if (status.enabled()) status.Set(fmt::format("{} {:3.0f} %", phase, 100 * done));
+      },
+      &StopOnInterrupt());
+  status.Clear();
+  sidecar.dictionaries = report.dictionaries;
+  WriteSidecar(c.output, sidecar);
+  PrintDictionaries(c, report, sidecar);
+  FlushResults();
+}
+
+void AddCsr(CLI::App& train) {
+  auto c = std::make_shared<CsrCommand>();
+  CLI::App* csr = train.add_subcommand("csr", "Train dictionaries of keys and values, for the codec csr");
+  AddMeasureOptions(*csr, *c, c->options.atoms.seed, "Tokens of a text");
+  train::TrainCsrOptions& o = c->options;
+  csr->add_option("--atoms", o.atoms.atoms, "Atoms of a dictionary")->capture_default_str()->check(CLI::Range(1, 65536));
+  csr->add_option("-s,--pairs", o.atoms.pairs, "Atoms a key while training, and two value halves together")
+      ->capture_default_str()->check(CLI::Range(2, 128));
+  csr->add_option("--samples", o.samples, "Vectors a dictionary learns from, at most")->capture_default_str()
+      ->check(CLI::Range(2, 1 << 24));
+  csr->add_option("--group", o.group, "Neighbouring layers that share dictionaries")->capture_default_str()
+      ->check(CLI::Range(1, 1024));
+  csr->add_option("--rounds", o.atoms.rounds, "Rounds of k-means")->capture_default_str()->check(CLI::Range(0, 1000));
+  csr->add_option("--epochs", o.atoms.epochs, "Epochs of training")->capture_default_str()->check(CLI::Range(0, 1000));
+  csr->add_option("--batch", o.atoms.batch, "Vectors an Adam step")->capture_default_str()->check(CLI::Range(1, 1 << 20));
+  csr->add_option("--lr", o.atoms.rate, "Learning rate")->capture_default_str()->check(CLI::Range(0.0, 1.0));
+  csr->callback([c] { TrainCsr(*c); });
 }
 
 }  // namespace
@@ -322,6 +396,7 @@ void AddTrainCommand(CLI::App& app) {
   AddLess(*train);
   AddBudgets(*train);
   AddKvzap(*train);
+  AddCsr(*train);
 }
 
 }  // namespace lesskv

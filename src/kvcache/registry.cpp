@@ -33,6 +33,7 @@
   X(Q4)                   \
   X(Mix)                  \
   X(Kivi)                 \
+  X(Csr)                  \
   X(All)                  \
   X(Prefill)
 

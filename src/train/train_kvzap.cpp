@@ -15,7 +15,7 @@ namespace lesskv::train {
 namespace {
 
 constexpr size_t kFolds = 5, kSinkRows = 4;
-constexpr double kLambdas[] = {1e-4, 1e-3, 1e-2, 1e-1};
+constexpr double kLambdas[] = {1e-4, 1e-3, 1e-2, 1e-1, 1};
 
 // One layer: sums a fold.
 using Folds = std::vector<RidgeSums>;

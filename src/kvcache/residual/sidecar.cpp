@@ -1,5 +1,6 @@
 #include "kvcache/residual/sidecar.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include "base/rng.h"
 #include "format/gguf.h"
 #include "format/gguf_writer.h"
+#include "kernels/quants/half.h"
 
 namespace lesskv {
 namespace {
@@ -225,6 +227,76 @@ void AddBudgets(const SidecarBudgets& budgets, GgufWriter& writer) {
   writer.AddTensor("budgets.shares", DType::kF32, ne, std::as_bytes(std::span(budgets.shares)));
 }
 
+// The dictionary of each layer; how many there are.
+size_t ReadDictionaryNumbers(const GgufFile& file, const char* key, std::vector<uint32_t>& numbers) {
+  numbers = file.Get<std::vector<uint32_t>>(key);
+  size_t n = 0;
+  for (const uint32_t number : numbers) {
+    if (number > n) Fail(ErrorCode::kBadFile, "{}: {} must number dictionaries in order, found {} where {} come before",
+                         file.name(), key, number, n);
+    n = std::max<size_t>(n, number + 1);
+  }
+  if (n == 0 || n > 1024) Fail(ErrorCode::kBadFile, "{}: {} must name 1 to 1024 dictionaries, found {}", file.name(), key, n);
+  return n;
+}
+
+void CheckAtoms(const GgufFile& file, const char* tensor, const std::vector<uint16_t>& halves, size_t dim) {
+  constexpr double kTolerance = 2e-3;  // what rounding to halves does to a length, doubled
+  for (size_t at = 0; at < halves.size(); at += dim) {
+    double square = 0;
+    for (size_t c = 0; c < dim; ++c) square += std::pow(HalfToFloat(halves[at + c]), 2);
+    if (!(std::fabs(std::sqrt(square) - 1) <= kTolerance))
+      Fail(ErrorCode::kBadFile, "{}: tensor {} must hold atoms of length 1, found {} at atom {}", file.name(), tensor,
+           std::sqrt(square), at / dim);
+  }
+}
+
+void ReadAtoms(const GgufFile& file, const char* name, size_t dim, size_t n_atoms, size_t n, std::vector<uint16_t>& halves) {
+  const GgufTensor* tensor = &RequiredTensor(file, name);
+  const std::vector<size_t> ne = {dim, n_atoms, n, 1};
+  if (tensor->n_dims > 4 || !std::equal(ne.begin(), ne.end(), tensor->ne.begin()))
+    Fail(ErrorCode::kBadFile, "{}: tensor {} must have shape {}, found {}", file.name(), name, NeString(ne),
+         tensor->ShapeString());
+  if (tensor->type != DType::kF16)
+    Fail(ErrorCode::kBadFile, "{}: tensor {} must be of type f16, found {}", file.name(), name, Traits(tensor->type).name);
+  halves.resize(Elements(ne));
+  std::memcpy(halves.data(), tensor->data.data(), halves.size() * sizeof(uint16_t));
+  CheckAtoms(file, name, halves, dim);
+}
+
+void ReadDictionaries(const GgufFile& file, SidecarDictionaries& d) {
+  if (file.Find("csr.atom_count") == nullptr) return;
+  d.n_atoms = ReadSize(file, "csr.atom_count", 1, 65536);
+  d.head_dim = ReadSize(file, "csr.head_dim", 2, 512);
+  if (d.head_dim % SidecarDictionaries::kValueChunks != 0)
+    Fail(ErrorCode::kBadFile, "{}: csr.head_dim must be a multiple of {}, found {}", file.name(),
+         SidecarDictionaries::kValueChunks, d.head_dim);
+  const size_t n_keys = ReadDictionaryNumbers(file, "csr.key_dictionaries", d.key_of);
+  const size_t n_values = ReadDictionaryNumbers(file, "csr.value_dictionaries", d.value_of);
+  if (d.key_of.size() != d.value_of.size())
+    Fail(ErrorCode::kBadFile, "{}: csr.value_dictionaries must be of {} layers like csr.key_dictionaries, found {}",
+         file.name(), d.key_of.size(), d.value_of.size());
+  d.tokens = file.GetOr<uint64_t>("csr.train.tokens", 0);
+  d.pairs = file.GetOr<uint32_t>("csr.train.pairs", 0);
+  ReadAtoms(file, "csr.keys", d.head_dim, d.n_atoms, n_keys, d.keys);
+  ReadAtoms(file, "csr.values", d.head_dim / SidecarDictionaries::kValueChunks, d.n_atoms, n_values, d.values);
+}
+
+void AddDictionaries(const SidecarDictionaries& d, GgufWriter& writer) {
+  if (d.empty()) return;
+  writer.Add("csr.atom_count", static_cast<uint32_t>(d.n_atoms));
+  writer.Add("csr.head_dim", static_cast<uint32_t>(d.head_dim));
+  writer.AddArray("csr.key_dictionaries", d.key_of);
+  writer.AddArray("csr.value_dictionaries", d.value_of);
+  writer.Add("csr.train.tokens", d.tokens);
+  writer.Add("csr.train.pairs", d.pairs);
+  const size_t values_dim = d.head_dim / SidecarDictionaries::kValueChunks;
+  writer.AddTensor("csr.keys", DType::kF16, {d.head_dim, d.n_atoms, d.keys.size() / d.n_atoms / d.head_dim},
+                   std::as_bytes(std::span(d.keys)));
+  writer.AddTensor("csr.values", DType::kF16, {values_dim, d.n_atoms, d.values.size() / d.n_atoms / values_dim},
+                   std::as_bytes(std::span(d.values)));
+}
+
 SidecarTraining ReadTraining(const GgufFile& file) {
   SidecarTraining training;
   training.policies = file.GetOr<std::vector<std::string>>("less.train.policies", {});
@@ -344,8 +416,9 @@ Sidecar ReadSidecar(const std::string& path) {
   sidecar.model_name = file.GetOr<std::string>("lesskv.model.name", "");
   ReadBudgets(file, sidecar.budgets);
   ReadScores(file, sidecar.scores);
-  const bool other = !sidecar.budgets.empty() || !sidecar.scores.empty();
-  if (other && file.Find("less.block_count") == nullptr) return sidecar;  // without maps
+  ReadDictionaries(file, sidecar.dictionaries);
+  const bool has_others = !sidecar.budgets.empty() || !sidecar.scores.empty() || !sidecar.dictionaries.empty();
+  if (has_others && file.Find("less.block_count") == nullptr) return sidecar;  // no feature maps
   sidecar.shape = ReadShape(file);
   sidecar.training = ReadTraining(file);
   sidecar.matrix_type = ReadMatrixType(file);
@@ -359,6 +432,7 @@ void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
   AddMetadata(sidecar, writer);
   AddBudgets(sidecar.budgets, writer);
   AddScores(sidecar.scores, writer);
+  AddDictionaries(sidecar.dictionaries, writer);
   Sidecar copy = sidecar;  // Fields hands out mutable vectors; sources point into the copy until Write returns
   for (size_t layer = 0; layer < copy.shape.n_layers; ++layer) {
     if (copy.layers[layer].empty()) continue;

@@ -1,5 +1,5 @@
 // The sidecar: what was trained for one model, as a GGUF file beside it (NAME.less.gguf for NAME.gguf): feature maps of
-// the LESS state, a division of the budget among its heads, scores of rows, or several of them.
+// the LESS state, a division of the budget among its heads, scores of rows, dictionaries of `csr`, or several of these.
 // docs/formats.md, section "Sidecar", lists keys and tensors. Parameters are kept here as they were trained (unfolded,
 // float32 in memory); FeatureMaps turns them into what runs.
 #pragma once
@@ -89,6 +89,22 @@ struct SidecarScores {
   bool operator==(const SidecarScores&) const = default;
 };
 
+// Dictionaries whose atoms keys and values are sums of (`csr`): unit vectors, f16, the most used ones first. Keys are coded
+// before rotation and whole, values in kValueChunks contiguous chunks.
+struct SidecarDictionaries {
+  static constexpr size_t kValueChunks = 2;
+
+  size_t head_dim = 0, n_atoms = 0;
+  std::vector<uint32_t> key_of, value_of;  // the dictionary of each global layer; neighbours may share one
+  std::vector<uint16_t> keys;              // [key dictionaries, n_atoms, head_dim]
+  std::vector<uint16_t> values;            // [value dictionaries, n_atoms, head_dim / kValueChunks]
+  uint64_t tokens = 0;                     // distinct training tokens
+  uint32_t pairs = 0;                      // what they were trained for: pairs of a key
+
+  bool empty() const { return n_atoms == 0; }
+  bool operator==(const SidecarDictionaries&) const = default;
+};
+
 struct Sidecar {
   SidecarShape shape;  // all 0 where there are no maps
   uint64_t model_fingerprint = 0;  // of the file it was trained on
@@ -99,6 +115,7 @@ struct Sidecar {
   std::vector<LayerParams> layers;   // n_layers; layers that were not trained (--layers A-B) are empty
   SidecarBudgets budgets;
   SidecarScores scores;
+  SidecarDictionaries dictionaries;
 
   bool has_maps() const { return shape.n_layers > 0; }
 };
