@@ -42,7 +42,7 @@ struct ApiError {
   std::string type, message;
   nlohmann::ordered_json Body() const;
 };
-// An Error of ours: a caller's mistake is 400, no memory 503, anything else 500; BusyError 429.
+// An Error of ours: a caller's mistake is 400, no memory 503, anything else 500; BusyError 429, or 503 where the server ends.
 ApiError ToApiError(const Error& error);
 
 // A request for one text.
@@ -56,8 +56,13 @@ struct TextRequest {
 // Throw Error (kInvalidArgument) with one sentence that names the field; kNotFound for another model's name.
 TextRequest ParseChatRequest(std::string_view body, const ApiContext& context);
 TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& context);
+// The fields that such a request may have.
+std::vector<std::string> RequestFields(bool chat);
 std::string Tokenize(std::string_view body, const ApiContext& context);
 std::string Detokenize(std::string_view body, const ApiContext& context);
+std::string ApplyTemplate(std::string_view body, const ApiContext& context);
+// What runs now, one object a text, and how many wait.
+std::string SlotsText(const Scheduler& scheduler);
 
 // Writes the answers to one request: an object at the end, or a stream of events.
 class TextAnswer {
@@ -67,6 +72,7 @@ class TextAnswer {
   // Events, each with its "data: " and empty line.
   std::string FirstEvent() const;  // of a chat: the role
   std::string TextEvent(const std::string& text) const;
+  std::string KvEvent(const CachePicture& picture) const;
   std::string LastEvents(const JobState& state) const;  // why it ended, the usage where it was asked for, [DONE]
   static std::string ErrorEvent(const ApiError& error);
   // The whole object.
@@ -75,6 +81,7 @@ class TextAnswer {
  private:
   nlohmann::ordered_json Head(bool chunk) const;
   nlohmann::ordered_json Choice(const char* key, nlohmann::ordered_json content, const char* finish) const;
+  nlohmann::ordered_json Kv(const CacheStats& stats) const;
   nlohmann::ordered_json Usage(const JobState& state) const;
 
   const std::string model_name_;
@@ -89,5 +96,6 @@ class TextAnswer {
 std::string DumpJson(const nlohmann::ordered_json& value);
 // Prometheus' text form.
 std::string MetricsText(const SchedulerMetrics& metrics);
+std::string MetricsText(const StoreMetrics& metrics);
 
 }  // namespace lesskv
