@@ -40,8 +40,8 @@ size_t ParseBytes(const std::string& text, const char* option) {
 // LESSKV_API_KEY, or the lines of a file.
 std::vector<std::string> ApiKeys(const ServeOptions& options) {
   const char* const variable = std::getenv("LESSKV_API_KEY");
-  const std::string text = options.api_key_file.empty() ? variable == nullptr ? "" : variable
-                                                        : ReadText(options.api_key_file);
+  const std::string text =
+      options.api_key_file.empty() ? variable == nullptr ? "" : variable : ReadText(options.api_key_file);
   std::vector<std::string> keys;
   for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
     end = std::min(text.find_first_of("\r\n", begin), text.size());
@@ -79,8 +79,9 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
 
 std::unique_ptr<SessionStore> OpenStore(const ServeOptions& options, const Engine& engine) {
   if (options.store.empty()) return nullptr;
-  return std::make_unique<SessionStore>(engine, StoreOptions{options.store, ParseBytes(options.store_size, "--store-size"),
-                                                             [](const std::string& line) { Say("{}\n", line); }});
+  return std::make_unique<SessionStore>(engine,
+                                        StoreOptions{options.store, ParseBytes(options.store_size, "--store-size"),
+                                                     [](const std::string& line) { Say("{}\n", line); }});
 }
 
 void Serve(ServeOptions options) {
@@ -181,9 +182,7 @@ void AddServeCommand(CLI::App& app) {
   command->add_option("--port", options->http.port, "Port, 0: any that is free (default: 8080)")
       ->option_text("N")
       ->check(CLI::Range(0, 65535));
-  command
-      ->add_option("--api-key-file", options->api_key_file,
-                   "File with an API key a line (default: LESSKV_API_KEY)")
+  command->add_option("--api-key-file", options->api_key_file, "File with an API key a line (default: LESSKV_API_KEY)")
       ->option_text("FILE");
   command->add_option("--alias", options->alias, "Name of the model (default: its file's)")->option_text("NAME");
   command

@@ -49,6 +49,12 @@ constexpr std::string_view kCommon[] = {"model",
 constexpr std::string_view kChat[] = {"messages", "max_completion_tokens"};
 constexpr std::string_view kCompletion[] = {"prompt"};
 
+constexpr std::string_view kResponse[] = {"model",          "input",           "instructions", "max_output_tokens",
+                                          "stream",         "store",           "stop",         "seed",
+                                          "temperature",    "top_p",           "top_k",        "min_p",
+                                          "repeat_penalty", "repeat_last_n",   "kv_policy",    "kv_stats",
+                                          "cache_prompt",   "protected_spans", "user"};
+
 bool Has(std::span<const std::string_view> fields, std::string_view key) {
   return std::ranges::find(fields, key) != fields.end();
 }
@@ -68,14 +74,21 @@ class RequestReader {
   TextRequest Chat() {
     CheckFields(r_, kChat, kCommon);
     RequireTemplate();
-    const ChatTokens tokens = EncodeChat(c_.tokenizer, c_.chat->Render(Messages()), {});
-    std::vector<ProtectedSpan> fixed;
-    for (const TokenSpan& span : tokens.fixed)
-      fixed.push_back({static_cast<int32_t>(span.begin), static_cast<int32_t>(span.end)});
-    TextRequest request = Read(tokens.ids, std::move(fixed));
-    if (!c_.chat->stop().empty()) request.job.options.stops.emplace_back(c_.chat->stop());
-    request.chat = true;
-    return request;
+    return ReadChat(Messages("messages"), TextForm::kChat);
+  }
+
+  TextRequest Response() {
+    CheckFields(r_, kResponse);
+    RequireTemplate();
+    if (r_.TruthOr("store", false)) r_.Refuse("store", "false: nothing is kept under a response's name");
+    std::vector<ChatMessage> messages;
+    if (r_.Has("instructions")) messages.push_back({ChatRole::kSystem, r_.Text("instructions")});
+    const Json* const input = r_.Find("input");
+    if (input != nullptr && input->is_array())
+      for (ChatMessage& message : Messages("input")) messages.push_back(std::move(message));
+    else
+      messages.push_back({ChatRole::kUser, r_.Text("input")});
+    return ReadChat(messages, TextForm::kResponse);
   }
 
   // The conversation as the model reads it.
@@ -83,7 +96,7 @@ class RequestReader {
     CheckFields(r_, std::span(kChat).first(1));
     RequireTemplate();
     std::string text;
-    for (const ChatPiece& piece : c_.chat->Render(Messages())) text += piece.text;
+    for (const ChatPiece& piece : c_.chat->Render(Messages("messages"))) text += piece.text;
     return text;
   }
 
@@ -93,6 +106,17 @@ class RequestReader {
   }
 
  private:
+  TextRequest ReadChat(const std::vector<ChatMessage>& messages, TextForm form) {
+    const ChatTokens tokens = EncodeChat(c_.tokenizer, c_.chat->Render(messages), {});
+    std::vector<ProtectedSpan> fixed;
+    for (const TokenSpan& span : tokens.fixed)
+      fixed.push_back({static_cast<int32_t>(span.begin), static_cast<int32_t>(span.end)});
+    TextRequest request = Read(tokens.ids, std::move(fixed));
+    if (!c_.chat->stop().empty()) request.job.options.stops.emplace_back(c_.chat->stop());
+    request.form = form;
+    return request;
+  }
+
   void RequireTemplate() const {
     if (c_.chat == nullptr)
       Fail(ErrorCode::kInvalidArgument, "this model has no chat template; /v1/completions takes plain text");
@@ -142,14 +166,15 @@ class RequestReader {
       Fail(ErrorCode::kInvalidArgument, "the prompt has {} tokens, at most {} are allowed", prompt.size(), most);
   }
 
-  std::vector<ChatMessage> Messages() const {
+  std::vector<ChatMessage> Messages(const char* key) const {
     std::vector<ChatMessage> messages;
-    for (const Json& item : r_.Array("messages")) {
-      if (!item.is_object()) r_.Refuse("messages", "an array of objects");
-      const JsonReader message(item, fmt::format("request: messages: {}", messages.size()));
+    for (const Json& item : r_.Array(key)) {
+      if (!item.is_object()) r_.Refuse(key, "an array of objects");
+      const JsonReader message(item, fmt::format("request: {}: {}", key, messages.size()));
+      if (message.TextOr("type", "message") != "message") message.Refuse("type", "\"message\"");
       messages.push_back({Role(message), Content(message)});
     }
-    if (messages.empty()) r_.Refuse("messages", "at least one");
+    if (messages.empty()) r_.Refuse(key, "at least one");
     return messages;
   }
 
@@ -169,7 +194,8 @@ class RequestReader {
     for (const Json& part : *content) {
       if (!part.is_object()) message.Refuse("content", "a text, or an array of parts");
       const JsonReader reader(part, message.where() + ": content");
-      if (reader.Text("type") != "text") reader.Refuse("type", "\"text\"");
+      constexpr std::string_view kTexts[] = {"text", "input_text", "output_text"};
+      if (!Has(kTexts, reader.Text("type"))) reader.Refuse("type", R"("text", "input_text" or "output_text")");
       text += reader.Text("text");
     }
     return text;
@@ -245,7 +271,7 @@ class RequestReader {
   }
 
   size_t MaxTokens(size_t n_prompt) const {
-    const std::string_view key = r_.AnyOf({"max_completion_tokens", "max_tokens"});
+    const std::string_view key = r_.AnyOf({"max_completion_tokens", "max_output_tokens", "max_tokens"});
     const size_t room = c_.limits.ctx - n_prompt, most = std::min(c_.limits.max_output, room);
     if (!r_.Has(key)) return most;
     const uint32_t wanted = r_.Count(key);
@@ -285,9 +311,13 @@ class RequestReader {
   const ApiContext& c_;
 };
 
-std::string NextId(bool chat) {
+std::string NextId(TextForm form) {
   static std::atomic<uint64_t> next = 1;
-  return fmt::format("{}-{:x}-{}", chat ? "chatcmpl" : "cmpl", static_cast<uint64_t>(std::time(nullptr)), next++);
+  return fmt::format("{}-{:x}-{}",
+                     form == TextForm::kChat       ? "chatcmpl"
+                     : form == TextForm::kResponse ? "resp"
+                                                   : "cmpl",
+                     static_cast<uint64_t>(std::time(nullptr)), next++);
 }
 
 const char* FinishText(FinishReason reason) {
@@ -332,9 +362,16 @@ TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& cont
   return RequestReader(json, context).Completion();
 }
 
-std::vector<std::string> RequestFields(bool chat) {
+TextRequest ParseResponseRequest(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  return RequestReader(json, context).Response();
+}
+
+std::vector<std::string> RequestFields(TextForm form) {
+  if (form == TextForm::kResponse) return {std::begin(kResponse), std::end(kResponse)};
   std::vector<std::string> fields(std::begin(kCommon), std::end(kCommon));
-  const std::span<const std::string_view> own = chat ? std::span<const std::string_view>(kChat) : kCompletion;
+  const std::span<const std::string_view> own =
+      form == TextForm::kChat ? std::span<const std::string_view>(kChat) : kCompletion;
   fields.insert(fields.end(), own.begin(), own.end());
   return fields;
 }
@@ -380,20 +417,21 @@ std::string SlotsText(const Scheduler& scheduler) {
                      {"bytes", slot.kv_bytes},
                      {"bytes_reserved", slot.kv_bytes_reserved}});
   const SchedulerMetrics metrics = scheduler.Metrics();
-  return DumpJson({{"running", std::move(slots)},
-                   {"free", scheduler.options().max_running - std::min(scheduler.options().max_running, metrics.running)},
-                   {"queued", metrics.queued},
-                   {"idle", metrics.idle},
-                   {"idle_bytes", metrics.idle_bytes}});
+  return DumpJson(
+      {{"running", std::move(slots)},
+       {"free", scheduler.options().max_running - std::min(scheduler.options().max_running, metrics.running)},
+       {"queued", metrics.queued},
+       {"idle", metrics.idle},
+       {"idle_bytes", metrics.idle_bytes}});
 }
 
 TextAnswer::TextAnswer(const ApiContext& context, const TextRequest& request)
     : model_name_(context.model_name),
-      chat_(request.chat),
+      chat_(request.form == TextForm::kChat),
       include_usage_(request.include_usage),
       prompt_tokens_(request.job.prompt.size()),
       spec_(request.job.config->spec_text()),
-      id_(NextId(request.chat)),
+      id_(NextId(request.form)),
       created_(std::time(nullptr)) {}
 
 OrderedJson TextAnswer::Head(bool chunk) const {
@@ -430,7 +468,7 @@ namespace {
 std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
 }  // namespace
 
-std::string TextAnswer::FirstEvent() const {
+std::string TextAnswer::FirstEvent() {
   if (!chat_) return "";
   OrderedJson event = Head(true);
   event["choices"] = OrderedJson::array();
@@ -438,14 +476,14 @@ std::string TextAnswer::FirstEvent() const {
   return Event(event);
 }
 
-std::string TextAnswer::TextEvent(const std::string& text) const {
+std::string TextAnswer::TextEvent(const std::string& text) {
   OrderedJson event = Head(true);
   event["choices"] = OrderedJson::array();
   event["choices"].push_back(chat_ ? Choice("delta", {{"content", text}}, nullptr) : Choice("text", text, nullptr));
   return Event(event);
 }
 
-std::string TextAnswer::KvEvent(const CachePicture& picture) const {
+std::string TextAnswer::KvEvent(const CachePicture& picture) {
   OrderedJson event = Head(true);
   event["object"] = "lesskv.kv";
   event["choices"] = OrderedJson::array();  // so that clients that know no such event pass it over
@@ -456,7 +494,7 @@ std::string TextAnswer::KvEvent(const CachePicture& picture) const {
   return Event(event);
 }
 
-std::string TextAnswer::LastEvents(const JobState& state) const {
+std::string TextAnswer::LastEvents(const JobState& state) {
   OrderedJson last = Head(true);
   last["choices"] = OrderedJson::array();
   last["choices"].push_back(
@@ -473,7 +511,7 @@ std::string TextAnswer::LastEvents(const JobState& state) const {
 
 std::string TextAnswer::ErrorEvent(const ApiError& error) { return Event(error.Body()); }
 
-std::string TextAnswer::Body(const std::string& text, const JobState& state) const {
+std::string TextAnswer::Body(const std::string& text, const JobState& state) {
   OrderedJson body = Head(false);
   const char* const finish = FinishText(*state.finish);
   body["choices"] = OrderedJson::array();

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "engine/run_info.h"
 #include "server/embedded.h"
+#include "server/responses.h"
 
 namespace lesskv {
 namespace {
@@ -135,10 +136,10 @@ class HttpServer::Impl {
     Post("/tokenize", [this](const Request& q, Response& r) { r.set_content(Tokenize(q.body, c_), kJson); });
     Post("/detokenize", [this](const Request& q, Response& r) { r.set_content(Detokenize(q.body, c_), kJson); });
     Post("/apply-template", [this](const Request& q, Response& r) { r.set_content(ApplyTemplate(q.body, c_), kJson); });
-    Post("/v1/chat/completions",
-         [this](const Request& q, Response& r) { Answer(ParseChatRequest(q.body, c_), q, r); });
+    Post("/v1/chat/completions", [this](const Request& q, Response& r) { Answer(ParseChatRequest(q.body, c_), q, r); });
     Post("/v1/completions",
          [this](const Request& q, Response& r) { Answer(ParseCompletionRequest(q.body, c_), q, r); });
+    Post("/v1/responses", [this](const Request& q, Response& r) { Answer(ParseResponseRequest(q.body, c_), q, r); });
   }
 
   void Get(const std::string& path, httplib::Server::Handler handler) {
@@ -162,9 +163,10 @@ class HttpServer::Impl {
 
   // The page brings everything with it; nothing else may be loaded, or ask in its name.
   static void SendPage(Response& response) {
-    response.set_header("Content-Security-Policy",
-                        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-                        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'");
+    response.set_header(
+        "Content-Security-Policy",
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'");
     response.set_header("X-Content-Type-Options", "nosniff");
     response.set_content(std::string(PageHtml()), "text/html; charset=utf-8");
   }
@@ -211,7 +213,7 @@ class HttpServer::Impl {
   // piece by piece.
   void Answer(TextRequest request, const Request& http, Response& response) {
     const std::shared_ptr<void> place = EnterKey(http);
-    auto answer = std::make_shared<const TextAnswer>(c_, request);
+    const std::shared_ptr<TextAnswer> answer = MakeAnswer(request);
     const bool stream = request.stream;
     const std::shared_ptr<Job> job = scheduler_.Submit(std::move(request.job));
     auto state = std::make_shared<JobState>(WaitForToken(*job, SocketOf(http)));
@@ -220,6 +222,11 @@ class HttpServer::Impl {
     response.set_chunked_content_provider(
         stream ? kEvents : kJson, [=](size_t, httplib::DataSink& sink) { return send(*answer, *job, *state, sink); },
         [job, place](bool) { job->Cancel(); });
+  }
+
+  std::shared_ptr<TextAnswer> MakeAnswer(const TextRequest& request) const {
+    if (request.form == TextForm::kResponse) return std::make_shared<ResponseAnswer>(c_, request);
+    return std::make_shared<TextAnswer>(c_, request);
   }
 
   // Until the first token, or the text's end. A client that goes meanwhile ends it.
@@ -235,7 +242,7 @@ class HttpServer::Impl {
     return text.empty() || (sink.is_writable() && sink.write(text.data(), text.size()));
   }
 
-  static bool Stream(const TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
+  static bool Stream(TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
     if (!Write(sink, answer.FirstEvent())) return false;
     for (;; state = job.Wait(kLook)) {
       if (!sink.is_writable()) return false;
@@ -243,13 +250,12 @@ class HttpServer::Impl {
       if (!state.new_text.empty() && !Write(sink, answer.TextEvent(state.new_text))) return false;
       if (state.ended()) break;
     }
-    const bool sent =
-        Write(sink, state.error ? TextAnswer::ErrorEvent(ToApiError(*state.error)) : answer.LastEvents(state));
+    const bool sent = Write(sink, state.error ? answer.ErrorEvent(ToApiError(*state.error)) : answer.LastEvents(state));
     if (sent) sink.done();
     return sent;
   }
 
-  static bool SendWhole(const TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
+  static bool SendWhole(TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
     std::string text = state.new_text;
     while (!state.ended()) {
       if (!sink.is_writable()) return false;

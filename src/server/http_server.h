@@ -15,7 +15,7 @@ namespace lesskv {
 
 struct HttpOptions {
   std::string host = "127.0.0.1";
-  int port = 8080;           // 0: any that is free
+  int port = 8080;                         // 0: any that is free
   std::vector<std::string> api_keys = {};  // none: none is asked for, which only a loopback address may do
   size_t max_per_key = 0;                  // texts of a key in work at once; 0: as many as there are places
   size_t max_body = size_t{4} << 20;

@@ -50,6 +50,8 @@ class OpenApiTest : public ServerTest {
       const std::string name = key;
       body[name] = schema["properties"][name].at("example");
     }
+    if (schema["properties"].contains("max_output_tokens"))
+      body.update({{"max_output_tokens", 12}, {"temperature", 0}});
     if (schema["properties"].contains("max_tokens")) body.update({{"max_tokens", 12}, {"temperature", 0}});
     return body;
   }
@@ -65,7 +67,8 @@ TEST_F(OpenApiTest, EveryRouteIsDescribedAndEveryDescribedOneIsThere) {
   Start();
   std::set<std::string> described;
   for (const auto& [path, methods] : api_["paths"].items())
-    for (const auto& [method, operation] : methods.items()) described.insert((method == "get" ? "GET " : "POST ") + path);
+    for (const auto& [method, operation] : methods.items())
+      described.insert((method == "get" ? "GET " : "POST ") + path);
   EXPECT_EQ(described, std::set<std::string>(server_->Routes().begin(), server_->Routes().end()));
   EXPECT_EQ(Get("/openapi.json").json(), api_);
 }
@@ -129,9 +132,45 @@ TEST_F(OpenApiTest, EventsAreAsDescribed) {
   }
 }
 
+TEST_F(OpenApiTest, AResponseIsItsEventsPutTogether) {
+  Start();
+  Json body = {{"input", {{{"role", "user"}, {"content", {{{"type", "input_text"}, {"text", "the tea"}}}}}}},
+               {"instructions", "x"},
+               {"temperature", 1.5},
+               {"seed", 3},
+               {"max_output_tokens", 12}};
+  const Json whole = Post("/v1/responses", body).json();
+  body["stream"] = true;
+  body["kv_stats"] = 4;
+  const std::string stream = Post("/v1/responses", body).body;
+  std::string text, last;
+  int next = 0;
+  for (size_t pos = 0; pos < stream.size();) {
+    const size_t end = stream.find("\n\n", pos);
+    const std::string lines = stream.substr(pos, end - pos);
+    pos = end + 2;
+    const Json event = Json::parse(lines.substr(lines.find("data: ") + 6));
+    const Json& schema =
+        api_["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"];
+    EXPECT_EQ(Difference(event, schema, "event"), "");
+    if (event.contains("kv")) continue;
+    EXPECT_EQ(lines.substr(0, lines.find('\n')), "event: " + event["type"].get<std::string>());
+    EXPECT_EQ(event["sequence_number"], next++);
+    if (event["type"] == "response.output_text.delta") text += event["delta"].get<std::string>();
+    last = event["type"];
+    if (!event.contains("response") || next == 1) continue;
+    EXPECT_EQ(event["response"]["output"][0]["content"], whole["output"][0]["content"]);
+    EXPECT_EQ(event["response"]["usage"]["output_tokens"], whole["usage"]["output_tokens"]);
+  }
+  EXPECT_EQ(whole["output"][0]["content"][0]["text"], text);
+  EXPECT_EQ(last, "response." + whole["status"].get<std::string>());
+}
+
 // What the parser knows and the description does not would go unseen above.
 TEST_F(OpenApiTest, NoFieldOfARequestIsLeftOut) {
-  for (const auto& [schema, fields] : {std::pair{"ChatRequest", RequestFields(true)}, {"CompletionRequest", RequestFields(false)}}) {
+  for (const auto& [schema, fields] : {std::pair{"ChatRequest", RequestFields(TextForm::kChat)},
+                                       {"CompletionRequest", RequestFields(TextForm::kCompletion)},
+                                       {"ResponseRequest", RequestFields(TextForm::kResponse)}}) {
     std::set<std::string> described;
     for (const auto& [key, field] : api_["components"]["schemas"][schema]["properties"].items()) described.insert(key);
     EXPECT_EQ(described, std::set<std::string>(fields.begin(), fields.end()));
@@ -148,7 +187,8 @@ TEST_F(OpenApiTest, ThePageBringsEverythingWithIt) {
     EXPECT_EQ(page.body.find(outside), std::string::npos) << outside;
   // What its script reads is what the API has.
   const Json& schemas = api_["components"]["schemas"];
-  for (const char* const field : {"seen", "rows", "layers", "bytes", "bytes_full", "evicted", "absorbed", "merged", "spec"}) {
+  for (const char* const field :
+       {"seen", "rows", "layers", "bytes", "bytes_full", "evicted", "absorbed", "merged", "spec"}) {
     EXPECT_NE(page.body.find(std::string("kv.") + field), std::string::npos) << field;
     EXPECT_TRUE(schemas["Picture"]["properties"].contains(field)) << field;
   }

@@ -28,7 +28,8 @@ bool NeverEvicts(const CacheConfig& config) { return config.Budgets(1).empty(); 
 bool SameBeginning(const CacheConfig& held, const CacheConfig& wanted, size_t n) {
   if (held.spec_text() != wanted.spec_text() || held.shape().ctx != wanted.shape().ctx) return false;
   const auto same = [](const ProtectedSpan& a, const ProtectedSpan& b) { return a.begin == b.begin && a.end == b.end; };
-  return NeverEvicts(wanted) || std::ranges::equal(SpansBefore(held.protect(), n), SpansBefore(wanted.protect(), n), same);
+  return NeverEvicts(wanted) ||
+         std::ranges::equal(SpansBefore(held.protect(), n), SpansBefore(wanted.protect(), n), same);
 }
 
 size_t CommonPrefix(std::span<const int32_t> a, std::span<const int32_t> b) {

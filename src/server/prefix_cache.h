@@ -42,7 +42,7 @@ class PrefixCache {
  public:
   struct Entry {
     std::shared_ptr<Sequence> sequence;  // may be shared with who saves it, and then is only read
-    bool shared = false;                       // several texts begin so: copies are handed out
+    bool shared = false;                 // several texts begin so: copies are handed out
     size_t bytes = 0;
   };
 

@@ -157,8 +157,13 @@ TEST_F(ReuseTest, ProtectedTokensAreTheRequests) {
   EXPECT_EQ(Cached(Ask(next, other)), 0u);
   Json more = spans;
   const size_t mark = next.size() - 20;
-  more.update({{"protected_spans", {{1, 3}, {mark, mark + 4}}}, {"stream", true}, {"kv_stats", 100},
-               {"stream_options", {{"include_usage", true}}}, {"prompt", next}, {"max_tokens", 30}, {"temperature", 0}});
+  more.update({{"protected_spans", {{1, 3}, {mark, mark + 4}}},
+               {"stream", true},
+               {"kv_stats", 100},
+               {"stream_options", {{"include_usage", true}}},
+               {"prompt", next},
+               {"max_tokens", 30},
+               {"temperature", 0}});
   const std::vector<Json> events = Events(Post("/v1/completions", more));
   EXPECT_EQ(events.back()["usage"]["prompt_tokens_details"]["cached_tokens"], alone.seen());
   Json last;
@@ -175,8 +180,8 @@ TEST_F(ReuseTest, ProtectedTokensAreTheRequests) {
 
 TEST_F(ReuseTest, PicturesShowWhoIsInTheCache) {
   Start();
-  const Json body = {{"prompt", "the tea"}, {"temperature", 0}, {"max_tokens", 60},
-                     {"kv_policy", "window(24)"}, {"stream", true}, {"kv_stats", 10}};
+  const Json body = {{"prompt", "the tea"},       {"temperature", 0}, {"max_tokens", 60},
+                     {"kv_policy", "window(24)"}, {"stream", true},   {"kv_stats", 10}};
   const std::vector<Json> events = Events(Post("/v1/completions", body));
   size_t pictures = 0;
   Json kv;
@@ -218,7 +223,7 @@ TEST_F(ReuseTest, IdleCachesMakeRoomOldestFirst) {
 }
 
 TEST_F(ReuseTest, MemoryOfIdleCachesIsReturned) {
-  const size_t n = 6000, n_texts = 6;
+  const size_t n = 4000, n_texts = 6;
   const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
   const size_t one = config->Plan(n, 2).bytes_peak;
   Start({.scheduler = {.max_running = 1, .max_queued = 8, .kv_memory = (n_texts + 2) * one, .step_tokens = 512},

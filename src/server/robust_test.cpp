@@ -1,4 +1,7 @@
 // What clients do wrong, on purpose or not: bodies that make no sense, connections that end, wait or come in crowds.
+#include <filesystem>
+#include <iterator>
+
 #include "server/server_harness.h"
 
 namespace lesskv::server_test {
@@ -14,11 +17,20 @@ std::string Mutated(Rng& rng, const std::vector<std::string>& seeds) {
     const std::string& other = seeds[rng.Below(seeds.size())];
     const size_t from = rng.Below(other.size());
     switch (rng.Below(5)) {
-      case 0: body[at] = static_cast<char>(rng.Below(256)); break;
-      case 1: body.erase(at, length); break;
-      case 2: body.insert(at, body.substr(at, length)); break;
-      case 3: body.insert(at, other.substr(from, rng.Below(24))); break;
-      default: body.insert(at, fmt::format("{}", static_cast<int64_t>(rng.Below(3)) * INT64_MAX / 2 - 1));
+      case 0:
+        body[at] = static_cast<char>(rng.Below(256));
+        break;
+      case 1:
+        body.erase(at, length);
+        break;
+      case 2:
+        body.insert(at, body.substr(at, length));
+        break;
+      case 3:
+        body.insert(at, other.substr(from, rng.Below(24)));
+        break;
+      default:
+        body.insert(at, fmt::format("{}", static_cast<int64_t>(rng.Below(3)) * INT64_MAX / 2 - 1));
     }
   }
   return body;
@@ -43,6 +55,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   };
   int read = take([&] { ParseChatRequest(body, context); });
   read += take([&] { ParseCompletionRequest(body, context); });
+  read += take([&] { ParseResponseRequest(body, context); });
   read += take([&] { Tokenize(body, context); });
   read += take([&] { Detokenize(body, context); });
   return read + take([&] { ApplyTemplate(body, context); });
@@ -56,6 +69,7 @@ const std::vector<std::string> kBodies = {
     R"x({"prompt":[1,2,300],"stream":true,"stream_options":{"include_usage":true},"kv_stats":3,"seed":1})x",
     R"x({"messages":[{"role":"system","content":"x"},{"role":"user","content":[{"type":"text","text":"é\u0000"}]}]})x",
     R"x({"messages":[{"role":"user","content":"y"}],"protected_spans":[[0,1],[1,2]],"max_completion_tokens":9})x",
+    R"x({"input":[{"role":"user","content":"z"}],"instructions":"i","store":false,"max_output_tokens":2})x",
     R"x({"content":"the tea","add_special":true,"parse_special":false})x",
     R"x({"tokens":[1,2,3,271]})x",
 };
@@ -65,13 +79,13 @@ TEST_F(ServerTest, ABodyIsReadOrRefused) {
   fuzz_context = context_.get();
   Rng rng(11);
   size_t read = 0, refused = 0;
-  for (int i = 0; i < 20000; ++i) {
+  for (int i = 0; i < 10000; ++i) {
     const std::string body = Mutated(rng, kBodies);
     const int n = LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(body.data()), body.size());
     n > 0 ? ++read : ++refused;
   }
-  EXPECT_GT(read, 500u);  // the mutations reach behind the parser
-  EXPECT_GT(refused, 5000u);
+  EXPECT_GT(read, 250u);  // the mutations reach behind the parser
+  EXPECT_GT(refused, 2500u);
 }
 
 TEST_F(ServerTest, ClientsThatComeAndGoLeaveNothingBehind) {
@@ -128,9 +142,16 @@ TEST_F(ServerTest, ASlowReaderHoldsNobodyUp) {
 
 TEST_F(ServerTest, ConnectionsAreLimited) {
   Start({.http = {.port = 0, .max_connections = 2}});
+  const auto open_files = [] {
+    const std::filesystem::directory_iterator files("/proc/self/fd");
+    return std::distance(std::filesystem::begin(files), std::filesystem::end(files));
+  };
+  const auto before = open_files();
   std::vector<std::unique_ptr<Connection>> silent;
-  for (int i = 0; i < 4; ++i) silent.push_back(std::make_unique<Connection>(port_));  // two served, two that wait
+  for (int i = 0; i < 9; ++i) silent.push_back(std::make_unique<Connection>(port_));
   std::this_thread::sleep_for(200ms);
+  // Beside our ends: two that are served, two that wait and one that was just accepted.
+  EXPECT_LE(open_files() - before, 9 + 5);
   Connection late(port_);
   late.Send(RequestText("GET", "/health", ""));
   std::atomic<bool> answered = false;

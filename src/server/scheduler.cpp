@@ -175,7 +175,8 @@ void Scheduler::Begin(const Waiting& next) {
     ++metrics_.jobs_failed;
   };
   try {
-    auto text = std::make_unique<Running>(Running{.job = next.job, .bytes = next.bytes, .sequence = BeginSequence(next)});
+    auto text =
+        std::make_unique<Running>(Running{.job = next.job, .bytes = next.bytes, .sequence = BeginSequence(next)});
     text->before = text->sequence.Stats();
     text->cached = text->fed = text->sequence.tokens().size();
     text->shared = SharedBeginning(*text);

@@ -34,18 +34,19 @@ struct JobRequest {
 // Who is in a cache.
 struct CachePicture {
   CacheStats stats;
-  std::vector<std::vector<std::vector<int32_t>>> layers;  // [layers][KV heads]: runs of positions, begin, end, begin, ...
+  std::vector<std::vector<std::vector<int32_t>>>
+      layers;  // [layers][KV heads]: runs of positions, begin, end, begin, ...
 };
 CachePicture Picture(const SequenceCache& cache);
 
 // What a text has come to, by the time it was asked.
 struct JobState {
-  std::string new_text;                // since the last time
-  std::optional<FinishReason> finish;  // the text has ended
-  std::optional<Error> error;          // it cannot be gone on with
-  size_t generated_tokens = 0;         // an end-of-generation token counts
-  size_t cached_tokens = 0;            // of the prompt, that needed no reading
-  CacheStats stats;                    // of the cache, at the last step
+  std::string new_text;                         // since the last time
+  std::optional<FinishReason> finish;           // the text has ended
+  std::optional<Error> error;                   // it cannot be gone on with
+  size_t generated_tokens = 0;                  // an end-of-generation token counts
+  size_t cached_tokens = 0;                     // of the prompt, that needed no reading
+  CacheStats stats;                             // of the cache, at the last step
   std::shared_ptr<const CachePicture> picture;  // a new one, if there is one
 
   bool ended() const { return finish || error; }

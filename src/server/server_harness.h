@@ -79,7 +79,7 @@ inline Reply ParseReply(const std::string& text) {
 }
 
 inline std::string RequestText(const std::string& method, const std::string& path, const std::string& body,
-                        const std::string& header = "") {
+                               const std::string& header = "") {
   return fmt::format("{} {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{}Content-Length: {}\r\n\r\n{}", method, path,
                      header, body.size(), body);
 }
@@ -97,13 +97,17 @@ struct Options {
 class ServerTest : public testing::Test {
  protected:
   void Start(const Options& options = {}) {
-    ApiLimits limits{
-        .ctx = kCtx, .max_prompt = options.max_prompt, .max_output = 150000, .max_protected = 20, .max_time = options.max_time};
+    ApiLimits limits{.ctx = kCtx,
+                     .max_prompt = options.max_prompt,
+                     .max_output = 150000,
+                     .max_protected = 20,
+                     .max_time = options.max_time};
     limits.kv = options.kv;
     context_ = std::make_unique<ApiContext>(ApiContext{engine_, *tokenizer_, &chat_, "tiny", limits});
     if (!options.store.empty())
       store_ = std::make_unique<SessionStore>(
-          engine_, StoreOptions{options.store, options.store_bytes, [this](const std::string& line) { log_ += line + "\n"; }});
+          engine_,
+          StoreOptions{options.store, options.store_bytes, [this](const std::string& line) { log_ += line + "\n"; }});
     scheduler_ = std::make_unique<Scheduler>(engine_, *tokenizer_, options.scheduler, store_.get());
     server_ = std::make_unique<HttpServer>(*context_, *scheduler_, options.http, store_.get());
     port_ = server_->Bind();

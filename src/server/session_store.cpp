@@ -43,7 +43,8 @@ class TokenHash {
 uint64_t SettingHash(const std::string& fingerprint, const CacheConfig& config, size_t n) {
   std::string text = fmt::format("{}\n{}\n{}\n", fingerprint, config.spec_text(), config.shape().ctx);
   if (!NeverEvicts(config))
-    for (const ProtectedSpan& span : SpansBefore(config.protect(), n)) text += fmt::format("{}-{},", span.begin, span.end);
+    for (const ProtectedSpan& span : SpansBefore(config.protect(), n))
+      text += fmt::format("{}-{},", span.begin, span.end);
   return XXH3_64bits(text.data(), text.size());
 }
 
@@ -64,8 +65,7 @@ std::optional<size_t> TokensOf(const std::string& name) {
   const char *const begin = name.data() + kHashes, *const end = name.data() + name.size() - std::string(kEnding).size();
   size_t n = 0;
   const auto [stop, error] = std::from_chars(begin, end, n);
-  const bool hashes = name[16] == '-' && name[33] == '-' &&
-                      name.find_first_not_of("0123456789abcdef-") >= kHashes - 1;
+  const bool hashes = name[16] == '-' && name[33] == '-' && name.find_first_not_of("0123456789abcdef-") >= kHashes - 1;
   return error == std::errc() && stop == end && hashes && n > 0 ? std::optional(n) : std::nullopt;
 }
 
@@ -236,9 +236,7 @@ StoreMetrics SessionStore::Metrics() const {
   return metrics;
 }
 
-std::string SessionStore::Path(const std::string& name) const {
-  return (fs::path(options_.directory) / name).string();
-}
+std::string SessionStore::Path(const std::string& name) const { return (fs::path(options_.directory) / name).string(); }
 
 void SessionStore::Log(const std::string& line) const {
   if (options_.log) options_.log(line);

@@ -1,7 +1,7 @@
 // Idle sequences on disk, as session files (docs/formats.md), so that a conversation goes on after a restart too.
 //
-// A file's name is made of what it is looked up by: a hash of the tokens it has seen, one of model, spec, context length
-// and protected spans, and the number of tokens. What is found that way is compared with the prompt once more.
+// A file's name is made of what it is looked up by: a hash of the tokens it has seen, one of model, spec, context
+// length and protected spans, and the number of tokens. What is found that way is compared with the prompt once more.
 #pragma once
 
 #include <condition_variable>
@@ -21,8 +21,8 @@
 namespace lesskv {
 
 struct StoreOptions {
-  std::string directory;                 // made where there is none
-  size_t max_bytes = size_t{4} << 30;    // of all files; the ones not used for longest are removed
+  std::string directory;                             // made where there is none
+  size_t max_bytes = size_t{4} << 30;                // of all files; the ones not used for longest are removed
   std::function<void(const std::string&)> log = {};  // a line about a file that cannot be read or written
 };
 
@@ -40,8 +40,8 @@ class SessionStore {
   SessionStore(const SessionStore&) = delete;
   SessionStore& operator=(const SessionStore&) = delete;
 
-  // Has it written; not where it is there already, and not (counted as skipped) where the disk does not keep up or it is
-  // larger than all files may be.
+  // Has it written; not where it is there already, and not (counted as skipped) where the disk does not keep up or it
+  // is larger than all files may be.
   void Save(std::shared_ptr<const Sequence> sequence);
   // The one that has seen most of the prompt's beginning, less than all of it and more than `longer_than` tokens. A
   // file that is damaged is passed over from then on, with a line in the log.
