@@ -21,32 +21,35 @@ struct ServeOptions {
   ChatOptions chat;
   std::string kv = "full";
   std::vector<std::string> allow_kv;
-  std::string kv_memory, alias, api_key_file;
+  std::string kv_memory, alias, api_key_file, store, store_size = "4G";
   HttpOptions http;
   SchedulerOptions scheduler;
   size_t max_prompt = 0, max_output = 1024, max_protected = 1024, max_seconds = 600, max_body_kib = 4096;
 };
 
 // "4G": a number with K, M, G or without.
-size_t ParseBytes(const std::string& text) {
+size_t ParseBytes(const std::string& text, const char* option) {
   const size_t digits = std::min(text.find_first_not_of("0123456789"), text.size());
   const std::string unit = text.substr(digits);
   const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
   if (digits == 0 || digits > 12 || shift < 0)
-    Fail(ErrorCode::kInvalidArgument, "--kv-memory: expected bytes such as 500M or 4G, found {}", Quoted(text));
+    Fail(ErrorCode::kInvalidArgument, "{}: expected bytes such as 500M or 4G, found {}", option, Quoted(text));
   return std::stoull(text.substr(0, digits)) << shift;
 }
 
-// LESSKV_API_KEY, or the first line of a file.
-std::string ApiKey(const ServeOptions& options) {
+// LESSKV_API_KEY, or the lines of a file.
+std::vector<std::string> ApiKeys(const ServeOptions& options) {
   const char* const variable = std::getenv("LESSKV_API_KEY");
-  std::string key = variable == nullptr ? "" : variable;
-  if (options.api_key_file.empty()) return key;
-  key = ReadText(options.api_key_file);
-  key.resize(std::min(key.find_first_of("\r\n"), key.size()));
-  if (key.empty())
-    Fail(ErrorCode::kInvalidArgument, "--api-key-file {}: its first line is empty", options.api_key_file);
-  return key;
+  const std::string text =
+      options.api_key_file.empty() ? variable == nullptr ? "" : variable : ReadText(options.api_key_file);
+  std::vector<std::string> keys;
+  for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
+    end = std::min(text.find_first_of("\r\n", begin), text.size());
+    if (end > begin) keys.push_back(text.substr(begin, end - begin));
+  }
+  if (keys.empty() && !options.api_key_file.empty())
+    Fail(ErrorCode::kInvalidArgument, "--api-key-file {}: there is no key in it", options.api_key_file);
+  return keys;
 }
 
 // The model's template, if it has one that is known; one that was named must be.
@@ -74,8 +77,15 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
   return limits;
 }
 
+std::unique_ptr<SessionStore> OpenStore(const ServeOptions& options, const Engine& engine) {
+  if (options.store.empty()) return nullptr;
+  return std::make_unique<SessionStore>(engine,
+                                        StoreOptions{options.store, ParseBytes(options.store_size, "--store-size"),
+                                                     [](const std::string& line) { Say("{}\n", line); }});
+}
+
 void Serve(ServeOptions options) {
-  options.http.api_key = ApiKey(options);
+  options.http.api_keys = ApiKeys(options);
   options.http.max_body = options.max_body_kib << 10;
   const OpenedModel opened = OpenModel(options.model);
   const std::optional<ChatTemplate> chat = FindChatTemplate(opened, options.chat);
@@ -84,9 +94,10 @@ void Serve(ServeOptions options) {
   const ApiContext context{*opened.engine, *opened.tokenizer, chat ? &*chat : nullptr, name,
                            MakeLimits(options, opened)};
   options.scheduler.kv_memory =
-      options.kv_memory.empty() ? AvailableMemory().value_or(0) / 2 : ParseBytes(options.kv_memory);
-  Scheduler scheduler(*opened.engine, *opened.tokenizer, options.scheduler);
-  HttpServer server(context, scheduler, options.http);
+      options.kv_memory.empty() ? AvailableMemory().value_or(0) / 2 : ParseBytes(options.kv_memory, "--kv-memory");
+  const std::unique_ptr<SessionStore> store = OpenStore(options, *opened.engine);
+  Scheduler scheduler(*opened.engine, *opened.tokenizer, options.scheduler, store.get());
+  HttpServer server(context, scheduler, options.http, store.get());
   const int port = server.Bind();
   Say("{} at http://{}:{}, cache {}, {} for caches\n", name, options.http.host, port, context.limits.kv[0],
       HumanBytes(options.scheduler.kv_memory));
@@ -122,6 +133,14 @@ void AddLimits(CLI::App& command, ServeOptions& o) {
       .add_option("--kv-memory", o.kv_memory,
                   "Bytes for all caches, such as 4G (default: half of the available memory)")
       ->option_text("BYTES");
+  command
+      .add_option("--idle", o.scheduler.max_idle,
+                  "Caches of ended texts that are kept for their next turn, within --kv-memory (default: 64)")
+      ->option_text("N")
+      ->check(CLI::Range(0, 65536));
+  command.add_option("--store", o.store, "Directory where conversations outlive the server (default: nowhere)")
+      ->option_text("DIR");
+  command.add_option("--store-size", o.store_size, "Bytes of its files at most (default: 4G)")->option_text("BYTES");
   command.add_option("--max-prompt", o.max_prompt, "Tokens of a prompt at most (default: the context)")
       ->option_text("N")
       ->check(CLI::Range(1, 1 << 28));
@@ -134,6 +153,14 @@ void AddLimits(CLI::App& command, ServeOptions& o) {
   command.add_option("--max-seconds", o.max_seconds, "Time for a request, waiting included (default: 600)")
       ->option_text("N")
       ->check(CLI::Range(1, 86400));
+  command.add_option("--per-key", o.http.max_per_key, "Texts of one API key at once (default: 0, any number)")
+      ->option_text("N")
+      ->check(CLI::Range(0, 4096));
+  command
+      .add_option("--connections", o.http.max_connections,
+                  "Connections that are served at once, a thread each (default: --parallel, --queue and 16)")
+      ->option_text("N")
+      ->check(CLI::Range(2, 4096));
   command.add_option("--max-body", o.max_body_kib, "KiB of a request's body at most (default: 4096)")
       ->option_text("N")
       ->check(CLI::Range(1, 1 << 20));
@@ -155,9 +182,7 @@ void AddServeCommand(CLI::App& app) {
   command->add_option("--port", options->http.port, "Port, 0: any that is free (default: 8080)")
       ->option_text("N")
       ->check(CLI::Range(0, 65535));
-  command
-      ->add_option("--api-key-file", options->api_key_file,
-                   "File whose first line is the API key (default: LESSKV_API_KEY)")
+  command->add_option("--api-key-file", options->api_key_file, "File with an API key a line (default: LESSKV_API_KEY)")
       ->option_text("FILE");
   command->add_option("--alias", options->alias, "Name of the model (default: its file's)")->option_text("NAME");
   command

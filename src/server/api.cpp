@@ -5,6 +5,7 @@
 #include <cmath>
 #include <ctime>
 #include <limits>
+#include <span>
 
 #include "base/error.h"
 #include "format/gguf.h"  // Quoted
@@ -38,10 +39,32 @@ constexpr std::string_view kCommon[] = {"model",
                                         "max_tokens",
                                         "n",
                                         "kv_policy",
+                                        "kv_stats",
+                                        "cache_prompt",
                                         "protected_spans",
                                         "user",
                                         "frequency_penalty",
                                         "presence_penalty"};
+
+constexpr std::string_view kChat[] = {"messages", "max_completion_tokens"};
+constexpr std::string_view kCompletion[] = {"prompt"};
+
+constexpr std::string_view kResponse[] = {"model",          "input",           "instructions", "max_output_tokens",
+                                          "stream",         "store",           "stop",         "seed",
+                                          "temperature",    "top_p",           "top_k",        "min_p",
+                                          "repeat_penalty", "repeat_last_n",   "kv_policy",    "kv_stats",
+                                          "cache_prompt",   "protected_spans", "user"};
+
+bool Has(std::span<const std::string_view> fields, std::string_view key) {
+  return std::ranges::find(fields, key) != fields.end();
+}
+
+void CheckFields(const JsonReader& reader, std::span<const std::string_view> own,
+                 std::span<const std::string_view> common = {}) {
+  for (const auto& [key, value] : reader.value().items())
+    if (!Has(own, key) && !Has(common, key))
+      Fail(ErrorCode::kInvalidArgument, "request: {}: lesskv has no such field", Quoted(key));
+}
 
 // Reads one request. What it finds wrong is Error kBadFile of JsonReader's, or kInvalidArgument; both are 400.
 class RequestReader {
@@ -49,31 +72,54 @@ class RequestReader {
   RequestReader(const Json& body, const ApiContext& context) : r_(body, "request"), c_(context) {}
 
   TextRequest Chat() {
-    CheckFields({"messages", "max_completion_tokens"});
-    if (c_.chat == nullptr)
-      Fail(ErrorCode::kInvalidArgument, "this model has no chat template; /v1/completions takes plain text");
-    const ChatTokens tokens = EncodeChat(c_.tokenizer, c_.chat->Render(Messages()), {});
+    CheckFields(r_, kChat, kCommon);
+    RequireTemplate();
+    return ReadChat(Messages("messages"), TextForm::kChat);
+  }
+
+  TextRequest Response() {
+    CheckFields(r_, kResponse);
+    RequireTemplate();
+    if (r_.TruthOr("store", false)) r_.Refuse("store", "false: nothing is kept under a response's name");
+    std::vector<ChatMessage> messages;
+    if (r_.Has("instructions")) messages.push_back({ChatRole::kSystem, r_.Text("instructions")});
+    const Json* const input = r_.Find("input");
+    if (input != nullptr && input->is_array())
+      for (ChatMessage& message : Messages("input")) messages.push_back(std::move(message));
+    else
+      messages.push_back({ChatRole::kUser, r_.Text("input")});
+    return ReadChat(messages, TextForm::kResponse);
+  }
+
+  // The conversation as the model reads it.
+  std::string Template() {
+    CheckFields(r_, std::span(kChat).first(1));
+    RequireTemplate();
+    std::string text;
+    for (const ChatPiece& piece : c_.chat->Render(Messages("messages"))) text += piece.text;
+    return text;
+  }
+
+  TextRequest Completion() {
+    CheckFields(r_, kCompletion, kCommon);
+    return Read(Prompt(), {});
+  }
+
+ private:
+  TextRequest ReadChat(const std::vector<ChatMessage>& messages, TextForm form) {
+    const ChatTokens tokens = EncodeChat(c_.tokenizer, c_.chat->Render(messages), {});
     std::vector<ProtectedSpan> fixed;
     for (const TokenSpan& span : tokens.fixed)
       fixed.push_back({static_cast<int32_t>(span.begin), static_cast<int32_t>(span.end)});
     TextRequest request = Read(tokens.ids, std::move(fixed));
     if (!c_.chat->stop().empty()) request.job.options.stops.emplace_back(c_.chat->stop());
-    request.chat = true;
+    request.form = form;
     return request;
   }
 
-  TextRequest Completion() {
-    CheckFields({"prompt"});
-    return Read(Prompt(), {});
-  }
-
- private:
-  void CheckFields(std::initializer_list<std::string_view> own) const {
-    for (const auto& [key, value] : r_.value().items()) {
-      const bool known =
-          std::ranges::find(kCommon, key) != std::end(kCommon) || std::ranges::find(own, key) != own.end();
-      if (!known) Fail(ErrorCode::kInvalidArgument, "request: {}: lesskv has no such field", Quoted(key));
-    }
+  void RequireTemplate() const {
+    if (c_.chat == nullptr)
+      Fail(ErrorCode::kInvalidArgument, "this model has no chat template; /v1/completions takes plain text");
   }
 
   TextRequest Read(std::vector<int32_t> prompt, std::vector<ProtectedSpan> fixed) {
@@ -82,9 +128,14 @@ class RequestReader {
     request.stream = r_.TruthOr("stream", false);
     if (r_.Has("stream_options")) {
       if (!request.stream) r_.Refuse("stream_options", "none without stream");
+      constexpr std::string_view kFields[] = {"include_usage"};
+      CheckFields(r_.Object("stream_options"), kFields);
       request.include_usage = r_.Object("stream_options").TruthOr("include_usage", false);
     }
     if (r_.CountOr("n", 1) != 1) r_.Refuse("n", "1");
+    r_.TextOr("user", "");  // must be a text; nothing is done with it
+    request.job.reuse = r_.TruthOr("cache_prompt", true);
+    request.job.kv_every = KvEvery(request.stream);
     CheckLength(prompt);
     request.job.options = Options(prompt.size());
     AddProtectedSpans(prompt.size(), fixed);
@@ -92,6 +143,15 @@ class RequestReader {
     request.job.prompt = std::move(prompt);
     request.job.deadline = std::chrono::steady_clock::now() + c_.limits.max_time;
     return request;
+  }
+
+  size_t KvEvery(bool stream) const {
+    constexpr uint32_t kMost = 10000;
+    if (!r_.Has("kv_stats")) return 0;
+    const uint32_t every = r_.Count("kv_stats");
+    if (!stream || every < 1 || every > kMost)
+      r_.Refuse("kv_stats", fmt::format("tokens between two events of a stream, in [1, {}]", kMost));
+    return every;
   }
 
   void CheckModel() const {
@@ -106,14 +166,15 @@ class RequestReader {
       Fail(ErrorCode::kInvalidArgument, "the prompt has {} tokens, at most {} are allowed", prompt.size(), most);
   }
 
-  std::vector<ChatMessage> Messages() const {
+  std::vector<ChatMessage> Messages(const char* key) const {
     std::vector<ChatMessage> messages;
-    for (const Json& item : r_.Array("messages")) {
-      if (!item.is_object()) r_.Refuse("messages", "an array of objects");
-      const JsonReader message(item, fmt::format("request: messages: {}", messages.size()));
+    for (const Json& item : r_.Array(key)) {
+      if (!item.is_object()) r_.Refuse(key, "an array of objects");
+      const JsonReader message(item, fmt::format("request: {}: {}", key, messages.size()));
+      if (message.TextOr("type", "message") != "message") message.Refuse("type", "\"message\"");
       messages.push_back({Role(message), Content(message)});
     }
-    if (messages.empty()) r_.Refuse("messages", "at least one");
+    if (messages.empty()) r_.Refuse(key, "at least one");
     return messages;
   }
 
@@ -133,7 +194,8 @@ class RequestReader {
     for (const Json& part : *content) {
       if (!part.is_object()) message.Refuse("content", "a text, or an array of parts");
       const JsonReader reader(part, message.where() + ": content");
-      if (reader.Text("type") != "text") reader.Refuse("type", "\"text\"");
+      constexpr std::string_view kTexts[] = {"text", "input_text", "output_text"};
+      if (!Has(kTexts, reader.Text("type"))) reader.Refuse("type", R"("text", "input_text" or "output_text")");
       text += reader.Text("text");
     }
     return text;
@@ -209,7 +271,7 @@ class RequestReader {
   }
 
   size_t MaxTokens(size_t n_prompt) const {
-    const std::string_view key = r_.AnyOf({"max_completion_tokens", "max_tokens"});
+    const std::string_view key = r_.AnyOf({"max_completion_tokens", "max_output_tokens", "max_tokens"});
     const size_t room = c_.limits.ctx - n_prompt, most = std::min(c_.limits.max_output, room);
     if (!r_.Has(key)) return most;
     const uint32_t wanted = r_.Count(key);
@@ -249,9 +311,13 @@ class RequestReader {
   const ApiContext& c_;
 };
 
-std::string NextId(bool chat) {
+std::string NextId(TextForm form) {
   static std::atomic<uint64_t> next = 1;
-  return fmt::format("{}-{:x}-{}", chat ? "chatcmpl" : "cmpl", static_cast<uint64_t>(std::time(nullptr)), next++);
+  return fmt::format("{}-{:x}-{}",
+                     form == TextForm::kChat       ? "chatcmpl"
+                     : form == TextForm::kResponse ? "resp"
+                                                   : "cmpl",
+                     static_cast<uint64_t>(std::time(nullptr)), next++);
 }
 
 const char* FinishText(FinishReason reason) {
@@ -269,7 +335,9 @@ OrderedJson ApiError::Body() const {
 }
 
 ApiError ToApiError(const Error& error) {
-  if (dynamic_cast<const BusyError*>(&error) != nullptr) return {429, "rate_limit_error", error.what()};
+  if (const auto* const busy = dynamic_cast<const BusyError*>(&error))
+    return busy->stopping() ? ApiError{503, "server_error", error.what()}
+                            : ApiError{429, "rate_limit_error", error.what()};
   switch (error.code()) {
     case ErrorCode::kInvalidArgument:
     case ErrorCode::kBadFile:
@@ -294,9 +362,25 @@ TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& cont
   return RequestReader(json, context).Completion();
 }
 
+TextRequest ParseResponseRequest(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  return RequestReader(json, context).Response();
+}
+
+std::vector<std::string> RequestFields(TextForm form) {
+  if (form == TextForm::kResponse) return {std::begin(kResponse), std::end(kResponse)};
+  std::vector<std::string> fields(std::begin(kCommon), std::end(kCommon));
+  const std::span<const std::string_view> own =
+      form == TextForm::kChat ? std::span<const std::string_view>(kChat) : kCompletion;
+  fields.insert(fields.end(), own.begin(), own.end());
+  return fields;
+}
+
 std::string Tokenize(std::string_view body, const ApiContext& context) {
   const Json json = ParseBody(body);
   const JsonReader reader(json, "request");
+  constexpr std::string_view kFields[] = {"content", "add_special", "parse_special"};
+  CheckFields(reader, kFields);
   OrderedJson answer;
   answer["tokens"] = context.tokenizer.Encode(reader.Text("content"), reader.TruthOr("add_special", false),
                                               reader.TruthOr("parse_special", true));
@@ -305,19 +389,49 @@ std::string Tokenize(std::string_view body, const ApiContext& context) {
 
 std::string Detokenize(std::string_view body, const ApiContext& context) {
   const Json json = ParseBody(body);
-  const std::vector<int32_t> ids = RequestReader::Ids({json, "request"}, "tokens", context.tokenizer);
+  const JsonReader reader(json, "request");
+  constexpr std::string_view kFields[] = {"tokens"};
+  CheckFields(reader, kFields);
+  const std::vector<int32_t> ids = RequestReader::Ids(reader, "tokens", context.tokenizer);
   OrderedJson answer;
   answer["content"] = context.tokenizer.Decode(ids, false);
   return DumpJson(answer);
 }
 
+std::string ApplyTemplate(std::string_view body, const ApiContext& context) {
+  const Json json = ParseBody(body);
+  OrderedJson answer;
+  answer["prompt"] = RequestReader(json, context).Template();
+  return DumpJson(answer);
+}
+
+std::string SlotsText(const Scheduler& scheduler) {
+  OrderedJson slots = OrderedJson::array();
+  for (const SlotState& slot : scheduler.Slots())
+    slots.push_back({{"kv_policy", slot.spec},
+                     {"prompt_tokens", slot.prompt_tokens},
+                     {"prompt_read", slot.prompt_read},
+                     {"cached_tokens", slot.cached_tokens},
+                     {"generated_tokens", slot.generated_tokens},
+                     {"rows", slot.tokens_resident},
+                     {"bytes", slot.kv_bytes},
+                     {"bytes_reserved", slot.kv_bytes_reserved}});
+  const SchedulerMetrics metrics = scheduler.Metrics();
+  return DumpJson(
+      {{"running", std::move(slots)},
+       {"free", scheduler.options().max_running - std::min(scheduler.options().max_running, metrics.running)},
+       {"queued", metrics.queued},
+       {"idle", metrics.idle},
+       {"idle_bytes", metrics.idle_bytes}});
+}
+
 TextAnswer::TextAnswer(const ApiContext& context, const TextRequest& request)
     : model_name_(context.model_name),
-      chat_(request.chat),
+      chat_(request.form == TextForm::kChat),
       include_usage_(request.include_usage),
       prompt_tokens_(request.job.prompt.size()),
       spec_(request.job.config->spec_text()),
-      id_(NextId(request.chat)),
+      id_(NextId(request.form)),
       created_(std::time(nullptr)) {}
 
 OrderedJson TextAnswer::Head(bool chunk) const {
@@ -331,26 +445,30 @@ OrderedJson TextAnswer::Choice(const char* key, OrderedJson content, const char*
   return choice;
 }
 
+OrderedJson TextAnswer::Kv(const CacheStats& stats) const {
+  return {{"spec", spec_},
+          {"rows", stats.tokens_resident},
+          {"bytes", stats.kv_bytes},
+          {"bytes_peak", stats.kv_bytes_peak},
+          {"bytes_full", stats.kv_bytes_full},
+          {"evicted", stats.tokens_dropped + stats.tokens_absorbed + stats.tokens_merged},
+          {"absorbed", stats.tokens_absorbed},
+          {"merged", stats.tokens_merged}};
+}
+
 OrderedJson TextAnswer::Usage(const JobState& state) const {
-  const CacheStats& stats = state.stats;
   return {{"prompt_tokens", prompt_tokens_},
           {"completion_tokens", state.generated_tokens},
           {"total_tokens", prompt_tokens_ + state.generated_tokens},
-          {"kv",
-           {{"spec", spec_},
-            {"rows", stats.tokens_resident},
-            {"bytes", stats.kv_bytes},
-            {"bytes_peak", stats.kv_bytes_peak},
-            {"bytes_full", stats.kv_bytes_full},
-            {"evicted", stats.tokens_dropped + stats.tokens_absorbed + stats.tokens_merged},
-            {"absorbed", stats.tokens_absorbed}}}};
+          {"prompt_tokens_details", {{"cached_tokens", state.cached_tokens}}},
+          {"kv", Kv(state.stats)}};
 }
 
 namespace {
 std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
 }  // namespace
 
-std::string TextAnswer::FirstEvent() const {
+std::string TextAnswer::FirstEvent() {
   if (!chat_) return "";
   OrderedJson event = Head(true);
   event["choices"] = OrderedJson::array();
@@ -358,14 +476,25 @@ std::string TextAnswer::FirstEvent() const {
   return Event(event);
 }
 
-std::string TextAnswer::TextEvent(const std::string& text) const {
+std::string TextAnswer::TextEvent(const std::string& text) {
   OrderedJson event = Head(true);
   event["choices"] = OrderedJson::array();
   event["choices"].push_back(chat_ ? Choice("delta", {{"content", text}}, nullptr) : Choice("text", text, nullptr));
   return Event(event);
 }
 
-std::string TextAnswer::LastEvents(const JobState& state) const {
+std::string TextAnswer::KvEvent(const CachePicture& picture) {
+  OrderedJson event = Head(true);
+  event["object"] = "lesskv.kv";
+  event["choices"] = OrderedJson::array();  // so that clients that know no such event pass it over
+  OrderedJson kv = Kv(picture.stats);
+  kv["seen"] = picture.stats.tokens_seen;
+  kv["layers"] = picture.layers;
+  event["kv"] = std::move(kv);
+  return Event(event);
+}
+
+std::string TextAnswer::LastEvents(const JobState& state) {
   OrderedJson last = Head(true);
   last["choices"] = OrderedJson::array();
   last["choices"].push_back(
@@ -382,7 +511,7 @@ std::string TextAnswer::LastEvents(const JobState& state) const {
 
 std::string TextAnswer::ErrorEvent(const ApiError& error) { return Event(error.Body()); }
 
-std::string TextAnswer::Body(const std::string& text, const JobState& state) const {
+std::string TextAnswer::Body(const std::string& text, const JobState& state) {
   OrderedJson body = Head(false);
   const char* const finish = FinishText(*state.finish);
   body["choices"] = OrderedJson::array();
@@ -390,30 +519,6 @@ std::string TextAnswer::Body(const std::string& text, const JobState& state) con
                                   : Choice("text", text, finish));
   body["usage"] = Usage(state);
   return DumpJson(body);
-}
-
-std::string MetricsText(const SchedulerMetrics& m) {
-  std::string text;
-  const auto add = [&](const char* name, const char* type, const char* help, auto value) {
-    text += fmt::format("# HELP lesskv_{0} {1}\n# TYPE lesskv_{0} {2}\nlesskv_{0} {3}\n", name, help, type, value);
-  };
-  add("requests_finished_total", "counter", "Texts that ended by themselves.", m.jobs_finished);
-  add("requests_failed_total", "counter", "Texts that ended with an error.", m.jobs_failed);
-  add("requests_cancelled_total", "counter", "Texts whose client went, or that the end of the server cut.",
-      m.jobs_cancelled);
-  add("requests_rejected_total", "counter", "Requests that found the queue full.", m.jobs_rejected);
-  add("prompt_tokens_total", "counter", "Prompt tokens read, of ended texts.", m.prompt_tokens);
-  add("generated_tokens_total", "counter", "Tokens generated, of ended texts.", m.generated_tokens);
-  add("steps_total", "counter", "Steps of the engine.", m.steps);
-  add("tokens_evicted_total", "counter", "Tokens that left the caches of ended texts; means over KV heads.",
-      m.tokens_evicted);
-  add("tokens_absorbed_total", "counter", "Of these, folded into a residual state.", m.tokens_absorbed);
-  add("requests_running", "gauge", "Texts that take part in steps.", m.running);
-  add("requests_queued", "gauge", "Texts that wait.", m.queued);
-  add("kv_bytes", "gauge", "Bytes of the running texts' caches.", m.kv_bytes);
-  add("kv_bytes_reserved", "gauge", "Bytes these caches may reach.", m.kv_bytes_reserved);
-  add("tokens_resident", "gauge", "Tokens in the running texts' caches; means over KV heads.", m.tokens_resident);
-  return text;
 }
 
 }  // namespace lesskv

@@ -42,13 +42,16 @@ struct ApiError {
   std::string type, message;
   nlohmann::ordered_json Body() const;
 };
-// An Error of ours: a caller's mistake is 400, no memory 503, anything else 500; BusyError 429.
+// An Error of ours: a caller's mistake is 400, no memory 503, anything else 500; BusyError 429, or 503 where the server
+// ends.
 ApiError ToApiError(const Error& error);
+
+enum class TextForm { kCompletion, kChat, kResponse };
 
 // A request for one text.
 struct TextRequest {
   JobRequest job;
-  bool chat = false;
+  TextForm form = TextForm::kCompletion;
   bool stream = false;
   bool include_usage = false;  // of a stream
 };
@@ -56,21 +59,37 @@ struct TextRequest {
 // Throw Error (kInvalidArgument) with one sentence that names the field; kNotFound for another model's name.
 TextRequest ParseChatRequest(std::string_view body, const ApiContext& context);
 TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& context);
+TextRequest ParseResponseRequest(std::string_view body, const ApiContext& context);
+// The fields that such a request may have.
+std::vector<std::string> RequestFields(TextForm form);
 std::string Tokenize(std::string_view body, const ApiContext& context);
 std::string Detokenize(std::string_view body, const ApiContext& context);
+std::string ApplyTemplate(std::string_view body, const ApiContext& context);
+// What runs now, one object a text, and how many wait.
+std::string SlotsText(const Scheduler& scheduler);
 
-// Writes the answers to one request: an object at the end, or a stream of events.
+// Writes the answer to one request, as an object at the end or as a stream of events. This class is for completions of
+// both kinds.
 class TextAnswer {
  public:
   TextAnswer(const ApiContext& context, const TextRequest& request);
+  virtual ~TextAnswer() = default;
 
   // Events, each with its "data: " and empty line.
-  std::string FirstEvent() const;  // of a chat: the role
-  std::string TextEvent(const std::string& text) const;
-  std::string LastEvents(const JobState& state) const;  // why it ended, the usage where it was asked for, [DONE]
-  static std::string ErrorEvent(const ApiError& error);
+  virtual std::string FirstEvent();  // of a chat: the role
+  virtual std::string TextEvent(const std::string& text);
+  std::string KvEvent(const CachePicture& picture);
+  virtual std::string LastEvents(const JobState& state);  // why it ended, the usage where it was asked for, [DONE]
+  virtual std::string ErrorEvent(const ApiError& error);
   // The whole object.
-  std::string Body(const std::string& text, const JobState& state) const;
+  virtual std::string Body(const std::string& text, const JobState& state);
+
+ protected:
+  nlohmann::ordered_json Kv(const CacheStats& stats) const;
+  const std::string& model_name() const { return model_name_; }
+  size_t prompt_tokens() const { return prompt_tokens_; }
+  const std::string& id() const { return id_; }
+  int64_t created() const { return created_; }
 
  private:
   nlohmann::ordered_json Head(bool chunk) const;
@@ -89,5 +108,6 @@ class TextAnswer {
 std::string DumpJson(const nlohmann::ordered_json& value);
 // Prometheus' text form.
 std::string MetricsText(const SchedulerMetrics& metrics);
+std::string MetricsText(const StoreMetrics& metrics);
 
 }  // namespace lesskv

@@ -5,7 +5,9 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "server/access.h"
 #include "server/api.h"
 #include "server/scheduler.h"
 
@@ -13,15 +15,19 @@ namespace lesskv {
 
 struct HttpOptions {
   std::string host = "127.0.0.1";
-  int port = 8080;           // 0: any that is free
-  std::string api_key = {};  // empty: none is asked for, which only a loopback address may do
+  int port = 8080;                         // 0: any that is free
+  std::vector<std::string> api_keys = {};  // none: none is asked for, which only a loopback address may do
+  size_t max_per_key = 0;                  // texts of a key in work at once; 0: as many as there are places
   size_t max_body = size_t{4} << 20;
+  size_t max_connections = 0;  // a thread each; others wait. 0: as many as texts run and wait, and 16
 };
 
 class HttpServer {
  public:
-  // Both must outlive it. Throws Error kInvalidArgument when the host is not loopback and there is no key.
-  HttpServer(const ApiContext& context, Scheduler& scheduler, const HttpOptions& options);
+  // All must outlive it; `store`, which only is asked for numbers, may be null. Throws Error kInvalidArgument when the
+  // host is not loopback and there is no key.
+  HttpServer(const ApiContext& context, Scheduler& scheduler, const HttpOptions& options,
+             const SessionStore* store = nullptr);
   ~HttpServer();
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;
@@ -32,13 +38,12 @@ class HttpServer {
   void Listen();
   void Stop();
 
+  // What is answered, as "GET /health".
+  const std::vector<std::string>& Routes() const;
+
  private:
   class Impl;
   std::unique_ptr<Impl> impl_;
 };
-
-// Whether the two are the same, in a time that does not tell where they differ.
-bool SameSecret(std::string_view a, std::string_view b);
-bool IsLoopback(const std::string& host);
 
 }  // namespace lesskv

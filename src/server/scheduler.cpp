@@ -1,5 +1,7 @@
 #include "server/scheduler.h"
 
+#include <malloc.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -15,7 +17,19 @@ JobState Job::Wait(std::chrono::milliseconds patience) {
   has_news_ = false;
   JobState result = state_;
   state_.new_text.clear();
+  state_.picture.reset();
   return result;
+}
+
+void Job::Begin(size_t cached_tokens) {
+  const std::lock_guard lock(mutex_);
+  state_.cached_tokens = cached_tokens;
+}
+
+void Job::Show(CachePicture picture) {
+  const auto shown = std::make_shared<const CachePicture>(std::move(picture));
+  const std::lock_guard lock(mutex_);
+  state_.picture = shown;
 }
 
 void Job::Report(const std::string& text, const CacheStats& stats, std::optional<FinishReason> finish) {
@@ -39,8 +53,26 @@ void Job::Fail(const Error& error) {
   news_.notify_all();
 }
 
-Scheduler::Scheduler(Engine& engine, const Tokenizer& tokenizer, const SchedulerOptions& options)
-    : engine_(engine), tokenizer_(tokenizer), options_(options), thread_([this] { Run(); }) {}
+CachePicture Picture(const SequenceCache& cache) {
+  CachePicture picture{cache.Stats(), {}};
+  const CacheShape& shape = cache.config().shape();
+  for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
+    auto& heads = picture.layers.emplace_back();
+    for (size_t head = 0; head < shape.layers[layer].n_kv_heads; ++head) {
+      std::vector<int32_t>& runs = heads.emplace_back();
+      for (const Position position : cache.ResidentPositions(layer, head)) {
+        if (!runs.empty() && runs.back() == ToInt(position))
+          ++runs.back();
+        else
+          runs.insert(runs.end(), {ToInt(position), ToInt(position) + 1});
+      }
+    }
+  }
+  return picture;
+}
+
+Scheduler::Scheduler(Engine& engine, const Tokenizer& tokenizer, const SchedulerOptions& options, SessionStore* store)
+    : engine_(engine), tokenizer_(tokenizer), options_(options), store_(store), thread_([this] { Run(); }) {}
 
 Scheduler::~Scheduler() { Stop(); }
 
@@ -53,7 +85,7 @@ std::shared_ptr<Job> Scheduler::Submit(JobRequest request) {
   const std::lock_guard lock(mutex_);
   if (stopping_ || waiting_.size() >= options_.max_queued) {
     ++metrics_.jobs_rejected;
-    throw BusyError(stopping_ ? "the server is stopping" : "too many requests are waiting already");
+    throw BusyError(stopping_ ? "the server is stopping" : "too many requests are waiting already", stopping_);
   }
   waiting_.push_back({job, bytes});
   work_.notify_all();
@@ -76,6 +108,11 @@ SchedulerMetrics Scheduler::Metrics() const {
   return metrics;
 }
 
+std::vector<SlotState> Scheduler::Slots() const {
+  const std::lock_guard lock(mutex_);
+  return slots_;
+}
+
 void Scheduler::Run() {
   while (Prepare()) {
     Step();
@@ -95,7 +132,12 @@ bool Scheduler::Prepare() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
     DropWaiting();
-    Admit();
+    if (const std::optional<Waiting> next = NextAdmitted()) {
+      lock.unlock();  // copying or loading a cache takes its time
+      Begin(*next);
+      lock.lock();
+      continue;
+    }
     if (!running_.empty()) return true;
     work_.wait_for(lock, waiting_.empty() ? std::chrono::milliseconds(1000) : kLook);
   }
@@ -114,33 +156,140 @@ void Scheduler::DropWaiting() {
 }
 
 // First come, first served: a large text is not overtaken by small ones for ever.
-void Scheduler::Admit() {
-  while (!waiting_.empty() && running_.size() < options_.max_running) {
-    const Waiting& next = waiting_.front();
-    if (options_.kv_memory != 0 && metrics_.kv_bytes_reserved + next.bytes > options_.kv_memory) return;
-    try {
-      running_.push_back(std::make_unique<Running>(
-          Running{.job = next.job, .bytes = next.bytes, .sequence = Sequence(next.job->request().config)}));
-      metrics_.kv_bytes_reserved += next.bytes;
-      ++metrics_.running;
-    } catch (const Error& error) {
-      next.job->Fail(error);
-      ++metrics_.jobs_failed;
-    } catch (const std::bad_alloc&) {
-      next.job->Fail(Error(ErrorCode::kOutOfMemory, "memory for the text's cache cannot be had"));
-      ++metrics_.jobs_failed;
-    }
-    waiting_.pop_front();
+std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
+  if (waiting_.empty() || running_.size() >= options_.max_running) return std::nullopt;
+  const Waiting next = waiting_.front();
+  if (options_.kv_memory != 0 && metrics_.kv_bytes_reserved + next.bytes > options_.kv_memory) return std::nullopt;
+  metrics_.kv_bytes_reserved += next.bytes;
+  ++metrics_.running;
+  waiting_.pop_front();
+  return next;
+}
+
+void Scheduler::Begin(const Waiting& next) {
+  const auto fail = [&](const Error& error) {
+    next.job->Fail(error);
+    const std::lock_guard lock(mutex_);
+    metrics_.kv_bytes_reserved -= next.bytes;
+    --metrics_.running;
+    ++metrics_.jobs_failed;
+  };
+  try {
+    auto text =
+        std::make_unique<Running>(Running{.job = next.job, .bytes = next.bytes, .sequence = BeginSequence(next)});
+    text->before = text->sequence.Stats();
+    text->cached = text->fed = text->sequence.tokens().size();
+    text->shared = SharedBeginning(*text);
+    next.job->Begin(text->cached);
+    const std::lock_guard lock(mutex_);
+    metrics_.prefix_hits += text->cached > 0;
+    metrics_.prefix_tokens += text->cached;
+    running_.push_back(std::move(text));
+  } catch (const Error& error) {
+    fail(error);
+  } catch (const std::bad_alloc&) {
+    fail(Error(ErrorCode::kOutOfMemory, "memory for the text's cache cannot be had"));
   }
+}
+
+// One that has seen the prompt's beginning, or a new one.
+Sequence Scheduler::BeginSequence(const Waiting& next) {
+  const JobRequest& request = next.job->request();
+  if (request.reuse) {
+    try {
+      if (std::optional<Sequence> found = FindBeginning(request)) return Adopt(std::move(*found), request.config);
+    } catch (const Error&) {  // such as spans that fit the budget when a prompt is read anew only
+    }
+  }
+  MakeRoom(nullptr);
+  return Sequence(request.config);
+}
+
+// The idle sequence, in memory or stored, that has seen most of the prompt. One that several texts begin with stays, as
+// far as there is room for it beside its copy.
+std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request) {
+  const Beginning beginning{request.prompt, *request.config};
+  const PrefixCache::Entry* const idle = idle_.Find(beginning);
+  const size_t n_idle = idle == nullptr ? 0 : idle->sequence->tokens().size();
+  if (store_ != nullptr)
+    if (std::optional<Sequence> stored = store_->Load(beginning, n_idle)) {
+      MakeRoom(nullptr);
+      return stored;
+    }
+  if (idle == nullptr) return std::nullopt;
+  MakeRoom(idle);
+  if (idle->shared && HasRoom(0)) return PrefixCache::Copy(idle);
+  return idle_.Take(idle);
+}
+
+// Whether the idle caches, and so many bytes more, fit beside what the running ones may reach.
+bool Scheduler::HasRoom(size_t more) const {
+  if (options_.kv_memory == 0) return true;
+  const std::lock_guard lock(mutex_);
+  return metrics_.kv_bytes_reserved + idle_.bytes() + more <= options_.kv_memory;
+}
+
+// Lets idle caches go, those first that were not used for longest, until so many bytes more fit.
+void Scheduler::MakeRoom(const PrefixCache::Entry* spared, size_t more) {
+  while (idle_.size() > options_.max_idle || !HasRoom(more)) {
+    const size_t bytes = idle_.DropOldest(spared);
+    if (bytes == 0) return;
+    ReturnMemory(bytes);
+    const std::lock_guard lock(mutex_);
+    ++metrics_.idle_dropped;
+  }
+}
+
+// What the C library has been given back it would keep for itself.
+void Scheduler::ReturnMemory(size_t bytes) {
+  constexpr size_t kWorthwhile = size_t{1} << 20;
+  unreturned_ += bytes;
+  if (unreturned_ < kWorthwhile) return;
+  ::malloc_trim(0);
+  unreturned_ = 0;
+}
+
+// Where the prompt stops to be like that of another text, so that a third one need not read this again: where the
+// cache's method lets a prompt be read in pieces.
+size_t Scheduler::SharedBeginning(const Running& text) const {
+  const JobRequest& request = text.job->request();
+  const size_t chunk = request.config->prefill_chunk();
+  if (!request.reuse || options_.max_idle == 0 || (chunk == 0 && !NeverEvicts(*request.config))) return 0;
+  size_t n = idle_.LongestCommon({request.prompt, *request.config});
+  for (const auto& other : running_) {
+    const size_t common = CommonPrefix(other->job->request().prompt, request.prompt);
+    if (common > n && SameBeginning(other->sequence.config(), *request.config, common)) n = common;
+  }
+  n = std::min(n, request.prompt.size() - 1);
+  if (n < text.cached + options_.min_shared) return 0;
+  return chunk == 0 ? n : text.cached + (n - text.cached) / chunk * chunk;  // pieces stay as they would be
+}
+
+void Scheduler::KeepShared(const Running& text) {
+  const size_t bytes = text.sequence.Stats().kv_bytes;
+  MakeRoom(nullptr, bytes);
+  if (!HasRoom(bytes)) return;
+  try {
+    Keep(text.sequence.Clone(), true);
+  } catch (const Error&) {  // no memory for a copy: the text goes on all the same
+  } catch (const std::bad_alloc&) {
+  }
+}
+
+void Scheduler::Keep(Sequence sequence, bool shared) {
+  if (options_.max_idle == 0 || sequence.interrupted() || sequence.tokens().empty()) return;
+  const std::shared_ptr<const Sequence> kept = idle_.Add(std::move(sequence), shared);
+  if (kept != nullptr && store_ != nullptr) store_->Save(kept);
+  MakeRoom(nullptr);
 }
 
 // A piece of the prompt: all of it where the cache's method wants to see it whole, else what `budget` leaves.
 StepItem Scheduler::PromptItem(Running& text, size_t tag, size_t& budget) {
   const JobRequest& request = text.job->request();
   const size_t left = request.prompt.size() - text.fed, chunk = request.config->prefill_chunk();
-  const bool never_evicts = request.config->Budgets(request.prompt.size()).empty();
-  const bool whole = chunk == 0 && !never_evicts;
-  const size_t n = whole ? left : std::min(left, chunk != 0 ? chunk : std::max<size_t>(budget, 1));
+  const bool whole = chunk == 0 && !NeverEvicts(*request.config);
+  size_t n = whole ? left : std::min(left, chunk != 0 ? chunk : std::max<size_t>(budget, 1));
+  if (text.shared > text.fed) n = std::min(n, text.shared - text.fed);
   text.next_fed = n;
   budget -= std::min(budget, n);
   return {.sequence = &text.sequence,
@@ -201,6 +350,7 @@ void Scheduler::Step() {
 // The step has read its piece of the prompt.
 void Scheduler::Advance(Running& text) {
   text.fed += text.next_fed;
+  if (text.fed == text.shared) KeepShared(text);
   if (text.in_prompt()) return;
   try {
     text.sequence.cache().EndPrompt();
@@ -228,6 +378,8 @@ void Scheduler::TakeLogits(Running& text, std::span<const float> logits) {
       text.generation.emplace(tokenizer_, request.options, request.prompt, request.config->shape().ctx);
     const Generation::Output out = text.generation->Push(logits);
     text.last_token = out.token;
+    const size_t every = request.kv_every, n = text.generation->tokens().size();
+    if (every != 0 && (out.finish || n % every == 1 % every)) text.job->Show(Picture(text.sequence.cache()));
     if (out.finish) return EndOf(text, out.text, *out.finish);
     text.job->Report(out.text, text.sequence.Stats(), std::nullopt);
   } catch (const Error& error) {
@@ -263,26 +415,44 @@ void Scheduler::FailOf(Running& text, const Error& error) {
   ++(text.job->cancelled_ ? metrics_.jobs_cancelled : metrics_.jobs_failed);
 }
 
-// Lets ended texts go and counts.
+// Lets ended texts go, whose caches stay as idle ones, and counts.
 void Scheduler::Settle() {
+  std::vector<std::unique_ptr<Running>> ended;
+  for (auto& text : running_)
+    if (text->ended) ended.push_back(std::move(text));
+  std::erase(running_, nullptr);
+  for (const auto& text : ended) {
+    CountEnded(*text);
+    const size_t bytes = text->sequence.Stats().kv_bytes;
+    Keep(std::move(text->sequence), false);
+    if (options_.max_idle == 0) ReturnMemory(bytes);
+  }
   const std::lock_guard lock(mutex_);
   metrics_.kv_bytes = 0;
   metrics_.tokens_resident = 0;
+  slots_.clear();
   for (const auto& text : running_) {
     const CacheStats stats = text->sequence.Stats();
-    if (!text->ended) {
-      metrics_.kv_bytes += stats.kv_bytes;
-      metrics_.tokens_resident += stats.tokens_resident;
-      continue;
-    }
-    metrics_.kv_bytes_reserved -= text->bytes;
-    metrics_.prompt_tokens += text->fed;
-    if (text->generation) metrics_.generated_tokens += text->generation->tokens().size();
-    metrics_.tokens_evicted += stats.tokens_dropped + stats.tokens_absorbed + stats.tokens_merged;
-    metrics_.tokens_absorbed += stats.tokens_absorbed;
+    metrics_.kv_bytes += stats.kv_bytes;
+    metrics_.tokens_resident += stats.tokens_resident;
+    slots_.push_back({text->sequence.config().spec_text(), text->job->request().prompt.size(), text->fed, text->cached,
+                      text->generation ? text->generation->tokens().size() : 0, stats.kv_bytes, text->bytes,
+                      stats.tokens_resident});
   }
-  std::erase_if(running_, [](const auto& text) { return text->ended; });
   metrics_.running = running_.size();
+  metrics_.idle = idle_.size();
+  metrics_.idle_bytes = idle_.bytes();
+}
+
+void Scheduler::CountEnded(const Running& text) {
+  const CacheStats now = text.sequence.Stats(), &before = text.before;
+  const auto left = [](const CacheStats& s) { return s.tokens_dropped + s.tokens_absorbed + s.tokens_merged; };
+  const std::lock_guard lock(mutex_);
+  metrics_.kv_bytes_reserved -= text.bytes;
+  metrics_.prompt_tokens += text.fed - text.cached;
+  if (text.generation) metrics_.generated_tokens += text.generation->tokens().size();
+  metrics_.tokens_evicted += left(now) - left(before);
+  metrics_.tokens_absorbed += now.tokens_absorbed - before.tokens_absorbed;
 }
 
 }  // namespace lesskv

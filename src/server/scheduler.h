@@ -16,6 +16,8 @@
 
 #include "engine/engine.h"
 #include "engine/generate.h"
+#include "server/prefix_cache.h"
+#include "server/session_store.h"
 #include "tokenizer/tokenizer.h"
 
 namespace lesskv {
@@ -25,15 +27,27 @@ struct JobRequest {
   GenerationOptions options;    // max_tokens is a number, at least 1
   std::shared_ptr<const CacheConfig> config;
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
+  bool reuse = true;    // may go on with a cache that has seen the prompt's beginning
+  size_t kv_every = 0;  // with every so many generated tokens comes a picture of the cache; 0: none
 };
+
+// Who is in a cache.
+struct CachePicture {
+  CacheStats stats;
+  std::vector<std::vector<std::vector<int32_t>>>
+      layers;  // [layers][KV heads]: runs of positions, begin, end, begin, ...
+};
+CachePicture Picture(const SequenceCache& cache);
 
 // What a text has come to, by the time it was asked.
 struct JobState {
-  std::string new_text;                // since the last time
-  std::optional<FinishReason> finish;  // the text has ended
-  std::optional<Error> error;          // it cannot be gone on with
-  size_t generated_tokens = 0;         // an end-of-generation token counts
-  CacheStats stats;                    // of the cache, at the last step
+  std::string new_text;                         // since the last time
+  std::optional<FinishReason> finish;           // the text has ended
+  std::optional<Error> error;                   // it cannot be gone on with
+  size_t generated_tokens = 0;                  // an end-of-generation token counts
+  size_t cached_tokens = 0;                     // of the prompt, that needed no reading
+  CacheStats stats;                             // of the cache, at the last step
+  std::shared_ptr<const CachePicture> picture;  // a new one, if there is one
 
   bool ended() const { return finish || error; }
 };
@@ -51,7 +65,9 @@ class Job {
 
  private:
   friend class Scheduler;
+  void Begin(size_t cached_tokens);
   void Report(const std::string& text, const CacheStats& stats, std::optional<FinishReason> finish);  // of one token
+  void Show(CachePicture picture);
   void Fail(const Error& error);
 
   const JobRequest request_;
@@ -65,8 +81,10 @@ class Job {
 struct SchedulerOptions {
   size_t max_running = 4;    // texts that share steps
   size_t max_queued = 16;    // texts that wait
-  size_t kv_memory = 0;      // bytes of all running caches at their largest; 0: no bound
+  size_t kv_memory = 0;      // bytes of all running caches at their largest, and of idle ones; 0: no bound
   size_t step_tokens = 256;  // of a prompt that a step takes where the cache does not say otherwise
+  size_t max_idle = 64;      // caches that are kept when their texts have ended; 0: every prompt is read anew
+  size_t min_shared = 32;    // tokens: a beginning that two prompts share is kept from this length on
 };
 
 // Counts since the beginning, and what is so now.
@@ -77,18 +95,34 @@ struct SchedulerMetrics {
   size_t running = 0, queued = 0;
   size_t kv_bytes = 0, kv_bytes_reserved = 0;  // held by running texts, and at most to be held by them
   double tokens_resident = 0;
+  uint64_t prefix_hits = 0, prefix_tokens = 0;  // texts that went on with a cache, and prompt tokens they did not read
+  uint64_t idle_dropped = 0;                    // idle caches that had to make room
+  size_t idle = 0, idle_bytes = 0;              // caches of texts that have ended
 };
 
-// Thrown by Submit: there is no place now, and later there may be.
+// What /slots shows of a running text.
+struct SlotState {
+  std::string spec;
+  size_t prompt_tokens = 0, prompt_read = 0, cached_tokens = 0, generated_tokens = 0;
+  size_t kv_bytes = 0, kv_bytes_reserved = 0;
+  double tokens_resident = 0;
+};
+
+// Thrown by Submit: there is no place now, and later there may be; where `stopping`, in another process.
 class BusyError : public Error {
  public:
-  explicit BusyError(const std::string& message) : Error(ErrorCode::kRuntime, message) {}
+  explicit BusyError(const std::string& message, bool stopping = false)
+      : Error(ErrorCode::kRuntime, message), stopping_(stopping) {}
+  bool stopping() const { return stopping_; }
+
+ private:
+  bool stopping_;
 };
 
 class Scheduler {
  public:
-  // Both must outlive it; nobody else may use the engine meanwhile.
-  Scheduler(Engine& engine, const Tokenizer& tokenizer, const SchedulerOptions& options);
+  // All must outlive it; nobody else may use the engine meanwhile. `store`: where idle caches are saved, or null.
+  Scheduler(Engine& engine, const Tokenizer& tokenizer, const SchedulerOptions& options, SessionStore* store = nullptr);
   ~Scheduler();  // Stop
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
@@ -99,6 +133,7 @@ class Scheduler {
   // Ends all texts, with an error, and the thread.
   void Stop();
   SchedulerMetrics Metrics() const;
+  std::vector<SlotState> Slots() const;  // of the running texts
   const SchedulerOptions& options() const { return options_; }
 
  private:
@@ -107,8 +142,11 @@ class Scheduler {
     std::shared_ptr<Job> job;
     size_t bytes;  // its cache at its largest
     Sequence sequence;
-    size_t fed = 0;           // tokens of the prompt
+    size_t cached = 0;        // tokens of the prompt that the sequence had seen already
+    size_t fed = 0;           // tokens of the prompt, these included
     size_t next_fed = 0;      // of which the step in work takes so many more
+    size_t shared = 0;        // tokens of the prompt at which a copy is kept, for others that begin so; 0: nowhere
+    CacheStats before = {};   // of the sequence, when the text began
     int32_t last_token = -1;  // sampled, not fed
     std::optional<Generation> generation = {};
     bool ended = false;
@@ -123,7 +161,16 @@ class Scheduler {
   void Run();
   bool Prepare();  // false: stopped
   void DropWaiting();
-  void Admit();
+  std::optional<Waiting> NextAdmitted();
+  void Begin(const Waiting& next);
+  Sequence BeginSequence(const Waiting& next);
+  std::optional<Sequence> FindBeginning(const JobRequest& request);
+  bool HasRoom(size_t more) const;
+  void MakeRoom(const PrefixCache::Entry* spared, size_t more = 0);
+  size_t SharedBeginning(const Running& text) const;
+  void KeepShared(const Running& text);
+  void Keep(Sequence sequence, bool shared);
+  void ReturnMemory(size_t bytes);
   void Step();
   std::vector<StepItem> Items();
   StepItem PromptItem(Running& text, size_t tag, size_t& budget);
@@ -134,15 +181,20 @@ class Scheduler {
   void FailOf(Running& text, const Error& error);
   void EndCancelled();
   void Settle();
+  void CountEnded(const Running& text);
 
   Engine& engine_;
   const Tokenizer& tokenizer_;
   const SchedulerOptions options_;
+  SessionStore* const store_;
   std::vector<std::unique_ptr<Running>> running_;  // of the thread alone
+  PrefixCache idle_;                               // likewise
+  size_t unreturned_ = 0;                          // bytes freed since the system got memory back
   mutable std::mutex mutex_;                       // of what follows
   std::condition_variable work_;
   std::deque<Waiting> waiting_;
   SchedulerMetrics metrics_;
+  std::vector<SlotState> slots_;
   bool stopping_ = false;
   std::thread thread_;
 };

@@ -1,0 +1,41 @@
+// Who may ask, and how much at once.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace lesskv {
+
+// Whether the two are the same, in a time that does not tell where they differ.
+bool SameSecret(std::string_view a, std::string_view b);
+bool IsLoopback(const std::string& host);
+// Whether a page of another server sent the request: its Origin is not the host that was asked. Browsers let any page
+// send requests to any address, also to this machine's own, and hide the answers only.
+bool IsForeignOrigin(std::string_view origin, std::string_view host);
+
+// The keys, and how many texts of each are in work. Thread-safe. Without keys everybody is one nameless user.
+class KeyRing {
+ public:
+  // `most`: texts of a key at once; 0: any number.
+  KeyRing(std::vector<std::string> keys, size_t most);
+
+  // The number of the key in an Authorization header; nothing when it is missing or wrong. Compares with all keys,
+  // whichever it is.
+  std::optional<size_t> Find(std::string_view authorization) const;
+  // Held while a text of that key is in work; null: there are as many as may be.
+  std::shared_ptr<void> Enter(size_t key);
+  size_t most() const { return most_; }
+
+ private:
+  const std::vector<std::string> keys_;
+  const size_t most_;
+  std::mutex mutex_;
+  std::vector<size_t> in_work_;
+};
+
+}  // namespace lesskv

@@ -1,0 +1,326 @@
+// Caches that outlive their texts: conversations that go on without being read anew, in memory and from the store.
+#include <filesystem>
+#include <fstream>
+
+#include "server/server_harness.h"
+
+namespace lesskv::server_test {
+namespace {
+
+namespace fs = std::filesystem;
+const std::vector<std::string> kSpecs = {"full", "h2o(24)", "window(24)", "window(24)+prefill(chunk=8)", "tova(24)"};
+
+std::vector<int32_t> Joined(std::vector<int32_t> a, const std::vector<int32_t>& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+size_t Resident() {
+  size_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages >> pages;
+  return pages * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+}
+
+class ReuseTest : public ServerTest {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / fmt::format("lesskv_store_{}", ::getpid());
+    fs::remove_all(folder_);
+  }
+  void TearDown() override {
+    ServerTest::TearDown();
+    fs::remove_all(folder_);
+  }
+
+  std::vector<int32_t> Ids(const std::string& text) const { return tokenizer_->Encode(text, false, true); }
+  Json Ask(const std::vector<int32_t>& prompt, Json more = Json::object()) const {
+    more["prompt"] = prompt;
+    if (!more.contains("max_tokens")) more["max_tokens"] = 30;
+    const Reply reply = Complete(more);
+    EXPECT_EQ(reply.status, 200) << reply.body;
+    return reply.json();
+  }
+  static size_t Cached(const Json& answer) {
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"].get<size_t>();
+  }
+  static std::string Text(const Json& answer) { return answer["choices"][0]["text"].get<std::string>(); }
+  bool Saved(uint64_t n) const {
+    return Soon([&] { return store_->Metrics().saved == n; });
+  }
+
+  fs::path folder_;
+};
+
+// A conversation as one sequence of an engine of its own reads it, turn by turn.
+class Streamed {
+ public:
+  Streamed(const Engine& like, const Tokenizer& tokenizer, const std::string& spec,
+           std::vector<ProtectedSpan> spans = {})
+      : engine_(like.shared_model(), {.threads = 1, .compute = ComputeChoice::kF32, .batch_invariant = true}),
+        tokenizer_(tokenizer),
+        sequence_(engine_.MakeCacheConfig(CacheSpec::Parse(spec), kCtx, std::move(spans))) {}
+
+  std::string Say(const std::vector<int32_t>& ids, size_t n = 30) {
+    GenerateOptions options;
+    options.sampler = {.temperature = 0};
+    options.max_tokens = n;
+    std::vector<int32_t> turn = ids;
+    if (pending_) turn.insert(turn.begin(), *pending_);
+    const GenerateResult result = Generate(engine_, tokenizer_, sequence_, turn, options);
+    pending_ = result.pending_token;
+    return result.text;
+  }
+  size_t seen() const { return sequence_.tokens().size(); }
+  double rows() const { return sequence_.Stats().tokens_resident; }
+  std::vector<int32_t> text() const { return Joined(sequence_.tokens(), {*pending_}); }
+
+ private:
+  Engine engine_;
+  const Tokenizer& tokenizer_;
+  Sequence sequence_;
+  std::optional<int32_t> pending_;
+};
+
+TEST_F(ReuseTest, AConversationGoesOnAsOneSequence) {
+  Start({.kv = kSpecs});
+  for (const std::string& spec : kSpecs) {
+    Streamed alone(engine_, *tokenizer_, spec);
+    const std::vector<int32_t> first = Ids("the tea");
+    const Json one = Ask(first, {{"kv_policy", spec}});
+    EXPECT_EQ(Text(one), alone.Say(first)) << spec;
+    EXPECT_EQ(Cached(one), 0u);
+    std::vector<int32_t> prompt = Joined(alone.text(), Ids(" and then"));
+    for (int turn = 0; turn < 3; ++turn) {
+      const size_t seen = alone.seen();
+      const std::string text = alone.Say(Ids(" and then"));
+      const Json next = Ask(prompt, {{"kv_policy", spec}});
+      EXPECT_EQ(Cached(next), seen) << spec;
+      EXPECT_EQ(Text(next), text) << spec << " turn " << turn;
+      EXPECT_EQ(next["usage"]["kv"]["rows"], alone.rows()) << spec;
+      EXPECT_EQ(next["usage"]["prompt_tokens"], prompt.size());
+      if (spec == "full") {
+        const Json anew = Ask(prompt, {{"cache_prompt", false}});
+        EXPECT_EQ(Cached(anew), 0u);
+        EXPECT_EQ(Text(anew), text);
+      }
+      prompt = Joined(alone.text(), Ids(" and then"));
+    }
+  }
+  const SchedulerMetrics metrics = scheduler_->Metrics();
+  EXPECT_EQ(metrics.prefix_hits, 3 * kSpecs.size());
+  EXPECT_NE(Get("/metrics").body.find(fmt::format("\nlesskv_prefix_hits_total {}\n", metrics.prefix_hits)),
+            std::string::npos);
+}
+
+TEST_F(ReuseTest, OtherTextsAndOtherCachesShareNothing) {
+  Start();
+  const std::vector<int32_t> prompt = Ids("the tea");
+  Streamed alone(engine_, *tokenizer_, "full");
+  alone.Say(prompt);
+  Ask(prompt);
+  const std::vector<int32_t> next = Joined(alone.text(), Ids(" and"));
+  EXPECT_EQ(Cached(Ask(next, {{"kv_policy", "window(24)"}})), 0u);
+  std::vector<int32_t> other = next;
+  other[3] = other[3] == 5 ? 6 : 5;
+  EXPECT_EQ(Cached(Ask(other)), 0u);
+  EXPECT_EQ(Cached(Ask(prompt)), 0u);  // nothing would be left to read
+  EXPECT_EQ(Cached(Ask(next)), alone.seen());
+}
+
+TEST_F(ReuseTest, ABeginningThatSeveralShareIsKept) {
+  Start({.kv = kSpecs});
+  const std::string system = "You are a ship's cook who speaks of nothing but the sea and tea.";
+  for (const std::string spec : {"full", "window(24)+prefill(chunk=8)"}) {
+    std::vector<size_t> cached;
+    for (const char* const question : {" a?", " b?", " c?", " d?", " e?"}) {
+      const std::vector<int32_t> prompt = Ids(system + question);
+      Streamed alone(engine_, *tokenizer_, spec);
+      const Json answer = Ask(prompt, {{"kv_policy", spec}});
+      EXPECT_EQ(Text(answer), alone.Say(prompt)) << spec << question;
+      cached.push_back(Cached(answer));
+    }
+    const size_t whole = CommonPrefix(Ids(system + " a?"), Ids(system + " b?"));
+    const size_t kept = spec == "full" ? whole : whole / 8 * 8;
+    EXPECT_EQ(cached, (std::vector<size_t>{0, 0, kept, kept, kept})) << spec;
+  }
+}
+
+TEST_F(ReuseTest, ProtectedTokensAreTheRequests) {
+  Start();
+  const std::vector<int32_t> first = Ids("the tea was cold");
+  const Json spans = {{"kv_policy", "h2o(24)"}, {"protected_spans", {{1, 3}}}};
+  Streamed alone(engine_, *tokenizer_, "h2o(24)", {{1, 3}});
+  EXPECT_EQ(Text(Ask(first, spans)), alone.Say(first));
+  const std::vector<int32_t> next = Joined(alone.text(), Ids(" and it was late in the evening"));
+  Json other = spans;
+  other["protected_spans"] = {{1, 4}};
+  EXPECT_EQ(Cached(Ask(next, other)), 0u);
+  Json more = spans;
+  const size_t mark = next.size() - 20;
+  more.update({{"protected_spans", {{1, 3}, {mark, mark + 4}}},
+               {"stream", true},
+               {"kv_stats", 100},
+               {"stream_options", {{"include_usage", true}}},
+               {"prompt", next},
+               {"max_tokens", 30},
+               {"temperature", 0}});
+  const std::vector<Json> events = Events(Post("/v1/completions", more));
+  EXPECT_EQ(events.back()["usage"]["prompt_tokens_details"]["cached_tokens"], alone.seen());
+  Json last;
+  for (const Json& event : events)
+    if (event["object"] == "lesskv.kv") last = event["kv"];
+  for (const Json& layer : last["layers"])
+    for (const Json& runs : layer)
+      for (const size_t position : {size_t{1}, size_t{2}, mark, mark + 3}) {
+        bool held = false;
+        for (size_t i = 0; i < runs.size(); i += 2) held = held || (runs[i] <= position && position < runs[i + 1]);
+        EXPECT_TRUE(held) << position << " in " << runs;
+      }
+}
+
+TEST_F(ReuseTest, PicturesShowWhoIsInTheCache) {
+  Start();
+  const Json body = {{"prompt", "the tea"},       {"temperature", 0}, {"max_tokens", 60},
+                     {"kv_policy", "window(24)"}, {"stream", true},   {"kv_stats", 10}};
+  const std::vector<Json> events = Events(Post("/v1/completions", body));
+  size_t pictures = 0;
+  Json kv;
+  for (const Json& event : events)
+    if (event["object"] == "lesskv.kv") kv = event["kv"], ++pictures;
+  EXPECT_GE(pictures, 1u);  // some may be overtaken by the next
+  EXPECT_EQ(kv["rows"], 24);
+  const size_t seen = kv["seen"].get<size_t>();
+  ASSERT_EQ(kv["layers"].size(), engine_.model().config().n_layers);
+  for (const Json& layer : kv["layers"])
+    for (const Json& runs : layer) {
+      size_t held = 0;
+      for (size_t i = 0; i < runs.size(); i += 2) held += runs[i + 1].get<size_t>() - runs[i].get<size_t>();
+      EXPECT_EQ(held, 24u);
+      EXPECT_EQ(runs.back(), seen);
+    }
+  EXPECT_EQ(Complete({{"kv_stats", 10}}).status, 400);
+  EXPECT_EQ(Complete({{"kv_stats", 0}, {"stream", true}}).status, 400);
+}
+
+TEST_F(ReuseTest, IdleCachesMakeRoomOldestFirst) {
+  const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const size_t one = config->Plan(10, 300).bytes_peak;
+  Start({.scheduler = {.max_running = 3, .max_queued = 8, .kv_memory = 3 * one + one / 2, .step_tokens = 16}});
+  std::vector<std::vector<int32_t>> texts;
+  for (const char* const prompt : {"aaaaaaaa", "bbbbbbbb", "cccccccc", "dddddddd"}) {
+    Streamed alone(engine_, *tokenizer_, "full");
+    const std::vector<int32_t> ids = Ids(prompt);
+    EXPECT_EQ(Text(Ask(ids, {{"max_tokens", 300}})), alone.Say(ids, 300));
+    texts.push_back(Joined(alone.text(), Ids(" and")));
+    ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+    const SchedulerMetrics metrics = scheduler_->Metrics();
+    EXPECT_LE(metrics.idle_bytes + metrics.kv_bytes_reserved, 3 * one + one / 2);
+    EXPECT_GT(metrics.idle_bytes, 0u);
+  }
+  EXPECT_GE(scheduler_->Metrics().idle_dropped, 1u);
+  EXPECT_GT(Cached(Ask(texts[3], {{"max_tokens", 1}})), 0u);
+  EXPECT_EQ(Cached(Ask(texts[0], {{"max_tokens", 1}})), 0u);
+}
+
+TEST_F(ReuseTest, MemoryOfIdleCachesIsReturned) {
+  const size_t n = 4000, n_texts = 6;
+  const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const size_t one = config->Plan(n, 2).bytes_peak;
+  Start({.scheduler = {.max_running = 1, .max_queued = 8, .kv_memory = (n_texts + 2) * one, .step_tokens = 512},
+         .max_prompt = n_texts * n});
+  const auto prompt = [](size_t length, int32_t first) {
+    std::vector<int32_t> ids(length, 100);
+    ids[0] = first;
+    return ids;
+  };
+  Ask(prompt(n, 50), {{"max_tokens", 2}});
+  const size_t before = Resident();
+  for (size_t i = 1; i < n_texts; ++i) Ask(prompt(n, 60 + static_cast<int32_t>(i)), {{"max_tokens", 2}});
+  const size_t full = Resident();
+  EXPECT_GT(full, before + (n_texts - 2) * one / 2);
+  // A text that may become as large as all of them drives them out when it begins.
+  const Connection connection(port_);
+  const Json large = {{"prompt", prompt(20, 80)}, {"max_tokens", (n_texts + 1) * n}, {"stream", true}};
+  connection.Send(RequestText("POST", "/v1/completions", large.dump()));
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().idle_dropped >= n_texts - 1; }));
+  EXPECT_LT(Resident(), full - (n_texts - 2) * one / 2);
+}
+
+TEST_F(ReuseTest, AStoredConversationOutlivesTheServer) {
+  const Options options{.store = folder_.string(), .kv = kSpecs};
+  for (const std::string& spec : kSpecs) {
+    Start(options);
+    Streamed alone(engine_, *tokenizer_, spec);
+    Ask(Ids("the sea"), {{"kv_policy", spec}});
+    alone.Say(Ids("the sea"));
+    ASSERT_TRUE(Saved(1));
+    Stop();
+    std::ofstream(folder_ / "x.session.77.tmp") << "half a file";
+    Start(options);
+    EXPECT_FALSE(fs::exists(folder_ / "x.session.77.tmp"));
+    const size_t seen = alone.seen();
+    const std::vector<int32_t> prompt = Joined(alone.text(), Ids(" and then"));
+    const Json next = Ask(prompt, {{"kv_policy", spec}});
+    EXPECT_EQ(Cached(next), seen) << spec;
+    EXPECT_EQ(Text(next), alone.Say(Ids(" and then"))) << spec;
+    EXPECT_EQ(store_->Metrics().restored, 1u);
+    EXPECT_NE(Get("/metrics").body.find("\nlesskv_store_restored_total 1\n"), std::string::npos);
+    Stop();
+  }
+  EXPECT_EQ(log_, "");
+}
+
+TEST_F(ReuseTest, ADamagedFileIsPassedOver) {
+  const Options options{.store = folder_.string()};
+  Start(options);
+  Streamed alone(engine_, *tokenizer_, "full");
+  alone.Say(Ids("the sea"));
+  Ask(Ids("the sea"));
+  ASSERT_TRUE(Saved(1));
+  Stop();
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) {
+    std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(entry.file_size() / 2));
+    file.put('\x7f');
+  }
+  std::ofstream(folder_ / "notes.txt") << "of somebody else";
+  Start(options);
+  const std::vector<int32_t> prompt = Joined(alone.text(), Ids(" and then"));
+  const Json next = Ask(prompt);
+  EXPECT_EQ(Cached(next), 0u);
+  EXPECT_EQ(Text(next), alone.Say(Ids(" and then")));
+  EXPECT_EQ(store_->Metrics().damaged, 1u);
+  EXPECT_NE(log_.find("damaged"), std::string::npos) << log_;
+  EXPECT_TRUE(fs::exists(folder_ / "notes.txt"));
+}
+
+TEST_F(ReuseTest, TheStoreKeepsToItsSize) {
+  Start({.store = folder_.string()});
+  Ask(Ids("the sea"));
+  ASSERT_TRUE(Saved(1));
+  const size_t one = store_->Metrics().bytes;
+  Stop();
+  Start({.store = folder_.string(), .store_bytes = 3 * one});
+  for (const char* const prompt : {"aaaa", "bbbb", "cccc", "dddd", "eeee"}) Ask(Ids(prompt));
+  ASSERT_TRUE(Saved(5));
+  const StoreMetrics metrics = store_->Metrics();
+  EXPECT_LE(metrics.bytes, 3 * one);
+  EXPECT_GE(metrics.files, 2u);
+  EXPECT_GE(metrics.removed, 3u);
+  size_t on_disk = 0;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) on_disk += entry.file_size();
+  EXPECT_EQ(on_disk, metrics.bytes);
+  Stop();
+  Start({.store = folder_.string(), .store_bytes = one / 2});
+  EXPECT_EQ(store_->Metrics().files, 0u);
+  Ask(Ids("the sea"));
+  EXPECT_TRUE(Soon([&] { return store_->Metrics().skipped == 1; }));
+}
+
+TEST_F(ReuseTest, AStoreThatCannotBeIsRefused) {
+  std::ofstream(folder_.string()) << "a file";
+  EXPECT_THROW(SessionStore(engine_, {.directory = folder_.string()}), Error);
+}
+
+}  // namespace
+}  // namespace lesskv::server_test

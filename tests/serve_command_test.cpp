@@ -1,0 +1,121 @@
+// lesskv serve as an operator runs it: a process that may be killed at any moment, and what is left of its
+// conversations.
+#include <fcntl.h>
+#include <signal.h>
+
+#include <filesystem>
+
+#include "command_harness.h"
+#include "server/server_harness.h"
+
+namespace lesskv {
+namespace {
+
+using server_test::Connection;
+using server_test::Json;
+using server_test::Reply;
+using testing_support::Result;
+using namespace std::chrono_literals;
+
+class ServeCommandTest : public testing_support::CommandTest {
+ protected:
+  void TearDown() override {
+    if (pid_ > 0) Kill(SIGKILL);
+    CommandTest::TearDown();
+  }
+
+  void Serve(const std::vector<std::string>& more) {
+    const std::string model = LESSKV_SOURCE_DIR "/models/lesskv-small.gguf";
+    std::vector<std::string> words = {LESSKV_PROGRAM, "serve", "-m", model, "--ctx", "512", "-t", "1", "--port", "0"};
+    words.insert(words.end(), more.begin(), more.end());
+    std::vector<char*> arguments;
+    for (std::string& word : words) arguments.push_back(word.data());
+    arguments.push_back(nullptr);
+    const std::string err = Path("serve.err");
+    std::filesystem::remove(err);
+    pid_ = ::fork();
+    if (pid_ == 0) {
+      ::dup2(::open(err.c_str(), O_WRONLY | O_CREAT, 0600), STDERR_FILENO);
+      ::execv(LESSKV_PROGRAM, arguments.data());
+      ::_exit(127);
+    }
+    for (int i = 0; i < 600 && Port() == 0; ++i) std::this_thread::sleep_for(50ms);
+    port_ = Port();
+    ASSERT_GT(port_, 0) << Read("serve.err");
+  }
+  int Port() const {
+    const std::string said = Exists("serve.err") ? Read("serve.err") : "", mark = "http://127.0.0.1:";
+    const size_t at = said.find(mark);
+    return at == std::string::npos || said.find(',', at) == std::string::npos ? 0 : std::atoi(&said[at + mark.size()]);
+  }
+  int Kill(int signal) {
+    ::kill(pid_, signal);
+    int status = 0;
+    ::waitpid(pid_, &status, 0);
+    pid_ = -1;
+    return status;
+  }
+
+  Reply Call(const std::string& method, const std::string& path, const std::string& body = "") const {
+    const Connection connection(port_);
+    connection.Send(server_test::RequestText(method, path, body));
+    return server_test::ParseReply(connection.All());
+  }
+  Json Complete(const std::string& prompt, const std::string& policy) const {
+    const Json body = {{"prompt", prompt}, {"max_tokens", 24}, {"temperature", 0}, {"kv_policy", policy}};
+    const Reply reply = Call("POST", "/v1/completions", body.dump());
+    EXPECT_EQ(reply.status, 200) << reply.body;
+    return reply.json();
+  }
+  static std::string Text(const Json& answer) { return answer["choices"][0]["text"]; }
+  static size_t Cached(const Json& answer) { return answer["usage"]["prompt_tokens_details"]["cached_tokens"]; }
+  bool MetricIs(const std::string& name, int value) const {
+    const std::string line = fmt::format("\nlesskv_{} {}\n", name, value);
+    for (int i = 0; i < 200; ++i, std::this_thread::sleep_for(50ms))
+      if (Call("GET", "/metrics").body.find(line) != std::string::npos) return true;
+    return false;
+  }
+
+  pid_t pid_ = -1;
+  int port_ = 0;
+};
+
+TEST_F(ServeCommandTest, ConversationsOutliveAKilledServer) {
+  for (const std::string policy : {"full", "h2o(64)"}) {
+    Serve({"--kv", policy});
+    const std::string first = Text(Complete("The sea was", policy));
+    const std::string prompt = "The sea was" + first + " And then";
+    const std::string second = Text(Complete(prompt, policy));
+    EXPECT_EQ(WEXITSTATUS(Kill(SIGTERM)), 0);
+
+    Serve({"--kv", policy, "--store", Path("store")});
+    EXPECT_EQ(Text(Complete("The sea was", policy)), first);
+    ASSERT_TRUE(MetricIs("store_saved_total", 1));
+    Kill(SIGKILL);
+    Serve({"--kv", policy, "--store", Path("store")});
+    const Json after = Complete(prompt, policy);
+    EXPECT_GT(Cached(after), 3u);
+    EXPECT_EQ(Text(after), second);
+    EXPECT_TRUE(MetricIs("store_restored_total", 1));
+    Kill(SIGKILL);
+    std::filesystem::remove_all(Path("store"));
+  }
+}
+
+TEST_F(ServeCommandTest, ThePageTalks) {
+  if (Shell("node --version").status != 0) GTEST_SKIP() << "node is not there to run the page's script";
+  Serve({"--allow-kv", "h2o(64)", "--allow-kv", "window(16)"});
+  const Result result =
+      Shell(fmt::format("node '" LESSKV_SOURCE_DIR "/tests/page_check.js' http://127.0.0.1:{}/", port_));
+  EXPECT_EQ(result.status, 0) << result.err;
+}
+
+TEST_F(ServeCommandTest, WhatCannotBeIsRefused) {
+  Write("file", "");
+  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store file"), 1, "the session store file cannot be");
+  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store dir --store-size lots"), 2, "--store-size: expected bytes");
+  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "there is no key in it");
+}
+
+}  // namespace
+}  // namespace lesskv
