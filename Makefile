@@ -3,7 +3,7 @@
 #               one) and runs it with a full and with small caches
 #   make test   installs what is missing, builds and runs all tests
 #   make model  brings the real model only
-#   make python-test  builds the Python package's wheel and tests it in a clean environment (needs PyPI)
+#   make python-test  packs the library into the Python package's wheel and tests it in a clean environment (needs PyPI)
 #   make install PREFIX=DIR  puts the program, the C library and its header there (default /usr/local)
 BUILD ?= build/release
 JOBS ?= $(shell nproc)
@@ -38,8 +38,10 @@ model: packages
 test: build
 	$(CTEST) --test-dir $(BUILD)
 
-python-test: program
-	@tools/python_test.sh $(abspath $(BUILD)/apps/lesskv/lesskv)
+python-test: packages
+	cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD) -j $(JOBS) --target lesskv lesskv_shared
+	@tools/python_test.sh $(abspath $(BUILD))
 
 # Unit tests once more under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: packages

@@ -217,6 +217,13 @@ typedef struct lesskv_cache_shape {
   bool rope_halves;   /* pairs (i, i + rope_dims / 2); else (2 i, 2 i + 1) */
   double rope_theta;  /* base of the frequencies */
   double rope_linear; /* angles are divided by it */
+  float scale;        /* scores are scale * q . k; 0: 1 / sqrt(head_dim) */
+  const float* rope_factors; /* [rope_dims / 2] divisors of the frequencies; NULL: none */
+  double rope_magnitude;     /* rotated coordinates are multiplied by it (the attention factor of YaRN) */
+  /* [n_layers]; NULL: all 0, global layers, which the spec is about. Else a local layer, which sees and holds so many
+   * last tokens whatever the spec says, and whose frequencies have a base of their own and are not stretched. */
+  const size_t* windows;
+  double local_rope_theta;
 } lesskv_cache_shape;
 
 typedef enum lesskv_step_kind {
@@ -226,7 +233,8 @@ typedef enum lesskv_step_kind {
 } lesskv_step_kind;
 
 LESSKV_API lesskv_cache_shape lesskv_cache_default_shape(void);
-/* spec NULL: full. Methods with a sidecar need it by name: less(file="NAME.less.gguf"). n_threads 0: all CPUs. */
+/* spec NULL: full. Methods with a sidecar need it by name: less(file="NAME.less.gguf"). With prefill(chunk=N) in the
+ * spec text comes in stream steps of at most N tokens, and prompt steps are refused. n_threads 0: all CPUs. */
 LESSKV_API lesskv_status lesskv_cache_new(const lesskv_cache_shape* shape, const char* spec, int32_t n_threads,
                                           lesskv_cache** cache);
 LESSKV_API lesskv_status lesskv_cache_clone(const lesskv_cache* cache, lesskv_cache** clone); /* between steps */
@@ -245,6 +253,84 @@ LESSKV_API lesskv_status lesskv_cache_get_positions(const lesskv_cache* cache, s
 /* The state as bytes, between steps; likewise with room for `capacity`. Loading needs a new cache of the same shape and spec. */
 LESSKV_API lesskv_status lesskv_cache_save(const lesskv_cache* cache, void* bytes, size_t capacity, size_t* n_bytes);
 LESSKV_API lesskv_status lesskv_cache_load(lesskv_cache* cache, const void* bytes, size_t n_bytes);
+
+/* ---------------------------------------------------------------------------------------- selectors of the caller's own */
+
+/* One KV head of a layer after a step's attention and before rows leave. Pointers are valid during the call only. */
+typedef struct lesskv_selector_rows {
+  size_t size;
+  size_t layer, kv_head; /* the layer among the global ones */
+  lesskv_step_kind kind;
+  size_t tokens_seen, n_step; /* this step included; of this step, which are the last rows */
+  size_t budget;              /* rows that may stay (before a budget method that measures has divided them) */
+  size_t n_rows;
+  const int32_t* positions; /* [n_rows], all below tokens_seen, not in order after the first eviction */
+  const float* attention;   /* [n_rows] probabilities, summed over the observed queries and the group's heads; NULL: none */
+  float* votes;             /* [n_rows], to be written: the rows with the most stay; of equals the earlier in the text */
+  char* sentence;           /* room for why the call fails, terminated, and how much */
+  size_t sentence_capacity;
+} lesskv_selector_rows;
+
+typedef struct lesskv_selector {
+  size_t size;
+  const char* summary;  /* one line; NULL: none */
+  bool keeps_votes;     /* votes of rows that stay come back in the next step, 0 for new rows; else all begin at 0 */
+  size_t last_queries;  /* queries of a step whose attention is wanted: 0 none, SIZE_MAX all */
+  /* Votes on the rows of a head. Called once a step for each head, from several threads at a time, also when no row must
+   * leave yet. false: it failed, and so does the call in progress, with its sentence; the cache or sequence can then only
+   * be freed. */
+  bool (*vote)(const lesskv_selector_rows* rows, void* user_data);
+  void* user_data;
+} lesskv_selector;
+
+LESSKV_API lesskv_selector lesskv_selector_default(void);
+/* From now on "NAME(rows)" and "NAME(rows, recent=N)" are terms of specs: `rows` rows a head stay (a number, or a
+ * percentage of the context), the `recent` newest (4) among them whatever their votes. A name registered here before takes
+ * the new selector for caches made later; those of the library's methods are refused. At most 64 names. Not while another
+ * thread reads a spec; the function and its data must outlive every cache of that name. */
+LESSKV_API lesskv_status lesskv_selector_register(const char* name, const lesskv_selector* selector);
+
+/* ---------------------------------------------------------------------------------------------------------- training */
+
+/* `done` in [0, 1] of a phase ("capture", "train", "budgets"). false: the training ends with LESSKV_RUNTIME. */
+typedef bool (*lesskv_progress_callback)(const char* phase, double done, void* user_data);
+
+typedef struct lesskv_train_less_params {
+  size_t size;
+  const char* const* texts; /* files */
+  size_t n_texts;
+  const char* const* kv_specs; /* selectors and budgets to train for, "h2o(5%)"; one at least */
+  size_t n_kv_specs;
+  size_t ctx;       /* tokens of a training text; 0: what the model was trained for */
+  size_t sequences; /* training texts, validation included */
+  size_t rank, hidden, epochs, batch;
+  double learning_rate;
+  uint64_t seed;
+  const char* work_folder; /* captures and states; NULL: SIDECAR.work, removed at the end */
+  bool resume;             /* go on with what lies in the work folder */
+  lesskv_progress_callback on_progress; /* NULL: none */
+  void* user_data;
+} lesskv_train_less_params;
+
+typedef struct lesskv_train_budgets_params {
+  size_t size;
+  const char* const* texts; /* files */
+  size_t n_texts;
+  size_t sequences, tokens; /* texts of so many tokens, which the model reads twice */
+  uint64_t seed;
+  lesskv_progress_callback on_progress; /* NULL: none */
+  void* user_data;
+} lesskv_train_budgets_params;
+
+LESSKV_API lesskv_train_less_params lesskv_train_less_default_params(void);
+LESSKV_API lesskv_train_budgets_params lesskv_train_budgets_default_params(void);
+/* lesskv train less and lesskv train budgets (docs/less.md, docs/methods.md): measure a model on texts and write the
+ * sidecar, or the part of it that is theirs. json: NULL, or a report to be freed by lesskv_string_free: rows of layers with the mean
+ * squared errors of the selector alone and of LESS; rows of ratios with the share of each head's rows that is needed. */
+LESSKV_API lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_params* params,
+                                           const char* sidecar, char** json);
+LESSKV_API lesskv_status lesskv_train_budgets(lesskv_model* model, const lesskv_train_budgets_params* params,
+                                              const char* sidecar, char** json);
 
 #ifdef __cplusplus
 }

@@ -74,7 +74,37 @@ class EvalParams(Structure):
 class CacheShape(Structure):
     _fields_ = [("size", size_t), ("n_layers", size_t), ("n_heads", size_t), ("n_kv_heads", size_t), ("head_dim", size_t),
                 ("ctx", size_t), ("rope_dims", size_t), ("rope_halves", c.c_bool), ("rope_theta", c.c_double),
-                ("rope_linear", c.c_double)]
+                ("rope_linear", c.c_double), ("scale", c.c_float), ("rope_factors", f32p), ("rope_magnitude", c.c_double),
+                ("windows", c.POINTER(size_t)), ("local_rope_theta", c.c_double)]
+
+
+class SelectorRows(c.Structure):
+    _fields_ = [("size", size_t), ("layer", size_t), ("kv_head", size_t), ("kind", c.c_int), ("tokens_seen", size_t),
+                ("n_step", size_t), ("budget", size_t), ("n_rows", size_t), ("positions", c.c_void_p),
+                ("attention", c.c_void_p), ("votes", c.c_void_p), ("sentence", c.c_void_p), ("sentence_capacity", size_t)]
+
+
+Vote = c.CFUNCTYPE(c.c_bool, c.POINTER(SelectorRows), c.c_void_p)
+
+
+class CSelector(Structure):
+    _fields_ = [("size", size_t), ("summary", c.c_char_p), ("keeps_votes", c.c_bool), ("last_queries", size_t), ("vote", Vote),
+                ("user_data", c.c_void_p)]
+
+
+OnProgress = c.CFUNCTYPE(c.c_bool, c.c_char_p, c.c_double, c.c_void_p)
+
+
+class TrainLessParams(Structure):
+    _fields_ = [("size", size_t), ("texts", c.POINTER(c.c_char_p)), ("n_texts", size_t), ("kv_specs", c.POINTER(c.c_char_p)),
+                ("n_kv_specs", size_t), ("ctx", size_t), ("sequences", size_t), ("rank", size_t), ("hidden", size_t),
+                ("epochs", size_t), ("batch", size_t), ("learning_rate", c.c_double), ("seed", c.c_uint64),
+                ("work_folder", c.c_char_p), ("resume", c.c_bool), ("on_progress", OnProgress), ("user_data", c.c_void_p)]
+
+
+class TrainBudgetsParams(Structure):
+    _fields_ = [("size", size_t), ("texts", c.POINTER(c.c_char_p)), ("n_texts", size_t), ("sequences", size_t),
+                ("tokens", size_t), ("seed", c.c_uint64), ("on_progress", OnProgress), ("user_data", c.c_void_p)]
 
 
 def _find() -> str:
@@ -97,16 +127,19 @@ def _declare(lib: c.CDLL) -> c.CDLL:
         "token_ends_generation": [handle, i32, c.POINTER(c.c_bool)],
         "sequence_new": [handle, c.POINTER(SequenceParams), out], "sequence_clone": [handle, out],
         "sequence_get_stats": [handle, c.POINTER(CStats)], "sequence_get_tokens": [handle, i32p, size_t, size_p],
-        "prefill": [handle, i32p, size_t, f32p], "decode": [out, i32p, size_t, f32p],
+        "prefill": [handle, i32p, size_t, f32p], "decode": [out, bytes_p, size_t, bytes_p],
         "sequence_save": [handle, c.c_char_p], "sequence_load": [handle, c.POINTER(SequenceParams), c.c_char_p, out],
         "plan_bytes": [handle, c.POINTER(SequenceParams), size_t, size_t, c.POINTER(CPlan)],
         "generate": [handle, i32p, size_t, c.POINTER(GenerateParams), c.POINTER(GenerateResult)],
         "evaluate": [handle, c.POINTER(EvalParams), c.POINTER(c.c_void_p)],
         "cache_new": [c.POINTER(CacheShape), c.c_char_p, i32, out], "cache_clone": [handle, out],
-        "cache_begin_step": [handle, size_t, c.c_int], "cache_append": [handle, size_t, f32p, f32p],
-        "cache_attend": [handle, size_t, f32p, f32p], "cache_end_step": [handle], "cache_end_prompt": [handle],
+        "cache_begin_step": [handle, size_t, c.c_int], "cache_append": [handle, size_t, bytes_p, bytes_p],
+        "cache_attend": [handle, size_t, bytes_p, bytes_p], "cache_end_step": [handle], "cache_end_prompt": [handle],
         "cache_get_stats": [handle, c.POINTER(CStats)], "cache_get_positions": [handle, size_t, size_t, i32p, size_t, size_p],
         "cache_save": [handle, bytes_p, size_t, size_p], "cache_load": [handle, bytes_p, size_t],
+        "selector_register": [c.c_char_p, c.POINTER(CSelector)],
+        "train_less": [handle, c.POINTER(TrainLessParams), c.c_char_p, out],
+        "train_budgets": [handle, c.POINTER(TrainBudgetsParams), c.c_char_p, out],
     }
     for name, arguments in functions.items():
         function = getattr(lib, "lesskv_" + name)
@@ -116,7 +149,8 @@ def _declare(lib: c.CDLL) -> c.CDLL:
         function.argtypes, function.restype = [handle], None
     for name, restype in {"last_error": c.c_char_p, "version": c.c_char_p, "status_name": c.c_char_p,
                           "generate_default_params": GenerateParams, "cache_default_shape": CacheShape,
-                          "eval_default_params": EvalParams}.items():
+                          "eval_default_params": EvalParams, "train_less_default_params": TrainLessParams,
+                          "train_budgets_default_params": TrainBudgetsParams}.items():
         getattr(lib, "lesskv_" + name).restype = restype
     lib.lesskv_status_name.argtypes = [c.c_int]
     return lib

@@ -6,7 +6,7 @@ import ctypes as c
 import numpy as np
 
 from . import _c
-from .model import Stats, choice, fields_of, pointer
+from .model import Stats, choice, fields_of
 
 KINDS = {"prompt": 0, "stream": 1, "decode": 2}
 
@@ -20,6 +20,14 @@ def rows(name: str, array, shape: tuple) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
+def _array(name: str, values, n: int, ctype):
+    if values is None:
+        return None
+    if len(values) != n:
+        raise _c.Error(f"{name}: expected {n} values, found {len(values)}", "invalid argument")
+    return (ctype * n)(*values)
+
+
 class Cache(_c.Handle):
     """A key-value cache for layers of one shape.
 
@@ -30,16 +38,24 @@ class Cache(_c.Handle):
         cache.end_prompt()
 
     Queries and keys come unrotated; the cache rotates them (rope_dims coordinates of each head, 0: none; rope_halves: pairs
-    (i, i + rope_dims / 2), as Hugging Face's models have them, else (2 i, 2 i + 1)).
+    (i, i + rope_dims / 2), as Hugging Face's models have them, else (2 i, 2 i + 1)). rope_factors: divisors of the
+    frequencies, one a pair; rope_linear: divisor of all; rope_magnitude: of rotated coordinates (YaRN's attention factor).
+    scale: of scores, 0 for 1 / sqrt(head_dim). windows: one a layer, 0 for a global one, which the spec is about; a local
+    one sees and holds so many last tokens, and rotates by local_rope_theta.
     """
 
     _free = "cache_free"
 
     def __init__(self, layers: int, heads: int, kv_heads: int, head_dim: int, ctx: int, kv: str = "full",
-                 rope_dims: int | None = None, rope_halves: bool = True, rope_theta: float = 10000.0, threads: int = 0):
-        shape = _c.CacheShape(n_layers=layers, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, ctx=ctx,
-                              rope_dims=head_dim if rope_dims is None else rope_dims, rope_halves=rope_halves,
-                              rope_theta=rope_theta, rope_linear=1.0)
+                 rope_dims: int | None = None, rope_halves: bool = True, rope_theta: float = 10000.0, threads: int = 0,
+                 rope_linear: float = 1.0, rope_factors=None, rope_magnitude: float = 1.0, scale: float = 0.0, windows=None,
+                 local_rope_theta: float = 10000.0):
+        dims = head_dim if rope_dims is None else rope_dims
+        shape = _c.CacheShape(n_layers=layers, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, ctx=ctx, rope_dims=dims,
+                              rope_halves=rope_halves, rope_theta=rope_theta, rope_linear=rope_linear, scale=scale,
+                              rope_factors=_array("rope_factors", rope_factors, dims // 2, c.c_float),
+                              rope_magnitude=rope_magnitude, windows=_array("windows", windows, layers, c.c_size_t),
+                              local_rope_theta=local_rope_theta)
         handle = c.c_void_p()
         _c.call("cache_new", c.byref(shape), kv.encode(), threads, c.byref(handle))
         super().__init__(handle)
@@ -57,7 +73,11 @@ class Cache(_c.Handle):
 
     def __exit__(self, kind, *_):
         if kind is None:
-            _c.call("cache_end_step", self._pointer)
+            self.end_step()
+
+    def end_step(self) -> None:
+        """What `with` does at its end."""
+        _c.call("cache_end_step", self._pointer)
 
     def __call__(self, layer: int, queries, keys, values) -> np.ndarray:
         """Appends keys and values of the step's tokens to a layer and attends: the output [n, heads, head_dim]."""
@@ -65,8 +85,8 @@ class Cache(_c.Handle):
         k, v = rows("keys", keys, row), rows("values", values, row)
         q = rows("queries", queries, (self._n, self.heads, self.head_dim))
         out = np.empty_like(q)
-        _c.call("cache_append", self._pointer, layer, pointer(k, c.c_float), pointer(v, c.c_float))
-        _c.call("cache_attend", self._pointer, layer, pointer(q, c.c_float), pointer(out, c.c_float))
+        _c.call("cache_append", self._pointer, layer, k.ctypes.data, v.ctypes.data)
+        _c.call("cache_attend", self._pointer, layer, q.ctypes.data, out.ctypes.data)
         return out
 
     def end_prompt(self) -> None:

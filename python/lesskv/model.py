@@ -7,7 +7,7 @@ import json
 import os
 import queue
 import threading
-from typing import Iterator, Sequence as Several, Union
+from typing import Callable, Iterator, Sequence as Several, Union
 
 import numpy as np
 
@@ -17,6 +17,7 @@ Tokens = Union[Several[int], np.ndarray]
 FINISHES = ("length", "end", "stop", "context", "interrupted")
 COMPUTE = {"auto": 0, "f32": 1, "bf16": 2}
 LOADING = {"auto": 0, "map": 1, "read": 2}
+LESS_SPECS = ("h2o(2%)", "h2o(5%)", "h2o(10%)", "window(2%)", "window(5%)", "tova(2%)", "tova(5%)")  # as lesskv train less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,18 +139,77 @@ class Model(_c.Handle):
         specs, files = _c.strings(list(kv)), _c.strings(list(texts))
         params = _c.EvalParams(kv_specs=specs, n_kv_specs=len(specs), texts=files, n_texts=len(files), ctx=ctx,
                                max_windows=windows, step=step, prompt=prompt, divergence=divergence)
-        rows = c.c_void_p()
-        _c.call("evaluate", self._pointer, c.byref(params), c.byref(rows))
-        try:
-            return json.loads(c.string_at(rows))
-        finally:
-            _c.lib.lesskv_string_free(rows)
+        return _rows("evaluate", self._pointer, c.byref(params))
 
     def evaluate(self, *arguments, **options):
         """evaluate_rows as a pandas.DataFrame."""
         import pandas
 
         return pandas.DataFrame(self.evaluate_rows(*arguments, **options))
+
+    def train_less(self, sidecar: Union[str, os.PathLike], texts: Several[Union[str, os.PathLike]],
+                   kv: Several[str] = LESS_SPECS, ctx: int = 0, work: Union[str, os.PathLike, None] = None,
+                   resume: bool = False, progress: Callable[[str, float], None] | None = None, **options) -> list[dict]:
+        """`lesskv train less`: feature maps for `+less` into a sidecar (NAME.less.gguf beside NAME.gguf is found by itself).
+        kv: selectors and budgets to train for. options: sequences, rank, hidden, epochs, batch, learning_rate, seed.
+        work: a folder that stays, for resume. progress is called with a phase and the share done; what it raises ends the
+        training. Returns a row a layer: mean squared errors of the selector alone and of LESS."""
+        specs, files = _c.strings(list(kv)), _c.strings(list(texts))
+        params = _defaults("train_less", options)
+        params.kv_specs, params.n_kv_specs, params.texts, params.n_texts = specs, len(specs), files, len(files)
+        params.ctx, params.resume = ctx, resume
+        params.work_folder = None if work is None else os.fsencode(work)
+        return self._train("train_less", params, sidecar, progress)
+
+    def train_budgets(self, sidecar: Union[str, os.PathLike], texts: Several[Union[str, os.PathLike]],
+                      progress: Callable[[str, float], None] | None = None, **options) -> list[dict]:
+        """`lesskv train budgets`: how many rows each head needs, for `+split`, into a sidecar. options: sequences, tokens,
+        seed. Returns a row a ratio with the shares of heads."""
+        files = _c.strings(list(texts))
+        params = _defaults("train_budgets", options)
+        params.texts, params.n_texts = files, len(files)
+        return self._train("train_budgets", params, sidecar, progress)
+
+    def _train(self, name: str, params, sidecar, progress) -> list[dict]:
+        raised: list[BaseException] = []
+
+        @_c.OnProgress
+        def on_progress(phase, done, _):
+            try:
+                progress(phase.decode(), done)
+            except BaseException as error:
+                raised.append(error)
+            return not raised
+
+        if progress is not None:
+            params.on_progress = on_progress
+        try:
+            return _rows(name, self._pointer, c.byref(params), os.fsencode(sidecar))
+        except _c.Error:
+            if raised:
+                raise raised[0] from None
+            raise
+
+
+def _rows(name: str, *arguments) -> list[dict]:
+    """The rows that a function gives as JSON in its last argument."""
+    text = c.c_void_p()
+    _c.call(name, *arguments, c.byref(text))
+    try:
+        return json.loads(c.string_at(text))
+    finally:
+        _c.lib.lesskv_string_free(text)
+
+
+def _defaults(name: str, options: dict):
+    params = getattr(_c.lib, f"lesskv_{name}_default_params")()
+    plain = [field for field, kind in params._fields_ if kind in (c.c_size_t, c.c_double, c.c_uint64)]
+    known = [field for field in plain if field != "size" and not field.startswith("n_")]
+    for option, value in options.items():
+        if option not in known:
+            raise _c.Error(f"{name}: expected one of {', '.join(known)}, found {option!r}", "invalid argument")
+        setattr(params, option, value)
+    return params
 
 
 def _params(kv: str, ctx: int, protect) -> _c.SequenceParams:
@@ -259,5 +319,5 @@ def decode(sequences: Several[Sequence], tokens: Tokens) -> np.ndarray:
         raise _c.Error(f"{len(sequences)} sequences and {ids.size} tokens: one each is needed", "invalid argument")
     handles = (c.c_void_p * len(sequences))(*[s._pointer for s in sequences])
     logits = np.empty((len(sequences), sequences[0].model.n_vocab), dtype=np.float32)
-    _c.call("decode", handles, pointer(ids, c.c_int32), ids.size, pointer(logits, c.c_float))
+    _c.call("decode", handles, ids.ctypes.data, ids.size, logits.ctypes.data)
     return logits

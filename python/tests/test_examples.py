@@ -12,6 +12,12 @@ def run(name, *arguments, cwd):
                           capture_output=True, env={**os.environ}).stdout
 
 
+def test_own_selector(tmp_path):
+    out = run("own_selector.py", ROOT / "models/lesskv-small.gguf", ROOT / "docs/sample.txt", "--ctx", 128, "--windows", 1, cwd=tmp_path)
+    kl = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()}
+    assert kl["full"] == 0 and len(kl) == 5 and len(set(kl.values())) == 5
+
+
 def test_compare_specs(tmp_path):
     out = run("compare_specs.py", ROOT / "models/lesskv-small.gguf", ROOT / "docs/sample.txt", "full", "h2o(10%)", "full+q4",
               "--ctx", 128, "--windows", 2, cwd=tmp_path)

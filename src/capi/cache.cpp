@@ -1,5 +1,6 @@
 // The cache alone, for another engine's layers.
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "base/threads.h"
@@ -49,6 +50,21 @@ void InStep(lesskv_cache& c, Body&& body) {
   }
 }
 
+void SetWindows(const lesskv_cache_shape& o, CacheShape& shape) {
+  RopeConfig local;
+  local.n_dims = o.rope_dims;
+  local.style = o.rope_halves ? RopeStyle::kHalves : RopeStyle::kInterleaved;
+  local.base = o.local_rope_theta;
+  const auto table = std::make_shared<const RopeTable>(local);
+  for (size_t l = 0; l < shape.n_layers(); ++l) {
+    if (o.windows[l] == 0) continue;
+    if (o.windows[l] > kMostCtx)
+      Fail(ErrorCode::kInvalidArgument, "windows[{}]: expected 0 (global) to {}, found {}", l, kMostCtx, o.windows[l]);
+    shape.layers[l].window = o.windows[l];
+    shape.layers[l].rope = table;
+  }
+}
+
 CacheShape ShapeOf(const lesskv_cache_shape& o) {
   const auto within = [](const char* name, size_t value, size_t most) {
     if (value < 1 || value > most) Fail(ErrorCode::kInvalidArgument, "{}: expected 1 to {}, found {}", name, most, value);
@@ -62,12 +78,20 @@ CacheShape ShapeOf(const lesskv_cache_shape& o) {
     Fail(ErrorCode::kInvalidArgument, "{} query heads cannot share {} KV heads evenly", o.n_heads, o.n_kv_heads);
   if (o.rope_dims > o.head_dim)
     Fail(ErrorCode::kInvalidArgument, "rope_dims: expected at most the head's {}, found {}", o.head_dim, o.rope_dims);
+  if (!std::isfinite(o.scale) || o.scale < 0)
+    Fail(ErrorCode::kInvalidArgument, "scale: expected a positive number or 0 (1 / sqrt(head_dim)), found {}", o.scale);
   RopeConfig rope;
   rope.n_dims = o.rope_dims;
   rope.style = o.rope_halves ? RopeStyle::kHalves : RopeStyle::kInterleaved;
   rope.base = o.rope_theta;
   rope.linear_scale = o.rope_linear;
-  return CacheShape::Uniform(o.n_layers, o.n_heads, o.n_kv_heads, o.head_dim, o.ctx, rope);
+  rope.magnitude = o.rope_magnitude;
+  if (o.rope_factors != nullptr) rope.frequency_factors.assign(o.rope_factors, o.rope_factors + o.rope_dims / 2);
+  CacheShape shape = CacheShape::Uniform(o.n_layers, o.n_heads, o.n_kv_heads, o.head_dim, o.ctx, rope);
+  for (LayerShape& layer : shape.layers)
+    if (o.scale > 0) layer.scale = o.scale;
+  if (o.windows != nullptr) SetWindows(o, shape);
+  return shape;
 }
 
 StepKind KindOf(lesskv_step_kind kind) {
@@ -77,6 +101,14 @@ StepKind KindOf(lesskv_step_kind kind) {
     case LESSKV_STEP_DECODE: return StepKind::kDecode;
   }
   Fail(ErrorCode::kInvalidArgument, "kind: expected prompt (0), stream (1) or decode (2), found {}", static_cast<int>(kind));
+}
+
+void RequireChunk(const CacheConfig& config, size_t n_tokens, StepKind kind) {
+  const size_t chunk = config.prefill_chunk();
+  if (chunk == 0 || kind == StepKind::kDecode) return;
+  if (kind == StepKind::kPrompt || n_tokens > chunk)
+    Fail(ErrorCode::kInvalidArgument, "'{}' reads text in stream steps of at most {} tokens, found a {} step of {}",
+         config.spec_text(), chunk, kind == StepKind::kPrompt ? "prompt" : "stream", n_tokens);
 }
 
 void RequireLayer(const lesskv_cache& c, size_t layer, bool appended) {
@@ -96,7 +128,7 @@ void Hand(std::unique_ptr<lesskv_cache> made, lesskv_cache** to) {
 extern "C" {
 
 lesskv_cache_shape lesskv_cache_default_shape(void) {
-  return {sizeof(lesskv_cache_shape), 1, 1, 1, 64, 2048, 64, false, 10000.0, 1.0};
+  return {sizeof(lesskv_cache_shape), 1, 1, 1, 64, 2048, 64, false, 10000.0, 1.0, 0, nullptr, 1.0, nullptr, 10000.0};
 }
 
 lesskv_status lesskv_cache_new(const lesskv_cache_shape* shape, const char* spec, int32_t n_threads, lesskv_cache** cache) {
@@ -134,6 +166,7 @@ lesskv_status lesskv_cache_begin_step(lesskv_cache* cache, size_t n_tokens, less
     if (n_tokens == 0 || n_tokens > ctx - seen)
       Fail(ErrorCode::kInvalidArgument, "a step of {} tokens does not fit: {} of {} tokens are seen", n_tokens, seen, ctx);
     const StepKind step_kind = KindOf(kind);
+    RequireChunk(c.cache->config(), n_tokens, step_kind);
     const ThreadScope scope(*c.threads);
     c.cache->BeginStep(n_tokens, step_kind);
     c.in_step = true;

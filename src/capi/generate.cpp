@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 
 #include "capi/sequence.h"
 #include "engine/generate.h"
@@ -24,16 +23,6 @@ lesskv_finish FinishOf(FinishReason reason) {
     case FinishReason::kInterrupted: break;
   }
   return LESSKV_FINISH_INTERRUPTED;
-}
-
-std::vector<std::string> Strings(const char* const* strings, size_t n, const char* what) {
-  if (strings == nullptr && n > 0) Fail(ErrorCode::kInvalidArgument, "there are no {} to read", what);
-  std::vector<std::string> result;
-  for (size_t i = 0; i < n; ++i) {
-    if (strings[i] == nullptr) Fail(ErrorCode::kInvalidArgument, "one of the {} is NULL", what);
-    result.emplace_back(strings[i]);
-  }
-  return result;
 }
 
 GenerateOptions OptionsOf(const lesskv_generate_params& o) {
@@ -98,11 +87,7 @@ lesskv_status lesskv_evaluate(lesskv_model* model, const lesskv_eval_params* par
     const std::lock_guard lock(loaded.in_use);
     const Report report = o.divergence ? EvaluateDivergence(setup, {texts, o.max_windows, protocol})
                                        : EvaluatePerplexity(setup, {texts, o.max_windows, protocol});
-    const std::string rows = Format(report, OutputFormat::kJson);
-    char* copy = static_cast<char*>(std::malloc(rows.size() + 1));
-    if (copy == nullptr) throw std::bad_alloc();
-    std::memcpy(copy, rows.c_str(), rows.size() + 1);
-    *json = copy;
+    GiveText(Format(report, OutputFormat::kJson), json);
   });
 }
 

@@ -63,6 +63,24 @@ void RequireLive(const void* handle, Kind kind, const char* what) {
     Fail(ErrorCode::kInvalidArgument, "the handle is no live {}", what);
 }
 
+std::vector<std::string> Strings(const char* const* strings, size_t n, const char* what) {
+  if (strings == nullptr && n > 0) Fail(ErrorCode::kInvalidArgument, "there are no {} to read", what);
+  std::vector<std::string> result;
+  for (size_t i = 0; i < n; ++i) {
+    if (strings[i] == nullptr) Fail(ErrorCode::kInvalidArgument, "one of the {} is NULL", what);
+    result.emplace_back(strings[i]);
+  }
+  return result;
+}
+
+void GiveText(const std::string& text, char** to) {
+  if (to == nullptr) return;
+  char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+  if (copy == nullptr) throw std::bad_alloc();
+  std::memcpy(copy, text.c_str(), text.size() + 1);
+  *to = copy;
+}
+
 lesskv_status Failed(ErrorCode code, const char* sentence) {
   const lesskv_status status = StatusOf(code);
   try {

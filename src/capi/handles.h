@@ -77,6 +77,11 @@ void GiveArray(const From& from, T* to, size_t capacity, size_t* count) {
   *count = from.size();
 }
 
+// The caller's array of texts; Error where one is missing.
+std::vector<std::string> Strings(const char* const* strings, size_t n, const char* what);
+// A copy for lesskv_string_free; `to` null: nobody wants it.
+void GiveText(const std::string& text, char** to);
+
 // Shared by the sequences of a model, which may outlive its handle.
 struct LoadedModel {
   std::shared_ptr<const Model> model;

@@ -293,6 +293,141 @@ static void cache_alone(void) {
   lesskv_cache_free(NULL);
 }
 
+/* A scale doubles the scores, a window hides what is behind it, factors divide frequencies. */
+static void shapes_of_models(void) {
+  lesskv_cache_shape shape = lesskv_cache_default_shape();
+  shape.n_layers = 2;
+  shape.n_heads = 4;
+  shape.n_kv_heads = 2;
+  shape.head_dim = shape.rope_dims = 16;
+  shape.ctx = 64;
+  float usual[4 * 16], scaled[4 * 16], stretched[4 * 16], factored[4 * 16];
+  const size_t windows[2] = {0, 3};
+  float factors[8];
+  int32_t positions[64];
+  size_t n = 0;
+  for (size_t i = 0; i < 8; ++i) factors[i] = 4;
+  lesskv_cache* cache = NULL;
+#define RUN(out)                                                        \
+  OK(lesskv_cache_new(&shape, "full+f32", 1, &cache));                  \
+  for (int i = 0; i < 9; ++i) step(cache, &shape, 1, out);              \
+  OK(lesskv_cache_get_positions(cache, 1, 0, positions, 64, &n));       \
+  lesskv_cache_free(cache)
+  RUN(usual);
+  CHECK(n == 9);
+  shape.scale = 0.25f; /* 1 / sqrt(16), as usual */
+  RUN(scaled);
+  CHECK(memcmp(usual, scaled, sizeof usual) == 0);
+  shape.scale = 4;
+  RUN(scaled);
+  CHECK(memcmp(usual, scaled, sizeof usual) != 0);
+  shape.scale = 0;
+  shape.rope_linear = 4;
+  RUN(stretched);
+  shape.rope_linear = 1;
+  shape.rope_factors = factors;
+  RUN(factored);
+  for (size_t i = 0; i < 4 * 16; ++i) CHECK(fabsf(stretched[i] - factored[i]) < 1e-5f);
+  CHECK(memcmp(usual, factored, sizeof usual) != 0);
+  shape.rope_factors = NULL;
+  shape.windows = windows;
+  RUN(scaled);
+  CHECK(n <= 3 && positions[n - 1] == 8);
+#undef RUN
+  lesskv_cache* none = NULL;
+  shape.scale = -1;
+  REFUSES(lesskv_cache_new(&shape, NULL, 1, &none), "scale");
+  shape.scale = 0;
+  shape.local_rope_theta = 0;
+  CHECK(lesskv_cache_new(&shape, NULL, 1, &none) == LESSKV_INVALID_ARGUMENT && none == NULL);
+  shape.windows = NULL;
+  OK(lesskv_cache_new(&shape, "h2o(8)+prefill(chunk=4)", 1, &cache));
+  REFUSES(lesskv_cache_begin_step(cache, 4, LESSKV_STEP_PROMPT), "at most 4");
+  REFUSES(lesskv_cache_begin_step(cache, 5, LESSKV_STEP_STREAM), "at most 4");
+  OK(lesskv_cache_begin_step(cache, 4, LESSKV_STEP_STREAM));
+  lesskv_cache_free(cache);
+}
+
+/* The latest tokens stay, as under window(rows, sinks=0); from the 12th token on it fails where user_data says so. */
+static bool vote_for_latest(const lesskv_selector_rows* rows, void* user_data) {
+  for (size_t i = 0; i < rows->n_rows; ++i) rows->votes[i] = (float)rows->positions[i];
+  if (user_data == NULL || rows->tokens_seen < 12) return true;
+  strncpy(rows->sentence, (const char*)user_data, rows->sentence_capacity - 1);
+  return false;
+}
+
+static void selectors(lesskv_model* model) {
+  lesskv_selector selector = lesskv_selector_default();
+  REFUSES(lesskv_selector_register("latest", &selector), "vote");
+  selector.vote = vote_for_latest;
+  REFUSES(lesskv_selector_register("Latest", &selector), "small letters");
+  REFUSES(lesskv_selector_register("h2o", &selector), "h2o");
+  REFUSES(lesskv_selector_register(NULL, &selector), "name");
+  OK(lesskv_selector_register("latest", &selector));
+  lesskv_cache_shape shape = lesskv_cache_default_shape();
+  shape.n_heads = 4;
+  shape.n_kv_heads = 2;
+  shape.head_dim = shape.rope_dims = 16;
+  shape.ctx = 64;
+  lesskv_cache* cache = NULL;
+  float out[4 * 16];
+  int32_t positions[64];
+  size_t n = 0;
+  REFUSES(lesskv_cache_new(&shape, "latest", 1, &cache), "latest(256)");
+  OK(lesskv_cache_new(&shape, "latest(5, recent=1)", 2, &cache));
+  for (int i = 0; i < 20; ++i) step(cache, &shape, 1, out);
+  OK(lesskv_cache_get_positions(cache, 0, 1, positions, 64, &n));
+  CHECK(n == 5 && positions[0] == 15 && positions[4] == 19);
+  lesskv_cache_free(cache);
+
+  selector.user_data = (void*)"enough of it";
+  selector.last_queries = 0;
+  OK(lesskv_selector_register("latest", &selector)); /* for caches made from now on */
+  lesskv_sequence_params params = lesskv_sequence_default_params();
+  params.kv_spec = "latest(5)";
+  lesskv_sequence* sequence = NULL;
+  OK(lesskv_sequence_new(model, &params, &sequence));
+  const int32_t tokens[12] = {5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+  OK(lesskv_prefill(sequence, tokens, 11, NULL));
+  CHECK(lesskv_decode(&sequence, tokens, 1, NULL) == LESSKV_RUNTIME);
+  CHECK(strcmp(lesskv_last_error(), "the selector 'latest' failed: enough of it") == 0);
+  CHECK(lesskv_decode(&sequence, tokens, 1, NULL) == LESSKV_INVALID_ARGUMENT);
+  lesskv_sequence_free(sequence);
+}
+
+static bool stop_training(const char* phase, double done, void* user_data) {
+  *(int*)user_data += strcmp(phase, "budgets") == 0 && done > 0;
+  return false;
+}
+
+static void training(lesskv_model* model) {
+  const char* texts[1] = {TEXT};
+  const char* path = "capi_budgets.less.gguf";
+  char* json = NULL;
+  int calls = 0;
+  lesskv_train_budgets_params budgets = lesskv_train_budgets_default_params();
+  remove(path);
+  REFUSES(lesskv_train_budgets(model, &budgets, path, &json), "text");
+  budgets.texts = texts;
+  budgets.n_texts = 1;
+  budgets.sequences = 2;
+  budgets.tokens = 32;
+  budgets.on_progress = stop_training;
+  budgets.user_data = &calls;
+  CHECK(lesskv_train_budgets(model, &budgets, path, &json) == LESSKV_RUNTIME && calls == 1 && json == NULL);
+  budgets.on_progress = NULL;
+  OK(lesskv_train_budgets(model, &budgets, path, &json));
+  CHECK(json != NULL && strstr(json, "\"shares\"") != NULL);
+  lesskv_string_free(json);
+  remove(path);
+  lesskv_train_less_params less = lesskv_train_less_default_params();
+  CHECK(less.sequences == 200 && less.rank == 8);
+  less.texts = texts;
+  less.n_texts = 1;
+  REFUSES(lesskv_train_less(model, &less, path, NULL), "policy");
+  REFUSES(lesskv_train_less(model, &less, NULL, NULL), "sidecar");
+}
+
 int main(void) {
   CHECK(strcmp(lesskv_last_error(), "") == 0);
   lesskv_log_set(log_failure, &logged);
@@ -302,6 +437,9 @@ int main(void) {
   generation(model);
   evaluation(model);
   cache_alone();
+  shapes_of_models();
+  selectors(model);
+  training(model);
   lesskv_sequence* sequence = NULL;
   OK(lesskv_sequence_new(model, NULL, &sequence));
   lesskv_model_free(model);
