@@ -157,5 +157,32 @@ TEST(Sidecar, PartsMergeAndIncompleteOnesDoNotRun) {
   Refusal(ErrorCode::kMismatch, [] { MergeSidecars({TempPath("p1.less.gguf"), TempPath("p2.less.gguf")}); });
 }
 
+// Dictionaries alone, and what they must not hold.
+TEST(Sidecar, Dictionaries) {
+  Sidecar sidecar;
+  sidecar.model_name = "tiny";
+  SidecarDictionaries& d = sidecar.dictionaries;
+  d = {.head_dim = 4, .n_atoms = 3, .key_of = {0, 0, 1}, .value_of = {0, 1, 2}, .keys = {}, .values = {}, .tokens = 77, .pairs = 8};
+  const uint16_t one = 0x3c00, half = 0x3800;
+  for (size_t i = 0; i < 2 * 3; ++i) d.keys.insert(d.keys.end(), {half, half, 0xb800, half});
+  for (size_t i = 0; i < 3 * 3; ++i) d.values.insert(d.values.end(), {0, one});
+  const std::string path = TempPath("dictionaries.less.gguf");
+  WriteSidecar(path, sidecar);
+  EXPECT_TRUE(ReadSidecar(path).dictionaries == d);
+  EXPECT_FALSE(ReadSidecar(path).has_maps());
+  const auto refused = [&](const std::function<void(SidecarDictionaries&)>& damage) {
+    Sidecar bad = sidecar;
+    damage(bad.dictionaries);
+    WriteSidecar(path, bad);
+    return Refusal(ErrorCode::kBadFile, [&] { ReadSidecar(path); });
+  };
+  const auto says = [](const std::string& message, const char* what) { return message.find(what) != std::string::npos; };
+  EXPECT_TRUE(says(refused([&](auto& b) { b.keys[5 * 4] = one; }), "csr.keys must hold atoms of length 1"));
+  EXPECT_TRUE(says(refused([&](auto& b) { b.values[1] = 0x7e00; }), "csr.values must hold atoms of length 1"));
+  EXPECT_TRUE(says(refused([&](auto& b) { b.key_of = {1, 0, 0}; }), "csr.key_dictionaries must number dictionaries in order"));
+  EXPECT_TRUE(says(refused([&](auto& b) { b.key_of = {0, 0, 0}; }), "csr.keys must have shape [4, 3, 1, 1]"));
+  EXPECT_TRUE(says(refused([&](auto& b) { b.key_of = {0, 1}; }), "csr.value_dictionaries must be of 2 layers"));
+}
+
 }  // namespace
 }  // namespace lesskv
