@@ -213,6 +213,8 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "elastic(0.3, weighted=true)+f32", "elastic(0.2, keys=unrotated)+less+f32", "elastic(0.4, merge=off, at=9)+merge+f32",
         "elastic(0.2, first=0, last=0)+f16", "h2o(12)+merge(weighted=true)+f32+prefill(chunk=7)",
         "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
+        "full+cluster(14, sinks=3, size=4, every=9, add=3, skip=1, offload=\"/tmp\", cache=32)+f32",
+        "full+cluster(9, share=group, sinks=0, size=5, every=7, add=2, skip=0, offload=\"/tmp\", cache=5)+f16+prefill(chunk=9)",
         "full+cluster(9, share=group, sinks=0, size=3, every=7, add=3, skip=0)+f32",
         "full+cluster(14, sinks=4, size=50, every=11, add=1, skip=1)+q8(rotate=true)+prefill(chunk=9)",
         "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",

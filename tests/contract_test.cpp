@@ -438,7 +438,8 @@ TEST(Contract, DamagedBytesNeverCrash) {
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "h2o(11)+pyramid(3)", "h2o(11)+ada+f32",
                            "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "window(14)+split(4)", "tova(9)+f32", "window(9)",
                            "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32",
-                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1)+f32"}) {
+                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1)+f32",
+                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1, offload=\"/tmp\")+f32"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
     SequenceCache cache(config);

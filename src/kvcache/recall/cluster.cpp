@@ -1,4 +1,8 @@
 // ClusterKV (arXiv 2412.03213): queries read the clusters of keys that fit them best.
+#include <unistd.h>
+
+#include <filesystem>
+
 #include "kvcache/recall/cluster_store.h"
 #include "kvcache/registry.h"
 
@@ -32,6 +36,10 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
   options.added = a.Count("add");
   options.passes = a.Count("passes");
   options.skip = a.Count("skip");
+  options.folder = a.Text("offload");
+  options.cache_rows = a.Has("cache") ? a.Rows("cache", context.ctx) : 0;
+  if (!options.folder.empty() && (!std::filesystem::is_directory(options.folder) || access(options.folder.c_str(), W_OK) != 0))
+    Fail(ErrorCode::kNotFound, "cluster: offload expects a folder to write to, and \"{}\" is none", options.folder);
   if (inner->row_types() == nullptr)
     Fail(ErrorCode::kInvalidArgument, "cluster puts rows beside others like them, but this codec's do not lie by themselves");
   if (options.budget <= options.sinks)
@@ -45,6 +53,8 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
 
 void Validate(const Arguments& a) {
   RequireGiven(a, "cluster", "rows", "cluster(1024)");
+  if (a.Has("cache") && !a.Has("offload"))
+    Fail(ErrorCode::kInvalidArgument, "cache spec: cluster's cache is of rows that are offloaded; give offload, too");
   if (a.Count("add") > a.Count("every"))
     Fail(ErrorCode::kInvalidArgument, "cache spec: cluster: {} tokens cannot become {} clusters", a.Count("every"), a.Count("add"));
 }
@@ -68,6 +78,11 @@ constexpr Parameter kParameters[] = {
      .help = "passes of k-means at most (the paper: 20)", .min = 0, .max = 1000},
     {.name = "skip", .kind = Parameter::Kind::kCount, .default_value = "2", .help = "first layers that are always read whole",
      .min = 0, .max = 65536},
+    {.name = "offload", .kind = Parameter::Kind::kText, .default_value = "",
+     .help = "a folder: clusters lie in a file there, not in memory"},
+    {.name = "cache", .kind = Parameter::Kind::kRows, .default_value = "",
+     .help = "rows a head of offloaded clusters, the last read, that are in memory; twice what a token reads when not given",
+     .min = 1},
 };
 
 }  // namespace

@@ -7,15 +7,20 @@
 // When a prompt ends, all rows behind the sinks that are in no cluster become clusters, one for every `size` of all
 // clustered rows; else whenever there are `every` such rows they become `added` ones. Clusters that exist stay as they
 // are. The first `skip` layers have none and are always read whole.
+//
+// With `folder` clustered rows lie in a file instead (cluster_offload.h), and the RowStore holds the others. A prompt is
+// then clustered a layer at a time, from a staging area.
 #pragma once
 
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kvcache/codec/codec.h"
 #include "kvcache/codec/row_store.h"
 #include "kvcache/memory.h"
+#include "kvcache/recall/cluster_offload.h"
 #include "kvcache/recall/clustering.h"
 
 namespace lesskv {
@@ -28,6 +33,8 @@ struct ClusterOptions {
   size_t every = 320, added = 4;
   size_t passes = 4;  // of k-means
   size_t skip = 2;    // layers
+  std::string folder = {};  // where clustered rows go; empty: they stay in memory
+  size_t cache_rows = 0;  // of those, how many a KV head has in memory; 0: two tokens' worth
 };
 
 class ClusterStore final : public KvStore {
@@ -45,9 +52,11 @@ class ClusterStore final : public KvStore {
   SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) override;
   void EndStep() override;
   void CancelStep() override;
-  size_t n_rows(size_t layer, size_t kv_head) const override { return rows_->n_rows(layer, kv_head); }
+  size_t n_rows(size_t layer, size_t kv_head) const override {
+    return rows_->n_rows(layer, kv_head) + (Offloads(layer) ? now_.rows : 0);
+  }
   size_t SlackBytes(std::span<const size_t> budgets) const override { return rows_->SlackBytes(budgets); }
-  RecallStats recall() const override { return stats_; }
+  RecallStats recall() const override;
   void Save(ByteWriter& out) const override;
   void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
 
@@ -70,23 +79,32 @@ class ClusterStore final : public KvStore {
     Clustered before;
     size_t rows, clusters;
   };
-  struct Read {  // some query heads of a KV head that read the same rows
+  // What query heads [first, first + n) of a KV head read.
+  struct Read {
     size_t kv_head, first, n;
-    std::vector<RowRange> clusters;
+    std::vector<RowSpan> keys, values;
+    RecallStats stats;
   };
 
   const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
   bool HasClusters(size_t layer) const { return layer >= options_.skip; }
   bool Chooses(const StoreQuery& query) const;
-  size_t RowsOfAHead() const { return table_.size() == 0 ? 0 : rows_->n_rows(0, 0); }
+  bool AllFit() const { return now_.rows + options_.sinks <= options_.budget; }
+  bool Offloads(size_t layer) const { return offload_ != nullptr && HasClusters(layer); }
+  std::unique_ptr<ClusterOffload> MakeOffload() const;
+  void ReserveRows(const StepRoom& room, const Clustered& next, bool clusters);
+  // Of a head's rows behind the sinks, where the RowStore has them.
+  size_t InStore(size_t layer, size_t row) const { return row - (Offloads(layer) ? now_.rows : 0); }
   std::vector<Batch> PlanBatches(const StepRoom& room) const;
   size_t ClusterBytes(size_t layer, const Clustered& of) const;
   std::span<const float> Centroids(const std::vector<CountedBuffer>& in, const Clustered& of, size_t layer, size_t h) const;
   std::span<const uint32_t> Ends(const std::vector<CountedBuffer>& in, const Clustered& of, size_t layer, size_t h) const;
   std::span<float> NextCentroids(size_t layer, size_t kv_head);
   std::span<uint32_t> NextEnds(size_t layer, size_t kv_head);
-  void Cluster(size_t layer, size_t kv_head, const Batch& batch, SlotMap& map);
-  std::vector<Read> ChooseRows(const StoreQuery& query) const;
+  void Cluster(size_t layer, size_t kv_head, size_t b, SlotMap& map);
+  void MoveToFile(size_t layer, size_t kv_head, size_t b, std::span<const uint32_t> rows);
+  Read ReadFor(const StoreQuery& query, size_t kv_head, size_t first, size_t n, const float* queries) const;
+  Read ReadAll(const StoreQuery& query, size_t kv_head) const;
   void AddJob(const StoreQuery& query, const Read& read, JobList& list) const;
 
   ByteCounter* counter_;
@@ -95,6 +113,8 @@ class ClusterStore final : public KvStore {
   ClusterOptions options_;
   HeadTable table_;
   std::unique_ptr<RowStore> rows_;
+  std::unique_ptr<ClusterOffload> offload_;  // null: none
+  size_t n_tokens_ = 0;                      // without the step in progress
   Clustered now_;
   // A layer: centroids, float [n_kv_heads, n_clusters, head_dim], then ends, uint32 [n_kv_heads, n_clusters].
   std::vector<CountedBuffer> clusters_;

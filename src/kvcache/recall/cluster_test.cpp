@@ -2,8 +2,13 @@
 // own clusters say.
 #include <gtest/gtest.h>
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <csignal>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <numeric>
@@ -260,6 +265,7 @@ struct Driver {
 Driver Make(const Shape& shape, const ClusterOptions& options, ByteCounter& counter, RowTypes types = {RowType::kF32, RowType::kF32},
             uint64_t seed = 5) {
   Driver driver(shape, std::make_unique<ClusterStore>(counter, MakeStoreShape(shape), types, options), seed);
+  driver.checks_maps = options.folder.empty();
   return driver;
 }
 
@@ -474,6 +480,152 @@ TEST(ClusterStore, RunsAreAlike) {
   EXPECT_TRUE(saved[0].bytes == saved[1].bytes);
 }
 
+// ---- Clusters in a file
+
+class Folder {
+ public:
+  Folder() : path_(std::filesystem::temp_directory_path() / fmt::format("lesskv-cluster-test-{}", getpid())) {
+    std::filesystem::create_directory(path_);
+  }
+  ~Folder() { std::filesystem::remove_all(path_); }
+  std::string path() const { return path_; }
+  bool empty() const { return std::filesystem::is_empty(path_); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// Prompts, chunks and single tokens.
+const std::pair<size_t, bool> kLife[] = {{70, true}, {1, false}, {1, false}, {33, false}, {1, false}, {1, false}, {1, false}, {40, true},
+                                         {1, false}, {1, false}, {2, false}, {1, false}, {1, true}, {1, false}};
+
+// Where rows lie changes no bit, however few of them are in memory.
+TEST(ClusterOffload, AnswersAsInMemory) {
+  const Folder folder;
+  const Shape shape{3, 2, 2, 32};
+  for (const RowTypes types : {RowTypes{RowType::kF32, RowType::kF32}, RowTypes{RowType::kQ8, RowType::kQ4, true}})
+    for (const bool by_group : {false, true})
+      for (const size_t budget : {21, 500})
+        for (const size_t cache_rows : {1, 48, 1000}) {
+          SCOPED_TRACE(testing::Message() << Name(types.keys) << ", " << by_group << ", " << budget << ", " << cache_rows);
+          ByteCounter counter;
+          ClusterOptions options{.budget = budget, .by_group = by_group, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 1};
+          Driver memory = Make(shape, options, counter, types);
+          options.folder = folder.path();
+          options.cache_rows = cache_rows;
+          Driver file = Make(shape, options, counter, types);
+          for (const auto& [n, is_prompt] : kLife) {
+            const auto want = memory.Step(n, is_prompt), got = file.Step(n, is_prompt);
+            ASSERT_EQ(got, want) << "after " << file.n_tokens;
+            ASSERT_TRUE(folder.empty());
+            ASSERT_EQ(file.store->recall().rows_offloaded, 2 * shape.n_kv * file.clusters().clustered_rows());
+          }
+          if (types.keys == RowType::kF32) {
+            for (size_t layer = 0; layer < 3; ++layer) EXPECT_EQ(file.Tokens(layer, 1), memory.Tokens(layer, 1));
+          }
+          // A clone goes on as its original, and alone.
+          ByteCounter other;
+          Driver clone(shape, file.store->Clone(other), 5);
+          clone.rng = file.rng;
+          clone.checks_maps = false;
+          clone.n_tokens = file.n_tokens;
+          clone.keys = file.keys, clone.values = file.values, clone.queries = file.queries;
+          ByteWriter saved;
+          file.store->Save(saved);
+          EXPECT_EQ(clone.Step(1, false), file.Step(1, false));
+          for (int i = 0; i < 12; ++i) clone.Step(1, false);
+          memory.Step(1, false);
+          ASSERT_EQ(file.Step(30, true), memory.Step(30, true));
+          ASSERT_EQ(file.Step(1, false), memory.Step(1, false));
+          // So does what was saved.
+          ByteCounter third;
+          Driver restored = Make(shape, options, third, types);
+          ByteReader in{saved.bytes};
+          restored.store->Load(in, std::vector<size_t>(3 * shape.n_kv), 10000);
+          EXPECT_TRUE(in.rest.empty());
+          ByteWriter again;
+          restored.store->Save(again);
+          EXPECT_TRUE(again.bytes == saved.bytes);
+        }
+}
+
+// The same question again reads nothing anew where the cache holds what it needs; another one reads what is new.
+TEST(ClusterOffload, TheSameQuestionReadsNothing) {
+  const Folder folder;
+  const Shape shape;
+  ByteCounter counter;
+  Driver driver = Make(shape, {.budget = 40, .sinks = 4, .size = 10, .every = 300, .added = 3, .skip = 1, .folder = folder.path(),
+                               .cache_rows = 16 * 50 * 3}, counter);
+  driver.Step(500, true);
+  EXPECT_EQ(driver.store->recall().rows_recalled, 0u);
+  driver.Step(1, false);
+  const RecallStats first = driver.store->recall();
+  EXPECT_EQ(first.rows_recalled, 36 * shape.n_heads());
+  EXPECT_GT(first.bytes_read, first.rows_recalled / 3 * shape.d * 8);
+  driver.asks_again = true;
+  driver.Step(1, false);
+  const RecallStats second = driver.store->recall();
+  EXPECT_EQ(second.bytes_read, first.bytes_read);
+  EXPECT_EQ(second.rows_recalled - first.rows_recalled, 36 * shape.n_heads());
+  EXPECT_EQ(second.rows_cached - first.rows_cached, 36 * shape.n_heads());
+  driver.asks_again = false;
+  driver.Step(1, false);
+  EXPECT_GT(driver.store->recall().bytes_read, second.bytes_read);
+}
+
+// Memory does not grow with the text beyond centroids and the rows that are always read; a prompt holds one layer.
+TEST(ClusterOffload, MemoryIsBounded) {
+  const Folder folder;
+  const Shape shape{8, 2, 2, 32};
+  ByteCounter counter;
+  Driver driver = Make(shape, {.budget = 40, .by_group = true, .sinks = 4, .size = 20, .every = 50, .added = 2, .skip = 0,
+                               .folder = folder.path(), .cache_rows = 64}, counter);
+  const size_t row = 2 * shape.d * sizeof(float), heads = shape.n_layers * shape.n_kv;
+  driver.Step(2000, true);
+  const size_t centroids = heads * driver.clusters().n_clusters() * (shape.d + 1) * 4;
+  EXPECT_LE(counter.now, centroids + heads * (64 + 4 + 128 + 8) * row);
+  EXPECT_GE(driver.store->recall().file_bytes, heads * 1996 * row);
+  EXPECT_LE(counter.peak, counter.now + centroids + shape.n_kv * 2016 * row);
+  for (int i = 0; i < 120; ++i) driver.Step(1, false);
+  EXPECT_LE(counter.now, centroids + heads * 4 * 33 * 4 + heads * (64 + 4 + 128 + 8) * row);
+}
+
+// Room on the disk is had before a step begins: where it cannot be, nothing is lost, and the step can come again.
+TEST(ClusterOffload, AFullDiskIsOneSentence) {
+  const Folder folder;
+  const Shape shape;
+  ByteCounter counter;
+  ClusterOptions options{.budget = 30, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 0};
+  Driver memory = Make(shape, options, counter);
+  options.folder = folder.path();
+  Driver file = Make(shape, options, counter);
+  ASSERT_EQ(file.Step(100, true), memory.Step(100, true));
+  rlimit usual;
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &usual), 0);
+  const rlimit small{file.store->recall().file_bytes + 100, usual.rlim_max};
+  const auto on_limit = std::signal(SIGXFSZ, SIG_IGN);
+  ByteWriter before, after;
+  file.store->Save(before);
+  const size_t bytes = counter.now;
+  for (const bool is_prompt : {true, false}) {
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+    try {
+      file.StoreRoom(50, is_prompt);
+      ADD_FAILURE() << "there was room";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kIo);
+      EXPECT_NE(std::string(error.what()).find(folder.path() + " of offloaded clusters: cannot make room for"), std::string::npos) << error.what();
+    }
+    setrlimit(RLIMIT_FSIZE, &usual);
+  }
+  std::signal(SIGXFSZ, on_limit);
+  EXPECT_EQ(counter.now, bytes);
+  file.store->Save(after);
+  EXPECT_TRUE(before.bytes == after.bytes);
+  ASSERT_EQ(file.Step(50, true), memory.Step(50, true));
+  ASSERT_EQ(file.Step(1, false), memory.Step(1, false));
+}
+
 TEST(ClusterSpec, IsRefusedWhereItMeansNothing) {
   const auto refusal = [](const std::string& spec) -> std::string {
     try {
@@ -496,7 +648,9 @@ TEST(ClusterSpec, IsRefusedWhereItMeansNothing) {
                                    {"cluster(16)", "16 rows, which must be more than its 16 sinks"},
                                    {"cluster(64, skip=3)", "this model has only 3"},
                                    {"cluster(64, every=3)", "3 tokens cannot become 4 clusters"},
-                                   {"cluster(64, share=all)", "one of: head group"}})
+                                   {"cluster(64, share=all)", "one of: head group"},
+                                   {"cluster(64, cache=128)", "give offload, too"},
+                                   {"cluster(64, offload=\"/nowhere/at/all\")", "\"/nowhere/at/all\" is none"}})
     EXPECT_NE(refusal(spec).find(part), std::string::npos) << spec << ": " << refusal(spec);
 }
 
