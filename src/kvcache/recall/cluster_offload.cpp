@@ -9,12 +9,12 @@
 
 namespace lesskv {
 
-size_t ClusterOffload::Extent::tiles() const { return CeilDiv(rows, kTileRows); }
+size_t ClusterOffload::Extent::tiles() const { return CeilDiv(size_t{rows}, kTileRows); }
 
 ClusterOffload::ClusterOffload(ByteCounter& counter, std::span<const LayerShape> layers, const RowTypes& types,
                                const Options& options)
     : counter_(&counter),
-      layers_(layers.begin(), layers.end()),
+      layers_(layers),
       types_(types),
       options_(options),
       slots_(CeilDiv(options.cache_rows, kTileRows)) {
@@ -22,8 +22,8 @@ ClusterOffload::ClusterOffload(ByteCounter& counter, std::span<const LayerShape>
     formats_.push_back({{types.keys, RowSide::kKeys, layer.head_dim}, {types.values, RowSide::kValues, layer.head_dim}});
 }
 
-std::unique_ptr<ClusterOffload> ClusterOffload::Clone(ByteCounter& counter) const {
-  auto copy = std::make_unique<ClusterOffload>(counter, layers_, types_, options_);
+std::unique_ptr<ClusterOffload> ClusterOffload::Clone(ByteCounter& counter, std::span<const LayerShape> layers) const {
+  auto copy = std::make_unique<ClusterOffload>(counter, layers, types_, options_);
   if (extents_.empty()) return copy;
   copy->extents_ = extents_;
   copy->extents_before_ = extents_.size();
@@ -67,11 +67,13 @@ const ClusterOffload::Extent& ClusterOffload::Find(size_t row) const {
 // Behind those that are there.
 void ClusterOffload::AddExtents(std::span<const size_t> batch_rows) {
   for (const size_t rows : batch_rows) {
-    Extent next{0, rows, 0, 0};
+    Extent next;
     if (!extents_.empty()) {
       const Extent& last = extents_.back();
-      next = {last.first_row + last.rows, rows, last.first_tile + last.tiles(), last.offset + ExtentBytes(last.rows)};
+      next = {last.first_row + last.rows, 0, last.first_tile + static_cast<uint32_t>(last.tiles()),
+              last.offset + ExtentBytes(last.rows)};
     }
+    next.rows = static_cast<uint32_t>(rows);
     extents_.push_back(next);
   }
 }
@@ -113,7 +115,7 @@ void ClusterOffload::CancelStep() {
 
 void ClusterOffload::EndStep() {
   extents_before_ = extents_.size();
-  rows_ = extents_.empty() ? 0 : extents_.back().first_row + extents_.back().rows;
+  rows_ = extents_.empty() ? 0 : size_t{extents_.back().first_row} + extents_.back().rows;
   if (file_ != nullptr) file_->Unmap();
   ++step_;
 }
@@ -216,7 +218,7 @@ void ClusterOffload::AddCached(size_t layer, size_t kv_head, RowRange rows, std:
                                std::vector<RowSpan>& values, RecallStats& stats) {
   while (rows.n > 0) {
     const Extent& extent = Find(rows.first);
-    const size_t first = rows.first - extent.first_row, n = std::min(rows.n, extent.rows - first);
+    const size_t first = rows.first - extent.first_row, n = std::min<size_t>(rows.n, extent.rows - first);
     AddPart(layer, kv_head, extent, first, n, keys, values, stats);
     rows = {rows.first + n, rows.n - n};
   }

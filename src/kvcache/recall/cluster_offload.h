@@ -26,10 +26,11 @@ class ClusterOffload {
     size_t cache_rows = 0;  // a KV head; rounded up to tiles
     size_t skip = 0;        // first layers, whose rows are not here
   };
+  // The layers must outlive it.
   ClusterOffload(ByteCounter& counter, std::span<const LayerShape> layers, const RowTypes& types, const Options& options);
 
-  // The same rows in a file of its own, nothing cached.
-  std::unique_ptr<ClusterOffload> Clone(ByteCounter& counter) const;
+  // The same rows of the same shapes in a file of its own, nothing cached.
+  std::unique_ptr<ClusterOffload> Clone(ByteCounter& counter, std::span<const LayerShape> layers) const;
 
   // A step that adds batches of so many rows to every head: room for them. Throws Error and changes nothing.
   void Reserve(std::span<const size_t> batch_rows);
@@ -57,8 +58,8 @@ class ClusterOffload {
  private:
   // Rows that were clustered together, of all heads.
   struct Extent {
-    size_t first_row, rows, first_tile;
-    size_t offset;  // in the file
+    uint32_t first_row = 0, rows = 0, first_tile = 0;
+    size_t offset = 0;  // in the file
     size_t tiles() const;
   };
   struct Formats {  // of one layer
@@ -85,7 +86,7 @@ class ClusterOffload {
                std::vector<RowSpan>& values, RecallStats& stats);
 
   ByteCounter* counter_;
-  std::vector<LayerShape> layers_;
+  std::span<const LayerShape> layers_;
   RowTypes types_;
   Options options_;
   size_t slots_;

@@ -53,7 +53,7 @@ std::unique_ptr<ClusterOffload> ClusterStore::MakeOffload() const {
 std::unique_ptr<KvStore> ClusterStore::Clone(ByteCounter& counter) const {
   auto copy = std::make_unique<ClusterStore>(counter, shape_, types_, options_);
   copy->rows_.reset(static_cast<RowStore*>(rows_->Clone(counter).release()));
-  if (offload_ != nullptr) copy->offload_ = offload_->Clone(counter);
+  if (offload_ != nullptr) copy->offload_ = offload_->Clone(counter, copy->shape_.layers);
   copy->n_tokens_ = n_tokens_;
   copy->now_ = copy->next_ = now_;
   for (const CountedBuffer& layer : clusters_) copy->clusters_.push_back(layer.Clone(counter));
