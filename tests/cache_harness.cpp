@@ -197,6 +197,7 @@ namespace {
 // The example with a chunk, and groups, that are small beside the texts of these tests.
 std::string Example(const Method& method) {
   if (method.name == "kivi") return "kivi(2, group=16, window=16)";
+  if (method.name == "cluster") return "cluster(12, sinks=2, size=5, every=8, add=2, skip=1)";
   return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
 }
 
@@ -223,16 +224,17 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
   const auto add = [&](const std::string& text) {
     if (TakesHeadSize(text, shape.head_dim)) specs.push_back(CacheSpec::Parse(WithRoom(text)).ToString());
   };
-  const Method& h2o = *FindMethod("h2o");
+  const Method &h2o = *FindMethod("h2o"), &full = *FindMethod("full");
   for (size_t i = 0; i < Methods().size(); ++i) {
     const Method* a = Methods()[i];
     const bool a_selects = a->stage == Stage::kSelect;
-    add(a_selects ? Example(*a) : "h2o(5%)+" + Example(*a));
+    add((a_selects ? "" : Conflict(*a, h2o) ? "full+" : "h2o(5%)+") + Example(*a));
     for (const Method* b : Methods().subspan(i + 1)) {
       if (Conflict(*a, *b)) continue;
       const bool selects = a_selects || b->stage == Stage::kSelect;
-      if (!selects && (Conflict(*a, h2o) || Conflict(*b, h2o))) continue;
-      add((selects ? "" : "h2o(5%)+") + Example(*a) + "+" + Example(*b));
+      const bool evicts = !selects && !Conflict(*a, h2o) && !Conflict(*b, h2o);
+      if (!selects && !evicts && (Conflict(*a, full) || Conflict(*b, full))) continue;
+      add((selects ? "" : evicts ? "h2o(5%)+" : "full+") + Example(*a) + "+" + Example(*b));
     }
   }
   for (const char* more :
@@ -265,6 +267,10 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
         "kvzap(14, window=3)+pooled+f32", "kvzap(14)+pooled(0.3)+less+q8", "kvzap(12, sinks=0)+f32+prefill(chunk=5)",
         "kvzap(13)+split(2)+f32", "h2o(16)+pooled+f32", "snapkv(24, window=4)+pooled+f32", "kvzap(20)+ada+f32",
+        "full+cluster(14, sinks=3, size=4, every=9, add=3, skip=1, offload=\"/tmp\", cache=32)+f32",
+        "full+cluster(9, share=group, sinks=0, size=5, every=7, add=2, skip=0, offload=\"/tmp\", cache=5)+f16+prefill(chunk=9)",
+        "full+cluster(9, share=group, sinks=0, size=3, every=7, add=3, skip=0)+f32",
+        "full+cluster(14, sinks=4, size=50, every=11, add=1, skip=1)+q8(rotate=true)+prefill(chunk=9)",
         "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
         "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);

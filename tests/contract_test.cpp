@@ -136,7 +136,7 @@ TEST(Contract, NothingReturnsAndBudgetsHold) {
           ASSERT_EQ(rows, static_cast<double>(total));
         }
       }
-      ASSERT_DOUBLE_EQ(cache.Stats().tokens_resident, rows / static_cast<double>(now.size()));
+      ASSERT_DOUBLE_EQ(cache.Stats().tokens_resident + cache.Stats().tokens_offloaded, rows / static_cast<double>(now.size()));
       ASSERT_EQ(cache.Stats().tokens_seen, seen);
       ASSERT_EQ(cache.Stats().kv_bytes_full, seen * shape.n_layers * shape.n_kv_heads * shape.head_dim * 4);
       before = now;
@@ -159,7 +159,7 @@ TEST(Contract, PlanEqualsWhatIsTaken) {
       for (size_t i = 0; i < n_decode; ++i) Feed(cache, text, n_prompt + i, 1, StepKind::kDecode);
       EXPECT_EQ(cache.Stats().kv_bytes, plan.bytes_end);
       EXPECT_EQ(cache.Stats().kv_bytes_peak, plan.bytes_peak);
-      EXPECT_DOUBLE_EQ(cache.Stats().tokens_resident, plan.rows_end);
+      EXPECT_DOUBLE_EQ(cache.Stats().tokens_resident + cache.Stats().tokens_offloaded, plan.rows_end);
     }
   });
 }
@@ -441,7 +441,9 @@ TEST(Contract, DamagedBytesNeverCrash) {
   const Text text = RandomText(shape, 160, 17);
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "h2o(11)+pyramid(3)", "h2o(11)+ada+f32",
                            "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "window(14)+split(4)", "tova(9)+f32", "window(9)",
-                           "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32"}) {
+                           "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32",
+                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1)+f32",
+                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1, offload=\"/tmp\")+f32"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
     SequenceCache cache(config);

@@ -163,6 +163,13 @@ void Report(const Sequence& sequence, const GenerateResult& result) {
   Say("cache       {}: {} now, {} at most, {:.0f} of {} tokens; a full f16 cache: {}\n", sequence.config().spec_text(),
       HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak), stats.tokens_resident, stats.tokens_seen,
       HumanBytes(stats.kv_bytes_full));
+  const RecallStats& recall = stats.recall;
+  if (recall.queries > 0)
+    Say("recall      {:.0f} rows read a query\n", static_cast<double>(recall.rows_read) / static_cast<double>(recall.queries));
+  if (recall.rows_offloaded > 0)
+    Say("offloaded   {:.0f} of {} tokens, a file of {}; {:.1f} % of what was asked for was in memory, {} were read\n",
+        stats.tokens_offloaded, stats.tokens_seen, HumanBytes(recall.file_bytes), HitRate(recall) * 100,
+        HumanBytes(recall.bytes_read));
   if (const size_t bytes = sequence.config().sidecar_bytes()) Say("sidecar     {}\n", HumanBytes(bytes));
 }
 

@@ -22,6 +22,11 @@ void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, u
   }
 }
 
+double HitRate(const RecallStats& recall) {
+  const auto asked = static_cast<double>(recall.rows_recalled);
+  return asked == 0 ? 1 : static_cast<double>(recall.rows_cached) / asked;
+}
+
 void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& config) {
   result["tokens_seen"] = stats.tokens_seen;
   result["tokens_resident"] = stats.tokens_resident;
@@ -30,6 +35,14 @@ void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& con
   result["kv_bytes_slack"] = stats.kv_bytes_slack;
   result["kv_bytes_full"] = stats.kv_bytes_full;
   result["sidecar_bytes"] = config.sidecar_bytes();
+  const RecallStats& recall = stats.recall;
+  if (recall.queries > 0)
+    result["rows_read"] = static_cast<double>(recall.rows_read) / static_cast<double>(recall.queries);
+  if (recall.rows_offloaded == 0) return;
+  result["tokens_offloaded"] = stats.tokens_offloaded;
+  result["offload_file_bytes"] = recall.file_bytes;
+  result["recall_bytes_read"] = recall.bytes_read;
+  result["recall_hit_rate"] = HitRate(recall);
 }
 
 std::string Dump(const Json& result, int indent) {

@@ -18,7 +18,11 @@ std::string Version();  // "0.1.0"
 // local layers, which the spec is not about, also n_local_layers and local_window.
 void AddRunInfo(Json& result, const Engine& engine, const CacheConfig& config, uint64_t seed);
 
-// Keys: tokens_seen, tokens_resident, kv_bytes, kv_bytes_peak, kv_bytes_full, sidecar_bytes.
+// Of the offloaded rows that queries asked for, the share that was in memory; 1 where none was asked for.
+double HitRate(const RecallStats& recall);
+// Keys: tokens_seen, tokens_resident, kv_bytes, kv_bytes_peak, kv_bytes_full, sidecar_bytes; where queries chose rows
+// rows_read (a query's mean), and where some are in a file tokens_offloaded, offload_file_bytes, recall_bytes_read,
+// recall_hit_rate.
 void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& config);
 
 // The object as text. Invalid UTF-8 (of a file name, say) is replaced, never an exception.

@@ -137,8 +137,9 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
     own.layers = policy.layers;
     std::unique_ptr<const Codec> made = codec.method->make_codec(codec.arguments(), own);
     if (!made->artefact().empty() && policy.window == 0) artefacts.push_back({codec.term.name, made->artefact()});
-    if (const SpecTerm* wrap = spec_.Find(Stage::kWrap); wrap != nullptr && policy.window == 0)
-      made = FindMethod(wrap->name)->make_wrapper(Arguments(FindMethod(wrap->name)->parameters, *wrap), own, std::move(made));
+    for (const Stage stage : {Stage::kWrap, Stage::kRecall})
+      if (const SpecTerm* wrap = spec_.Find(stage); wrap != nullptr && policy.window == 0)
+        made = FindMethod(wrap->name)->make_wrapper(Arguments(FindMethod(wrap->name)->parameters, *wrap), own, std::move(made));
     policy.codec = std::move(made);
     const Choice budget = policy.window == 0 ? Choose(spec_, Stage::kBudget) : Choose(CacheSpec(), Stage::kBudget);
     policy.budgeter = budget.method->make_budgeter(budget.arguments(), own);

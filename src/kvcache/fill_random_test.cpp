@@ -30,6 +30,8 @@ void Decode(SequenceCache& cache) {
 
 const char* const kSpecs[] = {"full",
                               "q8",
+                              "cluster(64, skip=1)",
+                              "cluster(64, skip=0)+prefill(chunk=48)",
                               "h2o(10%)",
                               "h2o(20%)+pyramid",
                               "h2o(10%)+prefill(chunk=48)",

@@ -35,6 +35,7 @@
   X(Kivi)                 \
   X(Csr)                  \
   X(All)                  \
+  X(Cluster)              \
   X(Prefill)
 
 namespace lesskv {
@@ -124,6 +125,12 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' keeps as many rows in all layers and heads, which '{}' would divide", x.name, y.name);
     if (tx.takes_no_fit && ty.fits_rows)
       return fmt::format("rows of '{}' are replaced or merged one by one, which a fit by '{}' does not outlive", x.name, y.name);
+    if (tx.evicts && ty.recalls_all)
+      return fmt::format("'{}' lets tokens leave, any of which '{}' may recall", x.name, y.name);
+    if (tx.recalls_all && ty.needs_eviction)
+      return fmt::format("'{}' may recall any token, so that none leaves and '{}' has nothing to do", x.name, y.name);
+    if (tx.moves_rows && (y.stage == Stage::kCodec || y.stage == Stage::kWrap) && !ty.movable_rows)
+      return fmt::format("'{}' puts rows beside others like them, but rows of '{}' do not lie by themselves", x.name, y.name);
     if (!tx.rewrites_rows && ty.needs_rewrites)
       return fmt::format("'{}' cannot change a row that is stored, which '{}' needs", x.name, y.name);
     return std::nullopt;

@@ -88,6 +88,9 @@ struct MethodTraits {
   bool fits_rows = false;             // residual: changes weights and values of rows that stay
   bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
   bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them
+  bool recalls_all = false;           // recall: chooses among all tokens, so that none may leave
+  bool moves_rows = false;            // recall: puts rows beside others like them
+  bool movable_rows = false;          // codec, wrap: each row lies by itself (Codec::row_types) and can be moved
   bool reads_sidecar = false;         // a trained artefact of the model
   bool votes_by_head = false;         // select: rows have votes, those of each head its own
   bool needs_votes_by_head = false;   // share
@@ -126,7 +129,7 @@ struct Method {
                                                  std::unique_ptr<const Budgeter> layers) = nullptr;
   MadeResidual (*make_residual)(const Arguments&, const MethodContext&) = nullptr;
   std::unique_ptr<const Codec> (*make_codec)(const Arguments&, const MethodContext&) = nullptr;
-  // Around the spec's codec.
+  // Around the spec's codec: of a wrap, and of what recalls.
   std::unique_ptr<const Codec> (*make_wrapper)(const Arguments&, const MethodContext&,
                                                std::unique_ptr<const Codec> inner) = nullptr;
 

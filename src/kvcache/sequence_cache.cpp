@@ -112,6 +112,9 @@ CacheStats SequenceCache::Stats() const {
   stats.kv_bytes_peak = impl_->counter.peak;
   for (const auto& part : impl_->parts) stats.kv_bytes_slack += part->store->SlackBytes(part->budgets);
   stats.kv_bytes_full = impl_->config->FullBytes(stats.tokens_seen);
+  stats.recall = global.store->recall();
+  stats.tokens_resident -= mean(stats.recall.rows_offloaded);
+  stats.tokens_offloaded += mean(stats.recall.rows_offloaded);
   return stats;
 }
 

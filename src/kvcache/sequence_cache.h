@@ -35,6 +35,7 @@ struct CacheStats {
   size_t kv_bytes_peak = 0;    // the largest kv_bytes so far
   size_t kv_bytes_slack = 0;   // of kv_bytes, what rounding rows to tiles and blocks costs
   size_t kv_bytes_full = 0;    // CacheConfig::FullBytes of the tokens seen
+  RecallStats recall;          // of the global layers
 };
 
 class SequenceCache final : public KvCache {

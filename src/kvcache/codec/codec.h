@@ -32,11 +32,16 @@ struct StoreShape {
   bool packs = false;           // budgets differ between heads: they share memory of exactly so many rows
 };
 
+struct RowTypes;  // row_store.h
+
 class Codec {
  public:
   virtual ~Codec() = default;
   virtual CodecTraits traits() const { return {}; }
   virtual std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const = 0;
+
+  // Where each row lies by itself, in a RowStore: how. Null: not so.
+  virtual const RowTypes* row_types() const { return nullptr; }
 
   // The trained artefact it reads: its fingerprint (empty: none) and bytes, shared by all sequences.
   virtual std::string artefact() const { return {}; }

@@ -95,6 +95,16 @@ class JobList {
   size_t n_spans_ = 0, n_floats_ = 0, n_ints_ = 0;
 };
 
+// What queries read of a store that recalls some rows a query, since the sequence began; all 0 for others.
+struct RecallStats {
+  uint64_t queries = 0;     // query heads of single tokens, in layers where they chose
+  uint64_t rows_read = 0;   // rows that they attended
+  uint64_t rows_recalled = 0, rows_cached = 0;  // of offloaded rows that they chose: all, and those found in memory
+  uint64_t bytes_read = 0;  // of the others, from where they are
+  uint64_t rows_offloaded = 0;                  // now, of all heads
+  uint64_t file_bytes = 0;                      // now
+};
+
 class KvStore {
  public:
   virtual ~KvStore() = default;
@@ -137,6 +147,8 @@ class KvStore {
   // For codecs whose rows leave in groups (CodecTraits::group_rows), in a step that has been attended: the first so many
   // rows, a multiple of the group, may leave, each with its whole group; those behind them stay for now.
   virtual size_t GroupedRows(size_t layer, size_t kv_head) const { return n_rows(layer, kv_head); }
+
+  virtual RecallStats recall() const { return {}; }
 
   // Resident rows, slot order included. Load into a fresh store; `budgets` as in StepRoom.
   virtual void Save(ByteWriter& out) const = 0;

@@ -11,6 +11,7 @@ class RowCodec final : public Codec {
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<RowStore>(counter, shape, types_);
   }
+  const RowTypes* row_types() const override { return &types_; }
 
  private:
   RowTypes types_;
@@ -25,6 +26,8 @@ std::unique_ptr<const Codec> Make(const RowTypes& types, const MethodContext& co
              Name(type), layer.head_dim);
   return std::make_unique<RowCodec>(types);
 }
+
+MethodTraits Traits(const Arguments&) { return {.movable_rows = true}; }
 
 RowTypes Both(RowType type, bool rotate = false) { return {type, type, rotate}; }
 
@@ -66,6 +69,7 @@ extern const Method kF16Method{
     .stage = Stage::kCodec,
     .summary = "half precision",
     .reference = "",
+    .traits = Traits,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF16), context); },
 };
 
@@ -74,6 +78,7 @@ extern const Method kF32Method{
     .stage = Stage::kCodec,
     .summary = "single precision: exact",
     .reference = "",
+    .traits = Traits,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF32), context); },
 };
 
@@ -82,6 +87,7 @@ extern const Method kBf16Method{
     .stage = Stage::kCodec,
     .summary = "bfloat16",
     .reference = "",
+    .traits = Traits,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kBF16), context); },
 };
 
@@ -91,6 +97,7 @@ extern const Method kQ8Method{
     .summary = "8 bits in blocks of 32 channels with one scale (the content of q8_0)",
     .reference = "",
     .parameters = kLowBitParameters,
+    .traits = Traits,
     .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ8, Rotates(a)), context); },
 };
 
@@ -100,6 +107,7 @@ extern const Method kQ4Method{
     .summary = "4 bits in blocks of 32 channels with one scale (the content of q4_0)",
     .reference = "",
     .parameters = kLowBitParameters,
+    .traits = Traits,
     .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ4, Rotates(a)), context); },
 };
 
@@ -109,6 +117,7 @@ extern const Method kMixMethod{
     .summary = "keys and values stored each in their own way",
     .reference = "",
     .parameters = kMixParameters,
+    .traits = Traits,
     .validate = ValidateMix,
     .make_codec =
         [](const Arguments& a, const MethodContext& context) {

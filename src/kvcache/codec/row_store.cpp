@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <utility>
 
 #include "base/check.h"
@@ -253,11 +254,12 @@ void RowStore::HadamardRows(size_t layer, float* rows, size_t n) const {
   });
 }
 
-void RowStore::AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,
-                           std::vector<RowSpan>& values) const {
-  for (size_t row = 0; row < n_rows;) {
+// Rows [first, end) of a head's own memory.
+void RowStore::AppendSpans(const Formats& formats, const Head& head, size_t first, size_t end,
+                           std::vector<RowSpan>& keys, std::vector<RowSpan>& values) {
+  for (size_t row = first; row < end;) {
     const Place at = FindIn(head, row);
-    const size_t n = std::min(at.run, n_rows - row);
+    const size_t n = std::min(at.run, end - row);
     keys.push_back({formats.keys, Keys(*at.region), at.slot, n});
     values.push_back({formats.values, Values(formats, *at.region, at.region_rows), at.slot, n});
     row += n;
@@ -279,8 +281,7 @@ AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
   const Head& head = At(query.layer, kv_head);
   const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
-  AppendSpans(formats, head, evicts_ ? head.n_rows : head.n_rows + n_step, keys, values);
-  if (evicts_) AppendSpans(formats, Staging(query.layer, kv_head), n_step, keys, values);
+  AddSpans(query.layer, kv_head, 0, head.n_rows + n_step, keys, values);
   AttentionJob job;
   job.keys = keys;
   job.values = values;
@@ -302,16 +303,29 @@ AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
   return job;
 }
 
-void RowStore::AddJobs(const StoreQuery& given, JobList& list) const {
+void RowStore::AddSpans(size_t layer, size_t kv_head, size_t first, size_t n, std::vector<RowSpan>& keys,
+                        std::vector<RowSpan>& values) const {
+  const Formats& formats = formats_[layer];
+  const Head& head = At(layer, kv_head);
+  const size_t end = first + n, own = evicts_ ? head.n_rows : end;
+  if (first < own) AppendSpans(formats, head, first, std::min(end, own), keys, values);
+  if (end > own) AppendSpans(formats, Staging(layer, kv_head), std::max(first, own) - own, end - own, keys, values);
+}
+
+StoreQuery RowStore::Transformed(const StoreQuery& given, JobList& list) const {
   StoreQuery query = given;
+  if (!Transforms(query)) return query;
   const LayerShape& layer = Layer(query.layer);
-  if (Transforms(query)) {
-    std::vector<float>& queries = list.NewFloats();
-    queries.assign(query.queries, query.queries + query.n_queries * layer.q_dim());
-    HadamardRows(query.layer, queries.data(), query.n_queries * layer.n_heads);
-    query.queries = queries.data();
-  }
-  for (size_t h = 0; h < layer.n_kv_heads; ++h) list.jobs.push_back(Job(query, h, list));
+  std::vector<float>& queries = list.NewFloats();
+  queries.assign(query.queries, query.queries + query.n_queries * layer.q_dim());
+  HadamardRows(query.layer, queries.data(), query.n_queries * layer.n_heads);
+  query.queries = queries.data();
+  return query;
+}
+
+void RowStore::AddJobs(const StoreQuery& given, JobList& list) const {
+  const StoreQuery query = Transformed(given, list);
+  for (size_t h = 0; h < Layer(query.layer).n_kv_heads; ++h) list.jobs.push_back(Job(query, h, list));
 }
 
 // Values are stored transformed also where keys are taken back row by row.
@@ -406,6 +420,47 @@ void RowStore::Move(Head& head, const Formats& formats, size_t layer, size_t kv_
   head.regions.clear();
   head.share = std::exchange(head.next, Share{});
   head.moves = false;
+}
+
+void RowStore::CopyRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, std::byte* keys,
+                        std::byte* values) const {
+  const Formats& formats = formats_[layer];
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Place from = Find(layer, kv_head, rows[i]);
+    CopyRow(formats.keys, Keys(*from.region), from.slot, keys, i);
+    CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot, values, i);
+  }
+}
+
+// Cycle by cycle, the first row of each held aside.
+void RowStore::Reorder(size_t layer, size_t kv_head, size_t first, std::span<const uint32_t> from) {
+  const Formats& formats = formats_[layer];
+  const Head& head = At(layer, kv_head);
+  const size_t key_bytes = RegionBytes(formats.keys, kTileRows), value_bytes = RegionBytes(formats.values, kTileRows);
+  std::vector<std::byte> space(key_bytes + value_bytes + kRegionAlign);
+  void* aside = space.data();
+  size_t room = space.size();
+  auto* const aside_keys = static_cast<std::byte*>(std::align(kRegionAlign, key_bytes + value_bytes, aside, room));
+  std::byte* const aside_values = aside_keys + key_bytes;
+  std::vector<char> done(from.size());
+  for (size_t start = 0; start < from.size(); ++start) {
+    if (done[start] != 0 || from[start] == start) continue;
+    Place to = FindIn(head, first + start);
+    CopyRow(formats.keys, Keys(*to.region), to.slot, aside_keys, 0);
+    CopyRow(formats.values, Values(formats, *to.region, to.region_rows), to.slot, aside_values, 0);
+    size_t i = start;
+    for (; from[i] != start; i = from[i]) {
+      const Place next = FindIn(head, first + from[i]);
+      CopyRow(formats.keys, Keys(*next.region), next.slot, Keys(*to.region), to.slot);
+      CopyRow(formats.values, Values(formats, *next.region, next.region_rows), next.slot,
+              Values(formats, *to.region, to.region_rows), to.slot);
+      done[i] = 1;
+      to = next;
+    }
+    done[i] = 1;
+    CopyRow(formats.keys, aside_keys, 0, Keys(*to.region), to.slot);
+    CopyRow(formats.values, aside_values, 0, Values(formats, *to.region, to.region_rows), to.slot);
+  }
 }
 
 SlotMap RowStore::Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) {

@@ -57,6 +57,18 @@ class RowStore final : public KvStore {
   void Save(ByteWriter& out) const override;
   void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
 
+  // For stores around this one that read some rows only.
+  // The query as jobs over spans of this store need it: transformed where rows are. Its memory is the list's.
+  StoreQuery Transformed(const StoreQuery& query, JobList& list) const;
+  // Spans of rows [first, first + n), indexed as in the step's attention, are added to the lists.
+  void AddSpans(size_t layer, size_t kv_head, size_t first, size_t n, std::vector<RowSpan>& keys,
+                std::vector<RowSpan>& values) const;
+  // Rows to slots 0, 1, ... of regions of the store's own formats, bit for bit.
+  void CopyRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, std::byte* keys, std::byte* values) const;
+  // Where nothing leaves, between the step's attention and its Close: resident row first + i becomes what row first + from[i] was; `from` is a permutation.
+  // The step's own rows count as resident. From several threads for different heads.
+  void Reorder(size_t layer, size_t kv_head, size_t first, std::span<const uint32_t> from);
+
  private:
   struct Region {  // keys, then values, of a number of rows; in a plan `data` is null
     std::shared_ptr<CountedBuffer> memory;
@@ -123,8 +135,8 @@ class RowStore final : public KvStore {
   std::byte* WholeTile(const Formats& formats, RowSide side, const Head& head, size_t row) const;
   void SaveTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteWriter& out) const;
   void LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const;
-  void AppendSpans(const Formats& formats, const Head& head, size_t n_rows, std::vector<RowSpan>& keys,
-                   std::vector<RowSpan>& values) const;
+  static void AppendSpans(const Formats& formats, const Head& head, size_t first, size_t end, std::vector<RowSpan>& keys,
+                          std::vector<RowSpan>& values);
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
   void HadamardRows(size_t layer, float* rows, size_t n) const;  // n rows of head_dim floats, in place
   bool Transforms(const StoreQuery& query) const;                // queries go through H, outputs come back
