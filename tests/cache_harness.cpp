@@ -149,6 +149,7 @@ namespace {
 // The example with a chunk, and groups, that are small beside the texts of these tests.
 std::string Example(const Method& method) {
   if (method.name == "kivi") return "kivi(2, group=16, window=16)";
+  if (method.name == "think") return "think(0.4, window=4)";
   return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
 }
 
@@ -165,6 +166,7 @@ std::string WithRoom(const std::string& spec) {
 bool TakesHeadSize(const std::string& spec, size_t head_dim) {
   const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos ||
                       spec.find("kivi") != std::string::npos;
+  if (blocks && spec.find("think") != std::string::npos) return head_dim % 32 == 0 && head_dim > 32;
   return !blocks || head_dim % 32 == 0;
 }
 
@@ -211,6 +213,13 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "elastic(0.3, weighted=true)+f32", "elastic(0.2, keys=unrotated)+less+f32", "elastic(0.4, merge=off, at=9)+merge+f32",
         "elastic(0.2, first=0, last=0)+f16", "h2o(12)+merge(weighted=true)+f32+prefill(chunk=7)",
         "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
+        "full+f32+think(0.5, window=3)", "full+f32+think(0.5, window=3, generated=full)",
+        "snapkv(14, window=4)+f32+think(0.6, window=4, generated=full)", "h2o(16)+ada(0)+f32+think(0.3, window=5)",
+        "snapkv(24, window=4)+zigzag(0.1)+ada(0)+think(window=6)", "snapkv(24, window=4)+ada+f32+think(0.5)",
+        "h2o(12)+split(2)+f32+think(0.5, window=3)", "h2o(14)+split+ada+f32+think(0.5, window=7)",
+        "tova(12)+zigzag(0.1)+think(0.5, window=20)", "snapkv(14, window=4)+pyramid(4)+think(window=4)",
+        "window(12, sinks=2)+f32+think(0.5, window=5)+prefill(chunk=5)", "elastic(0.4, merge=off, at=9)+f32+think(window=4)",
+        "cascade(14, levels=3, sinks=2, positions=true)+f32+think(window=3)",
         "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
         "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);

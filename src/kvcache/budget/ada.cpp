@@ -94,7 +94,8 @@ void DivideByVotes(const LayerRows& layer, double floor, std::span<size_t> budge
   for (size_t h = 0; h < n; ++h) leaving |= layer.heads[h].n_rows() > budgets[h];
   if (!leaving || mean == 0) return;
 
-  const size_t always = std::min(mean, layer.window + layer.protect->CountFrom(static_cast<int32_t>(layer.sinks)));
+  const size_t staying = layer.window + layer.protect->CountFrom(static_cast<int32_t>(layer.sinks));
+  const size_t always = std::min(mean, std::max(staying, layer.apart));
   const auto own = std::min(mean - always, static_cast<size_t>(floor * static_cast<double>(mean) + 1e-9));
   const size_t least = std::max<size_t>(1, always + own);
   size_t rest = total - n * least;

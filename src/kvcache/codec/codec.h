@@ -18,6 +18,10 @@ struct CodecTraits {
   size_t group_rows = 1;
   // Rows at the end that never leave: at most so many, and at most half the budget rounded down to the group.
   size_t window_rows = 0;
+  // Rows of a head that lie apart from the others: budgets that are divided at a prompt's end leave each head so many,
+  // or its layer's mean where that is less.
+  size_t apart_rows = 0;
+  bool grows = false;           // rows pile up while decoding: not for selectors that bound them
   bool gives_full_keys = true;  // ReadRows gives keys with all their channels
   bool rewrites_rows = true;    // a row can be changed after it was written (Fate::kMerge)
   bool unrotated_keys = false;  // keys are kept unrotated whatever the selector wants, and rotated when read
@@ -32,10 +36,14 @@ struct StoreShape {
   bool packs = false;           // budgets differ between heads: they share memory of exactly so many rows
 };
 
+struct RowTypes;
+
 class Codec {
  public:
   virtual ~Codec() = default;
   virtual CodecTraits traits() const { return {}; }
+  // How rows are stored where each is stored by itself and channel by channel (MethodTraits::plain_rows); else null.
+  virtual const RowTypes* row_types() const { return nullptr; }
   virtual std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const = 0;
 
   // The trained artefact it reads: its fingerprint (empty: none) and bytes, shared by all sequences.

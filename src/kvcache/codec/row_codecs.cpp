@@ -11,6 +11,7 @@ class RowCodec final : public Codec {
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<RowStore>(counter, shape, types_);
   }
+  const RowTypes* row_types() const override { return &types_; }
 
  private:
   RowTypes types_;
@@ -36,6 +37,9 @@ constexpr Parameter kRotate = {.name = "rotate", .kind = Parameter::Kind::kWord,
 constexpr Parameter kLowBitParameters[] = {kRotate};
 
 bool Rotates(const Arguments& arguments) { return arguments.Text("rotate") == "true"; }
+
+MethodTraits PlainRows(const Arguments&) { return {.plain_rows = true}; }
+MethodTraits LowBitTraits(const Arguments& a) { return {.plain_rows = !Rotates(a)}; }
 
 RowType ParseRowType(std::string_view name) {
   for (RowType type : {RowType::kF32, RowType::kF16, RowType::kBF16, RowType::kQ8, RowType::kQ4})
@@ -66,6 +70,7 @@ extern const Method kF16Method{
     .stage = Stage::kCodec,
     .summary = "half precision",
     .reference = "",
+    .traits = PlainRows,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF16), context); },
 };
 
@@ -74,6 +79,7 @@ extern const Method kF32Method{
     .stage = Stage::kCodec,
     .summary = "single precision: exact",
     .reference = "",
+    .traits = PlainRows,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF32), context); },
 };
 
@@ -82,6 +88,7 @@ extern const Method kBf16Method{
     .stage = Stage::kCodec,
     .summary = "bfloat16",
     .reference = "",
+    .traits = PlainRows,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kBF16), context); },
 };
 
@@ -91,6 +98,7 @@ extern const Method kQ8Method{
     .summary = "8 bits in blocks of 32 channels with one scale (the content of q8_0)",
     .reference = "",
     .parameters = kLowBitParameters,
+    .traits = LowBitTraits,
     .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ8, Rotates(a)), context); },
 };
 
@@ -100,6 +108,7 @@ extern const Method kQ4Method{
     .summary = "4 bits in blocks of 32 channels with one scale (the content of q4_0)",
     .reference = "",
     .parameters = kLowBitParameters,
+    .traits = LowBitTraits,
     .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ4, Rotates(a)), context); },
 };
 
@@ -109,6 +118,7 @@ extern const Method kMixMethod{
     .summary = "keys and values stored each in their own way",
     .reference = "",
     .parameters = kMixParameters,
+    .traits = LowBitTraits,
     .validate = ValidateMix,
     .make_codec =
         [](const Arguments& a, const MethodContext& context) {
