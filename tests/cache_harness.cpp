@@ -198,6 +198,7 @@ namespace {
 std::string Example(const Method& method) {
   if (method.name == "kivi") return "kivi(2, group=16, window=16)";
   if (method.name == "cluster") return "cluster(12, sinks=2, size=5, every=8, add=2, skip=1)";
+  if (method.name == "think") return "think(0.4, window=4)";
   return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
 }
 
@@ -214,6 +215,7 @@ std::string WithRoom(const std::string& spec) {
 bool TakesHeadSize(const std::string& spec, size_t head_dim) {
   const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos ||
                       spec.find("kivi") != std::string::npos || spec.find("csr") != std::string::npos;
+  if (blocks && spec.find("think") != std::string::npos) return head_dim % 32 == 0 && head_dim > 32;
   return !blocks || head_dim % 32 == 0;
 }
 
@@ -271,6 +273,13 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "full+cluster(9, share=group, sinks=0, size=5, every=7, add=2, skip=0, offload=\"/tmp\", cache=5)+f16+prefill(chunk=9)",
         "full+cluster(9, share=group, sinks=0, size=3, every=7, add=3, skip=0)+f32",
         "full+cluster(14, sinks=4, size=50, every=11, add=1, skip=1)+q8(rotate=true)+prefill(chunk=9)",
+        "full+f32+think(0.5, window=3)", "full+f32+think(0.5, window=3, generated=full)",
+        "snapkv(14, window=4)+f32+think(0.6, window=4, generated=full)", "h2o(16)+ada(0)+f32+think(0.3, window=5)",
+        "snapkv(24, window=4)+zigzag(0.1)+ada(0)+think(window=6)", "snapkv(24, window=4)+ada+f32+think(0.5)",
+        "h2o(12)+split(2)+f32+think(0.5, window=3)", "h2o(14)+split+ada+f32+think(0.5, window=7)",
+        "tova(12)+zigzag(0.1)+think(0.5, window=20)", "snapkv(14, window=4)+pyramid(4)+think(window=4)",
+        "window(12, sinks=2)+f32+think(0.5, window=5)+prefill(chunk=5)", "elastic(0.4, merge=off, at=9)+f32+think(window=4)",
+        "cascade(14, levels=3, sinks=2, positions=true)+f32+think(window=3)",
         "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
         "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);

@@ -247,8 +247,7 @@ TEST(Contract, OneShotPromptIsAttendedInFull) {
       return;
     std::string full = "full";
     for (const SpecTerm& term : parsed.terms())
-      if (FindMethod(term.name)->stage == Stage::kCodec) full += spec.substr(spec.find("+" + term.name));
-    // Codecs come last but for prefill in canonical specs.
+      if (FindMethod(term.name)->stage == Stage::kCodec) full += "+" + ToString(term);
     const Text text = RandomText(shape, 60, 8);
     SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
     EXPECT_TRUE(Same(Feed(a, text, 0, 60, StepKind::kPrompt), Feed(b, text, 0, 60, StepKind::kPrompt))) << full;
@@ -443,7 +442,9 @@ TEST(Contract, DamagedBytesNeverCrash) {
                            "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "window(14)+split(4)", "tova(9)+f32", "window(9)",
                            "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32",
                            "cluster(9, sinks=2, size=4, every=7, add=2, skip=1)+f32",
-                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1, offload=\"/tmp\")+f32"}) {
+                           "cluster(9, sinks=2, size=4, every=7, add=2, skip=1, offload=\"/tmp\")+f32",
+                           "full+think(window=3)",
+                           "h2o(14)+ada+think(0.6, window=3)", "snapkv(14, window=4)+f32+think(window=5, generated=full)"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
     SequenceCache cache(config);
@@ -522,7 +523,7 @@ TEST(Contract, ThreadsDoNotChangeABit) {
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+less", "snapkv(14, window=4)+pyramid(3)+bf16", "h2o(14)+ada+less", "h2o(14)+zigzag+ada", "window(12, sinks=2, positions=cache)+split(2)", "snapkv(14, window=4)+ada+bf16",
                            "window(9, sinks=2, positions=cache)", "h2o(11)+f32+prefill(chunk=7)",
                            "cascade(14, levels=3, sinks=2)+f32", "elastic(0.3, weighted=true)+merge+f32",
-                           "snapkv(14, window=4)+match+f32"}) {
+                           "snapkv(14, window=4)+match+f32", "h2o(14)+ada+think(window=3)"}) {
     SCOPED_TRACE(spec);
     const auto config = MakeConfig(spec, shape, sidecar);
     const std::vector<LifeStep> life = {{45, StepKind::kPrompt},
@@ -708,7 +709,8 @@ TEST(Contract, ExtremeKeysStayFinite) {
 TEST(Contract, NotANumberDoesNotCrash) {
   const TinyShape& shape = kTinyShapes[1];
   const TempSidecar sidecar(shape);
-  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+f32", "snapkv(14)+f32", "window(9)+f32+less"}) {
+  for (const char* spec : {"full+f32", "h2o(11)+f32+less", "tova(9)+f32", "snapkv(14)+f32", "window(9)+f32+less",
+                           "h2o(11)+f32+think(window=3)"}) {
     SCOPED_TRACE(spec);
     SequenceCache cache(MakeConfig(spec, shape, sidecar));
     Text text = RandomText(shape, 120, 26);

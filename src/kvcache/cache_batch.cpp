@@ -257,7 +257,10 @@ void CacheBatch::AttendTiles(size_t layer, const float* queries, float* out) {
   lesskv::Attend(list_.jobs);
   ObserveTiles(layer);
   for (const Tile& tile : tiles_) KeepFitQueries(tile, layer, queries);
-  for (const Tile& tile : tiles_) tile.item->Part(layer).store->Finish(tile.query);
+  for (const Tile& tile : tiles_) {
+    tile.item->Part(layer).store->Observe(tile.query);
+    tile.item->Part(layer).store->Finish(tile.query);
+  }
   MergeResiduals(layer);
 }
 

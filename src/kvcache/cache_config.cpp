@@ -33,6 +33,7 @@ void CheckShape(const CacheShape& shape) {
 BudgetRequest LayerPolicy::Request(size_t rows, size_t n_tokens) const {
   BudgetRequest request{{}, rows, selector->Window(rows), n_tokens, protect.CountFrom(static_cast<int32_t>(selector->Sinks())),
                         selector->MustKeepOneSetALayer()};
+  request.apart = codec->traits().apart_rows;
   const size_t sinks = selector->Sinks();
   const auto holds = [&](size_t budget) {
     return std::max(selector->Window(budget), sinks > 0 ? sinks + 1 : 0) + request.n_protected <= budget;
@@ -153,6 +154,11 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
   policies_[0].selector = select.method->make_selector(select.arguments(), context);
   if (const std::string artefact = policies_[0].selector->artefact(); !artefact.empty())
     artefacts.push_back({select.term.name, artefact});
+  if (policies_[0].codec->traits().grows && policies_[0].selector->Bounded())
+    Fail(ErrorCode::kInvalidArgument,
+         "cache spec '{}': '{}' bounds the rows of a head while decoding, but what is generated would pile up beside "
+         "them",
+         spec_.ToString(), select.term.name);
   const Choice residual = Choose(spec_, Stage::kResidual);
   if (residual.method->make_residual != nullptr) {
     MadeResidual made = residual.method->make_residual(residual.arguments(), context);

@@ -66,6 +66,7 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
   rows.window = policy.selector->Window(cache.budget_rows());
   rows.sinks = policy.selector->Sinks();
+  rows.apart = policy.codec->traits().apart_rows;
   rows.votes_accumulate = votes == Votes::kKept && !policy.selector->ReadsInputs();
   rows.protect = &policy.protect;
   rows.queries = work.queries;

@@ -34,6 +34,7 @@
   X(Mix)                  \
   X(Kivi)                 \
   X(Csr)                  \
+  X(Think)                \
   X(All)                  \
   X(Cluster)              \
   X(Prefill)
@@ -109,6 +110,12 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
                           const MethodTraits& ty) -> std::optional<std::string> {
     if (tx.renumbers_positions && ty.needs_true_positions)
       return fmt::format("'{}' re-numbers positions and cannot feed '{}', which needs true ones", x.name, y.name);
+    if (tx.renumbers_positions && ty.fixes_rotation)
+      return fmt::format("'{}' re-numbers positions, but '{}' keeps a part of each rotated key, which cannot be rotated "
+                         "anew", x.name, y.name);
+    if (x.stage == Stage::kCodec && !tx.plain_rows && ty.needs_plain_rows)
+      return fmt::format("'{}' leaves out channels of keys, which '{}' as given here does not keep apart", y.name,
+                         x.name);
     if (x.stage == Stage::kSelect && !tx.evicts && ty.needs_eviction)
       return fmt::format("'{}' lets no token leave, so '{}' has nothing to do", x.name, y.name);
     if (x.stage == Stage::kSelect && !tx.votes_by_head && ty.needs_votes_by_head)

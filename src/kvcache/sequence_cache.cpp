@@ -148,19 +148,20 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
     count(std::min(prefill_chunk_, n_prompt - done), StepKind::kStream);
   CachePlan plan;
   plan.bytes_after_prompt = cache.counter.now;
-  // Where every head's rows are bounded, the first decode step is like all others.
+  // Where every head's rows are bounded, the first decode step is like all others, once what a codec keeps apart is full.
   const bool bounded = std::all_of(policies_.begin(), policies_.end(),
                                    [](const LayerPolicy& policy) { return policy.selector->Bounded(); });
-  for (size_t done = 0; done < (bounded ? std::min<size_t>(n_decode, 1) : n_decode); ++done)
-    count(1, StepKind::kDecode);
+  size_t n_first = n_decode;
+  if (bounded) n_first = std::min<size_t>(n_decode, 1 + cache.global().policy.codec->traits().apart_rows);
+  for (size_t done = 0; done < n_first; ++done) count(1, StepKind::kDecode);
   plan.bytes_end = cache.counter.now;
   plan.bytes_peak = cache.counter.peak;
   for (const auto& part : cache.parts) plan.bytes_slack += part->store->SlackBytes(part->budgets);
   const PolicyCache& global = cache.global();
   size_t rows = global.Rows();
-  for (size_t i = 0; bounded && n_decode > 1 && i < global.ledgers.size(); ++i) {
+  for (size_t i = 0; n_decode > n_first && i < global.ledgers.size(); ++i) {
     const size_t held = global.ledgers[i].n_rows;
-    rows += global.policy.RowsThatStay(held + n_decode - 1, std::max(held, global.budgets[i])) - held;
+    rows += global.policy.RowsThatStay(held + n_decode - n_first, std::max(held, global.budgets[i])) - held;
   }
   cache.parts.resize(1);  // frees the local layers
   plan.bytes_local = plan.bytes_end - cache.counter.now;

@@ -110,11 +110,17 @@ class WorkMemory {
 
 void CheckSpans(std::span<const RowSpan> spans, RowSide side, size_t head_dim) {
   for (const RowSpan& span : spans) {
-    CHECK(span.format.side == side && span.format.head_dim == head_dim, "{} channels in a job of {}",
-          span.format.head_dim, head_dim);
-    CHECK(span.reader || Supports(span.format.type, head_dim), "{} channels of {}", head_dim, Name(span.format.type));
+    const size_t channels = span.format.head_dim;
+    CHECK(span.format.side == side && (span.channels ? channels <= head_dim : channels == head_dim),
+          "{} channels in a job of {}", channels, head_dim);
+    CHECK(!span.channels || (side == RowSide::kKeys && !span.reader), "some channels are those of keys in a region");
+    CHECK(span.reader || Supports(span.format.type, channels), "{} channels of {}", channels, Name(span.format.type));
     CHECK(span.reader || span.rows || span.n_rows == 0, "{} rows nowhere", span.n_rows);
   }
+}
+
+bool HasNarrowKeys(const AttentionJob& job) {
+  return std::any_of(job.keys.begin(), job.keys.end(), [](const RowSpan& span) { return span.channels != nullptr; });
 }
 
 void CheckRotation(const AttentionJob& job, size_t head_dim) {
@@ -123,6 +129,7 @@ void CheckRotation(const AttentionJob& job, size_t head_dim) {
     return;
   }
   CHECK(job.rope, "read positions without a rotation");
+  CHECK(!HasNarrowKeys(job), "keys with some of their channels cannot be rotated");
   CHECK(job.rope->n_dims() <= head_dim, "rotation of {} of {} channels", job.rope->n_dims(), head_dim);
   CHECK(job.key_hadamard_block == 0 || (job.rope->n_dims() > 0 && head_dim % job.key_hadamard_block == 0),
         "blocks of {} in {} channels", job.key_hadamard_block, head_dim);
@@ -130,7 +137,7 @@ void CheckRotation(const AttentionJob& job, size_t head_dim) {
 
 void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
   CHECK(!job.keys.empty() && !job.values.empty(), "a job without spans");
-  const size_t dim = job.keys[0].format.head_dim;
+  const size_t dim = job.values[0].format.head_dim;
   CheckSpans(job.keys, RowSide::kKeys, dim);
   CheckSpans(job.values, RowSide::kValues, dim);
   CHECK(n_rows == n_value_rows, "{} rows of keys, {} of values", n_rows, n_value_rows);
@@ -147,7 +154,7 @@ void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
 
 PrefillShape ShapeOf(const AttentionJob& job) {
   if (job.compute != ComputeType::kBF16 || ActiveIsa() < Isa::kAvx512Bf16) return {};
-  if (ActiveIsa() == Isa::kAmx && job.keys[0].format.head_dim % 32 == 0)
+  if (ActiveIsa() == Isa::kAmx && job.values[0].format.head_dim % 32 == 0)
     return {.stacked = 768, .chunk = 32, .padding = 16, .multiply_pairs = amx::MultiplyPairs};
   return {.multiply_pairs = avx512bf16::MultiplyPairs};
 }
@@ -156,7 +163,8 @@ AttentionView MakeView(const AttentionJob& job, const size_t* key_rows, const si
   AttentionView view = {};
   view.keys = {job.keys.data(), key_rows, job.keys.size()};
   view.values = {job.values.data(), value_rows, job.values.size()};
-  view.head_dim = job.keys[0].format.head_dim;
+  view.head_dim = job.values[0].format.head_dim;
+  view.narrow_keys = HasNarrowKeys(job);
   view.n_rows = key_rows[job.keys.size()];
   view.n_past = job.n_past;
   view.n_queries = job.n_queries;

@@ -38,8 +38,9 @@
 namespace lesskv {
 
 struct AttentionJob {
-  // Both cover the same rows in the same order, n_rows in all; all formats have the same head_dim. A job without rows
-  // has an empty span on each side, which says head_dim.
+  // Both cover the same rows in the same order, n_rows in all; all formats have the same head_dim, but those of keys
+  // with some of the channels only (RowSpan::channels). A job without rows has an empty span on each side, which says
+  // head_dim.
   std::span<const RowSpan> keys, values;
   size_t n_past = 0;
   size_t n_queries = 0;

@@ -14,6 +14,7 @@ constexpr size_t kWeightRows = 128;
 struct DecodeScratch {
   size_t begin, end;  // the split's rows
   float* queries;  // [head_dim, stacked], times scale
+  float* some;     // their channels that keys with some of them have
   float* scores;   // [stacked, kSplitStride]
   float* edge;     // [stacked, 16]: the scores of a tile that belongs to the piece in part
   float* out;      // [stacked, padded head_dim]
@@ -28,6 +29,7 @@ DecodeScratch CarveDecode(const AttentionView& view, size_t split, float* base) 
   s.begin = split * kSplitRows;
   s.end = Min(view.n_rows, s.begin + kSplitRows);
   s.queries = arena.Take(stacked * view.head_dim);
+  s.some = arena.Take(view.narrow_keys ? stacked * view.head_dim : 0);
   s.scores = arena.Take(stacked * kSplitStride);
   s.edge = arena.Take(stacked * kTileRows);
   s.out = arena.Take(stacked * Padded(view.head_dim));
@@ -143,7 +145,7 @@ template <typename Whole, typename Part>
 inline void ForEachKeyTile(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, Whole whole,
                            Part part) {
   ForEachPiece(view.keys, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
-    const size_t tile_bytes = TileBytes(span.format.type, view.head_dim);
+    const size_t tile_bytes = TileBytes(span.format.type, span.format.head_dim);
     const Ahead ahead = AfterSpan(view, s, span, slot, n, row + n);
     while (n > 0) {
       const std::byte* tile = span.rows + slot / kTileRows * tile_bytes;
@@ -169,35 +171,53 @@ void CopyEdge(const DecodeScratch& s, size_t lane, size_t n, size_t at, size_t s
   }
 }
 
+// The channels of a run of keys: how many, and of the scaled queries [dim, stacked].
+struct RunChannels {
+  size_t dim;
+  const float* queries;
+};
+RunChannels ChannelsOf(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t stacked) {
+  if (!run.channels) return {view.head_dim, s.queries};
+  for (size_t c = 0; c < run.format.head_dim; ++c) {
+    for (size_t m = 0; m < stacked; ++m) s.some[c * stacked + m] = s.queries[run.channels[c] * stacked + m];
+  }
+  return {run.format.head_dim, s.some};
+}
+
 template <typename Rows>
-void ScoresInPlace(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+void ScoresInPlace(const AttentionView& view, const DecodeScratch& s, const RunChannels& channels, size_t begin,
+                   size_t end, size_t stacked) {
   using T = typename Rows::T;
-  const size_t dim = view.head_dim, tile = kTileRows * dim;
+  const size_t dim = channels.dim, tile = kTileRows * dim;
   ForEachKeyTile(
       view, s, begin, end,
       [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
-        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), n_tiles, tile, kTileRows, dim, s.queries, stacked,
+        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), n_tiles, tile, kTileRows, dim, channels.queries, stacked,
                        s.scores + (row - s.begin), kSplitStride, ahead);
       },
       [&](const std::byte* keys, size_t lane, size_t n, size_t row) {
-        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), 1, tile, kTileRows, dim, s.queries, stacked, s.edge, kTileRows,
-                       kNothingAhead);
+        ScoreAll<Rows>(reinterpret_cast<const T*>(keys), 1, tile, kTileRows, dim, channels.queries, stacked, s.edge,
+                       kTileRows, kNothingAhead);
         CopyEdge(s, lane, n, row - s.begin, stacked);
       });
 }
 
 // Writes up to 15 scores of nothing behind those of the last row.
-void ScoresExpanded(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
+void ScoresExpanded(const AttentionView& view, const DecodeScratch& s, const RunChannels& channels, size_t begin,
+                    size_t end, size_t stacked) {
   for (size_t b = begin; b < end; b += kBlockRows) {
     const size_t n = Min(kBlockRows, end - b);
-    ExpandKeys(view, s.rows, b, b + n);
-    ScoreAll<ExpandedRows>(s.rows.keys, Padded(n) / kTileRows, kTileRows, kKeyStride, view.head_dim, s.queries, stacked,
-                           s.scores + (b - s.begin), kSplitStride, kNothingAhead);
+    if (channels.queries == s.queries)
+      ExpandKeys(view, s.rows, b, b + n);
+    else
+      ExpandNarrowKeys(view, s.rows, b, b + n);
+    ScoreAll<ExpandedRows>(s.rows.keys, Padded(n) / kTileRows, kTileRows, kKeyStride, channels.dim, channels.queries,
+                           stacked, s.scores + (b - s.begin), kSplitStride, kNothingAhead);
   }
 }
 
-// Over quantised rows [begin, end) of one type where they lie; false when this instruction set has none such.
-bool FusedScores(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
+// Over quantised rows [begin, end) of one layout where they lie; false when this instruction set has none such.
+bool FusedScores(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
                  size_t stacked);
 bool FusedValues(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
                  size_t stacked);
@@ -218,27 +238,28 @@ void ReaderScores(const AttentionView& view, const DecodeScratch& s, const RowRe
   const bool scored = ForEachReaderPiece(view.keys, begin, end, [&](size_t slot, size_t n, size_t row) {
     return reader.Scores(slot, n, s.queries, stacked, s.scores + (row - s.begin), kSplitStride);
   });
-  if (!scored) ScoresExpanded(view, s, begin, end, stacked);
+  if (!scored) ScoresExpanded(view, s, {view.head_dim, s.queries}, begin, end, stacked);
 }
 
 // Rows [begin, end) of one layout, to be called in the order of the rows: see ScoresExpanded.
 void RunScores(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
                size_t stacked) {
   if (run.reader) return ReaderScores(view, s, *run.reader, begin, end, stacked);
+  const RunChannels channels = ChannelsOf(view, s, run, stacked);
   switch (run.format.type) {
     case RowType::kF32:
-      return ScoresInPlace<F32Rows>(view, s, begin, end, stacked);
+      return ScoresInPlace<F32Rows>(view, s, channels, begin, end, stacked);
     case RowType::kF16:
-      return ScoresInPlace<F16Rows>(view, s, begin, end, stacked);
+      return ScoresInPlace<F16Rows>(view, s, channels, begin, end, stacked);
     case RowType::kBF16:
-      return ScoresInPlace<BF16Rows>(view, s, begin, end, stacked);
+      return ScoresInPlace<BF16Rows>(view, s, channels, begin, end, stacked);
     default:
-      if (!FusedScores(view, s, run.format.type, begin, end, stacked)) ScoresExpanded(view, s, begin, end, stacked);
+      if (!FusedScores(view, s, run, begin, end, stacked)) ScoresExpanded(view, s, channels, begin, end, stacked);
   }
 }
 
 void SplitScores(const AttentionView& view, const DecodeScratch& s, size_t stacked) {
-  if (view.angles) return ScoresExpanded(view, s, s.begin, s.end, stacked);
+  if (view.angles) return ScoresExpanded(view, s, {view.head_dim, s.queries}, s.begin, s.end, stacked);
   ForEachRun(view.keys, s.begin, s.end,
              [&](const RowSpan& run, size_t begin, size_t end) { RunScores(view, s, run, begin, end, stacked); });
 }

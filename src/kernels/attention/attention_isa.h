@@ -63,6 +63,7 @@ struct SideView {
 struct AttentionView {
   SideView keys, values;
   size_t head_dim, n_rows, n_past, n_queries, group;
+  bool narrow_keys;  // some keys have some of the channels only
   const float* q;
   size_t q_stride;
   float scale;

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -43,7 +44,18 @@ struct RowRun {
   RowType type = RowType::kF32;
   bool reader = false;
   bool hooks = false;  // the reader scores and sums up by itself
+  bool narrow = false;  // keys with some of their channels: NarrowChannels
 };
+
+// Five eighths of the channels, or as many as quantised rows can have, in no order that means anything.
+inline std::vector<uint16_t> NarrowChannels(size_t dim, RowType type) {
+  size_t n = dim * 5 / 8;
+  if (type == RowType::kQ8 || type == RowType::kQ4) n = std::max<size_t>(n / 32, 1) * 32;
+  std::vector<uint16_t> channels;
+  for (size_t c = 0; c < dim; ++c)
+    if (c * 7 % dim < n) channels.push_back(static_cast<uint16_t>(c));
+  return channels;
+}
 
 // What one test computes with. Rows are kept as floats and stored through a layout (how they are cut into spans).
 struct Case {
@@ -153,6 +165,8 @@ class Problem {
     keys_ = Random(rng, c.n_rows() * c.dim, c.key_size);
     values_ = Random(rng, c.n_rows() * c.dim, 1);
     queries_ = Random(rng, c.n_queries * c.group * c.dim, 1);
+    for (const RowRun& run : c_.key_runs)
+      if (run.narrow) channels_[run.type] = NarrowChannels(c.dim, run.type);
     Quantise(RowSide::kKeys, c_.key_runs, keys_);
     Quantise(RowSide::kValues, c_.value_runs, values_);
     if (c.rope) {
@@ -279,10 +293,36 @@ class Problem {
     if (side == RowSide::kKeys && c_.hadamard_block > 0) Hadamard(rows, n * c_.dim, c_.hadamard_block);
   }
 
+  // Keys with some of their channels, as they are stored: [n, channels].
+  std::vector<float> Narrow(const RowRun& run, const float* x, size_t n) const {
+    std::vector<float> some;
+    for (size_t r = 0; r < n; ++r)
+      for (const uint16_t c : NarrowChannels(c_.dim, run.type)) some.push_back(x[r * c_.dim + c]);
+    return some;
+  }
+
+  void QuantiseNarrow(const RowRun& run, float* x) const {
+    const std::vector<uint16_t> channels = NarrowChannels(c_.dim, run.type);
+    const RowFormat format = {run.type, RowSide::kKeys, channels.size()};
+    std::vector<float> some = Narrow(run, x, run.n);
+    Region region;
+    region.Allocate(RegionBytes(format, (run.n + 15) / 16 * 16));
+    WriteRows(format, region.data, 0, run.n, some.data(), channels.size());
+    ReadRows(format, region.data, 0, run.n, some.data(), channels.size());
+    std::fill(x, x + run.n * c_.dim, 0.0f);
+    for (size_t r = 0; r < run.n; ++r)
+      for (size_t i = 0; i < channels.size(); ++i) x[r * c_.dim + channels[i]] = some[r * channels.size() + i];
+  }
+
   // Rounds rows to what their type holds, so that the reference sees what the kernels see.
   void Quantise(RowSide side, const std::vector<RowRun>& runs, std::vector<float>& rows) const {
     float* x = rows.data();
     for (const RowRun& run : runs) {
+      if (run.narrow) {
+        QuantiseNarrow(run, x);
+        x += run.n * c_.dim;
+        continue;
+      }
       if (!run.reader && run.n > 0) {
         const RowFormat format = {run.type, side, c_.dim};
         Region region;
@@ -341,6 +381,7 @@ class Problem {
 
   RowSpan StoreSpan(const RowRun& run, RowSide side, size_t row, size_t n, size_t slot,
                     std::vector<Region>& regions) const {
+    if (run.narrow) return StoreNarrowSpan(run, row, n, slot, regions);
     const RowFormat format = {run.type, side, c_.dim};
     if (run.reader) {
       const auto& readers = side == RowSide::kKeys ? key_readers_ : value_readers_;
@@ -355,6 +396,15 @@ class Problem {
     Transform(side, rows.data(), n);
     WriteRows(format, data, slot, n, rows.data(), c_.dim);
     return {.format = format, .rows = data, .first_slot = slot, .n_rows = n};
+  }
+
+  RowSpan StoreNarrowSpan(const RowRun& run, size_t row, size_t n, size_t slot, std::vector<Region>& regions) const {
+    const std::vector<uint16_t>& channels = channels_.at(run.type);
+    const RowFormat format = {run.type, RowSide::kKeys, channels.size()};
+    std::byte* data = regions.emplace_back().Allocate(RegionBytes(format, (slot + n + 15) / 16 * 16));
+    const std::vector<float> rows = Narrow(run, keys_.data() + row * c_.dim, n);
+    WriteRows(format, data, slot, n, rows.data(), channels.size());
+    return {.format = format, .rows = data, .first_slot = slot, .n_rows = n, .channels = channels.data()};
   }
 
   AttentionJob Job(const Stored& stored, Result& result) const {
@@ -389,6 +439,7 @@ class Problem {
   std::vector<float> keys_, values_, queries_, bias_;
   std::optional<RopeTable> table_;
   std::vector<int32_t> read_positions_, past_positions_;
+  std::map<RowType, std::vector<uint16_t>> channels_;
   std::vector<std::unique_ptr<FloatReader>> key_readers_, value_readers_;  // without and with hooks
 };
 

@@ -40,7 +40,7 @@ V Field(const uint8_t* p, int shift, int mask) { return static_cast<float>(p[shi
 
 #include "kernels/attention/attention_prefill.h"
 
-bool FusedScores(const AttentionView&, const DecodeScratch&, RowType, size_t, size_t, size_t) { return false; }
+bool FusedScores(const AttentionView&, const DecodeScratch&, const RowSpan&, size_t, size_t, size_t) { return false; }
 bool FusedValues(const AttentionView&, const DecodeScratch&, RowType, size_t, size_t, size_t) { return false; }
 
 }  // namespace

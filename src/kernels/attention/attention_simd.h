@@ -187,7 +187,7 @@ inline void ForEachPiece(const SideView& side, size_t begin, size_t end, F f) {
 }
 
 inline bool SameLayout(const RowSpan& a, const RowSpan& b) {
-  return a.reader == b.reader && (a.reader || a.format.type == b.format.type);
+  return a.reader == b.reader && (a.reader || (a.format.type == b.format.type && a.channels == b.channels));
 }
 
 // Calls f(a span of that layout, first row, last row + 1) for the longest runs of rows of one layout in [begin, end), in
@@ -312,6 +312,20 @@ void RotateKeys(const AttentionView& view, size_t begin, size_t n, float* keys) 
   }
 }
 
+// n expanded keys with some of the channels take their places among all of them.
+void SpreadChannels(const RowSpan& span, size_t dim, size_t n, float* keys) {
+  size_t c = span.format.head_dim;
+  for (size_t channel = dim; channel-- > 0;) {
+    float* to = keys + channel * kKeyStride;
+    if (c == 0 || span.channels[c - 1] != channel) {
+      Fill(to, n, 0);
+      continue;
+    }
+    const float* from = keys + --c * kKeyStride;
+    for (size_t i = 0; i < n && from != to; ++i) to[i] = from[i];
+  }
+}
+
 // Rows [begin, end) of the keys, at most kBlockRows, rotated, to e.keys.
 void ExpandKeys(const AttentionView& view, const Expansion& e, size_t begin, size_t end) {
   ForEachPiece(view.keys, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
@@ -319,8 +333,16 @@ void ExpandKeys(const AttentionView& view, const Expansion& e, size_t begin, siz
     if (span.reader) return span.reader->ExpandKeys(slot, n, to, kKeyStride);
     ExpandKeySpan(span, slot, n, e.tile, to);
     if (view.hadamard_block > 0) RestoreKeys(view, n, to);
+    if (span.channels) SpreadChannels(span, view.head_dim, n, to);
   });
   if (view.angles) RotateKeys(view, begin, end - begin, e.keys);
+}
+
+// The same of a run of keys with one list of channels, as they lie: [format.head_dim, rows].
+void ExpandNarrowKeys(const AttentionView& view, const Expansion& e, size_t begin, size_t end) {
+  ForEachPiece(view.keys, begin, end, [&](const RowSpan& span, size_t slot, size_t n, size_t row) {
+    ExpandKeySpan(span, slot, n, e.tile, e.keys + (row - begin));
+  });
 }
 
 template <typename Rows>

@@ -30,13 +30,18 @@ inline CodedQueries PlaceQueries(const DecodeScratch& s, size_t dim, size_t stac
   return q;
 }
 
-void CodeQueries(const AttentionView& view, size_t stacked, int offset, const CodedQueries& out) {
-  const size_t dim = view.head_dim;
+// Of the channels that the run's keys have.
+void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, int offset, const CodedQueries& out) {
+  const size_t dim = run.format.head_dim;
   for (size_t m = 0; m < stacked; ++m) {
-    const float* query = view.q + m / view.group * view.q_stride + m % view.group * dim;
+    const float* query = view.q + m / view.group * view.q_stride + m % view.group * view.head_dim;
     for (size_t block = 0; block < dim / kQuantBlock; ++block) {
+      const float* values = query + block * kQuantBlock;
+      float some[kQuantBlock];
+      for (size_t c = 0; run.channels && c < kQuantBlock; ++c) some[c] = query[run.channels[block * kQuantBlock + c]];
+      if (run.channels) values = some;
       V x[2];
-      for (int i = 0; i < 2; ++i) x[i] = Mul(Load(query + block * kQuantBlock + i * 16), Splat(view.scale));
+      for (int i = 0; i < 2; ++i) x[i] = Mul(Load(values + i * 16), Splat(view.scale));
       const float largest = ReduceMax(VMax(_mm512_abs_ps(x[0]), _mm512_abs_ps(x[1])));
       const V inverse = Splat(largest > 0 ? 32512 / largest : 0);
       __m512i sum = _mm512_setzero_si512();
@@ -164,10 +169,11 @@ void ScoreAllCoded(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, si
 }
 
 template <RowType kType>
-void CodedScores(const AttentionView& view, const DecodeScratch& s, size_t begin, size_t end, size_t stacked) {
-  const size_t dim = view.head_dim, tile_bytes = TileBytes(kType, dim);
+void CodedScores(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
+                 size_t stacked) {
+  const size_t dim = run.format.head_dim, tile_bytes = TileBytes(kType, dim);
   const CodedQueries q = PlaceQueries(s, dim, stacked);
-  CodeQueries(view, stacked, kType == RowType::kQ8 ? 128 : 8, q);
+  CodeQueries(view, run, stacked, kType == RowType::kQ8 ? 128 : 8, q);
   ForEachKeyTile(
       view, s, begin, end,
       [&](const std::byte* keys, size_t n_tiles, size_t row, Ahead ahead) {
@@ -180,15 +186,15 @@ void CodedScores(const AttentionView& view, const DecodeScratch& s, size_t begin
       });
 }
 
-bool FusedScores(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
+bool FusedScores(const AttentionView& view, const DecodeScratch& s, const RowSpan& run, size_t begin, size_t end,
                  size_t stacked) {
   // The coded queries must fit the memory they borrow; they do for any sane group.
   const size_t dim = view.head_dim;
   if (dim * stacked * 2 + dim / kQuantBlock * stacked * 8 > dim * kKeyStride * sizeof(float)) return false;
-  if (type == RowType::kQ8) {
-    CodedScores<RowType::kQ8>(view, s, begin, end, stacked);
+  if (run.format.type == RowType::kQ8) {
+    CodedScores<RowType::kQ8>(view, s, run, begin, end, stacked);
   } else {
-    CodedScores<RowType::kQ4>(view, s, begin, end, stacked);
+    CodedScores<RowType::kQ4>(view, s, run, begin, end, stacked);
   }
   return true;
 }

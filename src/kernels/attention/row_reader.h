@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "kernels/rows/rows.h"
 
@@ -44,6 +45,9 @@ struct RowSpan {
   size_t first_slot = 0;              // rows lie in slots [first_slot, first_slot + n_rows) of the region or the reader
   size_t n_rows = 0;
   const RowReader* reader = nullptr;  // rows in a layout of the codec's own; null: in `rows`
+  // Keys in a region only: the channels of the job that a row has, [format.head_dim], ascending; the others count as 0,
+  // and are neither stored nor multiplied. Spans with the same channels share one list. Null: all.
+  const uint16_t* channels = nullptr;
 };
 
 }  // namespace lesskv

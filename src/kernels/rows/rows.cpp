@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "base/check.h"
 #include "base/checked.h"
@@ -242,6 +243,24 @@ void CopyRow(const RowFormat& format, const std::byte* from, size_t from_slot, s
   for (size_t c = 0; c < dim; c = c % 16 == 15 ? c + 17 : c + 1) {
     target.codes[Q4Place(format.side, c, target.lane)] = source.codes[Q4Place(format.side, c, source.lane)];
   }
+}
+
+void CopyChannels(const RowFormat& format, const std::byte* from, size_t from_slot, const uint16_t* channels,
+                  const RowFormat& to_format, std::byte* to, size_t to_slot) {
+  const size_t n = to_format.head_dim;
+  CHECK(format.side == RowSide::kKeys && to_format.side == RowSide::kKeys && format.type == to_format.type);
+  if (!IsQuantised(format.type)) {
+    const size_t bytes = ElementBytes(format.type);
+    const Place source = ElementPlace(format, from_slot), target = ElementPlace(to_format, to_slot);
+    for (size_t c = 0; c < n; ++c)
+      std::memcpy(to + (target.first + c * kTileRows) * bytes, from + (source.first + channels[c] * kTileRows) * bytes,
+                  bytes);
+    return;
+  }
+  std::vector<float> row(format.head_dim), some(n);
+  ReadRows(format, from, from_slot, 1, row.data(), row.size());
+  for (size_t c = 0; c < n; ++c) some[c] = row[channels[c]];
+  WriteRows(to_format, to, to_slot, 1, some.data(), n);
 }
 
 }  // namespace lesskv

@@ -48,4 +48,9 @@ void ReadRows(const RowFormat& format, const std::byte* region, size_t first_slo
 // Copies one row bit for bit between regions of the same format (or inside one), never through floats.
 void CopyRow(const RowFormat& format, const std::byte* from, size_t from_slot, std::byte* to, size_t to_slot);
 
+// Some channels of a key, `channels` [to_format.head_dim], as a key of the same type that has these alone: bit for bit
+// where elements are stored one by one; kQ8 and kQ4, whose scales are those of other blocks then, are rounded anew.
+void CopyChannels(const RowFormat& format, const std::byte* from, size_t from_slot, const uint16_t* channels,
+                  const RowFormat& to_format, std::byte* to, size_t to_slot);
+
 }  // namespace lesskv

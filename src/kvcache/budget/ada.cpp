@@ -95,8 +95,9 @@ void DivideByVotes(std::span<const LayerRows> layers, double floor, std::span<si
     for (const HeadRows& head : layer.heads) leaving |= head.n_rows() > budgets[h++];
   if (!leaving || mean == 0) return;
 
-  const LayerRows& any = layers[0];  // window and protected tokens are those of all layers
-  const size_t always = std::min(mean, any.window + any.protect->CountFrom(static_cast<int32_t>(any.sinks)));
+  const LayerRows& any = layers[0];  // window, protected and separate rows are those of all layers
+  const size_t staying = any.window + any.protect->CountFrom(static_cast<int32_t>(any.sinks));
+  const size_t always = std::min(mean, std::max(staying, any.apart));
   const auto own = std::min(mean - always, static_cast<size_t>(floor * static_cast<double>(mean) + 1e-9));
   const size_t least = std::max<size_t>(1, always + own);
   size_t rest = total - n * least;

@@ -20,9 +20,10 @@ struct BudgetRequest {
   bool one_budget_a_layer = false;  // the selector keeps one set of tokens a layer: its heads must be equal
 
   size_t smallest = 1;  // the smallest budget that a head can have: the window shrinks with it
+  size_t apart = 0;     // rows that the codec keeps apart: no head may get fewer by a division at the prompt's end
 
-  // Rows that every head must have where its window shall not shrink.
-  size_t least() const { return window + n_protected; }
+  // Rows that every head must have where its window shall not shrink, nor what the codec keeps apart.
+  size_t least() const { return window + n_protected > apart ? window + n_protected : apart; }
 
   size_t n_layers() const { return n_kv_heads.size(); }
   size_t n_heads() const {

@@ -18,6 +18,10 @@ struct CodecTraits {
   size_t group_rows = 1;
   // Rows at the end that never leave: at most so many, and at most half the budget rounded down to the group.
   size_t window_rows = 0;
+  // Rows of a head that lie apart from the others: budgets that are divided at a prompt's end leave each head so many,
+  // or its layer's mean where that is less.
+  size_t apart_rows = 0;
+  bool grows = false;           // rows pile up while decoding: not for selectors that bound them
   bool gives_full_keys = true;  // ReadRows gives keys with all their channels
   bool rewrites_rows = true;    // a row can be changed after it was written (Fate::kMerge)
   bool unrotated_keys = false;  // keys are kept unrotated whatever the selector wants, and rotated when read

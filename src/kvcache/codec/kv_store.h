@@ -124,6 +124,9 @@ class KvStore {
   // with a RowReader). What has been attended then passes through Finish, once.
   virtual void AddJobs(const StoreQuery& query, JobList& list) const = 0;
   virtual void Finish(const StoreQuery&) const {}
+  // For stores that learn from queries: those of the step, in order, after they were attended (before Finish) and before
+  // their layer is closed.
+  virtual void Observe(const StoreQuery&) {}
 
   // Rows of one KV head, decoded: keys, values [rows.size(), head_dim], in the space they were appended in.
   virtual void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,

@@ -27,8 +27,6 @@ std::unique_ptr<const Codec> Make(const RowTypes& types, const MethodContext& co
   return std::make_unique<RowCodec>(types);
 }
 
-MethodTraits Traits(const Arguments&) { return {.movable_rows = true}; }
-
 RowTypes Both(RowType type, bool rotate = false) { return {type, type, rotate}; }
 
 constexpr Parameter kRotate = {.name = "rotate", .kind = Parameter::Kind::kWord, .default_value = "false",
@@ -39,6 +37,9 @@ constexpr Parameter kRotate = {.name = "rotate", .kind = Parameter::Kind::kWord,
 constexpr Parameter kLowBitParameters[] = {kRotate};
 
 bool Rotates(const Arguments& arguments) { return arguments.Text("rotate") == "true"; }
+
+MethodTraits PlainRows(const Arguments&) { return {.plain_rows = true, .movable_rows = true}; }
+MethodTraits LowBitTraits(const Arguments& a) { return {.plain_rows = !Rotates(a), .movable_rows = true}; }
 
 RowType ParseRowType(std::string_view name) {
   for (RowType type : {RowType::kF32, RowType::kF16, RowType::kBF16, RowType::kQ8, RowType::kQ4})
@@ -69,7 +70,7 @@ extern const Method kF16Method{
     .stage = Stage::kCodec,
     .summary = "half precision",
     .reference = "",
-    .traits = Traits,
+    .traits = PlainRows,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF16), context); },
 };
 
@@ -78,7 +79,7 @@ extern const Method kF32Method{
     .stage = Stage::kCodec,
     .summary = "single precision: exact",
     .reference = "",
-    .traits = Traits,
+    .traits = PlainRows,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kF32), context); },
 };
 
@@ -87,7 +88,7 @@ extern const Method kBf16Method{
     .stage = Stage::kCodec,
     .summary = "bfloat16",
     .reference = "",
-    .traits = Traits,
+    .traits = PlainRows,
     .make_codec = [](const Arguments&, const MethodContext& context) { return Make(Both(RowType::kBF16), context); },
 };
 
@@ -97,7 +98,7 @@ extern const Method kQ8Method{
     .summary = "8 bits in blocks of 32 channels with one scale (the content of q8_0)",
     .reference = "",
     .parameters = kLowBitParameters,
-    .traits = Traits,
+    .traits = LowBitTraits,
     .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ8, Rotates(a)), context); },
 };
 
@@ -107,7 +108,7 @@ extern const Method kQ4Method{
     .summary = "4 bits in blocks of 32 channels with one scale (the content of q4_0)",
     .reference = "",
     .parameters = kLowBitParameters,
-    .traits = Traits,
+    .traits = LowBitTraits,
     .make_codec = [](const Arguments& a, const MethodContext& context) { return Make(Both(RowType::kQ4, Rotates(a)), context); },
 };
 
@@ -117,7 +118,7 @@ extern const Method kMixMethod{
     .summary = "keys and values stored each in their own way",
     .reference = "",
     .parameters = kMixParameters,
-    .traits = Traits,
+    .traits = LowBitTraits,
     .validate = ValidateMix,
     .make_codec =
         [](const Arguments& a, const MethodContext& context) {

@@ -14,14 +14,19 @@
 
 namespace lesskv {
 
-RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types)
-    : counter_(&counter), shape_(shape), types_(types), table_(shape.layers), heads_(table_.size()) {
+RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims)
+    : counter_(&counter),
+      shape_(shape),
+      types_(types),
+      key_dims_(std::move(key_dims)),
+      table_(shape.layers),
+      heads_(table_.size()) {
   for (const LayerShape& layer : shape.layers) {
-    formats_.push_back({{types.keys, RowSide::kKeys, layer.head_dim},
+    formats_.push_back({{types.keys, RowSide::kKeys, key_dims_.empty() ? layer.head_dim : key_dims_[formats_.size()]},
                         {types.values, RowSide::kValues, layer.head_dim},
                         types.rotate ? HadamardBlock(layer.head_dim) : 0});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
+    if (layer.head_dim > formats_[widest_].values.head_dim) widest_ = formats_.size() - 1;
   }
   staging_.resize(most_heads_);
   if (!shape.grows) return;
@@ -29,7 +34,7 @@ RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes
 }
 
 std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
-  auto copy = std::make_unique<RowStore>(counter, shape_, types_);
+  auto copy = std::make_unique<RowStore>(counter, shape_, types_, key_dims_);
   copy->defers_ = defers_;
   copy->staging_.resize(staging_.size());
   std::map<const CountedBuffer*, std::shared_ptr<CountedBuffer>> shared;  // regions that heads share stay shared
@@ -140,7 +145,7 @@ void RowStore::ReserveStaging(const StepRoom& room) {
 // of one head size share a region.
 void RowStore::Pack(size_t first_head, std::span<const size_t> rows) {
   std::map<size_t, size_t> total;  // rows, by head size
-  const auto size = [&](size_t i) { return FormatsOf(first_head + i).keys.head_dim; };
+  const auto size = [&](size_t i) { return FormatsOf(first_head + i).values.head_dim; };
   for (size_t i = 0; i < rows.size(); ++i) total[size(i)] += rows[i];
   for (const auto& [head_dim, n] : total) {
     size_t next = 0;
@@ -165,26 +170,30 @@ void RowStore::ReserveShares(const StepRoom& room) {
   if (!same) Pack(0, room.budgets);
 }
 
+void RowStore::ReserveHeads(const StepRoom& room, std::span<const size_t> entering) {
+  for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
+  if (shape_.packs) ReserveShares(room);
+  std::vector<size_t> grown(heads_.size());
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    Head& head = heads_[i];
+    const size_t all = head.n_rows + entering[i];
+    if (!room.evicts)
+      grown[i] = all;
+    else if (shape_.packs)
+      continue;
+    else if (shape_.grows)
+      grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
+    else if (head.capacity() < room.budgets[i])
+      ResizeArena(FormatsOf(i), head, RoundUp(room.budgets[i], kTileRows));
+  }
+  if (shape_.grows || !room.evicts) Grow(grown);
+  budgets_.assign(room.budgets.begin(), room.budgets.end());
+}
+
 void RowStore::Reserve(const StepRoom& room) {
   try {
-    for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
-    if (shape_.packs) ReserveShares(room);
-    std::vector<size_t> grown(heads_.size());
-    for (size_t i = 0; i < heads_.size(); ++i) {
-      Head& head = heads_[i];
-      const size_t all = head.n_rows + room.n_step;
-      if (!room.evicts)
-        grown[i] = all;
-      else if (shape_.packs)
-        continue;
-      else if (shape_.grows)
-        grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
-      else if (head.capacity() < room.budgets[i])
-        ResizeArena(FormatsOf(i), head, RoundUp(room.budgets[i], kTileRows));
-    }
-    if (shape_.grows || !room.evicts) Grow(grown);
+    ReserveHeads(room, std::vector<size_t>(heads_.size(), room.n_step));
     ReserveStaging(room);
-    budgets_.assign(room.budgets.begin(), room.budgets.end());
   } catch (...) {
     CancelStep();
     throw;
@@ -192,6 +201,19 @@ void RowStore::Reserve(const StepRoom& room) {
   n_step_ = room.n_step;
   evicts_ = room.evicts;
   is_prompt_ = room.is_prompt;
+}
+
+void RowStore::ReserveRows(const StepRoom& room, std::span<const size_t> entering) {
+  try {
+    ReserveHeads(room, entering);
+  } catch (...) {
+    CancelStep();
+    throw;
+  }
+  n_step_ = 0;  // nothing waits here
+  evicts_ = room.evicts;
+  is_prompt_ = room.is_prompt;
+  defers_ = room.defers;
 }
 
 void RowStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
@@ -264,6 +286,10 @@ void RowStore::AppendSpans(const Formats& formats, const Head& head, size_t firs
     values.push_back({formats.values, Values(formats, *at.region, at.region_rows), at.slot, n});
     row += n;
   }
+}
+
+void RowStore::AddSpans(size_t layer, size_t kv_head, std::vector<RowSpan>& keys, std::vector<RowSpan>& values) const {
+  AppendSpans(formats_[layer], At(layer, kv_head), 0, At(layer, kv_head).n_rows, keys, values);
 }
 
 // Nothing depends on where a row is read when nothing is rotated.
@@ -350,10 +376,10 @@ RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const
 void RowStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                         float* values) const {
   const Formats& formats = formats_[layer];
-  const size_t d = Layer(layer).head_dim;
+  const size_t d = Layer(layer).head_dim, key_dim = formats.keys.head_dim;
   for (size_t i = 0; i < rows.size(); ++i) {
     const Place at = Find(layer, kv_head, rows[i]);
-    lesskv::ReadRows(formats.keys, Keys(*at.region), at.slot, 1, keys + i * d, d);
+    lesskv::ReadRows(formats.keys, Keys(*at.region), at.slot, 1, keys + i * key_dim, key_dim);
     lesskv::ReadRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, 1, values + i * d, d);
   }
   if (formats.hadamard_block == 0) return;
@@ -401,20 +427,28 @@ void RowStore::Merge(size_t layer, size_t kv_head, std::span<const Departure> le
   }
 }
 
+// A row of the head, or one that enters, to a slot.
+void RowStore::Bring(size_t layer, size_t kv_head, size_t row, const Region& to, size_t to_rows, size_t slot,
+                     const WriteRow* write) {
+  const Formats& formats = formats_[layer];
+  const size_t n_rows = At(layer, kv_head).n_rows;
+  if (write != nullptr && row >= n_rows) return (*write)(row - n_rows, Keys(to), Values(formats, to, to_rows), slot);
+  const Place from = Find(layer, kv_head, static_cast<uint32_t>(row));
+  CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(to), slot);
+  CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot, Values(formats, to, to_rows),
+          slot);
+}
+
 // Rows in the order of the slot map to the head's new share.
-void RowStore::Move(Head& head, const Formats& formats, size_t layer, size_t kv_head, const SlotMap& map) {
+void RowStore::Move(Head& head, size_t layer, size_t kv_head, const SlotMap& map, const WriteRow* write) {
   CHECK(map.n_rows <= head.next.rows, "{} rows for a share of {}", map.n_rows, head.next.rows);
   std::vector<uint32_t> rows(counter_->only_counts ? 0 : map.n_rows);
   for (uint32_t slot = 0; slot < rows.size(); ++slot) rows[slot] = slot;
   for (const RowMove& move : map.moves)
     if (move.to < rows.size()) rows[move.to] = move.from;
   const Share& to = head.next;
-  for (size_t slot = 0; slot < rows.size(); ++slot) {
-    const Place from = Find(layer, kv_head, rows[slot]);
-    CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(to.region), to.first + slot);
-    CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot,
-            Values(formats, to.region, to.region_rows), to.first + slot);
-  }
+  for (size_t slot = 0; slot < rows.size(); ++slot)
+    Bring(layer, kv_head, rows[slot], to.region, to.region_rows, to.first + slot, write);
   head.left = std::move(head.regions);
   head.left.push_back(std::move(head.share.region));
   head.regions.clear();
@@ -477,16 +511,24 @@ SlotMap RowStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
       break;
     }
   }
-  SlotMap map = PlanCompaction(head.n_rows, n_step_, leaving);
-  const Formats& formats = formats_[layer];
+  return Compact(layer, kv_head, leaving, n_step_, nullptr);
+}
+
+SlotMap RowStore::CloseWith(size_t layer, size_t kv_head, std::span<const Departure> leaving, size_t n_entering,
+                            const WriteRow& write) {
+  return Compact(layer, kv_head, leaving, n_entering, &write);
+}
+
+SlotMap RowStore::Compact(size_t layer, size_t kv_head, std::span<const Departure> leaving, size_t n_new,
+                          const WriteRow* write) {
+  Head& head = At(layer, kv_head);
+  SlotMap map = PlanCompaction(head.n_rows, n_new, leaving);
   if (head.moves) {
-    Move(head, formats, layer, kv_head, map);
+    Move(head, layer, kv_head, map, write);
   } else {
     for (size_t i = 0; i < map.moves.size() && !counter_->only_counts; ++i) {
-      const Place from = Find(layer, kv_head, map.moves[i].from), to = FindIn(head, map.moves[i].to);
-      CopyRow(formats.keys, Keys(*from.region), from.slot, Keys(*to.region), to.slot);
-      CopyRow(formats.values, Values(formats, *from.region, from.region_rows), from.slot,
-              Values(formats, *to.region, to.region_rows), to.slot);
+      const Place to = FindIn(head, map.moves[i].to);
+      Bring(layer, kv_head, map.moves[i].from, *to.region, to.region_rows, to.slot, write);
     }
   }
   head.n_rows = map.n_rows;

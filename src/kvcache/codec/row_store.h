@@ -15,6 +15,7 @@
 // cache, because RoPE does not commute with H.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -38,7 +39,8 @@ struct RowTypes {
 
 class RowStore final : public KvStore {
  public:
-  RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types);
+  // key_dims: the channels that keys have, a layer, where they are not all of the head's (think_store.h).
+  RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims = {});
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
   void Reserve(const StepRoom& room) override;
@@ -68,6 +70,16 @@ class RowStore final : public KvStore {
   // Where nothing leaves, between the step's attention and its Close: resident row first + i becomes what row first + from[i] was; `from` is a permutation.
   // The step's own rows count as resident. From several threads for different heads.
   void Reorder(size_t layer, size_t kv_head, size_t first, std::span<const uint32_t> from);
+  // For a store in front of this one that holds a step's rows itself and hands some over when a layer is closed: instead
+  // of Reserve, with room for entering[i] rows of head i more, and instead of Close. WriteRow writes the i-th row that
+  // enters to a slot of a region of keys and one of values.
+  using WriteRow = std::function<void(size_t i, std::byte* keys, std::byte* values, size_t slot)>;
+  void ReserveRows(const StepRoom& room, std::span<const size_t> entering);
+  SlotMap CloseWith(size_t layer, size_t kv_head, std::span<const Departure> leaving, size_t n_entering,
+                    const WriteRow& write);
+  // Adds the spans of a head's resident rows.
+  void AddSpans(size_t layer, size_t kv_head, std::vector<RowSpan>& keys, std::vector<RowSpan>& values) const;
+  const RowFormat& key_format(size_t layer) const { return formats_[layer].keys; }
 
  private:
   struct Region {  // keys, then values, of a number of rows; in a plan `data` is null
@@ -127,7 +139,11 @@ class RowStore final : public KvStore {
   void ReserveStaging(const StepRoom& room);
   void ReserveShares(const StepRoom& room);
   void Pack(size_t first_head, std::span<const size_t> rows);
-  void Move(Head& head, const Formats& formats, size_t layer, size_t kv_head, const SlotMap& map);
+  void Move(Head& head, size_t layer, size_t kv_head, const SlotMap& map, const WriteRow* write);
+  void Bring(size_t layer, size_t kv_head, size_t row, const Region& to, size_t to_rows, size_t slot,
+             const WriteRow* write);
+  SlotMap Compact(size_t layer, size_t kv_head, std::span<const Departure> leaving, size_t n_new, const WriteRow* write);
+  void ReserveHeads(const StepRoom& room, std::span<const size_t> entering);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void Trim(Head& head);
   static std::byte* DataAt(const Formats& formats, RowSide side, const Place& at);
@@ -146,6 +162,7 @@ class RowStore final : public KvStore {
   ByteCounter* counter_;
   StoreShape shape_;
   RowTypes types_;
+  std::vector<size_t> key_dims_;
   HeadTable table_;
   std::vector<Formats> formats_;  // [n_layers]
   size_t widest_ = 0, most_heads_ = 0;

@@ -68,6 +68,7 @@ struct LayerRows {
   double need = 0;                // what the budgeter measured of this layer
   // Rows of a usual budget that the selector always keeps, the first `sinks` tokens among them and else the newest.
   size_t window = 0, sinks = 0;
+  size_t apart = 0;  // rows that the codec keeps apart (CodecTraits::apart_rows): no head gets fewer by division
   bool votes_accumulate = false;  // Votes::kKept, but for scores of inputs
   const ProtectedSet* protect = nullptr;  // tokens that always stay
   std::span<const float> queries;  // keeps_queries: [n_observed_queries, n_heads, head_dim], rotated, not scaled
