@@ -145,7 +145,7 @@ void AddLess(CLI::App& train) {
   less->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL");
   less->add_option("-c,--ctx", c->model.ctx, "Tokens of a training text (default: the trained context)");
   less->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
-  less->add_option("--compute", c->model.compute, "Arithmetic of the captured model: auto, f32, bf16");
+  less->add_option("--compute", c->model.compute, "Arithmetic of the captured model: auto, f32, bf16, int8");
   less->add_option("-o,--output", c->output, "Sidecar to write, NAME.less.gguf for NAME.gguf")->option_text("SIDECAR");
   train::TrainLessOptions& o = c->options;
   less->add_option("--text", o.texts, "Text files to draw training texts from")->option_text("FILE...");
@@ -236,7 +236,7 @@ void AddBudgets(CLI::App& train) {
   CLI::App* budgets = train.add_subcommand("budgets", "Measure how many rows each head of a model needs, for split");
   budgets->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL")->required();
   budgets->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
-  budgets->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16");
+  budgets->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16, int8");
   budgets->add_option("-o,--output", c->output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
       ->option_text("SIDECAR")->required();
   train::TrainBudgetsOptions& o = c->options;
