@@ -40,7 +40,7 @@ struct Options {
   int threads = 0;
   int repeat = 9;
   size_t layers = 4;
-  ComputeType compute = AutoCompute();
+  ComputeType compute = ComputeType::kBF16;
   bool onednn = false;
 };
 

@@ -318,6 +318,7 @@ TEST_P(ReducedCompute, StaysCloseToF32) {
   std::vector<int32_t> tokens = tokenizer->Encode(ReadFile(kSource + "/docs/sample.txt"), true, false);
   tokens.resize(std::min<size_t>(tokens.size(), 512));
   const size_t n_vocab = exact.model().config().n_vocab;
+  const double least_same = GetParam() == ComputeChoice::kInt8 ? 0.97 : 0.98;
   for (const size_t step : {tokens.size(), size_t{4}}) {
     const std::vector<float> p = StepAll(exact, "full", tokens, step), q = StepAll(reduced, "full", tokens, step);
     size_t same = 0;
@@ -329,7 +330,7 @@ TEST_P(ReducedCompute, StaysCloseToF32) {
       for (size_t i = 0; i < n_vocab; ++i)
         kl += std::exp(a[i] - mass_a) * ((a[i] - mass_a) - (b[i] - mass_b)) / static_cast<double>(tokens.size());
     }
-    EXPECT_GE(static_cast<double>(same) / static_cast<double>(tokens.size()), 0.98) << "steps of " << step;
+    EXPECT_GE(static_cast<double>(same) / static_cast<double>(tokens.size()), least_same) << "steps of " << step;
     EXPECT_LE(kl, 0.002) << "steps of " << step;
     // A processor that cannot multiply bfloat16 pairs takes float32 for many tokens, and says so (linear.h).
     const bool rounds = GetParam() == ComputeChoice::kInt8 || step == 4 || ActiveIsa() == Isa::kScalar || ActiveIsa() >= Isa::kAvx512Bf16;

@@ -86,7 +86,7 @@ void AddModelOptions(CLI::App& command, ModelOptions& options) {
                                               "(default: what the model was trained for)")->option_text("N");
   command.add_option("-t,--threads", options.threads, "Threads (default: all CPUs)")
       ->check(CLI::Range(0, ThreadPool::kMaxThreads))->option_text("N");
-  command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 where the CPU has it, else int8), "
+  command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 where the CPU has it), "
                                                   "f32, bf16, int8")->option_text("TYPE");
 }
 

@@ -388,10 +388,7 @@ std::string_view ComputeTypeName(ComputeType compute) {
   return "?";
 }
 
-ComputeType AutoCompute() {
-  if (ActiveIsa() == Isa::kScalar) return ComputeType::kF32;
-  return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kInt8;
-}
+ComputeType AutoCompute() { return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
 
 bool IsLinearType(DType type) { return IsWeightType(type); }
 

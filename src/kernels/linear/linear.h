@@ -31,8 +31,8 @@ enum class ComputeType { kF32, kBF16, kInt8 };
 
 std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16", "int8"
 
-// What `--compute auto` means with the active instruction set: kBF16 where it multiplies bfloat16 pairs, kF32 for the
-// scalar one, kInt8 for those between.
+// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kF32 elsewhere. Not kInt8:
+// it costs a small model 0.3 % of perplexity or more (docs/performance.md).
 ComputeType AutoCompute();
 
 // Up to this many tokens a product reads each weight once for all of them and is bound by memory; beyond, tiles of the
