@@ -3,8 +3,8 @@
 // not. Bounds are about half of what was seen with AVX-512 and apply where the processor has AVX-512; elsewhere every
 // kernel must at least not be slower than its reference. Decode steps of whole caches are timed beside a window's of as
 // many rows: what score bookkeeping and the LESS state may cost. Products of one
-// token with weights that no cache holds are timed beside a plain read of the same bytes. Exit status 1 when a bound is
-// broken.
+// token with weights that no cache holds are timed beside a plain read of the same bytes, and 8-bit products of many
+// tokens beside float32 ones. Exit status 1 when a bound is broken.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -76,6 +76,30 @@ void CheckProducts(Guard& guard, DType type, size_t n_tokens, double bound) {
   const WeightView view{type, kOut, kIn, weights.data()};
   guard.Check(fmt::format("product {}, {} tokens", Traits(type).name, n_tokens), bound,
               [&] { Linear(view, x.data(), kIn, n_tokens, y.data(), kOut, AutoCompute()); });
+}
+
+// Many tokens in 8-bit products beside float32 ones, with the active kernels.
+void CheckInt8(Guard& guard, DType type, size_t n_tokens, double bound) {
+  constexpr size_t kOut = 512, kIn = 1024;
+  const std::vector<float> row = Normals(kIn, 1), x = Normals(n_tokens * kIn, 2);
+  std::vector<std::byte> weights(kOut * RowBytes(type, kIn));
+  for (size_t o = 0; o < kOut; ++o) QuantizeRow(type, row.data(), kIn, weights.data() + o * RowBytes(type, kIn));
+  std::vector<float> y(n_tokens * kOut);
+  double best[2] = {1e9, 1e9};
+  for (int i = 0; i < 3 * kRounds; ++i) {
+    for (const ComputeType compute : {ComputeType::kF32, ComputeType::kInt8}) {
+      const double start = Seconds();
+      Linear({type, kOut, kIn, weights.data()}, x.data(), kIn, n_tokens, y.data(), kOut, compute);
+      double& least = best[compute == ComputeType::kInt8];
+      least = std::min(least, Seconds() - start);
+    }
+  }
+  const double ratio = best[0] / best[1];
+  const bool ok = ratio >= bound || ActiveIsa() == Isa::kScalar;
+  guard.broken |= !ok;
+  std::printf("%-34s %8.2f times the float32 product, at least %4.2f expected  %s\n",
+              fmt::format("int8 product {}, {} tokens", Traits(type).name, n_tokens).c_str(), ratio, bound,
+              ok ? "ok" : "BROKEN");
 }
 
 // One token's product with 128 MiB of weights, beside a plain read of the same bytes.
@@ -185,6 +209,7 @@ int main() {
     CheckProducts(guard, product.type, 1, product.one);
     CheckProducts(guard, product.type, 64, product.many);
   }
+  for (const DType type : {DType::kQ8_0, DType::kQ4_1, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 64, 1.2);
   for (const DType type : {DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_K}) CheckStreaming(guard, type, 0.7);
   const struct {
     RowType type;

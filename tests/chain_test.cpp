@@ -307,14 +307,18 @@ std::string ReadFile(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// bf16 against f32 on the bundled model, both ways of multiplying: many tokens (bfloat16) and few (int8 activations).
-TEST(Chain, ReducedComputeStaysCloseToF32) {
+// bf16 and int8 against f32 on the bundled model, both ways of multiplying: many tokens (bfloat16 in bf16) and few (int8
+// activations).
+class ReducedCompute : public testing::TestWithParam<ComputeChoice> {};
+
+TEST_P(ReducedCompute, StaysCloseToF32) {
   const std::string path = kSource + "/models/lesskv-small.gguf";
-  Engine exact = MakeEngine(path), reduced = MakeEngine(path, ComputeChoice::kBF16);
+  Engine exact = MakeEngine(path), reduced = MakeEngine(path, GetParam());
   const auto tokenizer = Tokenizer::Create(LoadVocabulary(exact.model().file()));
   std::vector<int32_t> tokens = tokenizer->Encode(ReadFile(kSource + "/docs/sample.txt"), true, false);
   tokens.resize(std::min<size_t>(tokens.size(), 512));
   const size_t n_vocab = exact.model().config().n_vocab;
+  const double least_same = GetParam() == ComputeChoice::kInt8 ? 0.97 : 0.98;
   for (const size_t step : {tokens.size(), size_t{4}}) {
     const std::vector<float> p = StepAll(exact, "full", tokens, step), q = StepAll(reduced, "full", tokens, step);
     size_t same = 0;
@@ -326,13 +330,16 @@ TEST(Chain, ReducedComputeStaysCloseToF32) {
       for (size_t i = 0; i < n_vocab; ++i)
         kl += std::exp(a[i] - mass_a) * ((a[i] - mass_a) - (b[i] - mass_b)) / static_cast<double>(tokens.size());
     }
-    EXPECT_GE(static_cast<double>(same) / static_cast<double>(tokens.size()), 0.98) << "steps of " << step;
+    EXPECT_GE(static_cast<double>(same) / static_cast<double>(tokens.size()), least_same) << "steps of " << step;
     EXPECT_LE(kl, 0.002) << "steps of " << step;
     // A processor that cannot multiply bfloat16 pairs takes float32 for many tokens, and says so (linear.h).
-    const bool rounds = step == 4 || ActiveIsa() == Isa::kScalar || ActiveIsa() >= Isa::kAvx512Bf16;
+    const bool rounds = GetParam() == ComputeChoice::kInt8 || step == 4 || ActiveIsa() == Isa::kScalar || ActiveIsa() >= Isa::kAvx512Bf16;
     EXPECT_EQ(MaxDifference(p, q) > 0, rounds) << "steps of " << step;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Chain, ReducedCompute, testing::Values(ComputeChoice::kBF16, ComputeChoice::kInt8),
+                         [](const auto& c) { return c.param == ComputeChoice::kBF16 ? "bf16" : "int8"; });
 
 // Where the optional data lies: LESSKV_SHARED_DIR, or `shared` beside the checkout.
 std::string SharedFile(const std::string& name) {
@@ -343,7 +350,7 @@ std::string SharedFile(const std::string& name) {
 TEST(Chain, ARealModelTellsItsStory) {
   const std::string path = SharedFile("data/models/stories260Ktok512.gguf");
   if (!std::filesystem::exists(path)) GTEST_SKIP() << path << " is not there";
-  for (const ComputeChoice compute : {ComputeChoice::kF32, ComputeChoice::kBF16}) {
+  for (const ComputeChoice compute : {ComputeChoice::kF32, ComputeChoice::kBF16, ComputeChoice::kInt8}) {
     Engine engine = MakeEngine(path, compute);
     const auto tokenizer = Tokenizer::Create(LoadVocabulary(engine.model().file()));
     Sequence sequence(engine.MakeCacheConfig(CacheSpec()));

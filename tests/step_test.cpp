@@ -117,8 +117,10 @@ TEST_P(Step, ManySequencesBehaveAsEachAlone) {
   for (size_t i = 0; i < 32; ++i) EXPECT_EQ(together[i], run({i})[i]) << "sequence " << i;
 }
 
-INSTANTIATE_TEST_SUITE_P(Compute, Step, testing::Values(ComputeChoice::kF32, ComputeChoice::kBF16),
-                         [](const auto& c) { return c.param == ComputeChoice::kF32 ? "f32" : "bf16"; });
+INSTANTIATE_TEST_SUITE_P(Compute, Step, testing::Values(ComputeChoice::kF32, ComputeChoice::kBF16, ComputeChoice::kInt8),
+                         [](const auto& c) {
+                           return c.param == ComputeChoice::kF32 ? "f32" : c.param == ComputeChoice::kBF16 ? "bf16" : "int8";
+                         });
 
 class StepFailure : public Step {};
 

@@ -47,7 +47,7 @@ void AddBenchOptions(CLI::App& command, BenchOptions& o) {
   command.add_option("-c,--ctx", o.speed.ctx, "Context length that percentages of a cache spec refer to (default: "
                                               "what the longest test needs)")->check(numbers)->option_text("N");
   list("-t,--threads", o.threads, "Threads; 0 for all CPUs")->check(CLI::Range(0, 1024));
-  command.add_option("--compute", o.compute, "Arithmetic of products: auto, f32, bf16")->option_text("TYPE");
+  command.add_option("--compute", o.compute, "Arithmetic of products: auto, f32, bf16, int8")->option_text("TYPE");
   AddModelLoading(command, o.loading);
   command.add_flag("--random-sidecar", o.random_sidecar, "Give less feature maps with random weights: for speed only");
   command.add_option("--rank", o.maps.rank, "Features of random maps")->check(CLI::Range(1, 64))->option_text("N")

@@ -161,7 +161,7 @@ void AddLess(CLI::App& train) {
   less->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL");
   less->add_option("-c,--ctx", c->model.ctx, "Tokens of a training text (default: the trained context)");
   less->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
-  less->add_option("--compute", c->model.compute, "Arithmetic of the captured model: auto, f32, bf16");
+  less->add_option("--compute", c->model.compute, "Arithmetic of the captured model: auto, f32, bf16, int8");
   less->add_option("-o,--output", c->output, "Sidecar to write, NAME.less.gguf for NAME.gguf")->option_text("SIDECAR");
   train::TrainLessOptions& o = c->options;
   less->add_option("--text", o.texts, "Text files to draw training texts from")->option_text("FILE...");
@@ -259,7 +259,22 @@ void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* to
 void AddBudgets(CLI::App& train) {
   auto c = std::make_shared<BudgetsCommand>();
   CLI::App* budgets = train.add_subcommand("budgets", "Measure how many rows each head of a model needs, for split");
+<<<<<<< HEAD
   AddMeasureOptions(*budgets, *c, c->options.seed, "Tokens of a text; the model reads it twice");
+=======
+  budgets->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL")->required();
+  budgets->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
+  budgets->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16, int8");
+  budgets->add_option("-o,--output", c->output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
+      ->option_text("SIDECAR")->required();
+  train::TrainBudgetsOptions& o = c->options;
+  budgets->add_option("--text", o.texts, "Text files to draw texts from")->option_text("FILE...")->required();
+  budgets->add_option("--sequences", o.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
+  budgets->add_option("--tokens", o.tokens, "Tokens of a text; the model reads it twice")->capture_default_str()
+      ->check(CLI::Range(16, 1 << 20));
+  AddSeed(*budgets, o.seed, "Seed of the texts");
+  budgets->add_flag("--json", c->json, "Print one JSON object");
+>>>>>>> x-int8
   budgets->callback([c] { TrainBudgets(*c); });
 }
 

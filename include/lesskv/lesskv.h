@@ -47,7 +47,12 @@ LESSKV_API void lesskv_log_set(lesskv_log_callback callback, void* user_data);
 
 typedef struct lesskv_model lesskv_model; /* weights, tokenizer and threads */
 
-typedef enum lesskv_compute { LESSKV_COMPUTE_AUTO = 0, LESSKV_COMPUTE_F32 = 1, LESSKV_COMPUTE_BF16 = 2 } lesskv_compute;
+typedef enum lesskv_compute {
+  LESSKV_COMPUTE_AUTO = 0,
+  LESSKV_COMPUTE_F32 = 1,
+  LESSKV_COMPUTE_BF16 = 2,
+  LESSKV_COMPUTE_INT8 = 3
+} lesskv_compute;
 typedef enum lesskv_loading { LESSKV_LOADING_AUTO = 0, LESSKV_LOADING_MAP = 1, LESSKV_LOADING_READ = 2 } lesskv_loading;
 
 typedef struct lesskv_model_params {

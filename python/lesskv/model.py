@@ -15,7 +15,7 @@ from . import _c
 
 Tokens = Union[Several[int], np.ndarray]
 FINISHES = ("length", "end", "stop", "context", "interrupted")
-COMPUTE = {"auto": 0, "f32": 1, "bf16": 2}
+COMPUTE = {"auto": 0, "f32": 1, "bf16": 2, "int8": 3}
 LOADING = {"auto": 0, "map": 1, "read": 2}
 LESS_SPECS = ("h2o(2%)", "h2o(5%)", "h2o(10%)", "window(2%)", "window(5%)", "tova(2%)", "tova(5%)")  # as lesskv train less
 

@@ -14,8 +14,9 @@ ComputeChoice Choice(lesskv_compute compute) {
     case LESSKV_COMPUTE_AUTO: return ComputeChoice::kAuto;
     case LESSKV_COMPUTE_F32: return ComputeChoice::kF32;
     case LESSKV_COMPUTE_BF16: return ComputeChoice::kBF16;
+    case LESSKV_COMPUTE_INT8: return ComputeChoice::kInt8;
   }
-  Fail(ErrorCode::kInvalidArgument, "compute: expected auto (0), f32 (1) or bf16 (2), found {}", static_cast<int>(compute));
+  Fail(ErrorCode::kInvalidArgument, "compute: expected auto (0), f32 (1), bf16 (2) or int8 (3), found {}", static_cast<int>(compute));
 }
 
 ModelLoading Loading(lesskv_loading loading) {

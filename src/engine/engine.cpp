@@ -14,13 +14,24 @@ namespace {
 // Below this the question whether memory suffices is not worth asking at every step.
 constexpr size_t kSmallWork = size_t{64} << 20;
 
+ComputeType Resolve(ComputeChoice choice) {
+  switch (choice) {
+    case ComputeChoice::kAuto: return AutoCompute();
+    case ComputeChoice::kF32: return ComputeType::kF32;
+    case ComputeChoice::kBF16: return ComputeType::kBF16;
+    case ComputeChoice::kInt8: return ComputeType::kInt8;
+  }
+  return ComputeType::kF32;
+}
+
 }  // namespace
 
 ComputeChoice ParseComputeChoice(const std::string& text) {
   if (text == "auto") return ComputeChoice::kAuto;
   if (text == "f32") return ComputeChoice::kF32;
   if (text == "bf16") return ComputeChoice::kBF16;
-  Fail(ErrorCode::kInvalidArgument, "--compute: expected auto, f32 or bf16, found \"{}\"", text);
+  if (text == "int8") return ComputeChoice::kInt8;
+  Fail(ErrorCode::kInvalidArgument, "--compute: expected auto, f32, bf16 or int8, found \"{}\"", text);
 }
 
 Sequence::Sequence(std::shared_ptr<const CacheConfig> config)
@@ -44,9 +55,7 @@ Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
       batch_invariant_(options.batch_invariant),
       batch_(std::make_unique<CacheBatch>()) {
   ActiveIsa();  // what LESSKV_ISA asks for in vain is refused here, not in the middle of a step
-  compute_ = options.compute == ComputeChoice::kAuto  ? AutoCompute()
-             : options.compute == ComputeChoice::kF32 ? ComputeType::kF32
-                                                      : ComputeType::kBF16;
+  compute_ = Resolve(options.compute);
 }
 
 std::shared_ptr<const CacheConfig> Engine::MakeCacheConfig(const CacheSpec& spec, size_t ctx,

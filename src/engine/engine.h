@@ -30,12 +30,12 @@
 
 namespace lesskv {
 
-enum class ComputeChoice { kAuto, kF32, kBF16 };
-ComputeChoice ParseComputeChoice(const std::string& text);  // "auto", "f32", "bf16"; Error otherwise
+enum class ComputeChoice { kAuto, kF32, kBF16, kInt8 };
+ComputeChoice ParseComputeChoice(const std::string& text);  // "auto", "f32", "bf16", "int8"; Error otherwise
 
 struct EngineOptions {
   int threads = 0;                              // 0: all CPUs
-  ComputeChoice compute = ComputeChoice::kAuto;  // auto: bf16 where the CPU multiplies bf16 pairs, else f32
+  ComputeChoice compute = ComputeChoice::kAuto;  // auto: AutoCompute in linear.h
   // A sequence's bits do not depend on which others share its steps. Costs speed in steps of many short sequences: their
   // products then go a few rows at a time.
   bool batch_invariant = false;

@@ -24,6 +24,7 @@ const AttentionKernels& Kernels() {
     case Isa::kScalar:
       return scalar::kAttentionKernels;
     case Isa::kAvx2:
+    case Isa::kAvxVnni:
       return avx2::kAttentionKernels;
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
@@ -153,7 +154,7 @@ void CheckJob(const AttentionJob& job, size_t n_rows, size_t n_value_rows) {
 }
 
 PrefillShape ShapeOf(const AttentionJob& job) {
-  if (job.compute != ComputeType::kBF16 || ActiveIsa() < Isa::kAvx512Bf16) return {};
+  if (job.compute == ComputeType::kF32 || ActiveIsa() < Isa::kAvx512Bf16) return {};
   if (ActiveIsa() == Isa::kAmx && job.values[0].format.head_dim % 32 == 0)
     return {.stacked = 768, .chunk = 32, .padding = 16, .multiply_pairs = amx::MultiplyPairs};
   return {.multiply_pairs = avx512bf16::MultiplyPairs};

@@ -18,7 +18,7 @@
 namespace lesskv {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 constexpr int kUnset = -1;
 std::atomic<int> g_isa{kUnset};
 
@@ -39,6 +39,14 @@ bool HasAmx() {
 }
 #endif
 
+bool HasAvxVnni() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avxvnni");
+#else
+  return false;
+#endif
+}
+
 Isa DetectIsa() {
 #if defined(__x86_64__)
   // GCC's and Clang's builtins also ask the operating system whether it saves the wide registers.
@@ -47,7 +55,7 @@ Isa DetectIsa() {
   }
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))) {
-    return Isa::kAvx2;
+    return HasAvxVnni() ? Isa::kAvxVnni : Isa::kAvx2;
   }
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
   return HasAmx() ? Isa::kAmx : Isa::kAvx512Bf16;
@@ -56,8 +64,10 @@ Isa DetectIsa() {
 #endif
 }
 
+bool IsAvailable(Isa isa) { return isa == Isa::kAvxVnni ? HasAvxVnni() : isa <= BestIsa(); }
+
 void CheckAvailable(Isa isa) {
-  if (isa > BestIsa()) {
+  if (!IsAvailable(isa)) {
     Fail(ErrorCode::kInvalidArgument, "instruction set: this processor offers {}, not {}", IsaName(BestIsa()),
          IsaName(isa));
   }
@@ -68,7 +78,7 @@ void CheckAvailable(Isa isa) {
 void LimitHighway(Isa isa) {
   int64_t allowed = -1;
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx2) allowed = ~static_cast<int64_t>(HWY_AVX2 - 1);
+  if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) allowed = ~static_cast<int64_t>(HWY_AVX2 - 1);
 #endif
   hwy::SetSupportedTargetsForTest(0);
   if (allowed != -1) hwy::SetSupportedTargetsForTest(hwy::SupportedTargets() & allowed);
@@ -111,7 +121,7 @@ void ForceIsa(Isa isa) {
 std::vector<Isa> AvailableIsas() {
   std::vector<Isa> isas;
   for (Isa isa : kAllIsas) {
-    if (isa <= BestIsa()) isas.push_back(isa);
+    if (IsAvailable(isa)) isas.push_back(isa);
   }
   return isas;
 }
@@ -122,6 +132,8 @@ std::string_view IsaName(Isa isa) {
       return "scalar";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kAvxVnni:
+      return "avxvnni";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx512Bf16:
@@ -138,7 +150,7 @@ Isa ParseIsa(std::string_view name) {
   for (Isa isa : kAllIsas) {
     if (name == IsaName(isa)) return isa;
   }
-  Fail(ErrorCode::kInvalidArgument, "instruction set \"{}\" is unknown; it can be scalar, avx2, avx512, avx512bf16 or amx",
+  Fail(ErrorCode::kInvalidArgument, "instruction set \"{}\" is unknown; it can be scalar, avx2, avxvnni, avx512, avx512bf16 or amx",
        name);
 }
 

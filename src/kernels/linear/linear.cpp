@@ -17,6 +17,8 @@ namespace lesskv {
 namespace {
 
 using internal::Int8Activations;
+using internal::Int8Kernels;
+using internal::Int8Panel;
 using internal::kKernelTokens;
 using internal::kMaxTileRows;
 using internal::kTokenLanes;
@@ -34,6 +36,8 @@ const LinearKernels& Kernels([[maybe_unused]] size_t n_in) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
       return internal::Avx2LinearKernels();
+    case Isa::kAvxVnni:
+      return internal::AvxVnniLinearKernels();
     case Isa::kAvx512:
       return internal::Avx512LinearKernels();
     case Isa::kAvx512Bf16:
@@ -293,9 +297,96 @@ void ManyTokens(Call call) {
   }
 }
 
+// --- Many tokens, 8-bit products ---
+
+constexpr size_t kInt8PanelBytes = 192 << 10;  // codes that all tokens of a call pass by: a share of the L2
+constexpr size_t kInt8DepthBlocks = 32;        // blocks of 32 codes a group of rows goes on with: a share of the L1
+constexpr size_t kInt8TokenBlock = 64;         // tokens that stay in the L2 while the groups of a panel pass by
+
+// What a call of at most kMaxPackedTokens works in; panels are a thread's.
+struct Int8Sizes {
+  explicit Int8Sizes(const Call& call) : n_padded(RoundUp(call.w.n_in, 256)), rows(call.kernels.int8->rows) {
+    const size_t fit = kInt8PanelBytes / call.w.n_in / rows * rows, share = RoundUp(CeilDiv(call.w.n_out, 8), rows);
+    step = std::clamp<size_t>(share, rows, std::max(fit, rows));
+    codes = rows * call.w.n_in;
+    scales = rows * call.w.n_in / 16;
+    group = codes + 2 * scales * sizeof(float);
+    panel = step / rows * group;
+  }
+  size_t Bytes(size_t n_tokens) const {
+    return Int8Bytes(n_padded, n_tokens) + static_cast<size_t>(Threads()) * panel;
+  }
+  Int8Panel Panel(char* data, size_t index) const {
+    char* at = data + index * group;
+    auto* scale = reinterpret_cast<float*>(at + codes);
+    return {reinterpret_cast<uint8_t*>(at), scale, scale + scales};
+  }
+  size_t n_padded, rows;                // rows of a group, which has
+  size_t codes, scales, group;          // so many bytes of codes and numbers of scales, in all so many bytes
+  size_t step, panel;                   // rows of a task, and the bytes of their groups
+};
+
+// The groups of a panel times all tokens: a group's share of the depth stays in the L1, a block of tokens in the L2.
+void MultiplyGroups(const Call& call, const Int8Sizes& sizes, char* panel, size_t n_rows, const Int8Activations& x,
+                    float* y) {
+  const size_t n_blocks = call.w.n_in / 32;
+  for (size_t t = 0; t < call.n_tokens; t += kInt8TokenBlock) {
+    const size_t n_tokens = std::min(kInt8TokenBlock, call.n_tokens - t);
+    for (size_t b = 0; b < n_blocks; b += kInt8DepthBlocks) {
+      const size_t depth = std::min(kInt8DepthBlocks, n_blocks - b);
+      for (size_t row = 0; row < n_rows; row += sizes.rows) {
+        const size_t count = std::min(sizes.rows, n_rows - row);
+        call.kernels.int8->multiply(call.w.type, sizes.Panel(panel, row / sizes.rows), count, x, {b, depth, t, n_tokens},
+                                    y + t * call.y_stride + row, call.y_stride);
+      }
+    }
+  }
+}
+
+void ManyTokensInt8Block(const Call& call) {
+  const Int8Kernels& kernels = *call.kernels.int8;
+  const Int8Sizes sizes(call);
+  thread_local Workspace x_workspace, panel_workspace;  // the panels: a share for each thread
+  const Int8Activations x =
+      CarveInt8(x_workspace.Get<char>(Int8Bytes(sizes.n_padded, call.n_tokens)), sizes.n_padded, call.n_tokens);
+  ParallelFor(CeilDiv(call.n_tokens, kKernelTokens), [&](size_t task) {
+    const size_t end = std::min(call.n_tokens, (task + 1) * kKernelTokens);
+    for (size_t t = task * kKernelTokens; t < end; ++t)
+      kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t, x);
+  });
+  char* panels = panel_workspace.Get<char>(static_cast<size_t>(Threads()) * sizes.panel);
+  ParallelFor(CeilDiv(call.w.n_out, sizes.step), [&](size_t task) {
+    char* panel = panels + static_cast<size_t>(ThreadIndex()) * sizes.panel;
+    const size_t first = task * sizes.step, n_rows = std::min(sizes.step, call.w.n_out - first);
+    for (size_t row = 0; row < n_rows; row += sizes.rows) {
+      kernels.unpack(call.Rows(first + row, std::min(sizes.rows, n_rows - row)), sizes.Panel(panel, row / sizes.rows));
+    }
+    MultiplyGroups(call, sizes, panel, n_rows, x, call.y + first);
+  });
+}
+
+// Without panels the few-token kernel takes all tokens, in turns.
+void ManyTokensInt8(Call call) {
+  const bool panels = call.kernels.int8 != nullptr;
+  const size_t n_tokens = call.n_tokens, most = panels ? kMaxPackedTokens : kMostFewTokens;
+  for (size_t t = 0; t < n_tokens; t += most) {
+    call.n_tokens = std::min(most, n_tokens - t);
+    panels ? ManyTokensInt8Block(call) : FewTokensInt8(call);
+    call.x += call.n_tokens * call.x_stride;
+    call.y += call.n_tokens * call.y_stride;
+  }
+}
+
 }  // namespace
 
-std::string_view ComputeTypeName(ComputeType compute) { return compute == ComputeType::kF32 ? "f32" : "bf16"; }
+std::string_view ComputeTypeName(ComputeType compute) {
+  switch (compute) {
+    case ComputeType::kF32: return "f32";
+    case ComputeType::kBF16: return "bf16";
+    case ComputeType::kInt8: return "int8";
+  }
+  return "?";
+}
 
 ComputeType AutoCompute() { return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
 
@@ -304,14 +395,19 @@ bool IsLinearType(DType type) { return IsWeightType(type); }
 size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
   if (compute == ComputeType::kF32) return kKernelTokens;
   const LinearKernels& kernels = Kernels(n_in);
-  return IsQuantized(weights) ? kernels.few_int8 : kernels.few_float;
+  if (!IsQuantized(weights)) return kernels.few_float;
+  return compute == ComputeType::kInt8 && kernels.int8 != nullptr ? kernels.few_panel : kernels.few_int8;
 }
 
 size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute) {
   const Call call{Kernels(w.n_in), w,       RowBytes(w.type, w.n_in), nullptr, 0, std::min(n_tokens, kMaxPackedTokens),
                   nullptr,         0};
   if (n_tokens <= FewTokens(w.type, w.n_in, compute)) return Int8Bytes(RoundUp(w.n_in, 256), RoundUp(n_tokens, 2));
-  const bool bf16 = compute == ComputeType::kBF16 && call.kernels.tile_bf16 != nullptr;
+  if (compute == ComputeType::kInt8 && IsQuantized(w.type)) {
+    return call.kernels.int8 != nullptr ? Int8Sizes(call).Bytes(call.n_tokens)
+                                        : Int8Bytes(RoundUp(w.n_in, 256), RoundUp(kMostFewTokens, 2));
+  }
+  const bool bf16 = compute != ComputeType::kF32 && call.kernels.tile_bf16 != nullptr;
   return bf16 ? WorkSizes<TileBf16>(call).Bytes() : WorkSizes<TileF32>(call).Bytes();
 }
 
@@ -323,12 +419,14 @@ void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_token
         x_stride, y_stride, w.n_out, w.n_in);
   if (n_tokens == 0 || w.n_out == 0) return;
   const Call call{Kernels(w.n_in), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
-  const bool fast = compute == ComputeType::kBF16;
+  const bool fast = compute != ComputeType::kF32;
   if (n_tokens <= FewTokens(w.type, w.n_in, compute)) {
     if (fast && IsQuantized(w.type))
       FewTokensInt8(call);
     else
       FewTokensF32(call);
+  } else if (compute == ComputeType::kInt8 && IsQuantized(w.type)) {
+    ManyTokensInt8(call);
   } else if (fast && call.kernels.tile_bf16 != nullptr) {
     ManyTokens<TileBf16>(call);
   } else {

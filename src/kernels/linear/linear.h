@@ -25,11 +25,14 @@ struct WeightView {
 //   kBF16  up to FewTokens tokens: activations of quantised weights rounded to int8 in blocks of 32 with a float32
 //          scale, those of float weights stay float32. More tokens: weights and activations rounded to bfloat16; a
 //          processor that cannot multiply bfloat16 pairs uses float32 instead.
-enum class ComputeType { kF32, kBF16 };
+//   kInt8  as kBF16, but with quantised weights activations are rounded to int8 whatever the number of tokens, and the
+//          weights are not rounded at all.
+enum class ComputeType { kF32, kBF16, kInt8 };
 
-std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16"
+std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16", "int8"
 
-// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kF32 elsewhere.
+// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kF32 elsewhere. Not kInt8:
+// it costs a small model 0.3 % of perplexity or more (docs/performance.md).
 ComputeType AutoCompute();
 
 // Up to this many tokens a product reads each weight once for all of them and is bound by memory; beyond, tiles of the

@@ -1,259 +1,19 @@
 // Products with AVX2, FMA and F16C. Built with those flags; see linear_avx512.cpp for the rules.
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
+#include "kernels/linear/linear_avx2-inl.h"
 #include "kernels/linear/linear_kernels.h"
-#include "kernels/quants/code_tables.h"
 
 namespace lesskv::internal {
 namespace {
 
 constexpr size_t kDotTokens = 4;  // tokens multiplied with a row in one pass over it
 
-inline uint16_t Load16(const uint8_t* p) {
-  uint16_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-
-inline uint32_t Load32(const uint8_t* p) {
-  uint32_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-
-inline float HalfAt(const uint8_t* p) { return _cvtsh_ss(Load16(p)); }
-
-inline __m256i Load32Bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline __m128i Load16Bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-
 inline float SumLanes(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-
-// --- Quantised rows, 32 elements at a time: x[i] = scale[i] * code[i] + offset, codes as signed bytes ---
-
-struct Codes32 {
-  __m256i codes;     // Q8_0 and the IQ4 types: -128..127; others: 0..63, without their offset
-  float scale[2];    // of elements 0..15 and 16..31
-  float minimum[2];  // added to these elements (Q4_1 and Q5_1, and minus the minimum of the K types)
-};
-
-inline Codes32 OneScale(__m256i codes, float scale, float minimum = 0) {
-  return {codes, {scale, scale}, {minimum, minimum}};
-}
-
-inline __m256i SplitNibbles(__m128i v) {
-  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(v, 4), v);
-  return _mm256_and_si256(both, _mm256_set1_epi8(15));
-}
-
-// The entries of a table that sixteen bytes of nibbles stand for.
-inline __m256i LookUp(const int8_t table[16], __m128i nibbles) {
-  const __m128i entries = Load16Bytes(reinterpret_cast<const uint8_t*>(table));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), SplitNibbles(nibbles));
-}
-
-// Sixteen in every byte whose bit of `bits` is set.
-inline __m256i FifthBits(uint32_t bits) {
-  const __m256i spread =
-      _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)),
-                          _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
-  const __m256i one_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
-  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, one_bit), one_bit);
-  return _mm256_and_si256(set, _mm256_set1_epi8(16));
-}
-
-// Scale and minimum of group g of a Q4_K or Q5_K block.
-inline void K45Scale(const uint8_t* block, size_t g, Codes32& out) {
-  const uint8_t* packed = block + 4;
-  const int scale = g < 4 ? packed[g] & 63 : (packed[g + 4] & 15) | (packed[g - 4] >> 6) << 4;
-  const int minimum = g < 4 ? packed[g + 4] & 63 : (packed[g + 4] >> 4) | (packed[g] >> 6) << 4;
-  out.scale[0] = out.scale[1] = HalfAt(block) * static_cast<float>(scale);
-  out.minimum[0] = out.minimum[1] = -HalfAt(block + 2) * static_cast<float>(minimum);
-}
-
-// Elements 32 g .. 32 g + 31 of a Q4_K or Q5_K block.
-inline __m256i K45Nibbles(const uint8_t* codes, size_t g) {
-  const __m256i v = Load32Bytes(codes + g / 2 * 32);
-  return _mm256_and_si256(g % 2 == 0 ? v : _mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
-}
-
-template <DType kType>
-struct Format;  // kOffset is subtracted from every code; At(row, b) gives the b-th 32 elements of a row
-
-template <>
-struct Format<DType::kQ8_0> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 34;
-    return OneScale(Load32Bytes(block + 2), HalfAt(block));
-  }
-};
-
-template <>
-struct Format<DType::kQ4_0> {
-  static constexpr int kOffset = 8;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 18;
-    return OneScale(SplitNibbles(Load16Bytes(block + 2)), HalfAt(block));
-  }
-};
-
-template <>
-struct Format<DType::kQ4_1> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 20;
-    return OneScale(SplitNibbles(Load16Bytes(block + 4)), HalfAt(block), HalfAt(block + 2));
-  }
-};
-
-template <>
-struct Format<DType::kIQ4_NL> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 18;
-    return OneScale(LookUp(kIq4Codes, Load16Bytes(block + 2)), HalfAt(block));
-  }
-};
-
-template <>
-struct Format<DType::kIQ4_XS> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * 136;
-    const size_t g = b % 8;
-    const int low = (block[4 + g / 2] >> (4 * (g % 2))) & 15, high = (Load16(block + 2) >> (2 * g)) & 3;
-    const float scale = HalfAt(block) * static_cast<float>((low | high << 4) - 32);
-    return OneScale(LookUp(kIq4Codes, Load16Bytes(block + 8 + 16 * g)), scale);
-  }
-};
-
-// The codes of MXFP4 plus twelve, so that they are not negative.
-constexpr int8_t kShiftedMxfp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
-template <>
-struct Format<DType::kMXFP4> {
-  static constexpr int kOffset = 12;
-  // 2^(e - 128); the two smallest are subnormal.
-  static inline float Scale(uint32_t e) {
-    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(e < 2 ? 0x200000u << e : (e - 1) << 23))));
-  }
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 17;
-    return OneScale(LookUp(kShiftedMxfp4Codes, Load16Bytes(block + 1)), Scale(block[0]));
-  }
-};
-
-template <>
-struct Format<DType::kQ5_0> {
-  static constexpr int kOffset = 16;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 22;
-    const __m256i codes = _mm256_or_si256(SplitNibbles(Load16Bytes(block + 6)), FifthBits(Load32(block + 2)));
-    return OneScale(codes, HalfAt(block));
-  }
-};
-
-template <>
-struct Format<DType::kQ5_1> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b * 24;
-    const __m256i codes = _mm256_or_si256(SplitNibbles(Load16Bytes(block + 8)), FifthBits(Load32(block + 4)));
-    return OneScale(codes, HalfAt(block), HalfAt(block + 2));
-  }
-};
-
-template <>
-struct Format<DType::kQ4_K> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * 144;
-    Codes32 out;
-    K45Scale(block, b % 8, out);
-    out.codes = K45Nibbles(block + 16, b % 8);
-    return out;
-  }
-};
-
-template <>
-struct Format<DType::kQ5_K> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * 176;
-    const size_t g = b % 8;
-    Codes32 out;
-    K45Scale(block, g, out);
-    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(Load32Bytes(block + 16), bit), bit);
-    out.codes = _mm256_or_si256(K45Nibbles(block + 48, g), _mm256_and_si256(set, _mm256_set1_epi8(16)));
-    return out;
-  }
-};
-
-// The two-bit numbers of the b-th 32 elements of a Q2_K or Q3_K block.
-inline __m256i TwoBits(const uint8_t* codes, size_t g) {
-  const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(2 * (g % 4)));
-  return _mm256_and_si256(_mm256_srl_epi16(Load32Bytes(codes + 32 * (g / 4)), shift), _mm256_set1_epi8(3));
-}
-
-template <>
-struct Format<DType::kQ2_K> {
-  static constexpr int kOffset = 0;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * 84;
-    const size_t g = b % 8;
-    const float d = HalfAt(block + 80), dmin = -HalfAt(block + 82);
-    const int first = block[2 * g], second = block[2 * g + 1];
-    return {TwoBits(block + 16, g),
-            {d * static_cast<float>(first & 15), d * static_cast<float>(second & 15)},
-            {dmin * static_cast<float>(first >> 4), dmin * static_cast<float>(second >> 4)}};
-  }
-};
-
-template <>
-struct Format<DType::kQ3_K> {
-  static constexpr int kOffset = 4;
-  // Scales 2 g and 2 g + 1, in the two bytes of a number.
-  static inline int TwoScales(const uint8_t* packed, size_t g) {
-    const int low = (Load16(packed + 2 * g % 8) >> (g / 4 * 4)) & 0x0f0f;
-    const int high = (Load16(packed + 8 + 2 * g % 4) >> (g / 2 * 2)) & 0x0303;
-    return low | high << 4;
-  }
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * 110;
-    const size_t g = b % 8;
-    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(Load32Bytes(block), bit), bit);
-    const __m256i codes = _mm256_or_si256(TwoBits(block + 32, g), _mm256_and_si256(set, _mm256_set1_epi8(4)));
-    const float d = HalfAt(block + 108);
-    const int scales = TwoScales(block + 96, g);
-    const float first = d * static_cast<float>((scales & 63) - 32), second = d * static_cast<float>((scales >> 8) - 32);
-    return {codes, {first, second}, {0, 0}};
-  }
-};
-
-template <>
-struct Format<DType::kQ6_K> {
-  static constexpr int kOffset = 32;
-  static inline Codes32 At(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * 210;
-    const size_t half = b % 8 / 4, s = b % 4;  // s: which 32 of the half's 128
-    const __m256i low = Load32Bytes(block + 64 * half + 32 * (s % 2));
-    const __m256i nibbles = _mm256_and_si256(s < 2 ? low : _mm256_srli_epi16(low, 4), _mm256_set1_epi8(15));
-    const __m256i high =
-        _mm256_srl_epi16(Load32Bytes(block + 128 + 32 * half), _mm_cvtsi32_si128(2 * static_cast<int>(s)));
-    const __m256i two_bits = _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(3)), 4);
-    const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192) + 2 * (b % 8);
-    const float d = HalfAt(block + 208);
-    return {_mm256_or_si256(nibbles, two_bits), {d * scales[0], d * scales[1]}, {0, 0}};
-  }
-};
 
 // --- Unpack: a sink receives 32 elements as four vectors; float types may end with fewer, given as floats in memory
 // ---
@@ -265,8 +25,9 @@ struct Unpacker {
   template <typename Sink>
   static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
     using F = Format<kType>;
+    Reader<kType> reader;
     for (size_t b = 0; b < n / 32; ++b) {
-      const Codes32 c = F::At(row, b);
+      const Codes32 c = reader.At(row, b);
       const __m256i codes = _mm256_sub_epi8(c.codes, _mm256_set1_epi8(F::kOffset));
       const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
       const __m256 d0 = _mm256_set1_ps(c.scale[0]), d1 = _mm256_set1_ps(c.scale[1]);
@@ -341,34 +102,8 @@ inline void SwitchType(DType type, F&& f) {
       return f.template operator()<DType::kF16>();
     case DType::kBF16:
       return f.template operator()<DType::kBF16>();
-    case DType::kQ8_0:
-      return f.template operator()<DType::kQ8_0>();
-    case DType::kQ4_0:
-      return f.template operator()<DType::kQ4_0>();
-    case DType::kQ4_1:
-      return f.template operator()<DType::kQ4_1>();
-    case DType::kIQ4_NL:
-      return f.template operator()<DType::kIQ4_NL>();
-    case DType::kIQ4_XS:
-      return f.template operator()<DType::kIQ4_XS>();
-    case DType::kMXFP4:
-      return f.template operator()<DType::kMXFP4>();
-    case DType::kQ2_K:
-      return f.template operator()<DType::kQ2_K>();
-    case DType::kQ3_K:
-      return f.template operator()<DType::kQ3_K>();
-    case DType::kQ5_0:
-      return f.template operator()<DType::kQ5_0>();
-    case DType::kQ5_1:
-      return f.template operator()<DType::kQ5_1>();
-    case DType::kQ4_K:
-      return f.template operator()<DType::kQ4_K>();
-    case DType::kQ5_K:
-      return f.template operator()<DType::kQ5_K>();
-    case DType::kQ6_K:
-      return f.template operator()<DType::kQ6_K>();
     default:
-      return;  // Linear refused it
+      return SwitchQuantized(type, f);
   }
 }
 
@@ -479,57 +214,18 @@ void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tok
 // vpmaddubsw adds two products of an unsigned code and a signed activation in 16 bits: codes up to 63 cannot saturate
 // it, and signed codes pass their sign to the activation. Offsets are taken off in integers, as in the AVX-512 path.
 
-constexpr bool HasSignedCodes(DType type) {
-  return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;
-}
-
-// Types whose two groups of 16 in 32 elements have a minimum each; their sums are of 16 codes.
-constexpr bool HasTwoMinima(DType type) { return type == DType::kQ2_K; }
-
-inline void QuantizeBlock(const float* x, size_t count, int8_t* q, float* scale) {
-  float largest = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const float magnitude = x[i] < 0 ? -x[i] : x[i];
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const __m128 inverse = _mm_set_ss(largest > 0 ? 127.0f / largest : 0.0f);
-  for (size_t i = 0; i < 32; ++i) {
-    q[i] = i < count ? static_cast<int8_t>(_mm_cvtss_si32(_mm_mul_ss(_mm_set_ss(x[i]), inverse))) : int8_t{0};
-  }
-  *scale = largest / 127.0f;
-}
-
-constexpr int CodeOffset(DType type) {
-  switch (type) {
-    case DType::kQ4_0:
-      return Format<DType::kQ4_0>::kOffset;
-    case DType::kQ5_0:
-      return Format<DType::kQ5_0>::kOffset;
-    case DType::kQ3_K:
-      return Format<DType::kQ3_K>::kOffset;
-    case DType::kQ6_K:
-      return Format<DType::kQ6_K>::kOffset;
-    case DType::kMXFP4:
-      return Format<DType::kMXFP4>::kOffset;
-    default:
-      return 0;
-  }
-}
-
 void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
   int8_t* q = out.q + token * out.n_padded;
   int32_t* init = out.init + token * out.n_padded / 4;
   float* scale = out.scale + token * out.n_padded / 16;
   float* sum = out.sum + token * out.n_padded / 16;
   for (size_t b = 0; b < n / 32; ++b) {
-    QuantizeBlock(x + b * 32, 32, q + b * 32, scale + b);
-    int totals[2] = {};
-    for (size_t i = 0; i < 8; ++i) {
-      const int8_t* four = q + b * 32 + i * 4;
-      const int part = four[0] + four[1] + four[2] + four[3];
-      init[b * 8 + i] = -CodeOffset(type) * part;
-      totals[i / 4] += part;
-    }
+    scale[b] = Quantize32(x + b * 32, q + b * 32);
+    const __m256i fours = SumsOfFour(q + b * 32);
+    const __m256i start = _mm256_mullo_epi32(fours, _mm256_set1_epi32(-CodeOffset(type)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(init + b * 8), start);
+    int totals[2];
+    SumHalves(fours, totals);
     if (HasTwoMinima(type)) {
       for (size_t i = 0; i < 2; ++i) sum[2 * b + i] = scale[b] * static_cast<float>(totals[i]);
     } else {
@@ -538,17 +234,23 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
   }
 }
 
-template <DType kType, size_t kTokens>
-void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, float* y, size_t y_stride) {
+// kRows rows, `apart` rows from each other: a token's product would wait for its own sums, and two streams come faster.
+template <DType kType, size_t kTokens, size_t kRows>
+inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, size_t n, const Int8Activations& x,
+                       size_t token, float* y, size_t y_stride) {
   const __m256i ones = _mm256_set1_epi16(1);
-  for (size_t r = 0; r < block.n_rows; ++r) {
-    const uint8_t* row = block.rows + r * block.row_bytes;
-    __m256 acc[kTokens];
-    float min_acc[kTokens];
+  __m256 acc[kRows][kTokens];
+  float min_acc[kRows][kTokens];
+#pragma GCC unroll 2
+  for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps(), min_acc[t] = 0;
-    for (size_t b = 0; b < block.n / 32; ++b) {
-      const Codes32 c = Format<kType>::At(row, b);
+    for (size_t t = 0; t < kTokens; ++t) acc[r][t] = _mm256_setzero_ps(), min_acc[r][t] = 0;
+  }
+  Reader<kType> readers[kRows];
+  for (size_t b = 0; b < n / 32; ++b) {
+#pragma GCC unroll 2
+    for (size_t r = 0; r < kRows; ++r) {
+      const Codes32 c = readers[r].At(first + r * apart * row_bytes, b);
       const __m256i codes = HasSignedCodes(kType) ? _mm256_abs_epi8(c.codes) : c.codes;
       const __m256 d = _mm256_set_m128(_mm_set1_ps(c.scale[1]), _mm_set1_ps(c.scale[0]));
 #pragma GCC unroll 4
@@ -562,16 +264,36 @@ void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, 
           total = _mm256_add_epi32(total, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(init)));
         }
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[at / 16 + b]));
-        acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc[t]);
+        acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc[r][t]);
         if constexpr (HasTwoMinima(kType)) {
-          min_acc[t] += c.minimum[0] * x.sum[at / 16 + 2 * b] + c.minimum[1] * x.sum[at / 16 + 2 * b + 1];
-        } else {
-          min_acc[t] += c.minimum[0] * x.sum[at / 16 + b];
+          min_acc[r][t] += c.minimum[0] * x.sum[at / 16 + 2 * b] + c.minimum[1] * x.sum[at / 16 + 2 * b + 1];
+        } else if constexpr (HasMinimum(kType)) {
+          min_acc[r][t] += c.minimum[0] * x.sum[at / 16 + b];
         }
       }
     }
+  }
+#pragma GCC unroll 2
+  for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) y[t * y_stride + r] = SumLanes(acc[t]) + min_acc[t];
+    for (size_t t = 0; t < kTokens; ++t) y[t * y_stride + r * apart] = SumLanes(acc[r][t]) + min_acc[r][t];
+  }
+}
+
+template <DType kType, size_t kTokens>
+void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, float* y, size_t y_stride) {
+  size_t r = 0;
+  if constexpr (kTokens == 1) {
+    const size_t apart = block.n_rows / 2;
+    for (; r < apart; ++r) {
+      DotInt8Row<kType, 1, 2>(block.rows + r * block.row_bytes, block.row_bytes, apart, block.n, x, token, y + r,
+                              y_stride);
+    }
+    r = 2 * apart;
+  }
+  for (; r < block.n_rows; ++r) {
+    DotInt8Row<kType, kTokens, 1>(block.rows + r * block.row_bytes, block.row_bytes, 0, block.n, x, token, y + r,
+                                  y_stride);
   }
 }
 
@@ -640,7 +362,7 @@ void TileF32(const float* const* rows, size_t n, const float* group, size_t, flo
 }  // namespace
 
 const LinearKernels& Avx2LinearKernels() {
-  static constexpr LinearKernels kKernels = {
+  static const LinearKernels kKernels = {
       .unpack_f32 = UnpackF32,
       .unpack_bf16 = nullptr,
       .dot_f32 = DotF32,
@@ -652,9 +374,20 @@ const LinearKernels& Avx2LinearKernels() {
       .tile_bf16 = nullptr,
       .shape_f32 = {.group_vectors = 1, .rows = {kTileRows}},
       .shape_bf16 = {},
+      .int8 = &Avx2Int8Kernels(),
       .store = ScalarStore,
+      .few_panel = 1,
   };
   return kKernels;
+}
+
+const LinearKernels& AvxVnniLinearKernels() {
+  static const LinearKernels kernels = [] {
+    LinearKernels k = Avx2LinearKernels();
+    k.int8 = &AvxVnniInt8Kernels();
+    return k;
+  }();
+  return kernels;
 }
 
 }  // namespace lesskv::internal

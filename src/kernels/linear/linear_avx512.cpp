@@ -290,7 +290,7 @@ void Store(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float
 }  // namespace
 
 const LinearKernels& Avx512LinearKernels() {
-  static constexpr LinearKernels kKernels = {
+  static const LinearKernels kKernels = {
       .unpack_f32 = UnpackF32,
       .unpack_bf16 = nullptr,
       .dot_f32 = DotF32,
@@ -302,6 +302,7 @@ const LinearKernels& Avx512LinearKernels() {
       .tile_bf16 = nullptr,
       .shape_f32 = {.group_vectors = kMaxGroupVectors, .rows = {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3]}},
       .shape_bf16 = {},
+      .int8 = &Avx512Int8Kernels(),
       .store = Store,
   };
   return kKernels;

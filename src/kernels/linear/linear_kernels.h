@@ -2,11 +2,12 @@
 // compiler flags; only pointers and sizes cross this header, and it defines no inline function, because the linker
 // keeps one copy of an inline function and could pick the one the processor cannot run.
 //
-// Two ways to multiply:
+// Three ways to multiply:
 //   Dot   few tokens: each row of weights is unpacked in registers and multiplied with every token.
 //   Tile  many tokens: activations are packed once with the tokens side by side, `lanes` of them in a vector, so that a
 //         weight is broadcast and needs no transposition: row-major rows, unpacked to float32 or bfloat16, serve as
 //         they are. What is multiplied at once is a TileShape, chosen to fill the registers with accumulators.
+//   Int8  many tokens, quantised weights: panels of 8-bit codes with the rows side by side, a token broadcast.
 #pragma once
 
 #include <cstddef>
@@ -50,6 +51,32 @@ struct TileShape {
   size_t multiple = 1;                 // rows must be a multiple of so many elements long
 };
 
+// A group of rows of weights as 8-bit codes, Int8Kernels::rows of them side by side: four codes of each, then the next
+// four. Codes are unsigned unless the table multiplies signed ones.
+struct Int8Panel {
+  uint8_t* codes;  // [n / 4, rows, 4]
+  float* scale;    // [n / 32 or n / 16, rows], as many as the type has scales
+  float* minimum;  // the same, for types with a minimum
+};
+
+// Which part of a product with a group of rows: blocks of 32 elements, and tokens.
+struct Int8Range {
+  size_t first_block, n_blocks, first_token, n_tokens;
+};
+
+// Products of many tokens with quantised weights whose activations are rounded as in LinearKernels::quantize.
+struct Int8Kernels {
+  size_t rows;  // in a group
+  // The rows of a block (at most `rows`; the last one stands for missing ones) to a panel.
+  void (*unpack)(const RowBlock& block, const Int8Panel& out);
+  // One token's row, in natural order; init and sum as the panels want them.
+  void (*quantize)(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
+  // y[t * y_stride + r] = the range's product of token first_token + t with row r, r < n_rows; added to what is there
+  // unless the range begins with the first block.
+  void (*multiply)(DType type, const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range,
+                   float* y, size_t y_stride);
+};
+
 struct LinearKernels {
   // Rows to float32 / bfloat16 (as bits, rounded to nearest even), n elements each, rows out_stride elements apart.
   void (*unpack_f32)(const RowBlock& block, float* out, size_t out_stride);
@@ -73,11 +100,13 @@ struct LinearKernels {
                     bool first);
   TileShape shape_f32, shape_bf16;
 
-  // FewTokens of kBF16, for float and for quantised weights.
-  size_t few_float = kKernelTokens, few_int8 = 12;
+  const Int8Kernels* int8 = nullptr;  // null: none
 
   // y[t * y_stride + r] = acc[r][t] for t < n_tokens, r < n_rows; rows of acc are `width` apart.
   void (*store)(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);
+
+  // FewTokens of kBF16, for float and for quantised weights, and of kInt8 for quantised ones.
+  size_t few_float = kKernelTokens, few_int8 = 12, few_panel = 4;
 };
 
 // Plain loops for tables that have no better one.
@@ -87,6 +116,7 @@ void ScalarStore(const float* acc, size_t width, size_t n_rows, size_t n_tokens,
 const LinearKernels& ScalarLinearKernels();
 #if defined(__x86_64__)
 const LinearKernels& Avx2LinearKernels();
+const LinearKernels& AvxVnniLinearKernels();  // Avx2 but for many tokens in 8-bit numbers
 const LinearKernels& Avx512LinearKernels();
 const LinearKernels& Avx512Bf16LinearKernels();
 const LinearKernels& AmxLinearKernels();
@@ -94,6 +124,10 @@ const LinearKernels& AmxLinearKernels();
 // Entries of the AVX-512 table that have a translation unit of their own.
 void Avx512QuantizeActivations(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
 void Avx512DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
+
+const Int8Kernels& Avx2Int8Kernels();
+const Int8Kernels& AvxVnniInt8Kernels();
+const Int8Kernels& Avx512Int8Kernels();
 #endif
 
 }  // namespace lesskv::internal

@@ -141,6 +141,71 @@ TEST_P(LinearTest, FewTokensWithInt8ActivationsAreExactUpToSummation) {
   }
 }
 
+// Few and many tokens: whatever their number, only activations are rounded.
+TEST_P(LinearTest, Int8RoundsActivationsOnly) {
+  Rng rng(8);
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    for (size_t n_in : RowLengths(type)) {
+      for (size_t n_out : {size_t{5}, size_t{37}}) {
+        const Matrix m = MakeMatrix(type, n_out, n_in, rng);
+        for (size_t n_tokens : {1, 2, 3, 4, 5, 6, 7, 8, 13, 17, 66, 71}) {
+          const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
+          const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
+          EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in), n_tokens), y), 1e-11)
+              << Traits(type).name << " n_in " << n_in << " n_out " << n_out << " tokens " << n_tokens;
+        }
+      }
+    }
+  }
+}
+
+// Activations are rounded to 127 steps of the largest of 32 normals, whose square is 6 on average: a squared error of
+// 6 / 127^2 / 12 = 3.1e-5, whatever the type of the weights.
+TEST_P(LinearTest, Int8ErrorBesideFloat32) {
+  Rng rng(10);
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    const Matrix m = MakeMatrix(type, 64, 512, rng);
+    const std::vector<float> x = RandomVector(64 * 512, rng);
+    const double error =
+        NormalizedError(RunLinear(m.view, x, 64, ComputeType::kF32), RunLinear(m.view, x, 64, ComputeType::kInt8));
+    EXPECT_LT(error, 4.5e-5) << Traits(type).name;
+    EXPECT_GT(error, 1e-5) << Traits(type).name << ": nothing was rounded";
+  }
+}
+
+// The largest codes times the largest activations: sums of 16 bits must hold them. Byte 0x80 is the code -128 of Q8_0.
+TEST_P(LinearTest, Int8HoldsTheLargestCodes) {
+  Rng rng(9);
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    const size_t block_bytes = Traits(type).block_bytes, n_in = 512;
+    for (const uint8_t code : {0x00, 0x7f, 0x80, 0xff}) {
+      Matrix m = MakeMatrix(type, 19, n_in, rng);
+      const size_t skip = type == DType::kMXFP4 ? 1 : 4;  // scales lie within the first or the last bytes
+      for (size_t at = 2; at < m.bytes.size(); at += block_bytes) {
+        const size_t end = at + block_bytes - (block_bytes > 64 ? 4 : 0);
+        std::fill(m.bytes.begin() + static_cast<std::ptrdiff_t>(at + skip),
+                  m.bytes.begin() + static_cast<std::ptrdiff_t>(end), static_cast<char>(code));
+      }
+      for (size_t o = 0; o < 19; ++o)
+        DequantizeRow(type, m.bytes.data() + 2 + o * RowBytes(type, n_in), n_in, m.values.data() + o * n_in);
+      double most = 0;  // what a sum can be
+      for (size_t i = 0; i < m.values.size(); ++i) most += std::fabs(m.values[i]);
+      for (size_t n_tokens : {1, 5, 20}) {
+        std::vector<float> x(n_tokens * n_in, 1.0f);
+        for (size_t t = 1; t < n_tokens; t += 2) std::fill_n(&x[t * n_in], n_in, -1.0f);
+        const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
+        const std::vector<float> expected = Product(m, x, n_tokens);
+        for (size_t i = 0; i < y.size(); ++i) {
+          ASSERT_NEAR(y[i], expected[i], 1e-6 * most) << Traits(type).name << " code " << static_cast<int>(code);
+        }
+      }
+    }
+  }
+}
+
 std::vector<float> RoundToBf16(const std::vector<float>& x) {
   std::vector<uint16_t> bits(x.size());
   std::vector<float> out(x.size());
@@ -178,6 +243,7 @@ TEST_P(LinearTest, LargeShapes) {
     const std::vector<float> exact = Product(m, x, n_tokens);
     EXPECT_LT(NormalizedError(exact, RunLinear(m.view, x, n_tokens, ComputeType::kF32)), 1e-10);
     EXPECT_LT(NormalizedError(exact, RunLinear(m.view, x, n_tokens, ComputeType::kBF16)), 1e-4);
+    EXPECT_LT(NormalizedError(exact, RunLinear(m.view, x, n_tokens, ComputeType::kInt8)), 1e-4);
   }
 }
 
@@ -187,14 +253,14 @@ TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
   for (DType type : {DType::kF16, DType::kQ4_0, DType::kQ6_K}) {
     const Matrix m = MakeMatrix(type, 301, 512, rng);
     const std::vector<float> x = RandomVector(70 * 512, rng);
-    for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16}) {
+    for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
       const ThreadPool one(1), two(2);
       const ThreadScope alone(one);
       const size_t most_few = FewTokens(type, 512, compute);
       const std::vector<float> few = RunLinear(m.view, x, most_few, compute);
       const std::vector<float> many = RunLinear(m.view, x, 70, compute);
       const ThreadScope together(two);
-      for (size_t n : {size_t{1}, size_t{3}, most_few - 1, most_few}) {
+      for (size_t n : {size_t{1}, std::min(size_t{3}, most_few), most_few}) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), few.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
       }
@@ -213,10 +279,12 @@ TEST_P(LinearTest, StridesAreRespectedAndNothingElseIsWritten) {
     const std::vector<float> x = RandomVector(n_tokens * 300, rng);
     std::vector<float> dense, y(n_tokens * 9, -77.0f);
     for (size_t t = 0; t < n_tokens; ++t) dense.insert(dense.end(), &x[t * 300], &x[t * 300 + 256]);
-    Linear(m.view, x.data(), 300, n_tokens, y.data(), 9, ComputeType::kF32);
-    const std::vector<float> expected = RunLinear(m.view, dense, n_tokens, ComputeType::kF32);
-    for (size_t t = 0; t < n_tokens; ++t) {
-      for (size_t o = 0; o < 9; ++o) EXPECT_EQ(y[t * 9 + o], o < 5 ? expected[t * 5 + o] : -77.0f);
+    for (const ComputeType compute : {ComputeType::kF32, ComputeType::kInt8}) {
+      Linear(m.view, x.data(), 300, n_tokens, y.data(), 9, compute);
+      const std::vector<float> expected = RunLinear(m.view, dense, n_tokens, compute);
+      for (size_t t = 0; t < n_tokens; ++t) {
+        for (size_t o = 0; o < 9; ++o) EXPECT_EQ(y[t * 9 + o], o < 5 ? expected[t * 5 + o] : -77.0f);
+      }
     }
   }
 }
@@ -248,8 +316,10 @@ TEST_P(LinearTest, ZeroActivationsGiveZero) {
   for (DType type : kTypes) {
     const Matrix m = MakeMatrix(type, 3, 256, rng);
     for (size_t n_tokens : {1, 9}) {
-      for (float v : RunLinear(m.view, std::vector<float>(256 * n_tokens), n_tokens, ComputeType::kBF16)) {
-        EXPECT_EQ(v, 0.0f) << Traits(type).name;
+      for (const ComputeType compute : {ComputeType::kBF16, ComputeType::kInt8}) {
+        for (float v : RunLinear(m.view, std::vector<float>(256 * n_tokens), n_tokens, compute)) {
+          EXPECT_EQ(v, 0.0f) << Traits(type).name;
+        }
       }
     }
   }
