@@ -91,8 +91,9 @@ TEST_F(ServerTest, ABodyIsReadOrRefused) {
 TEST_F(ServerTest, ClientsThatComeAndGoLeaveNothingBehind) {
   Start();
   Rng rng(5);
-  const std::string whole = RequestText(
-      "POST", "/v1/completions", R"x({"prompt":"the tea","max_tokens":5000,"stream":true,"kv_policy":"window(24)"})x");
+  const std::string whole =
+      RequestText("POST", "/v1/completions",
+                  R"x({"prompt":"the tea","max_tokens":150000,"stream":true,"kv_policy":"window(24)"})x");
   std::vector<std::unique_ptr<Connection>> slow;
   for (int i = 0; i < 60; ++i) {
     auto connection = std::make_unique<Connection>(port_);
