@@ -26,7 +26,8 @@ class ClusterCodec final : public Codec {
   ClusterOptions options_;
 };
 
-std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& context, std::unique_ptr<const Codec> inner) {
+std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& context,
+                                  std::unique_ptr<const Codec> inner) {
   ClusterOptions options;
   options.budget = a.Rows("rows", context.ctx);
   options.by_group = a.Text("share") == "group";
@@ -38,10 +39,12 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
   options.skip = a.Count("skip");
   options.folder = a.Text("offload");
   options.cache_rows = a.Has("cache") ? a.Rows("cache", context.ctx) : 0;
-  if (!options.folder.empty() && (!std::filesystem::is_directory(options.folder) || access(options.folder.c_str(), W_OK) != 0))
+  if (!options.folder.empty() &&
+      (!std::filesystem::is_directory(options.folder) || access(options.folder.c_str(), W_OK) != 0))
     Fail(ErrorCode::kNotFound, "cluster: offload expects a folder to write to, and \"{}\" is none", options.folder);
   if (inner->row_types() == nullptr)
-    Fail(ErrorCode::kInvalidArgument, "cluster puts rows beside others like them, but this codec's do not lie by themselves");
+    Fail(ErrorCode::kInvalidArgument,
+         "cluster puts rows beside others like them, but this codec's do not lie by themselves");
   if (options.budget <= options.sinks)
     Fail(ErrorCode::kInvalidArgument, "cluster reads {} rows, which must be more than its {} sinks", options.budget,
          options.sinks);
@@ -56,32 +59,67 @@ void Validate(const Arguments& a) {
   if (a.Has("cache") && !a.Has("offload"))
     Fail(ErrorCode::kInvalidArgument, "cache spec: cluster's cache is of rows that are offloaded; give offload, too");
   if (a.Count("add") > a.Count("every"))
-    Fail(ErrorCode::kInvalidArgument, "cache spec: cluster: {} tokens cannot become {} clusters", a.Count("every"), a.Count("add"));
+    Fail(ErrorCode::kInvalidArgument, "cache spec: cluster: {} tokens cannot become {} clusters", a.Count("every"),
+         a.Count("add"));
 }
 
 constexpr Parameter kParameters[] = {
-    {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "",
-     .help = "rows that a generated token reads, sinks included, recent rows of no cluster not", .min = 1,
+    {.name = "rows",
+     .kind = Parameter::Kind::kRows,
+     .default_value = "",
+     .help = "rows that a generated token reads, sinks included, recent rows of no cluster not",
+     .min = 1,
      .positional = true},
-    {.name = "share", .kind = Parameter::Kind::kWord, .default_value = "head",
-     .help = "each query head reads its own rows, or a group those that its mean query asks for", .choices = "head|group"},
-    {.name = "sinks", .kind = Parameter::Kind::kCount, .default_value = "16",
-     .help = "first tokens, in no cluster and always read", .min = 0, .max = 65536},
-    {.name = "size", .kind = Parameter::Kind::kCount, .default_value = "80",
-     .help = "tokens a cluster of a prompt, on the average", .min = 1, .max = 65536},
-    {.name = "every", .kind = Parameter::Kind::kCount, .default_value = "320",
-     .help = "tokens after which those generated, or of chunks, become clusters; always read until then", .min = 1,
-     .max = 1 << 20},
-    {.name = "add", .kind = Parameter::Kind::kCount, .default_value = "4", .help = "clusters that they become", .min = 1,
+    {.name = "share",
+     .kind = Parameter::Kind::kWord,
+     .default_value = "head",
+     .help = "each query head reads its own rows, or a group those that its mean query asks for",
+     .choices = "head|group"},
+    {.name = "sinks",
+     .kind = Parameter::Kind::kCount,
+     .default_value = "16",
+     .help = "first tokens, in no cluster and always read",
+     .min = 0,
      .max = 65536},
-    {.name = "passes", .kind = Parameter::Kind::kCount, .default_value = "4",
-     .help = "passes of k-means at most (the paper: 20)", .min = 0, .max = 1000},
-    {.name = "skip", .kind = Parameter::Kind::kCount, .default_value = "2", .help = "first layers that are always read whole",
-     .min = 0, .max = 65536},
-    {.name = "offload", .kind = Parameter::Kind::kText, .default_value = "",
+    {.name = "size",
+     .kind = Parameter::Kind::kCount,
+     .default_value = "80",
+     .help = "tokens a cluster of a prompt, on the average",
+     .min = 1,
+     .max = 65536},
+    {.name = "every",
+     .kind = Parameter::Kind::kCount,
+     .default_value = "320",
+     .help = "tokens after which those generated, or of chunks, become clusters; always read until then",
+     .min = 1,
+     .max = 1 << 20},
+    {.name = "add",
+     .kind = Parameter::Kind::kCount,
+     .default_value = "4",
+     .help = "clusters that they become",
+     .min = 1,
+     .max = 65536},
+    {.name = "passes",
+     .kind = Parameter::Kind::kCount,
+     .default_value = "4",
+     .help = "passes of k-means at most (the paper: 20)",
+     .min = 0,
+     .max = 1000},
+    {.name = "skip",
+     .kind = Parameter::Kind::kCount,
+     .default_value = "2",
+     .help = "first layers that are always read whole",
+     .min = 0,
+     .max = 65536},
+    {.name = "offload",
+     .kind = Parameter::Kind::kText,
+     .default_value = "",
      .help = "a folder: clusters lie in a file there, not in memory"},
-    {.name = "cache", .kind = Parameter::Kind::kRows, .default_value = "",
-     .help = "rows a head of offloaded clusters, the last read, that are in memory; twice what a token reads when not given",
+    {.name = "cache",
+     .kind = Parameter::Kind::kRows,
+     .default_value = "",
+     .help = "rows a head of offloaded clusters, the last read, that are in memory; twice what a token reads when not "
+             "given",
      .min = 1},
 };
 

@@ -19,7 +19,8 @@ ClusterOffload::ClusterOffload(ByteCounter& counter, std::span<const LayerShape>
       options_(options),
       slots_(CeilDiv(options.cache_rows, kTileRows)) {
   for (const LayerShape& layer : layers)
-    formats_.push_back({{types.keys, RowSide::kKeys, layer.head_dim}, {types.values, RowSide::kValues, layer.head_dim}});
+    formats_.push_back(
+        {{types.keys, RowSide::kKeys, layer.head_dim}, {types.values, RowSide::kValues, layer.head_dim}});
 }
 
 std::unique_ptr<ClusterOffload> ClusterOffload::Clone(ByteCounter& counter, std::span<const LayerShape> layers) const {
@@ -136,8 +137,8 @@ ClusterOffload::Cache ClusterOffload::CacheOf(size_t layer, size_t kv_head) {
   return {keys, keys + RegionBytes(formats_[layer].keys, capacity), lists.first(slots_), lists.subspan(slots_)};
 }
 
-// Where a tile lies in the cache: true if it was there, else its slot is to be filled, or is `slots_` where all slots hold
-// what this step reads.
+// Where a tile lies in the cache: true if it was there, else its slot is to be filled, or is `slots_` where all slots
+// hold what this step reads.
 bool ClusterOffload::Place(Cache& cache, uint32_t tile, size_t& slot) {
   // Tiles count from 1, so that zeroed memory holds none.
   slot = static_cast<size_t>(std::find(cache.tile.begin(), cache.tile.end(), tile + 1) - cache.tile.begin());
@@ -154,8 +155,8 @@ bool ClusterOffload::Place(Cache& cache, uint32_t tile, size_t& slot) {
 }
 
 // Tiles of an extent, one after the other, to slots of the cache.
-void ClusterOffload::LoadTiles(size_t layer, size_t kv_head, const Cache& cache, const Extent& extent, size_t first_tile,
-                               std::span<const size_t> slots) {
+void ClusterOffload::LoadTiles(size_t layer, size_t kv_head, const Cache& cache, const Extent& extent,
+                               size_t first_tile, std::span<const size_t> slots) {
   if (slots.empty()) return;
   const Formats& formats = formats_[layer];
   const size_t key_bytes = TileBytes(formats.keys), value_bytes = TileBytes(formats.values);
@@ -224,12 +225,14 @@ void ClusterOffload::AddCached(size_t layer, size_t kv_head, RowRange rows, std:
   }
 }
 
-void ClusterOffload::AddAll(size_t layer, size_t kv_head, std::vector<RowSpan>& keys, std::vector<RowSpan>& values) const {
+void ClusterOffload::AddAll(size_t layer, size_t kv_head, std::vector<RowSpan>& keys,
+                            std::vector<RowSpan>& values) const {
   for (size_t i = 0; i < extents_before_; ++i) {
     const Extent& extent = extents_[i];
     const std::byte* const region = file_->Map() + Offset(extent, layer, kv_head);
     keys.push_back({formats_[layer].keys, region, 0, extent.rows});
-    values.push_back({formats_[layer].values, region + RegionBytes(formats_[layer].keys, extent.tiles() * kTileRows), 0, extent.rows});
+    values.push_back({formats_[layer].values, region + RegionBytes(formats_[layer].keys, extent.tiles() * kTileRows), 0,
+                      extent.rows});
   }
 }
 

@@ -1,6 +1,6 @@
 // Clustered rows of one sequence in a file, and the tiles of them that were read last in memory: a bounded number a KV
-// head, the one not used for the longest time making room. Rows of a batch that was clustered together lie side by side in
-// the file, a region of keys and one of values a KV head, in the layout of rows.h.
+// head, the one not used for the longest time making room. Rows of a batch that was clustered together lie side by side
+// in the file, a region of keys and one of values a KV head, in the layout of rows.h.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ class ClusterOffload {
     size_t skip = 0;        // first layers, whose rows are not here
   };
   // The layers must outlive it.
-  ClusterOffload(ByteCounter& counter, std::span<const LayerShape> layers, const RowTypes& types, const Options& options);
+  ClusterOffload(ByteCounter& counter, std::span<const LayerShape> layers, const RowTypes& types,
+                 const Options& options);
 
   // The same rows of the same shapes in a file of its own, nothing cached.
   std::unique_ptr<ClusterOffload> Clone(ByteCounter& counter, std::span<const LayerShape> layers) const;
@@ -40,8 +41,9 @@ class ClusterOffload {
   // Batch b of the step: keys, values are regions of RoundUp(rows, kTileRows) rows. From several threads.
   void Write(size_t layer, size_t kv_head, size_t b, const std::byte* keys, const std::byte* values);
 
-  // Spans of rows [first, first + n), counted over all batches that were there before the step, through the cache; valid
-  // until the step ends, in which a head's rows are asked for by one thread at a time. Adds to the counts of rows and bytes.
+  // Spans of rows [first, first + n), counted over all batches that were there before the step, through the cache;
+  // valid until the step ends, in which a head's rows are asked for by one thread at a time. Adds to the counts of rows
+  // and bytes.
   void AddCached(size_t layer, size_t kv_head, RowRange rows, std::vector<RowSpan>& keys, std::vector<RowSpan>& values,
                  RecallStats& stats);
   // Spans of all rows, read where they lie, past the cache; valid until the step ends.
@@ -92,9 +94,10 @@ class ClusterOffload {
   size_t slots_;
   std::vector<Formats> formats_;  // [n_layers]
   std::unique_ptr<ClusterFile> file_;
-  std::vector<Extent> extents_;   // those of the step in progress last
-  size_t rows_ = 0;               // without the step in progress
-  // A layer: regions of keys and values a head, then tiles and steps, uint32 [n_kv_heads, 2, slots]; empty until needed.
+  std::vector<Extent> extents_;  // those of the step in progress last
+  size_t rows_ = 0;              // without the step in progress
+  // A layer: regions of keys and values a head, then tiles and steps, uint32 [n_kv_heads, 2, slots]; empty until
+  // needed.
   std::vector<CountedBuffer> caches_;
   uint32_t step_ = 1;
   // The step in progress.

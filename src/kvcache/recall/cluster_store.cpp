@@ -215,8 +215,7 @@ void ClusterStore::Cluster(size_t layer, size_t kv_head, size_t b, SlotMap& map)
   OrderByLabel(labels, order, ends);
   for (uint32_t& end : ends) end += static_cast<uint32_t>(batch.before.rows);
   for (uint32_t i = 0; i < order.size(); ++i)
-    if (order[i] != i)
-      map.moves.push_back({static_cast<uint32_t>(first) + order[i], static_cast<uint32_t>(first) + i});
+    if (order[i] != i) map.moves.push_back({static_cast<uint32_t>(first) + order[i], static_cast<uint32_t>(first) + i});
   if (!Offloads(layer)) return rows_->Reorder(layer, kv_head, first, order);
   for (uint32_t& row : order) row = rows[row];
   MoveToFile(layer, kv_head, b, order);
@@ -379,7 +378,8 @@ void ClusterStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t 
   if (offload_ == nullptr) return;
   offload_->Load(in, now_.rows);
   if (offload_->rows() != now_.rows)
-    Fail(ErrorCode::kBadFile, "saved cache: {} rows in the clusters of a file, {} expected", offload_->rows(), now_.rows);
+    Fail(ErrorCode::kBadFile, "saved cache: {} rows in the clusters of a file, {} expected", offload_->rows(),
+         now_.rows);
 }
 
 }  // namespace lesskv

@@ -8,8 +8,8 @@
 // clustered rows; else whenever there are `every` such rows they become `added` ones. Clusters that exist stay as they
 // are. The first `skip` layers have none and are always read whole.
 //
-// With `folder` clustered rows lie in a file instead (cluster_offload.h), and the RowStore holds the others. A prompt is
-// then clustered a layer at a time, from a staging area.
+// With `folder` clustered rows lie in a file instead (cluster_offload.h), and the RowStore holds the others. A prompt
+// is then clustered a layer at a time, from a staging area.
 #pragma once
 
 #include <memory>
@@ -26,15 +26,15 @@
 namespace lesskv {
 
 struct ClusterOptions {
-  size_t budget = 0;  // rows that a query reads, sinks included, rows of no cluster not
+  size_t budget = 0;      // rows that a query reads, sinks included, rows of no cluster not
   bool by_group = false;  // query heads of a group read the same rows, those that their sum asks for
   size_t sinks = 16;
-  size_t size = 80;   // rows a cluster of a prompt, on the average
+  size_t size = 80;  // rows a cluster of a prompt, on the average
   size_t every = 320, added = 4;
-  size_t passes = 4;  // of k-means
-  size_t skip = 2;    // layers
+  size_t passes = 4;        // of k-means
+  size_t skip = 2;          // layers
   std::string folder = {};  // where clustered rows go; empty: they stay in memory
-  size_t cache_rows = 0;  // of those, how many a KV head has in memory; 0: two tokens' worth
+  size_t cache_rows = 0;    // of those, how many a KV head has in memory; 0: two tokens' worth
 };
 
 class ClusterStore final : public KvStore {
@@ -63,7 +63,9 @@ class ClusterStore final : public KvStore {
   // Of every head in a layer that has clusters.
   size_t clustered_rows() const { return now_.rows; }
   size_t n_clusters() const { return now_.clusters; }
-  std::span<const float> Centroids(size_t layer, size_t kv_head) const { return Centroids(clusters_, now_, layer, kv_head); }
+  std::span<const float> Centroids(size_t layer, size_t kv_head) const {
+    return Centroids(clusters_, now_, layer, kv_head);
+  }
   // [n_clusters]: rows of a cluster and of those before it, counted from the first one behind the sinks.
   std::span<const uint32_t> Ends(size_t layer, size_t kv_head) const { return Ends(clusters_, now_, layer, kv_head); }
   // The rows that query heads [first, first + n) of a KV head read of its clusters, counted likewise; queries
@@ -97,8 +99,10 @@ class ClusterStore final : public KvStore {
   size_t InStore(size_t layer, size_t row) const { return row - (Offloads(layer) ? now_.rows : 0); }
   std::vector<Batch> PlanBatches(const StepRoom& room) const;
   size_t ClusterBytes(size_t layer, const Clustered& of) const;
-  std::span<const float> Centroids(const std::vector<CountedBuffer>& in, const Clustered& of, size_t layer, size_t h) const;
-  std::span<const uint32_t> Ends(const std::vector<CountedBuffer>& in, const Clustered& of, size_t layer, size_t h) const;
+  std::span<const float> Centroids(const std::vector<CountedBuffer>& in, const Clustered& of, size_t layer,
+                                   size_t h) const;
+  std::span<const uint32_t> Ends(const std::vector<CountedBuffer>& in, const Clustered& of, size_t layer,
+                                 size_t h) const;
   std::span<float> NextCentroids(size_t layer, size_t kv_head);
   std::span<uint32_t> NextEnds(size_t layer, size_t kv_head);
   void Cluster(size_t layer, size_t kv_head, size_t b, SlotMap& map);

@@ -1,7 +1,6 @@
-// ClusterKV: the arithmetic by hand and by its properties, and the store against exact arithmetic over the rows that its
-// own clusters say.
+// ClusterKV: the arithmetic by hand and by its properties, and the store against exact arithmetic over the rows that
+// its own clusters say.
 #include <gtest/gtest.h>
-
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -75,7 +74,8 @@ TEST(Clustering, SelectionsAreExactNestedAndFreeOfScale) {
   for (int round = 0; round < 50; ++round) {
     const size_t n_clusters = 1 + rng.Below(40);
     Ids ends(n_clusters);
-    for (size_t c = 0; c < n_clusters; ++c) ends[c] = static_cast<uint32_t>((c > 0 ? ends[c - 1] : 0) + rng.Below(9));  // some empty
+    for (size_t c = 0; c < n_clusters; ++c)
+      ends[c] = static_cast<uint32_t>((c > 0 ? ends[c - 1] : 0) + rng.Below(9));  // some empty
     std::vector<float> scores = Random(n_clusters, rng), scaled = scores;
     for (float& x : scaled) x *= 0.125f;
     Ids before;
@@ -90,7 +90,9 @@ TEST(Clustering, SelectionsAreExactNestedAndFreeOfScale) {
     // The best cluster's rows first.
     size_t best = 0;
     for (size_t c = 0; c < n_clusters; ++c)
-      if (ends[c] > (c > 0 ? ends[c - 1] : 0) && (ends[best] == (best > 0 ? ends[best - 1] : 0) || scores[c] > scores[best])) best = c;
+      if (ends[c] > (c > 0 ? ends[c - 1] : 0) &&
+          (ends[best] == (best > 0 ? ends[best - 1] : 0) || scores[c] > scores[best]))
+        best = c;
     if (!before.empty()) {
       EXPECT_EQ(before[0], best == 0 ? 0 : ends[best - 1]);
     }
@@ -100,8 +102,11 @@ TEST(Clustering, SelectionsAreExactNestedAndFreeOfScale) {
 // Labels are those of the final centroids, whatever a key's length; the same again with the same seed.
 TEST(Clustering, LabelsAreNearestByCosine) {
   Rng rng(2);
-  for (const auto& [n, dim, n_clusters, passes] :
-       {std::tuple<size_t, size_t, size_t, size_t>{300, 16, 7, 4}, {129, 5, 20, 0}, {64, 8, 64, 3}, {1, 3, 1, 2}, {500, 64, 6, 20}}) {
+  for (const auto& [n, dim, n_clusters, passes] : {std::tuple<size_t, size_t, size_t, size_t>{300, 16, 7, 4},
+                                                   {129, 5, 20, 0},
+                                                   {64, 8, 64, 3},
+                                                   {1, 3, 1, 2},
+                                                   {500, 64, 6, 20}}) {
     std::vector<float> keys = Random(n * dim, rng), centroids(n_clusters * dim);
     for (size_t i = 0; i < n; ++i)
       for (size_t c = 0; c < dim; ++c) keys[i * dim + c] *= static_cast<float>(i % 5 + 1);
@@ -151,7 +156,8 @@ TEST(Clustering, FindsDirections) {
 TEST(Clustering, EdgesHaveAPlace) {
   std::vector<float> keys(6 * 4, 2.0f), centroids(3 * 4);
   Ids labels(6);
-  ClusterKeys(keys.data(), 6, 4, 3, 4, 1, centroids.data(), labels);  // all alike: the others stay empty, where they began
+  ClusterKeys(keys.data(), 6, 4, 3, 4, 1, centroids.data(),
+              labels);  // all alike: the others stay empty, where they began
   EXPECT_EQ(labels, Ids(6, 0));
   EXPECT_EQ(centroids, std::vector<float>(12, 2.0f));
   std::fill(keys.begin(), keys.end(), 0.0f);
@@ -170,7 +176,8 @@ struct Shape {
 };
 
 StoreShape MakeStoreShape(const Shape& shape) {
-  const CacheShape cache = CacheShape::Uniform(shape.n_layers, shape.n_heads(), shape.n_kv, shape.d, 4096, {.n_dims = shape.d, .frequency_factors = {}});
+  const CacheShape cache = CacheShape::Uniform(shape.n_layers, shape.n_heads(), shape.n_kv, shape.d, 4096,
+                                               {.n_dims = shape.d, .frequency_factors = {}});
   return {cache.layers, ComputeType::kF32, false, true, false};
 }
 
@@ -184,7 +191,8 @@ struct Driver {
     std::vector<std::vector<float>> outputs;
     for (size_t layer = 0; layer < shape.n_layers; ++layer) {
       keys.resize(shape.n_layers), values.resize(shape.n_layers), queries.resize(shape.n_layers);
-      const std::vector<float> k = Random(n * kv, rng), v = Random(n * kv, rng), q = asks_again ? queries[layer] : Random(n * qd, rng);
+      const std::vector<float> k = Random(n * kv, rng), v = Random(n * kv, rng),
+                               q = asks_again ? queries[layer] : Random(n * qd, rng);
       keys[layer].insert(keys[layer].end(), k.begin(), k.end());
       values[layer].insert(values[layer].end(), v.begin(), v.end());
       queries[layer] = q;
@@ -243,7 +251,8 @@ struct Driver {
     for (size_t r = 0; r < n_tokens; ++r) {
       const uint32_t t = by_key.at(k[r * shape.d]);
       EXPECT_TRUE(std::equal(&k[r * shape.d], &k[r * shape.d] + shape.d, &keys[layer][(t * shape.n_kv + h) * shape.d]));
-      EXPECT_TRUE(std::equal(&v[r * shape.d], &v[r * shape.d] + shape.d, &values[layer][(t * shape.n_kv + h) * shape.d]));
+      EXPECT_TRUE(
+          std::equal(&v[r * shape.d], &v[r * shape.d] + shape.d, &values[layer][(t * shape.n_kv + h) * shape.d]));
       tokens.push_back(t);
     }
     return tokens;
@@ -262,19 +271,21 @@ struct Driver {
   bool asks_again = false;  // with the queries of the step before
 };
 
-Driver Make(const Shape& shape, const ClusterOptions& options, ByteCounter& counter, RowTypes types = {RowType::kF32, RowType::kF32},
-            uint64_t seed = 5) {
+Driver Make(const Shape& shape, const ClusterOptions& options, ByteCounter& counter,
+            RowTypes types = {RowType::kF32, RowType::kF32}, uint64_t seed = 5) {
   Driver driver(shape, std::make_unique<ClusterStore>(counter, MakeStoreShape(shape), types, options), seed);
   driver.checks_maps = options.folder.empty();
   return driver;
 }
 
-Driver MakeFull(const Shape& shape, ByteCounter& counter, RowTypes types = {RowType::kF32, RowType::kF32}, uint64_t seed = 5) {
+Driver MakeFull(const Shape& shape, ByteCounter& counter, RowTypes types = {RowType::kF32, RowType::kF32},
+                uint64_t seed = 5) {
   return Driver(shape, std::make_unique<RowStore>(counter, MakeStoreShape(shape), types), seed);
 }
 
 // Softmax attention of one query head over given rows, in double precision.
-std::vector<double> Exact(const float* q, const std::vector<float>& keys, const std::vector<float>& values, const Ids& rows, size_t d) {
+std::vector<double> Exact(const float* q, const std::vector<float>& keys, const std::vector<float>& values,
+                          const Ids& rows, size_t d) {
   std::vector<double> p;
   double largest = -1e300, sum = 0;
   for (const uint32_t r : rows) p.push_back(Dot64(q, &keys[r * d], d) / std::sqrt(double(d)));
@@ -296,7 +307,8 @@ TEST(ClusterStore, EveryTokenIsInOnePlace) {
     const ClusterOptions options{.budget = 12, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 1};
     Driver driver = Make(shape, options, counter);
     driver.Step(n_prompt, true);
-    const size_t behind = n_prompt - std::min<size_t>(n_prompt, 4), first = behind == 0 ? 0 : std::max<size_t>(1, behind / 6);
+    const size_t behind = n_prompt - std::min<size_t>(n_prompt, 4),
+                 first = behind == 0 ? 0 : std::max<size_t>(1, behind / 6);
     const size_t missing = 4 - std::min<size_t>(4, n_prompt);  // sinks that the prompt did not fill
     for (size_t g = 0; g <= 37; ++g) {
       if (g > 0) driver.Step(1, false);
@@ -362,7 +374,8 @@ TEST(ClusterStore, OutputsAreThoseOfExactArithmetic) {
     for (const bool by_group : {false, true}) {
       SCOPED_TRACE(testing::Message() << Name(types.keys) << (by_group ? " by group" : " by head"));
       ByteCounter counter;
-      const ClusterOptions options{.budget = 25, .by_group = by_group, .sinks = 5, .size = 7, .every = 16, .added = 2, .skip = 1};
+      const ClusterOptions options{
+          .budget = 25, .by_group = by_group, .sinks = 5, .size = 7, .every = 16, .added = 2, .skip = 1};
       Driver driver = Make(shape, options, counter, types);
       driver.Step(140, true);
       std::vector<std::vector<float>> k(shape.n_kv), v(shape.n_kv), mu(shape.n_kv);
@@ -405,7 +418,8 @@ TEST(ClusterStore, OutputsAreThoseOfExactArithmetic) {
           ASSERT_EQ(rows.size(), 25u);
           for (size_t r = 5 + clustered; r < n; ++r) rows.push_back(static_cast<uint32_t>(r));
           const auto want = Exact(&driver.queries[1][head * d], k[h], v[h], rows, d);
-          for (size_t c = 0; c < d; ++c) ASSERT_NEAR(outputs[1][head * d + c], want[c], 2e-5) << "step " << step << ", head " << head;
+          for (size_t c = 0; c < d; ++c)
+            ASSERT_NEAR(outputs[1][head * d + c], want[c], 2e-5) << "step " << step << ", head " << head;
         }
       }
     }
@@ -419,8 +433,17 @@ TEST(ClusterStore, ReadsEverythingWhereItShould) {
     Driver driver = Make(shape, {.budget = budget, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 1}, counter);
     Driver full = MakeFull(shape, full_counter);
     bool differed = false;
-    for (const auto& [n, is_prompt] : {std::pair<size_t, bool>{40, true}, {1, false}, {1, false}, {30, true}, {1, true}, {12, false},
-                                       {1, false}, {1, false}, {5, true}, {3, false}, {1, false}}) {
+    for (const auto& [n, is_prompt] : {std::pair<size_t, bool>{40, true},
+                                       {1, false},
+                                       {1, false},
+                                       {30, true},
+                                       {1, true},
+                                       {12, false},
+                                       {1, false},
+                                       {1, false},
+                                       {5, true},
+                                       {3, false},
+                                       {1, false}}) {
       const bool all = n > 1 || is_prompt || driver.clusters().clustered_rows() + 4 <= budget;
       const auto got = driver.Step(n, is_prompt), want = full.Step(n, is_prompt);
       EXPECT_EQ(got[0], want[0]) << "a layer without clusters, in every bit";
@@ -456,7 +479,9 @@ TEST(ClusterStore, ExtremesAreKnown) {
       Ids want(116);
       std::iota(want.begin(), want.end(), 4u);
       std::sort(want.begin(), want.end(), [&](uint32_t a, uint32_t b) {
-        const auto score = [&](uint32_t t) { return Dot64(&q[g * shape.d], &singles.keys[0][(t * shape.n_kv + h) * shape.d], shape.d); };
+        const auto score = [&](uint32_t t) {
+          return Dot64(&q[g * shape.d], &singles.keys[0][(t * shape.n_kv + h) * shape.d], shape.d);
+        };
         return score(a) > score(b);
       });
       want.resize(16);
@@ -496,8 +521,9 @@ class Folder {
 };
 
 // Prompts, chunks and single tokens.
-const std::pair<size_t, bool> kLife[] = {{70, true}, {1, false}, {1, false}, {33, false}, {1, false}, {1, false}, {1, false}, {40, true},
-                                         {1, false}, {1, false}, {2, false}, {1, false}, {1, true}, {1, false}};
+const std::pair<size_t, bool> kLife[] = {{70, true}, {1, false}, {1, false}, {33, false}, {1, false},
+                                         {1, false}, {1, false}, {40, true}, {1, false},  {1, false},
+                                         {2, false}, {1, false}, {1, true},  {1, false}};
 
 // Where rows lie changes no bit, however few of them are in memory.
 TEST(ClusterOffload, AnswersAsInMemory) {
@@ -507,9 +533,11 @@ TEST(ClusterOffload, AnswersAsInMemory) {
     for (const bool by_group : {false, true})
       for (const size_t budget : {21, 500})
         for (const size_t cache_rows : {1, 48, 1000}) {
-          SCOPED_TRACE(testing::Message() << Name(types.keys) << ", " << by_group << ", " << budget << ", " << cache_rows);
+          SCOPED_TRACE(testing::Message()
+                       << Name(types.keys) << ", " << by_group << ", " << budget << ", " << cache_rows);
           ByteCounter counter;
-          ClusterOptions options{.budget = budget, .by_group = by_group, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 1};
+          ClusterOptions options{
+              .budget = budget, .by_group = by_group, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 1};
           Driver memory = Make(shape, options, counter, types);
           options.folder = folder.path();
           options.cache_rows = cache_rows;
@@ -554,8 +582,16 @@ TEST(ClusterOffload, TheSameQuestionReadsNothing) {
   const Folder folder;
   const Shape shape;
   ByteCounter counter;
-  Driver driver = Make(shape, {.budget = 40, .sinks = 4, .size = 10, .every = 300, .added = 3, .skip = 1, .folder = folder.path(),
-                               .cache_rows = 16 * 50 * 3}, counter);
+  Driver driver = Make(shape,
+                       {.budget = 40,
+                        .sinks = 4,
+                        .size = 10,
+                        .every = 300,
+                        .added = 3,
+                        .skip = 1,
+                        .folder = folder.path(),
+                        .cache_rows = 16 * 50 * 3},
+                       counter);
   driver.Step(500, true);
   EXPECT_EQ(driver.store->recall().rows_recalled, 0u);
   driver.Step(1, false);
@@ -578,8 +614,17 @@ TEST(ClusterOffload, MemoryIsBounded) {
   const Folder folder;
   const Shape shape{8, 2, 2, 32};
   ByteCounter counter;
-  Driver driver = Make(shape, {.budget = 40, .by_group = true, .sinks = 4, .size = 20, .every = 50, .added = 2, .skip = 0,
-                               .folder = folder.path(), .cache_rows = 64}, counter);
+  Driver driver = Make(shape,
+                       {.budget = 40,
+                        .by_group = true,
+                        .sinks = 4,
+                        .size = 20,
+                        .every = 50,
+                        .added = 2,
+                        .skip = 0,
+                        .folder = folder.path(),
+                        .cache_rows = 64},
+                       counter);
   const size_t row = 2 * shape.d * sizeof(float), heads = shape.n_layers * shape.n_kv;
   driver.Step(2000, true);
   const size_t centroids = heads * driver.clusters().n_clusters() * (shape.d + 1) * 4;
@@ -614,7 +659,9 @@ TEST(ClusterOffload, AFullDiskIsOneSentence) {
       ADD_FAILURE() << "there was room";
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kIo);
-      EXPECT_NE(std::string(error.what()).find(folder.path() + " of offloaded clusters: cannot make room for"), std::string::npos) << error.what();
+      EXPECT_NE(std::string(error.what()).find(folder.path() + " of offloaded clusters: cannot make room for"),
+                std::string::npos)
+          << error.what();
     }
     setrlimit(RLIMIT_FSIZE, &usual);
   }
@@ -629,28 +676,31 @@ TEST(ClusterOffload, AFullDiskIsOneSentence) {
 TEST(ClusterSpec, IsRefusedWhereItMeansNothing) {
   const auto refusal = [](const std::string& spec) -> std::string {
     try {
-      CacheConfig::Create(CacheSpec::Parse(spec), CacheShape::Uniform(3, 4, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
+      CacheConfig::Create(CacheSpec::Parse(spec),
+                          CacheShape::Uniform(3, 4, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
     } catch (const Error& error) {
       return error.what();
     }
     return "";
   };
-  for (const char* spec : {"cluster(64)", "full+cluster(64, share=group)+q8", "cluster(20%)+mix(k=f32, v=q4)+prefill(chunk=64)",
-                           "cluster(64)+q4(rotate=true)", "cluster(5, sinks=0, skip=0)"})
+  for (const char* spec :
+       {"cluster(64)", "full+cluster(64, share=group)+q8", "cluster(20%)+mix(k=f32, v=q4)+prefill(chunk=64)",
+        "cluster(64)+q4(rotate=true)", "cluster(5, sinks=0, skip=0)"})
     EXPECT_EQ(refusal(spec), "") << spec;
-  for (const auto& [spec, part] : {std::pair{"h2o(64)+cluster(64)", "'h2o' lets tokens leave, any of which 'cluster' may recall"},
-                                   {"cluster(64)+kivi", "rows of 'kivi' do not lie by themselves"},
-                                   {"cluster(64)+pyramid", "nothing to do"},
-                                   {"cluster(64)+less", "nothing to do"},
-                                   {"cluster(64)+merge", "nothing to do"},
-                                   {"cluster(64)+match", "nothing to do"},
-                                   {"cluster", "such as cluster(1024)"},
-                                   {"cluster(16)", "16 rows, which must be more than its 16 sinks"},
-                                   {"cluster(64, skip=3)", "this model has only 3"},
-                                   {"cluster(64, every=3)", "3 tokens cannot become 4 clusters"},
-                                   {"cluster(64, share=all)", "one of: head group"},
-                                   {"cluster(64, cache=128)", "give offload, too"},
-                                   {"cluster(64, offload=\"/nowhere/at/all\")", "\"/nowhere/at/all\" is none"}})
+  for (const auto& [spec, part] :
+       {std::pair{"h2o(64)+cluster(64)", "'h2o' lets tokens leave, any of which 'cluster' may recall"},
+        {"cluster(64)+kivi", "rows of 'kivi' do not lie by themselves"},
+        {"cluster(64)+pyramid", "nothing to do"},
+        {"cluster(64)+less", "nothing to do"},
+        {"cluster(64)+merge", "nothing to do"},
+        {"cluster(64)+match", "nothing to do"},
+        {"cluster", "such as cluster(1024)"},
+        {"cluster(16)", "16 rows, which must be more than its 16 sinks"},
+        {"cluster(64, skip=3)", "this model has only 3"},
+        {"cluster(64, every=3)", "3 tokens cannot become 4 clusters"},
+        {"cluster(64, share=all)", "one of: head group"},
+        {"cluster(64, cache=128)", "give offload, too"},
+        {"cluster(64, offload=\"/nowhere/at/all\")", "\"/nowhere/at/all\" is none"}})
     EXPECT_NE(refusal(spec).find(part), std::string::npos) << spec << ": " << refusal(spec);
 }
 

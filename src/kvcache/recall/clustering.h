@@ -1,5 +1,5 @@
-// Clusters of keys by direction, and which of them a query reads: the arithmetic of ClusterKV (arXiv 2412.03213), without
-// memory of its own. All results are the same whatever the number of threads.
+// Clusters of keys by direction, and which of them a query reads: the arithmetic of ClusterKV (arXiv 2412.03213),
+// without memory of its own. All results are the same whatever the number of threads.
 #pragma once
 
 #include <cstddef>
