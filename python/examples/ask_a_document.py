@@ -5,6 +5,7 @@
 The document is read a chunk at a time, so that memory stays at the cache's own size however long it is.
 """
 import argparse
+import sys
 
 import lesskv
 
@@ -20,7 +21,10 @@ def main():
     parser.add_argument("--predict", type=int, default=40)
     args = parser.parse_args()
     model = lesskv.Model(args.model)
-    tokens = model.tokenize(open(args.document).read())[: args.ctx - args.predict - len(model.tokenize(args.question))]
+    document = model.tokenize(open(args.document).read())
+    tokens = document[: args.ctx - args.predict - len(model.tokenize(args.question))]
+    if len(tokens) < len(document):
+        print(f"the context of {args.ctx} holds the first {len(tokens)} of {len(document)} tokens (--ctx)", file=sys.stderr)
     sequence = model.sequence(kv=f"{args.kv}+prefill(chunk={args.chunk})", ctx=args.ctx)
     sequence.prefill(tokens)
     stats = sequence.stats

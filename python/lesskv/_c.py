@@ -163,9 +163,15 @@ def version() -> str:
     return lib.lesskv_version().decode()
 
 
+_functions: dict = {}
+
+
 def call(name: str, *arguments) -> None:
     """Calls lesskv_NAME; a status other than ok is an Error."""
-    status = getattr(lib, "lesskv_" + name)(*arguments)
+    function = _functions.get(name)
+    if function is None:
+        function = _functions[name] = getattr(lib, "lesskv_" + name)
+    status = function(*arguments)
     if status != 0:
         raise Error(lib.lesskv_last_error().decode("utf-8", "replace"), lib.lesskv_status_name(status).decode())
 

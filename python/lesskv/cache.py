@@ -6,13 +6,15 @@ import ctypes as c
 import numpy as np
 
 from . import _c
-from .model import Stats, choice, fields_of
+from .model import Stats, address, choice, fields_of
 
 KINDS = {"prompt": 0, "stream": 1, "decode": 2}
 
 
 def rows(name: str, array, shape: tuple) -> np.ndarray:
     """float32, row-major, without a copy where it is already so."""
+    if type(array) is np.ndarray and array.dtype == np.float32 and array.shape == shape and array.flags.c_contiguous:
+        return array
     if not isinstance(array, np.ndarray):
         array = np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
     if array.shape != shape:
@@ -85,8 +87,8 @@ class Cache(_c.Handle):
         k, v = rows("keys", keys, row), rows("values", values, row)
         q = rows("queries", queries, (self._n, self.heads, self.head_dim))
         out = np.empty_like(q)
-        _c.call("cache_append", self._pointer, layer, k.ctypes.data, v.ctypes.data)
-        _c.call("cache_attend", self._pointer, layer, q.ctypes.data, out.ctypes.data)
+        _c.call("cache_append", self._pointer, layer, address(k), address(v))
+        _c.call("cache_attend", self._pointer, layer, address(q), address(out))
         return out
 
     def end_prompt(self) -> None:

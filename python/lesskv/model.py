@@ -70,6 +70,11 @@ def pointer(array: np.ndarray, ctype):
     return array.ctypes.data_as(c.POINTER(ctype))
 
 
+def address(array: np.ndarray) -> int:
+    """Of a contiguous array, for an argument of type c_void_p. array.ctypes.data takes six times as long."""
+    return c.addressof(c.c_char.from_buffer(array)) if array.flags.writeable else array.ctypes.data
+
+
 def choice(name: str, value: str, choices: dict) -> int:
     if value not in choices:
         raise _c.Error(f"{name}: expected {' or '.join(choices)}, found {value!r}", "invalid argument")
@@ -258,7 +263,9 @@ class Sequence(_c.Handle):
 
     def decode(self, token: int) -> np.ndarray:
         """One more token; the logits [n_vocab] of what follows."""
-        return decode([self], [token])[0]
+        logits = np.empty(self.model.n_vocab, dtype=np.float32)
+        _c.call("decode", c.byref(self._pointer), c.byref(c.c_int32(token)), 1, address(logits))
+        return logits
 
     def generate(self, prompt: Union[str, Tokens], max_tokens: int | None = None, temperature: float = 0.8, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, repeat_last_n: int = 64, seed: int = 0,
@@ -319,5 +326,5 @@ def decode(sequences: Several[Sequence], tokens: Tokens) -> np.ndarray:
         raise _c.Error(f"{len(sequences)} sequences and {ids.size} tokens: one each is needed", "invalid argument")
     handles = (c.c_void_p * len(sequences))(*[s._pointer for s in sequences])
     logits = np.empty((len(sequences), sequences[0].model.n_vocab), dtype=np.float32)
-    _c.call("decode", handles, ids.ctypes.data, ids.size, logits.ctypes.data)
+    _c.call("decode", handles, address(ids), ids.size, address(logits))
     return logits

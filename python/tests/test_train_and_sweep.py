@@ -78,7 +78,7 @@ def test_a_sweep_goes_on_where_it_ended(tmp_path, expected, monkeypatch):
     measure = lesskv.sweeps.measure
     monkeypatch.setattr(lesskv.sweeps, "measure", lambda task, threads: measured.append(task.kv) or measure(task, threads))
     assert numbers(sweep(results=results)) == expected and measured == SPECS[2:]
-    assert len(results.read_bytes().splitlines()) == 4
+    assert numbers(sweep(results=results)) == expected and measured == SPECS[2:], "nothing is left to do"
     results.write_text("not a row\n")
     with pytest.raises(lesskv.Error, match="line 1 is no row"):
         sweep(results=results)
