@@ -168,7 +168,9 @@ TEST(Think, TheLargestOuterProductsStay) {
     for (size_t i = 0; i < 60; ++i) subject.Take(rows, {});
     subject.Take(rows, Prompt(50));
     for (size_t h = 0; h < kKvHeads; ++h) EXPECT_EQ(subject.Channels(h), chosen[h]);
-    if (ratio > 0.3 && ratio < 0.8) EXPECT_NE(chosen[0], chosen[1]) << ratio;
+    if (ratio > 0.3 && ratio < 0.8) {
+      EXPECT_NE(chosen[0], chosen[1]) << ratio;
+    }
     for (const auto& more : sets)
       EXPECT_TRUE(std::includes(more.begin(), more.end(), chosen[0].begin(), chosen[0].end()));
     sets.push_back(chosen[0]);
