@@ -180,6 +180,11 @@ SpecTerm CheckTerm(const Method& method, const SpecTerm& term) {
   return result;
 }
 
+bool IsPositional(const Method& method, const SpecArgument& argument) {
+  return std::any_of(method.parameters.begin(), method.parameters.end(),
+                     [&](const Parameter& p) { return p.name == argument.key && p.positional; });
+}
+
 }  // namespace
 
 std::string ToString(const SpecTerm& term) {
@@ -187,10 +192,8 @@ std::string ToString(const SpecTerm& term) {
   std::string text = term.name;
   for (size_t i = 0; i < term.arguments.size(); ++i) {
     const SpecArgument& argument = term.arguments[i];
-    const auto is_positional = [&](const Parameter& p) { return p.name == argument.key && p.positional; };
-    const bool positional = std::any_of(method.parameters.begin(), method.parameters.end(), is_positional);
     text += i == 0 ? "(" : ", ";
-    if (!positional) text += argument.key + "=";
+    if (!IsPositional(method, argument)) text += argument.key + "=";
     text += argument.quoted ? '"' + argument.value + '"' : argument.value;
   }
   return term.arguments.empty() ? text : text + ")";
@@ -223,7 +226,10 @@ std::string CacheSpec::ToString(const std::vector<Artefact>& artefacts) const {
     for (const Artefact& artefact : artefacts) {
       if (term.name != artefact.term) continue;
       std::erase_if(term.arguments, [](const SpecArgument& a) { return a.key == "file" || a.key == "sidecar"; });
-      term.arguments.insert(term.arguments.begin(), {"sidecar", artefact.fingerprint, true});
+      const auto named = std::find_if(term.arguments.begin(), term.arguments.end(), [&](const SpecArgument& argument) {
+        return !IsPositional(*FindMethod(term.name), argument);
+      });
+      term.arguments.insert(named, {"sidecar", artefact.fingerprint, true});
     }
     text += (text.empty() ? "" : "+") + lesskv::ToString(term);
   }
