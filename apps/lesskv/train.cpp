@@ -246,7 +246,7 @@ template <typename Command>
 void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* tokens) {
   app.add_option("-m,--model", c.model.model, "Model file (GGUF)")->option_text("MODEL")->required();
   app.add_option("-t,--threads", c.model.threads, "Threads (default: all CPUs)");
-  app.add_option("--compute", c.model.compute, "Arithmetic of the model: auto, f32, bf16");
+  app.add_option("--compute", c.model.compute, "Arithmetic of the model: auto, f32, bf16, int8");
   app.add_option("-o,--output", c.output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
       ->option_text("SIDECAR")->required();
   app.add_option("--text", c.options.texts, "Text files to draw texts from")->option_text("FILE...")->required();
@@ -259,22 +259,7 @@ void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* to
 void AddBudgets(CLI::App& train) {
   auto c = std::make_shared<BudgetsCommand>();
   CLI::App* budgets = train.add_subcommand("budgets", "Measure how many rows each head of a model needs, for split");
-<<<<<<< HEAD
   AddMeasureOptions(*budgets, *c, c->options.seed, "Tokens of a text; the model reads it twice");
-=======
-  budgets->add_option("-m,--model", c->model.model, "Model file (GGUF)")->option_text("MODEL")->required();
-  budgets->add_option("-t,--threads", c->model.threads, "Threads (default: all CPUs)");
-  budgets->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16, int8");
-  budgets->add_option("-o,--output", c->output, "Sidecar to write, or to add them to, NAME.less.gguf for NAME.gguf")
-      ->option_text("SIDECAR")->required();
-  train::TrainBudgetsOptions& o = c->options;
-  budgets->add_option("--text", o.texts, "Text files to draw texts from")->option_text("FILE...")->required();
-  budgets->add_option("--sequences", o.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
-  budgets->add_option("--tokens", o.tokens, "Tokens of a text; the model reads it twice")->capture_default_str()
-      ->check(CLI::Range(16, 1 << 20));
-  AddSeed(*budgets, o.seed, "Seed of the texts");
-  budgets->add_flag("--json", c->json, "Print one JSON object");
->>>>>>> x-int8
   budgets->callback([c] { TrainBudgets(*c); });
 }
 
