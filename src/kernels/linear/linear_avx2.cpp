@@ -376,7 +376,6 @@ const LinearKernels& Avx2LinearKernels() {
       .shape_bf16 = {},
       .int8 = &Avx2Int8Kernels(),
       .store = ScalarStore,
-      .few_panel = 1,
   };
   return kKernels;
 }
