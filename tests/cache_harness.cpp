@@ -165,8 +165,9 @@ void TempSidecar::AddDictionaries(const TinyShape& shape, Rng& rng) {
   SidecarDictionaries& d = sidecar_.dictionaries;
   d.head_dim = shape.head_dim;
   d.n_atoms = 75;
+  const size_t n_keys = std::max<size_t>(shape.n_layers, 2) - 1;
   for (uint32_t l = 0; l < shape.n_layers; ++l) {
-    d.key_of.push_back(std::min(l, static_cast<uint32_t>(shape.n_layers) - 2));
+    d.key_of.push_back(std::min(l, static_cast<uint32_t>(n_keys) - 1));
     d.value_of.push_back(l);
   }
   const auto fill = [&](size_t n, size_t dim, std::vector<uint16_t>& halves) {
@@ -177,7 +178,7 @@ void TempSidecar::AddDictionaries(const TinyShape& shape, Rng& rng) {
       for (const float x : atom) halves.push_back(FloatToHalf(static_cast<float>(x / std::sqrt(square))));
     }
   };
-  fill(shape.n_layers - 1, shape.head_dim, d.keys);
+  fill(n_keys, shape.head_dim, d.keys);
   const size_t chunk = shape.head_dim / SidecarDictionaries::kValueChunks;
   fill(shape.n_layers, chunk, d.values);
   for (size_t l = 0; l < shape.n_layers; ++l)

@@ -72,7 +72,7 @@ TEST_F(TrainCsrTest, DictionariesAreRepeatableAndKeptBesideOthers) {
   for (const char* spec : {"full+csr(4)", "h2o(24)+csr(4, atoms=40)+less"}) {
     const auto config = CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, {path, model_->fingerprint(), model_->identity()});
     EXPECT_GT(config->sidecar_bytes(), 0u);
-    EXPECT_NE(config->spec_text().find("csr(sidecar="), std::string::npos) << config->spec_text();
+    EXPECT_NE(config->spec_text().find("csr(4, sidecar="), std::string::npos) << config->spec_text();
   }
   std::filesystem::remove(path);
 }
