@@ -129,7 +129,7 @@ void PolicyCache::TakeBackRoom(const std::vector<size_t>& old_budgets) {
 void PolicyCache::Cancel() {
   budgets = std::move(previous_budgets_);
   budget_rows_ = previous_budget_rows_;
-  input_scores = {};
+  FreeInputScores();
   TakeBackRoom(budgets);
 }
 
@@ -137,7 +137,7 @@ void PolicyCache::End() {
   if (defers) CutDeferred(*this);
   store->EndStep();
   deferred.clear();
-  input_scores = {};  // work memory of the step
+  FreeInputScores();
   // A head whose budget became smaller gives its room back.
   for (size_t i = 0; i < ledgers.size() && packs_ && evicts && step.kind == StepKind::kPrompt; ++i)
     ledgers[i].Shrink(counter, Room(budgets, i), columns());

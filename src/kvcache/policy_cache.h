@@ -104,6 +104,8 @@ class PolicyCache {
   void ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known);
   void TakeBackRoom(const std::vector<size_t>& old_budgets);
 
+  // Work memory of the step, uncounted: given back, not only emptied.
+  void FreeInputScores() { std::vector<float>().swap(input_scores); }
   size_t FitQueryFloats(size_t layer) const;
 
   bool tracks_ = false;
