@@ -70,6 +70,22 @@ TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
   EXPECT_EQ(Shell("$L train kvzap -m m.gguf --text $T --sequences 1 --tokens 64 -o m.less.gguf").status, 2);
 }
 
+// The first tokens stay in every cache of an evaluation: a window without sinks that must keep six is one with six.
+TEST_F(RunCommand, EvaluationsProtectTheSameTokensForAll) {
+  const auto rows = [&](const std::string& keep, const std::string& spec) {
+    const Result result = Shell(fmt::format("$L eval perplexity -m $M --text $T -c 64 --max-windows 1 --step 1 {} --kv '{}' -o json", keep, spec));
+    EXPECT_EQ(result.status, 0) << result.err;
+    return nlohmann::json::parse(result.out)[0];
+  };
+  const auto kept = rows("--keep 6", "window(8, sinks=0)"), sinks = rows("", "window(8, sinks=6)"), none = rows("", "window(8, sinks=0)");
+  EXPECT_EQ(kept["keep"], 6);
+  EXPECT_FALSE(none.contains("keep"));
+  EXPECT_EQ(kept["perplexity"], sinks["perplexity"]);
+  EXPECT_NE(kept["perplexity"], none["perplexity"]);
+  ExpectOneSentence(Shell("$L eval perplexity -m $M --text $T -c 64 --keep 9 --kv 'h2o(8)'"), 2, "9 protected tokens do not fit");
+  ExpectOneSentence(Shell("$L eval perplexity -m $M --text $T -c 64 --keep -1 --kv 'h2o(8)'"), 2, "--keep");
+}
+
 TEST_F(RunCommand, UnknownSubcommandIsNamed) {
   for (const char* command : {"$L foo", "$L eval foo", "$L train foo"}) {
     const Result result = Shell(command);

@@ -30,7 +30,7 @@ struct CommonOptions {
   std::vector<std::string> specs;
   std::string output = "table";
   uint64_t seed = 0;
-  size_t batch = 16;
+  size_t batch = 16, keep = 0;
   bool match_bytes = false;
 };
 
@@ -63,6 +63,9 @@ void AddCommonOptions(CLI::App& command, CommonOptions& o) {
       ->allow_extra_args(false);
   command.add_flag("--match-bytes", o.match_bytes, "Add to each cache its nearest rivals at equal bytes");
   command.add_option("-o,--output", o.output, "table, md, csv or json")->option_text("FORMAT")->capture_default_str();
+  command.add_option("--keep", o.keep, "Protect the first N tokens of every text from eviction, in every cache alike")
+      ->check(CLI::Range(0, 1 << 20))->option_text("N")
+      ->capture_default_str();
   AddSeed(command, o.seed, "Seed of generated tasks and sampling");
   command
       .add_option("--batch", o.batch,
@@ -86,7 +89,8 @@ struct Session {
     setup.ctx = opened.ctx;
     setup.seed = options.seed;
     setup.batch = options.batch;
-    for (const CacheSpec& spec : specs) setup.subjects.push_back({opened.engine->MakeCacheConfig(spec, opened.ctx)});
+    setup.keep = options.keep;
+    for (const CacheSpec& spec : specs) setup.subjects.push_back({setup.MakeConfig(spec)});
     setup.stop = &StopOnInterrupt();
     setup.progress = [this](double done) { bar.Show(done); };
   }

@@ -28,7 +28,7 @@ class RivalMaker {
   // Nothing for a spec that cannot be used, such as a window too small for its sinks.
   Config TryConfig(const std::string& spec) const {
     try {
-      return setup_.engine->MakeCacheConfig(CacheSpec::Parse(spec), setup_.ctx);
+      return setup_.MakeConfig(CacheSpec::Parse(spec));
     } catch (const Error&) {
       return nullptr;
     }

@@ -7,6 +7,12 @@
 
 namespace lesskv {
 
+std::shared_ptr<const CacheConfig> EvalSetup::MakeConfig(const CacheSpec& spec) const {
+  std::vector<ProtectedSpan> spans;
+  if (keep > 0) spans.push_back({0, static_cast<int32_t>(keep)});
+  return engine->MakeCacheConfig(spec, ctx, std::move(spans));
+}
+
 void EvalSetup::CheckStop() const {
   if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "interrupted before the evaluation was done");
 }
@@ -40,6 +46,7 @@ Json BeginRow(const EvalSetup& setup, const Subject& subject, std::string_view c
   Json row;
   row["command"] = command;
   AddRunInfo(row, *setup.engine, *subject.config, setup.seed);
+  if (setup.keep > 0) row["keep"] = setup.keep;
   row["match"] = subject.match.empty() ? Json() : Json(subject.match);
   row["matched_to"] = subject.matched_to.empty() ? Json() : Json(subject.matched_to);
   return row;

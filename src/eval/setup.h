@@ -31,9 +31,13 @@ struct EvalSetup {
   size_t ctx = 0;
   uint64_t seed = 0;
   size_t batch = 16;  // texts that go through the engine together, at most
+  size_t keep = 0;    // first tokens of every text that no cache lets go
   std::vector<Subject> subjects = {};
   const std::atomic<bool>* stop = nullptr;    // set from anywhere: the evaluation throws Error kRuntime
   std::function<void(double)> progress = {};  // share done, in [0, 1]
+
+  // A cache of this evaluation: its context, its protected tokens.
+  std::shared_ptr<const CacheConfig> MakeConfig(const CacheSpec& spec) const;
 
   void CheckStop() const;
   void Progress(size_t done, size_t total) const;
