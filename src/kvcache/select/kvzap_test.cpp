@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "kvcache/cache_batch.h"
 #include "kvcache/registry.h"
 #include "kvcache/residual/sidecar.h"
 #include "kvcache/sequence_cache.h"
@@ -77,6 +78,39 @@ TEST_F(Kvzap, TheBestScoresStayHoweverTheTextComes) {
   for (const std::vector<size_t>& steps : {std::vector<size_t>{8}, {4, 4}, {1, 1, 1, 1, 1, 1, 1, 1}, {7, 1}, {3, 5}})
     for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})
       EXPECT_EQ(Held(Config("kvzap(6, window=3, sinks=0)+f32"), kInputs, steps, kind), expected) << steps.size();
+}
+
+// Two sequences in one step, whose tokens come in tiles that cross the border between them: each as alone.
+TEST_F(Kvzap, SequencesOfAStepGetTheirOwnInputs) {
+  SequenceCache a(Config("kvzap(6, window=3, sinks=0)+f32")), b(Config("kvzap(5, window=1, sinks=0)+f32"));
+  std::vector<float> x(kInputs.begin(), kInputs.begin() + 5 * 3);
+  x.insert(x.end(), kInputs.begin(), kInputs.end());  // five tokens of a, eight of b
+  a.BeginStep(5, StepKind::kPrompt);
+  b.BeginStep(8, StepKind::kPrompt);
+  CacheBatch batch;
+  SequenceCache* const caches[] = {&a, &b};
+  batch.Start(caches);
+  const std::vector<float> zeros(13 * 16);
+  std::vector<float> out(13 * 16);
+  for (size_t layer = 0; layer < 2; ++layer) {
+    EXPECT_TRUE(batch.WantsInputs(layer));
+    batch.ReadInputs(layer, 0, 3, x.data());
+    batch.ReadInputs(layer, 3, 6, &x[3 * 3]);
+    batch.ReadInputs(layer, 9, 4, &x[9 * 3]);
+    batch.Append(layer, zeros.data(), zeros.data());
+    batch.Attend(layer, zeros.data(), out.data());
+  }
+  a.EndStep();
+  b.EndStep();
+  const auto held = [](const SequenceCache& cache, size_t layer, size_t h) {
+    std::vector<int32_t> positions;
+    for (const Position p : cache.ResidentPositions(layer, h)) positions.push_back(ToInt(p));
+    return positions;
+  };
+  EXPECT_EQ(held(a, 0, 0), (std::vector<int32_t>{0, 1, 2, 3, 4}));
+  EXPECT_EQ(held(b, 0, 0), (std::vector<int32_t>{0, 1, 2, 4, 7}));
+  EXPECT_EQ(held(b, 0, 1), (std::vector<int32_t>{3, 4, 5, 6, 7}));
+  EXPECT_FALSE(batch.failure(0) || batch.failure(1));
 }
 
 TEST_F(Kvzap, SinksStayWhateverTheirScore) {
