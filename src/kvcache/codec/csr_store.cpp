@@ -72,7 +72,7 @@ void CsrStore::Head::Decode(RowSide side, size_t first, size_t n, float* out, si
 
 void CsrStore::Head::ExpandKeys(size_t first, size_t n, float* out, size_t stride) const {
   float rows[kTileRows * kMostAtomChannels];
-  const size_t d = formats->exact_keys.head_dim;
+  const size_t d = formats->exact.keys.head_dim;
   for (size_t i = 0; i < n; i += kTileRows) {
     const size_t count = std::min(kTileRows, n - i);
     Decode(RowSide::kKeys, first + i, count, rows, d);
@@ -98,12 +98,11 @@ CsrStore::CsrStore(ByteCounter& counter, const StoreShape& shape, const CsrOptio
   for (size_t l = 0; l < shape.layers.size(); ++l) {
     const LayerShape& layer = shape.layers[l];
     constexpr size_t kChunks = SidecarDictionaries::kValueChunks;
-    formats_.push_back({{RowType::kF16, RowSide::kKeys, layer.head_dim},
-                        {RowType::kF16, RowSide::kValues, layer.head_dim},
+    formats_.push_back({{{RowType::kF16, RowSide::kKeys, layer.head_dim}, {RowType::kF16, RowSide::kValues, layer.head_dim}},
                         {dictionaries_->Keys(l), 1, options.pairs},
                         {dictionaries_->Values(l), kChunks, options.pairs / kChunks}});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (layer.head_dim > formats_[widest_].exact_keys.head_dim) widest_ = l;
+    if (layer.head_dim > formats_[widest_].exact.keys.head_dim) widest_ = l;
   }
   staging_.resize(most_heads_);
   for (size_t i = 0; i < heads_.size(); ++i) {
@@ -112,25 +111,12 @@ CsrStore::CsrStore(ByteCounter& counter, const StoreShape& shape, const CsrOptio
   }
 }
 
-std::byte* CsrStore::Region(const Formats& formats, const Exact& exact, RowSide side) {
-  return const_cast<std::byte*>(exact.memory.data()) +
-         (side == RowSide::kKeys ? 0 : RegionBytes(formats.exact_keys, exact.rows));
-}
-
-CsrStore::Exact CsrStore::MakeExact(ByteCounter& counter, const Formats& formats, size_t rows) const {
-  const size_t bytes = RegionBytes(formats.exact_keys, rows) + RegionBytes(formats.exact_values, rows);
-  return {CountedBuffer(counter, bytes), rows};
-}
-
 // A window of another size with the same rows, the oldest in slot 0.
 void CsrStore::ResizeWindow(Head& head, size_t rows) {
   if (head.window.rows == rows) return;
-  const Formats& f = *head.formats;
-  Exact window = MakeExact(*counter_, f, rows);
-  for (const RowSide side : kSides)
-    for (size_t i = 0; i < head.n_exact && window.memory.data() != nullptr; ++i)
-      CopyRow(f.Exact(side), Region(f, head.window, side), (head.first_exact + i) % head.window.rows,
-              Region(f, window, side), i);
+  const ExactFormats& f = head.formats->exact;
+  ExactRows window = ExactRows::Make(*counter_, f, rows);
+  for (const RowSide side : kSides) CopyRing(f, side, head.window, head.first_exact, head.n_exact, window);
   head.window = std::move(window);
   head.first_exact = 0;
 }
@@ -186,11 +172,11 @@ void CsrStore::ReserveHead(size_t i, const StepRoom& room) {
 
 void CsrStore::ReserveStaging(size_t n_step) {
   const size_t rows = RoundUp(n_step, kTileRows);
-  for (Exact& staging : staging_) {
+  for (ExactRows& staging : staging_) {
     if (staging.rows == rows) continue;
-    staging = Exact{};
+    staging = ExactRows{};
     // Layers share it: it has room for rows of the widest.
-    staging = MakeExact(*counter_, formats_[widest_], rows);
+    staging = ExactRows::Make(*counter_, formats_[widest_].exact, rows);
   }
 }
 
@@ -231,13 +217,13 @@ void CsrStore::CancelStep() {
       else
         ResizeArena(head, head.rows_before);
       if (head.window_before == 0)
-        head.window = Exact{};
+        head.window = ExactRows{};
       else
         ResizeWindow(head, head.window_before);
     } catch (const std::exception&) {
     }
   }
-  for (Exact& staging : staging_) staging = Exact{};
+  for (ExactRows& staging : staging_) staging = ExactRows{};
   n_step_ = 0;
 }
 
@@ -251,7 +237,7 @@ void CsrStore::EndStep() {
     if (evicts_ && options_.window > 0) ResizeWindow(heads_[i], RoundUp(WindowOf(i), kTileRows));
   }
   if (is_prompt_)
-    for (Exact& staging : staging_) staging = Exact{};
+    for (ExactRows& staging : staging_) staging = ExactRows{};
   n_step_ = 0;
 }
 
@@ -266,12 +252,12 @@ std::unique_ptr<KvStore> CsrStore::Clone(ByteCounter& counter) const {
     to.n_coded = from.n_coded;
     to.n_exact = from.n_exact;
     to.first_exact = from.first_exact;
-    to.window = {from.window.memory.Clone(counter), from.window.rows};
+    to.window = from.window.Clone(counter);
     for (const RowSide side : kSides)
       to.Of(side) = {from.Of(side).memory.Clone(counter), from.Of(side).n_own, from.Of(side).n_sampled};
   }
   copy->staging_.clear();
-  for (const Exact& staging : staging_) copy->staging_.push_back({staging.memory.Clone(counter), staging.rows});
+  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
   return copy;
 }
 
@@ -294,12 +280,8 @@ void CsrStore::Append(size_t layer, size_t first, size_t n, const float* keys, c
     open_layer_ = layer;
     open_.resize(Layer(layer).n_kv_heads);
   }
-  const Formats& f = formats_[layer];
-  const size_t d = Layer(layer).head_dim, n_kv = Layer(layer).n_kv_heads, stride = n_kv * d;
-  ParallelFor(n_kv, [&](size_t h) {
-    WriteRows(f.exact_keys, Region(f, staging_[h], RowSide::kKeys), first, n, keys + h * d, stride);
-    WriteRows(f.exact_values, Region(f, staging_[h], RowSide::kValues), first, n, values + h * d, stride);
-  });
+  WriteExact(formats_[layer].exact, Layer(layer), first, n, keys, values,
+             [&](size_t h) -> const ExactRows& { return staging_[h]; });
 }
 
 AttentionJob CsrStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
@@ -311,11 +293,11 @@ AttentionJob CsrStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
   std::vector<RowSpan>* sides[] = {&list.NewSpans(), &list.NewSpans()};
   for (const RowSide side : kSides) {
     std::vector<RowSpan>& spans = *sides[side == RowSide::kKeys ? 0 : 1];
-    const RowFormat& format = f.Exact(side);
+    const RowFormat& format = f.exact.Of(side);
     spans.push_back({format, nullptr, 0, head.n_coded, &head});
-    spans.push_back({format, Region(f, head.window, side), head.first_exact, straight});
-    spans.push_back({format, Region(f, head.window, side), 0, head.n_exact - straight});
-    spans.push_back({format, Region(f, staging_[kv_head], side), 0, n_step});
+    spans.push_back({format, head.window.Region(f.exact, side), head.first_exact, straight});
+    spans.push_back({format, head.window.Region(f.exact, side), 0, head.n_exact - straight});
+    spans.push_back({format, staging_[kv_head].Region(f.exact, side), 0, n_step});
   }
   AttentionJob job;
   job.keys = *sides[0];
@@ -343,9 +325,9 @@ void CsrStore::AddJobs(const StoreQuery& query, JobList& list) const {
 void CsrStore::ReadExact(const Head& head, size_t kv_head, RowSide side, size_t n_exact, size_t row, float* out) const {
   const Formats& f = *head.formats;
   const bool own = row >= n_exact;
-  const Exact& from = own ? staging_[kv_head] : head.window;
+  const ExactRows& from = own ? staging_[kv_head] : head.window;
   const size_t slot = own ? row - n_exact : (head.first_exact + row) % from.rows;
-  lesskv::ReadRows(f.Exact(side), Region(f, from, side), slot, 1, out, f.exact_keys.head_dim);
+  lesskv::ReadRows(f.exact.Of(side), from.Region(f.exact, side), slot, 1, out, f.exact.keys.head_dim);
 }
 
 void CsrStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
@@ -452,7 +434,7 @@ bool CsrStore::AddAtom(Head& head, RowSide side, const float* x) const {
 
 // The last vectors of the step, whether they stay or not.
 void CsrStore::TakeSample(Head& head, size_t kv_head) {
-  std::vector<float> row(head.formats->exact_keys.head_dim);
+  std::vector<float> row(head.formats->exact.keys.head_dim);
   for (const RowSide side : kSides) {
     const Coding& coding = head.formats->Of(side);
     const size_t n = std::min(n_step_, options_.sample / coding.n_chunks);
@@ -465,7 +447,7 @@ void CsrStore::TakeSample(Head& head, size_t kv_head) {
 }
 
 void CsrStore::CodeRows(Head& head, size_t kv_head, size_t first, size_t n) {
-  const size_t d = head.formats->exact_keys.head_dim, pairs = options_.pairs;
+  const size_t d = head.formats->exact.keys.head_dim, pairs = options_.pairs;
   std::vector<float> rows(n * d);
   std::vector<uint16_t> indices(n * pairs), coefficients(n * pairs);
   const Open& open = open_[kv_head];
@@ -489,7 +471,7 @@ void CsrStore::CodeAgain(Head& head, size_t kv_head, RowSide side, size_t at) {
   const Coding& coding = head.formats->Of(side);
   const Open& open = open_[kv_head];
   const size_t row = at / coding.n_chunks, chunk = at % coding.n_chunks;
-  std::vector<float> x(head.formats->exact_keys.head_dim);
+  std::vector<float> x(head.formats->exact.keys.head_dim);
   ReadExact(head, kv_head, side, open.was_exact, open.rows[row] - open.was_coded, x.data());
   const float* vector = &x[chunk * coding.atoms.dim];
   if (!AddAtom(head, side, vector)) return;
@@ -535,11 +517,11 @@ void CsrStore::KeepExact(Head& head, size_t kv_head) {
   for (const RowSide side : kSides)
     for (size_t j = packed ? stay : 0; j < head.n_exact; ++j) {
       const size_t from = open.rows[n_code + j] - open.was_coded, to = (head.first_exact + j) % head.window.rows;
-      std::byte* const ring = Region(f, head.window, side);
+      std::byte* const ring = head.window.Region(f.exact, side);
       if (from >= open.was_exact)
-        CopyRow(f.Exact(side), Region(f, staging_[kv_head], side), from - open.was_exact, ring, to);
+        CopyRow(f.exact.Of(side), staging_[kv_head].Region(f.exact, side), from - open.was_exact, ring, to);
       else if ((old + from) % head.window.rows != to)
-        CopyRow(f.Exact(side), ring, (old + from) % head.window.rows, ring, to);
+        CopyRow(f.exact.Of(side), ring, (old + from) % head.window.rows, ring, to);
     }
 }
 
@@ -561,7 +543,7 @@ void CsrStore::Save(ByteWriter& out) const {
         out.Raw(codes.indices, pairs * sizeof(uint16_t));
         out.Raw(codes.coefficients, pairs * sizeof(uint16_t));
       }
-      std::vector<float> row(head.formats->exact_keys.head_dim);
+      std::vector<float> row(head.formats->exact.keys.head_dim);
       for (size_t r = 0; r < head.n_exact; ++r) {
         ReadExact(head, kv_head, side, head.n_exact, r, row.data());
         for (const float x : row) out.Put<uint16_t>(FloatToHalf(x));
@@ -588,7 +570,7 @@ void CsrStore::LoadHead(size_t i, ByteReader& in, size_t most_rows) {
   if (n_coded + n_exact > 0 && options_.own() > 0) ReserveOwn(head);
   if (n_coded + n_exact > 0 && options_.window > 0) ResizeWindow(head, RoundUp(WindowOf(i), kTileRows));
   head.n_coded = n_coded;
-  std::vector<float> row(f.exact_keys.head_dim);
+  std::vector<float> row(f.exact.keys.head_dim);
   for (const RowSide side : kSides) {
     Own& own = head.Of(side);
     own.n_own = in.Count(n_coded + n_exact > 0 ? options_.own() : 0, "a head's number of atoms");
@@ -599,7 +581,7 @@ void CsrStore::LoadHead(size_t i, ByteReader& in, size_t most_rows) {
     LoadCodes(head, side, in);
     for (size_t r = 0; r < n_exact; ++r) {
       for (float& x : row) x = HalfToFloat(in.Get<uint16_t>());
-      WriteRows(f.Exact(side), Region(f, head.window, side), r, 1, row.data(), row.size());
+      WriteRows(f.exact.Of(side), head.window.Region(f.exact, side), r, 1, row.data(), row.size());
     }
   }
   head.n_exact = n_exact;

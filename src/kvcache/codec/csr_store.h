@@ -22,6 +22,7 @@
 
 #include "kernels/rows/atom_codes.h"
 #include "kvcache/codec/codec.h"
+#include "kvcache/codec/exact_rows.h"
 #include "kvcache/codec/kv_store.h"
 #include "kvcache/memory.h"
 #include "kvcache/residual/sidecar.h"
@@ -96,16 +97,11 @@ class CsrStore final : public KvStore {
     size_t n_chunks = 1, pairs = 0;
   };
   struct Formats {  // of one layer
-    RowFormat exact_keys, exact_values;
+    ExactFormats exact;
     Coding keys, values;
     const Coding& Of(RowSide side) const { return side == RowSide::kKeys ? keys : values; }
-    const RowFormat& Exact(RowSide side) const { return side == RowSide::kKeys ? exact_keys : exact_values; }
     size_t RowPairs() const { return keys.pairs; }
     size_t RowBytes() const { return 4 * RowPairs() * sizeof(uint16_t); }
-  };
-  struct Exact {
-    CountedBuffer memory;
-    size_t rows = 0;
   };
   // A head's own atoms: the first n_sampled the sample, then the guard.
   struct Own {
@@ -129,7 +125,7 @@ class CsrStore final : public KvStore {
     std::vector<CountedBuffer> blocks;
     size_t block_rows = 0;
     size_t n_coded = 0, n_exact = 0;
-    Exact window;          // a ring
+    ExactRows window;        // a ring
     size_t first_exact = 0;  // slot of its oldest row
     Own keys, values;
     size_t rows_before = 0, window_before = 0;  // what CancelStep goes back to
@@ -150,8 +146,6 @@ class CsrStore final : public KvStore {
   Head& At(size_t layer, size_t kv_head) { return heads_[table_(layer, kv_head)]; }
   const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
   size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
-  static std::byte* Region(const Formats& formats, const Exact& exact, RowSide side);
-  Exact MakeExact(ByteCounter& counter, const Formats& formats, size_t rows) const;
   void ResizeWindow(Head& head, size_t rows);
   void ResizeArena(Head& head, size_t rows);
   void Grow(Head& head, size_t rows);
@@ -184,7 +178,7 @@ class CsrStore final : public KvStore {
   std::vector<Formats> formats_;  // [n_layers]
   size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;    // [heads]
-  std::vector<Exact> staging_;  // a layer's heads
+  std::vector<ExactRows> staging_;  // a layer's heads
   // The step in progress.
   size_t n_step_ = 0;
   bool evicts_ = false, is_prompt_ = false;

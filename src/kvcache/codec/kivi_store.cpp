@@ -70,8 +70,7 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
   for (const LayerShape& layer : shape.layers) {
     formats_.push_back({{RowSide::kKeys, options.key_bits, options.group, layer.head_dim},
                         {RowSide::kValues, options.value_bits, options.group, layer.head_dim},
-                        {RowType::kF16, RowSide::kKeys, layer.head_dim},
-                        {RowType::kF16, RowSide::kValues, layer.head_dim}});
+                        {{RowType::kF16, RowSide::kKeys, layer.head_dim}, {RowType::kF16, RowSide::kValues, layer.head_dim}}});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
     if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
   }
@@ -86,27 +85,15 @@ size_t KiviStore::BlockBytes(const Formats& formats, size_t rows) {
   return rows / formats.keys.group * UnitBytes(formats.keys) + rows / kTileRows * UnitBytes(formats.values);
 }
 
-std::byte* KiviStore::Values(const Formats& formats, const Exact& exact) {
-  return Keys(exact) + RegionBytes(formats.exact_keys, exact.rows);
-}
-
-KiviStore::Exact KiviStore::MakeExact(const Formats& formats, size_t rows) const {
-  const size_t bytes = RegionBytes(formats.exact_keys, rows) + RegionBytes(formats.exact_values, rows);
-  return {CountedBuffer(*counter_, bytes), rows, 0};
-}
-
 // A window of another size with the same exact rows.
 void KiviStore::ResizeWindow(Head& head, size_t rows) {
   if (head.window.rows == rows) return;
   const Formats& f = *head.formats;
-  Exact window = MakeExact(f, rows);
-  const Exact& old = head.window;
-  for (size_t i = head.coded_keys; i < head.n_rows && window.memory.data() != nullptr; ++i)
-    CopyRow(f.exact_keys, Keys(old), i - head.coded_keys, Keys(window), i - head.coded_keys);
-  for (size_t i = head.coded_values; i < head.n_rows && window.memory.data() != nullptr; ++i)
-    CopyRow(f.exact_values, Values(f, old), (old.first_value + i - head.coded_values) % old.rows, Values(f, window),
-            i - head.coded_values);
+  ExactRows window = ExactRows::Make(*counter_, f.exact, rows);
+  CopyRing(f.exact, RowSide::kKeys, head.window, 0, head.n_rows - head.coded_keys, window);
+  CopyRing(f.exact, RowSide::kValues, head.window, head.first_value, head.n_rows - head.coded_values, window);
   head.window = std::move(window);
+  head.first_value = 0;
 }
 
 // A bounded head's only block, with the same coded rows.
@@ -151,13 +138,13 @@ void KiviStore::ReserveHead(size_t i, const StepRoom& room) {
 
 void KiviStore::ReserveStaging(const StepRoom& room) {
   const size_t rows = RoundUp(room.n_step, kTileRows), n = room.defers ? table_.size() : most_heads_;
-  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<Exact>(n);
+  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<ExactRows>(n);
   defers_ = room.defers;
   for (size_t i = 0; i < n; ++i) {
     if (staging_[i].rows == rows) continue;
-    staging_[i] = Exact{};
+    staging_[i] = ExactRows{};
     // Layers that share a staging area: it has room for rows of the widest.
-    staging_[i] = MakeExact(formats_[defers_ ? table_.LayerOf(i) : widest_], rows);
+    staging_[i] = ExactRows::Make(*counter_, formats_[defers_ ? table_.LayerOf(i) : widest_].exact, rows);
   }
 }
 
@@ -207,13 +194,13 @@ void KiviStore::CancelStep() {
       else
         ResizeArena(head, head.rows_before);
       if (head.window_before == 0)
-        head.window = Exact{};
+        head.window = ExactRows{}, head.first_value = 0;
       else
         ResizeWindow(head, head.window_before);
     } catch (const std::exception&) {
     }
   }
-  for (Exact& staging : staging_) staging = Exact{};
+  for (ExactRows& staging : staging_) staging = ExactRows{};
   n_step_ = 0;
 }
 
@@ -226,7 +213,7 @@ void KiviStore::EndStep() {
     if (evicts_) ResizeWindow(heads_[i], WindowOf(i));
   }
   if (is_prompt_)
-    for (Exact& staging : staging_) staging = Exact{};
+    for (ExactRows& staging : staging_) staging = ExactRows{};
   n_step_ = 0;
 }
 
@@ -234,7 +221,6 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
   auto copy = std::make_unique<KiviStore>(counter, shape_, options_);
   copy->defers_ = defers_;
   copy->budgets_ = budgets_;
-  const auto clone = [&](const Exact& from) { return Exact{from.memory.Clone(counter), from.rows, from.first_value}; };
   for (size_t i = 0; i < heads_.size(); ++i) {
     const Head& from = heads_[i];
     Head& to = copy->heads_[i];
@@ -243,40 +229,36 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
     to.n_rows = from.n_rows;
     to.coded_keys = from.coded_keys;
     to.coded_values = from.coded_values;
-    to.window = clone(from.window);
+    to.window = from.window.Clone(counter);
+    to.first_value = from.first_value;
   }
   copy->staging_.clear();
-  for (const Exact& staging : staging_) copy->staging_.push_back(clone(staging));
+  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
   return copy;
 }
 
 // ---- Steps
 
 void KiviStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
-  const Formats& f = formats_[layer];
-  const size_t d = Layer(layer).head_dim, n_kv = Layer(layer).n_kv_heads, stride = n_kv * d;
-  ParallelFor(n_kv, [&](size_t h) {
-    const Exact& staging = Staging(layer, h);
-    WriteRows(f.exact_keys, Keys(staging), first, n, keys + h * d, stride);
-    WriteRows(f.exact_values, Values(f, staging), first, n, values + h * d, stride);
-  });
+  WriteExact(formats_[layer].exact, Layer(layer), first, n, keys, values,
+             [&](size_t h) -> const ExactRows& { return Staging(layer, h); });
 }
 
 AttentionJob KiviStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
   const LayerShape& layer = Layer(query.layer);
   const Head& head = At(query.layer, kv_head);
   const Formats& f = *head.formats;
-  const Exact &window = head.window, &staging = Staging(query.layer, kv_head);
+  const ExactRows &window = head.window, &staging = Staging(query.layer, kv_head);
   const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
-  keys.push_back({f.exact_keys, nullptr, 0, head.coded_keys, &head});
-  keys.push_back({f.exact_keys, Keys(window), 0, head.n_rows - head.coded_keys});
-  keys.push_back({f.exact_keys, Keys(staging), 0, n_step});
-  values.push_back({f.exact_values, nullptr, 0, head.coded_values, &head});
-  const size_t exact = head.n_rows - head.coded_values, straight = std::min(exact, window.rows - window.first_value);
-  values.push_back({f.exact_values, Values(f, window), window.first_value, straight});
-  values.push_back({f.exact_values, Values(f, window), 0, exact - straight});
-  values.push_back({f.exact_values, Values(f, staging), 0, n_step});
+  keys.push_back({f.exact.keys, nullptr, 0, head.coded_keys, &head});
+  keys.push_back({f.exact.keys, window.Region(f.exact, RowSide::kKeys), 0, head.n_rows - head.coded_keys});
+  keys.push_back({f.exact.keys, staging.Region(f.exact, RowSide::kKeys), 0, n_step});
+  values.push_back({f.exact.values, nullptr, 0, head.coded_values, &head});
+  const size_t exact = head.n_rows - head.coded_values, straight = std::min(exact, window.rows - head.first_value);
+  values.push_back({f.exact.values, window.Region(f.exact, RowSide::kValues), head.first_value, straight});
+  values.push_back({f.exact.values, window.Region(f.exact, RowSide::kValues), 0, exact - straight});
+  values.push_back({f.exact.values, staging.Region(f.exact, RowSide::kValues), 0, n_step});
   AttentionJob job;
   job.keys = keys;
   job.values = values;
@@ -301,17 +283,13 @@ void KiviStore::AddJobs(const StoreQuery& query, JobList& list) const {
 }
 
 // A row that is not coded: in the window, or the step's own.
-void KiviStore::ReadExact(const Head& head, const Exact& staging, RowSide side, size_t row, float* out) const {
+void KiviStore::ReadExact(const Head& head, const ExactRows& staging, RowSide side, size_t row, float* out) const {
   const Formats& f = *head.formats;
   const bool own = row >= head.n_rows;
-  const Exact& from = own ? staging : head.window;
-  const size_t d = f.exact_keys.head_dim;
-  if (side == RowSide::kKeys) {
-    lesskv::ReadRows(f.exact_keys, Keys(from), own ? row - head.n_rows : row - head.coded_keys, 1, out, d);
-  } else {
-    const size_t slot = own ? row - head.n_rows : (from.first_value + row - head.coded_values) % from.rows;
-    lesskv::ReadRows(f.exact_values, Values(f, from), slot, 1, out, d);
-  }
+  const ExactRows& from = own ? staging : head.window;
+  size_t slot = row - head.n_rows;
+  if (!own) slot = side == RowSide::kKeys ? row - head.coded_keys : (head.first_value + row - head.coded_values) % from.rows;
+  lesskv::ReadRows(f.exact.Of(side), from.Region(f.exact, side), slot, 1, out, f.exact.keys.head_dim);
 }
 
 void KiviStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
@@ -363,7 +341,7 @@ SlotMap KiviStore::Close(size_t layer, size_t kv_head, std::span<const Departure
 }
 
 // Brings the head's rows to `keys` coded keys and `values` coded values of those kept.
-void KiviStore::CodeRows(Head& head, const Exact& staging, const Kept& kept, size_t keys, size_t values) {
+void KiviStore::CodeRows(Head& head, const ExactRows& staging, const Kept& kept, size_t keys, size_t values) {
   CHECK(keys % options_.group == 0 && keys <= head.Capacity(), "{} keys to be coded with room for {}", keys,
         head.Capacity());
   CodeKeys(head, staging, kept, keys);
@@ -372,7 +350,7 @@ void KiviStore::CodeRows(Head& head, const Exact& staging, const Kept& kept, siz
   KeepExactValues(head, staging, kept.n - values);
 }
 
-void KiviStore::CodeKeys(Head& head, const Exact& staging, const Kept& kept, size_t keys) {
+void KiviStore::CodeKeys(Head& head, const ExactRows& staging, const Kept& kept, size_t keys) {
   const GroupFormat& f = head.formats->keys;
   std::vector<float> rows(f.group * f.head_dim);
   for (size_t unit = std::min(kept.first, head.coded_keys) / f.group; unit < keys / f.group; ++unit) {
@@ -387,7 +365,7 @@ void KiviStore::CodeKeys(Head& head, const Exact& staging, const Kept& kept, siz
   }
 }
 
-void KiviStore::CodeValues(Head& head, const Exact& staging, const Kept& kept, size_t values) {
+void KiviStore::CodeValues(Head& head, const ExactRows& staging, const Kept& kept, size_t values) {
   const GroupFormat& f = head.formats->values;
   std::vector<float> value(f.head_dim);
   for (size_t row = std::min(kept.first, head.coded_values); row < values;) {
@@ -405,26 +383,27 @@ void KiviStore::CodeValues(Head& head, const Exact& staging, const Kept& kept, s
 }
 
 // The last n rows' keys move to the front of the window, the step's from the staging area.
-void KiviStore::KeepExactKeys(Head& head, const Exact& staging, size_t n) {
-  const RowFormat& f = head.formats->exact_keys;
+void KiviStore::KeepExactKeys(Head& head, const ExactRows& staging, size_t n) {
+  const ExactFormats& f = head.formats->exact;
+  std::byte* const window = head.window.Region(f, RowSide::kKeys);
   const size_t all = head.n_rows + n_step_;
   for (size_t i = 0; i < n; ++i) {
     const size_t old = all - n + i;
     if (old >= head.n_rows)
-      CopyRow(f, Keys(staging), old - head.n_rows, Keys(head.window), i);
+      CopyRow(f.keys, staging.Region(f, RowSide::kKeys), old - head.n_rows, window, i);
     else if (old - head.coded_keys != i)
-      CopyRow(f, Keys(head.window), old - head.coded_keys, Keys(head.window), i);
+      CopyRow(f.keys, window, old - head.coded_keys, window, i);
   }
 }
 
 // The last n rows' values: older ones leave the ring, the step's enter it.
-void KiviStore::KeepExactValues(Head& head, const Exact& staging, size_t n) {
-  const Formats& f = *head.formats;
-  Exact& window = head.window;
+void KiviStore::KeepExactValues(Head& head, const ExactRows& staging, size_t n) {
+  const ExactFormats& f = head.formats->exact;
+  std::byte* const window = head.window.Region(f, RowSide::kValues);
   const size_t from_step = std::min(n, n_step_), stay = n - from_step;
-  window.first_value = (window.first_value + head.n_rows - head.coded_values - stay) % window.rows;
+  head.first_value = (head.first_value + head.n_rows - head.coded_values - stay) % head.window.rows;
   for (size_t i = stay; i < n; ++i)
-    CopyRow(f.exact_values, Values(f, staging), n_step_ - n + i, Values(f, window), (window.first_value + i) % window.rows);
+    CopyRow(f.values, staging.Region(f, RowSide::kValues), n_step_ - n + i, window, (head.first_value + i) % head.window.rows);
 }
 
 // ---- Saved state
@@ -436,7 +415,7 @@ void KiviStore::Save(ByteWriter& out) const {
     for (size_t unit = 0; unit < head.coded_keys / f.keys.group; ++unit) out.Raw(head.KeyUnit(unit), UnitBytes(f.keys));
     for (size_t unit = 0; unit < CeilDiv(head.coded_values, kTileRows); ++unit)
       out.Raw(head.ValueUnit(unit), UnitBytes(f.values));
-    std::vector<float> row(f.exact_keys.head_dim);
+    std::vector<float> row(f.exact.keys.head_dim);
     const auto save = [&](RowSide side, size_t first) {
       for (size_t i = first; i < head.n_rows; ++i) {
         ReadExact(head, head.window, side, i, row.data());
@@ -473,15 +452,15 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
     head.coded_values = values;
     for (size_t unit = 0; unit < keys / f.keys.group; ++unit) in.Raw(head.KeyUnit(unit), UnitBytes(f.keys));
     for (size_t unit = 0; unit < CeilDiv(values, kTileRows); ++unit) in.Raw(head.ValueUnit(unit), UnitBytes(f.values));
-    std::vector<float> row(f.exact_keys.head_dim);
+    std::vector<float> row(f.exact.keys.head_dim);
     const auto load = [&](const RowFormat& format, std::byte* region, size_t n) {
       for (size_t slot = 0; slot < n; ++slot) {
         for (float& x : row) x = HalfToFloat(in.Get<uint16_t>());
         WriteRows(format, region, slot, 1, row.data(), row.size());
       }
     };
-    load(f.exact_keys, Keys(head.window), n_rows - keys);
-    load(f.exact_values, Values(f, head.window), n_rows - values);
+    load(f.exact.keys, head.window.Region(f.exact, RowSide::kKeys), n_rows - keys);
+    load(f.exact.values, head.window.Region(f.exact, RowSide::kValues), n_rows - values);
   }
 }
 

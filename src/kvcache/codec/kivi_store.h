@@ -18,6 +18,7 @@
 
 #include "kernels/rows/group_codes.h"
 #include "kvcache/codec/codec.h"
+#include "kvcache/codec/exact_rows.h"
 #include "kvcache/codec/kv_store.h"
 #include "kvcache/memory.h"
 
@@ -60,20 +61,15 @@ class KiviStore final : public KvStore {
  private:
   struct Formats {  // of one layer
     GroupFormat keys, values;
-    RowFormat exact_keys, exact_values;
-  };
-  // Exact rows: keys from slot 0 on, values in a ring.
-  struct Exact {
-    CountedBuffer memory;
-    size_t rows = 0;         // its room
-    size_t first_value = 0;  // slot of the oldest value
+    ExactFormats exact;
   };
   struct Head final : RowReader {
     const Formats* formats = nullptr;
     std::vector<CountedBuffer> blocks;
     size_t block_rows = 0;
     size_t n_rows = 0, coded_keys = 0, coded_values = 0;
-    Exact window;
+    ExactRows window;        // keys from slot 0 on, values in a ring
+    size_t first_value = 0;  // slot of its oldest value
     size_t rows_before = 0, window_before = 0;  // what CancelStep goes back to
 
     std::byte* KeyUnit(size_t unit) const;
@@ -100,27 +96,24 @@ class KiviStore final : public KvStore {
   const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
   Head& At(size_t layer, size_t kv_head) { return heads_[table_(layer, kv_head)]; }
   const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
-  const Exact& Staging(size_t layer, size_t kv_head) const {
+  const ExactRows& Staging(size_t layer, size_t kv_head) const {
     return staging_[defers_ ? table_(layer, kv_head) : kv_head];
   }
   size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
   // Rows coded at most once a head has so many.
   static size_t BlockBytes(const Formats& formats, size_t rows);
-  static std::byte* Keys(const Exact& exact) { return const_cast<std::byte*>(exact.memory.data()); }
-  static std::byte* Values(const Formats& formats, const Exact& exact);
-  Exact MakeExact(const Formats& formats, size_t rows) const;
   void ResizeWindow(Head& head, size_t rows);
   void ResizeArena(Head& head, size_t rows);
   void Grow(Head& head, size_t rows);
   void Trim(Head& head);
   void ReserveHead(size_t i, const StepRoom& room);
   void ReserveStaging(const StepRoom& room);
-  void ReadExact(const Head& head, const Exact& staging, RowSide side, size_t row, float* out) const;
-  void CodeRows(Head& head, const Exact& staging, const Kept& kept, size_t keys, size_t values);
-  void CodeKeys(Head& head, const Exact& staging, const Kept& kept, size_t keys);
-  void CodeValues(Head& head, const Exact& staging, const Kept& kept, size_t values);
-  void KeepExactKeys(Head& head, const Exact& staging, size_t n);
-  void KeepExactValues(Head& head, const Exact& staging, size_t n);
+  void ReadExact(const Head& head, const ExactRows& staging, RowSide side, size_t row, float* out) const;
+  void CodeRows(Head& head, const ExactRows& staging, const Kept& kept, size_t keys, size_t values);
+  void CodeKeys(Head& head, const ExactRows& staging, const Kept& kept, size_t keys);
+  void CodeValues(Head& head, const ExactRows& staging, const Kept& kept, size_t values);
+  void KeepExactKeys(Head& head, const ExactRows& staging, size_t n);
+  void KeepExactValues(Head& head, const ExactRows& staging, size_t n);
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
 
   ByteCounter* counter_;
@@ -130,7 +123,7 @@ class KiviStore final : public KvStore {
   std::vector<Formats> formats_;  // [n_layers]
   size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;      // [heads]
-  std::vector<Exact> staging_;   // a layer's heads, or all when the step defers
+  std::vector<ExactRows> staging_;   // a layer's heads, or all when the step defers
   // The step in progress.
   size_t n_step_ = 0;
   bool is_prompt_ = false;

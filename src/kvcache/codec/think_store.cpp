@@ -78,10 +78,6 @@ std::span<const uint16_t> ThinkStore::kept_channels(size_t layer, size_t kv_head
 
 // ---- Room
 
-ThinkStore::Whole ThinkStore::MakeWhole(const Formats& formats, size_t rows) const {
-  return {CountedBuffer(*counter_, formats.Bytes(rows)), rows};
-}
-
 // The ring's room for `needed` rows: the window, and whole blocks where more pile up.
 size_t ThinkStore::RingRows(const Head& head, size_t needed) const {
   const size_t window = RoundUp(shape_.grows ? options_.window : head.bounded_window, kTileRows);
@@ -93,13 +89,9 @@ void ThinkStore::ResizeRing(size_t i, size_t rows) {
   Head& head = heads_[i];
   if (head.ring.rows == rows) return;
   CHECK(head.n <= rows, "{} rows in a ring of {}", head.n, rows);
-  const Formats& f = FormatsOf(i);
-  Whole ring = MakeWhole(f, rows);
-  for (size_t r = 0; r < head.n && ring.memory.data() != nullptr; ++r) {
-    const size_t slot = (head.first + r) % head.ring.rows;
-    CopyRow(f.keys, Keys(head.ring), slot, Keys(ring), r);
-    CopyRow(f.values, Values(f, head.ring), slot, Values(f, ring), r);
-  }
+  const ExactFormats& f = FormatsOf(i);
+  ExactRows ring = ExactRows::Make(*counter_, f, rows);
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues}) CopyRing(f, side, head.ring, head.first, head.n, ring);
   head.ring = std::move(ring);
   head.first = 0;
 }
@@ -145,12 +137,12 @@ void ThinkStore::ReserveOld(const StepRoom& room) {
 
 void ThinkStore::ReserveStaging(const StepRoom& room) {
   const size_t rows = RoundUp(room.n_step, kTileRows), n = room.defers ? table_.size() : most_heads_;
-  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<Whole>(n);
+  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<ExactRows>(n);
   defers_ = room.defers;
   for (size_t i = 0; i < n; ++i) {
     if (staging_[i].rows == rows) continue;
-    staging_[i] = Whole{};
-    staging_[i] = MakeWhole(defers_ ? FormatsOf(i) : formats_[widest_], rows);
+    staging_[i] = ExactRows{};
+    staging_[i] = ExactRows::Make(*counter_, defers_ ? FormatsOf(i) : formats_[widest_], rows);
   }
 }
 
@@ -212,13 +204,13 @@ void ThinkStore::CancelStep() {
     rows += OldRows(i) + heads_[i].n;
     try {
       if (heads_[i].ring_before == 0)
-        heads_[i].ring = Whole{};
+        heads_[i].ring = ExactRows{};
       else
         ResizeRing(i, heads_[i].ring_before);
     } catch (const std::exception&) {
     }
   }
-  for (Whole& staging : staging_) staging = Whole{};
+  for (ExactRows& staging : staging_) staging = ExactRows{};
   budgets_ = budgets_before_;
   n_step_ = 0;
   if (rows == 0) channels_ = CountedBuffer(), sums_ = CountedBuffer();
@@ -229,7 +221,7 @@ void ThinkStore::EndStep() {
   for (size_t i = 0; i < heads_.size(); ++i) ResizeRing(i, RingRows(heads_[i], heads_[i].n));
   if (std::all_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.chosen; })) sums_ = CountedBuffer();
   if (is_prompt_)
-    for (Whole& staging : staging_) staging = Whole{};
+    for (ExactRows& staging : staging_) staging = ExactRows{};
   n_step_ = 0;
 }
 
@@ -254,7 +246,7 @@ std::unique_ptr<KvStore> ThinkStore::Clone(ByteCounter& counter) const {
   for (size_t i = 0; i < heads_.size(); ++i) {
     const Head& from = heads_[i];
     Head& to = copy->heads_[i];
-    to.ring = {from.ring.memory.Clone(counter), from.ring.rows};
+    to.ring = from.ring.Clone(counter);
     to.first = from.first;
     to.n = from.n;
     to.chosen = from.chosen;
@@ -262,27 +254,22 @@ std::unique_ptr<KvStore> ThinkStore::Clone(ByteCounter& counter) const {
     to.bounded_window = from.bounded_window;
   }
   copy->staging_.clear();
-  for (const Whole& staging : staging_) copy->staging_.push_back({staging.memory.Clone(counter), staging.rows});
+  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
   return copy;
 }
 
 // ---- Steps
 
 void ThinkStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
-  const Formats& f = formats_[layer];
-  const size_t d = Layer(layer).head_dim, n_kv = Layer(layer).n_kv_heads, stride = n_kv * d;
-  ParallelFor(n_kv, [&](size_t h) {
-    const Whole& staging = Staging(layer, h);
-    WriteRows(f.keys, Keys(staging), first, n, keys + h * d, stride);
-    WriteRows(f.values, Values(f, staging), first, n, values + h * d, stride);
-  });
+  WriteExact(formats_[layer], Layer(layer), first, n, keys, values,
+             [&](size_t h) -> const ExactRows& { return Staging(layer, h); });
 }
 
 AttentionJob ThinkStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
   const LayerShape& layer = Layer(query.layer);
   const Head& head = heads_[table_(query.layer, kv_head)];
-  const Formats& f = formats_[query.layer];
-  const Whole& staging = Staging(query.layer, kv_head);
+  const ExactFormats& f = formats_[query.layer];
+  const ExactRows& staging = Staging(query.layer, kv_head);
   const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   old_->AddSpans(query.layer, kv_head, keys, values);
@@ -290,11 +277,11 @@ AttentionJob ThinkStore::Job(const StoreQuery& query, size_t kv_head, JobList& l
   const size_t straight = std::min(head.n, head.ring.rows - head.first);
   for (const auto& [slot, n] : {std::pair{head.first, straight}, {size_t{0}, head.n - straight}}) {
     if (n == 0) continue;
-    keys.push_back({f.keys, Keys(head.ring), slot, n});
-    values.push_back({f.values, Values(f, head.ring), slot, n});
+    keys.push_back({f.keys, head.ring.Region(f, RowSide::kKeys), slot, n});
+    values.push_back({f.values, head.ring.Region(f, RowSide::kValues), slot, n});
   }
-  keys.push_back({f.keys, Keys(staging), 0, n_step});
-  values.push_back({f.values, Values(f, staging), 0, n_step});
+  keys.push_back({f.keys, staging.Region(f, RowSide::kKeys), 0, n_step});
+  values.push_back({f.values, staging.Region(f, RowSide::kValues), 0, n_step});
   AttentionJob job;
   job.keys = keys;
   job.values = values;
@@ -345,7 +332,7 @@ void ThinkStore::Spread(const Head& head, size_t layer, const float* some, float
 
 void ThinkStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                           float* values) const {
-  const Formats& f = formats_[layer];
+  const ExactFormats& f = formats_[layer];
   const size_t d = Layer(layer).head_dim, old = old_->n_rows(layer, kv_head);
   std::vector<float> some(old_->key_format(layer).head_dim);
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -355,8 +342,8 @@ void ThinkStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t
       continue;
     }
     const Place at = Find(layer, kv_head, rows[i] - old);
-    lesskv::ReadRows(f.keys, Keys(*at.rows), at.slot, 1, keys + i * d, d);
-    lesskv::ReadRows(f.values, Values(f, *at.rows), at.slot, 1, values + i * d, d);
+    lesskv::ReadRows(f.keys, at.rows->Region(f, RowSide::kKeys), at.slot, 1, keys + i * d, d);
+    lesskv::ReadRows(f.values, at.rows->Region(f, RowSide::kValues), at.slot, 1, values + i * d, d);
   }
 }
 
@@ -392,11 +379,12 @@ ThinkStore::Cut ThinkStore::PlanCut(size_t layer, size_t kv_head, std::span<cons
 void ThinkStore::Choose(size_t layer, size_t kv_head, const Cut& cut) {
   const Head& head = heads_[table_(layer, kv_head)];
   const size_t d = Layer(layer).head_dim;
+  const ExactFormats& f = formats_[layer];
   std::vector<double> scores(d);
   std::vector<float> key(d);
   for (const uint32_t row : cut.whole) {
     const Place at = Find(layer, kv_head, row);
-    lesskv::ReadRows(formats_[layer].keys, Keys(*at.rows), at.slot, 1, key.data(), d);
+    lesskv::ReadRows(f.keys, at.rows->Region(f, RowSide::kKeys), at.slot, 1, key.data(), d);
     for (size_t c = 0; c < d; ++c) scores[c] += static_cast<double>(key[c]) * key[c];
   }
   for (size_t c = 0; c < d; ++c) scores[c] *= Sums(head)[c];
@@ -407,7 +395,7 @@ void ThinkStore::Choose(size_t layer, size_t kv_head, const Cut& cut) {
 // The ring gets the whole rows that stay whole, behind those that came back (`back`: [rows][key, value]).
 void ThinkStore::KeepWhole(size_t layer, size_t kv_head, const Cut& cut, std::span<const float> back) {
   Head& head = heads_[table_(layer, kv_head)];
-  const Formats& f = formats_[layer];
+  const ExactFormats& f = formats_[layer];
   const size_t d = Layer(layer).head_dim, n = head.ring.rows, n_back = cut.back.size();
   if (n == 0) return;
   const bool has_own = cut.entering < cut.whole.size() && cut.whole[cut.entering] < head.n;
@@ -417,29 +405,29 @@ void ThinkStore::KeepWhole(size_t layer, size_t kv_head, const Cut& cut, std::sp
     if (cut.whole[i] == to && to < head.n) continue;
     const Place from = Find(layer, kv_head, cut.whole[i]);
     const size_t slot = (head.first + to) % n;
-    CopyRow(f.keys, Keys(*from.rows), from.slot, Keys(head.ring), slot);
-    CopyRow(f.values, Values(f, *from.rows), from.slot, Values(f, head.ring), slot);
+    CopyRow(f.keys, from.rows->Region(f, RowSide::kKeys), from.slot, head.ring.Region(f, RowSide::kKeys), slot);
+    CopyRow(f.values, from.rows->Region(f, RowSide::kValues), from.slot, head.ring.Region(f, RowSide::kValues), slot);
   }
   head.first = (head.first + base + n - n_back) % n;
   for (size_t i = 0; i < n_back; ++i) {
     const size_t slot = (head.first + i) % n;
-    WriteRows(f.keys, Keys(head.ring), slot, 1, &back[i * 2 * d], d);
-    WriteRows(f.values, Values(f, head.ring), slot, 1, &back[i * 2 * d + d], d);
+    WriteRows(f.keys, head.ring.Region(f, RowSide::kKeys), slot, 1, &back[i * 2 * d], d);
+    WriteRows(f.values, head.ring.Region(f, RowSide::kValues), slot, 1, &back[i * 2 * d + d], d);
   }
 }
 
 // Moves rows to where they are after the step.
 SlotMap ThinkStore::MoveOn(size_t layer, size_t kv_head, const Cut& cut) {
   Head& head = heads_[table_(layer, kv_head)];
-  const Formats& f = formats_[layer];
+  const ExactFormats& f = formats_[layer];
   const size_t old = old_->n_rows(layer, kv_head), n_before = head.n, d = Layer(layer).head_dim;
   std::vector<float> back(counter_->only_counts ? 0 : cut.back.size() * 2 * d);
   for (size_t i = 0; i * 2 * d < back.size(); ++i)
     ReadRows(layer, kv_head, {&cut.back[i], 1}, &back[i * 2 * d], &back[i * 2 * d + d]);
   const auto write = [&](size_t i, std::byte* keys, std::byte* values, size_t slot) {
     const Place from = Find(layer, kv_head, cut.whole[i]);
-    CopyChannels(f.keys, Keys(*from.rows), from.slot, Channels(head), old_->key_format(layer), keys, slot);
-    CopyRow(f.values, Values(f, *from.rows), from.slot, values, slot);
+    CopyChannels(f.keys, from.rows->Region(f, RowSide::kKeys), from.slot, Channels(head), old_->key_format(layer), keys, slot);
+    CopyRow(f.values, from.rows->Region(f, RowSide::kValues), from.slot, values, slot);
   };
   const SlotMap moved = old_->CloseWith(layer, kv_head, cut.old_leaving, cut.entering, write);
   if (!counter_->only_counts) KeepWhole(layer, kv_head, cut, back);
@@ -475,24 +463,20 @@ SlotMap ThinkStore::Close(size_t layer, size_t kv_head, std::span<const Departur
 // Whole tiles of the window's rows in the order of the text; rows beyond the last are zeros.
 void ThinkStore::SaveWhole(size_t head, ByteWriter& out) const {
   const Head& own = heads_[head];
-  const Formats& f = FormatsOf(head);
+  const ExactFormats& f = FormatsOf(head);
   ByteCounter scratch;
   const size_t rows = RoundUp(own.n, kTileRows);
-  const Whole copy{CountedBuffer(scratch, f.Bytes(rows)), rows};
-  for (size_t r = 0; r < own.n; ++r) {
-    const size_t slot = (own.first + r) % own.ring.rows;
-    CopyRow(f.keys, Keys(own.ring), slot, Keys(copy), r);
-    CopyRow(f.values, Values(f, own.ring), slot, Values(f, copy), r);
-  }
-  out.Raw(Keys(copy), rows / kTileRows * TileBytes(f.keys));
-  out.Raw(Values(f, copy), rows / kTileRows * TileBytes(f.values));
+  const ExactRows copy = ExactRows::Make(scratch, f, rows);
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues}) CopyRing(f, side, own.ring, own.first, own.n, copy);
+  out.Raw(copy.Region(f, RowSide::kKeys), rows / kTileRows * TileBytes(f.keys));
+  out.Raw(copy.Region(f, RowSide::kValues), rows / kTileRows * TileBytes(f.values));
 }
 
 void ThinkStore::LoadWhole(size_t head, ByteReader& in) {
-  const Formats& f = FormatsOf(head);
+  const ExactFormats& f = FormatsOf(head);
   const size_t tiles = CeilDiv(heads_[head].n, kTileRows);
-  in.Raw(Keys(heads_[head].ring), tiles * TileBytes(f.keys));
-  in.Raw(Values(f, heads_[head].ring), tiles * TileBytes(f.values));
+  in.Raw(heads_[head].ring.Region(f, RowSide::kKeys), tiles * TileBytes(f.keys));
+  in.Raw(heads_[head].ring.Region(f, RowSide::kValues), tiles * TileBytes(f.values));
 }
 
 void ThinkStore::Save(ByteWriter& out) const {

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "kvcache/codec/codec.h"
+#include "kvcache/codec/exact_rows.h"
 #include "kvcache/codec/row_store.h"
 
 namespace lesskv {
@@ -68,16 +69,8 @@ class ThinkStore final : public KvStore {
   std::span<const uint16_t> kept_channels(size_t layer, size_t kv_head) const;
 
  private:
-  struct Formats {  // of one layer
-    RowFormat keys, values;
-    size_t Bytes(size_t rows) const { return RegionBytes(keys, rows) + RegionBytes(values, rows); }
-  };
-  struct Whole {  // whole rows: keys, then values
-    CountedBuffer memory;
-    size_t rows = 0;  // its room
-  };
   struct Head {
-    Whole ring;
+    ExactRows ring;
     size_t first = 0, n = 0;                     // the oldest row's slot in the ring, and how many there are
     bool chosen = false;                         // which channels stay
     size_t window = 0;                           // rows that stay whole in the step in progress
@@ -95,8 +88,8 @@ class ThinkStore final : public KvStore {
   };
 
   const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
-  const Formats& FormatsOf(size_t head) const { return formats_[table_.LayerOf(head)]; }
-  const Whole& Staging(size_t layer, size_t kv_head) const {
+  const ExactFormats& FormatsOf(size_t head) const { return formats_[table_.LayerOf(head)]; }
+  const ExactRows& Staging(size_t layer, size_t kv_head) const {
     return staging_[defers_ ? table_(layer, kv_head) : kv_head];
   }
   size_t OldRows(size_t head) const;
@@ -104,11 +97,6 @@ class ThinkStore final : public KvStore {
     return const_cast<uint16_t*>(channels_.As<uint16_t>().data()) + head.channels_at;
   }
   double* Sums(const Head& head) { return sums_.As<double>().data() + head.scores_at; }
-  static std::byte* Keys(const Whole& rows) { return const_cast<std::byte*>(rows.memory.data()); }
-  static std::byte* Values(const Formats& formats, const Whole& rows) {
-    return Keys(rows) + RegionBytes(formats.keys, rows.rows);
-  }
-  Whole MakeWhole(const Formats& formats, size_t rows) const;
   bool Prunes() const { return is_prompt_ || !options_.generated_full; }
   size_t RingRows(const Head& head, size_t needed) const;
   void ResizeRing(size_t i, size_t rows);
@@ -119,7 +107,7 @@ class ThinkStore final : public KvStore {
   void ReserveChoice();
   // A whole row, counted from the ring's first; those behind the ring are the step's own.
   struct Place {
-    const Whole* rows;
+    const ExactRows* rows;
     size_t slot;
   };
   Place Find(size_t layer, size_t kv_head, size_t whole) const;
@@ -138,11 +126,11 @@ class ThinkStore final : public KvStore {
   RowTypes types_;
   ThinkOptions options_;
   HeadTable table_;
-  std::vector<Formats> formats_;  // [n_layers], of whole rows
+  std::vector<ExactFormats> formats_;  // [n_layers], of whole rows
   std::unique_ptr<RowStore> old_;
   size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;     // [heads]
-  std::vector<Whole> staging_;  // a layer's heads, or all when the step defers
+  std::vector<ExactRows> staging_;  // a layer's heads, or all when the step defers
   // Both from the first step on; the sums until all heads have chosen.
   CountedBuffer channels_;  // uint16 [heads, kept channels]
   CountedBuffer sums_;      // double [heads, head_dim]: squares of the queries' channels
