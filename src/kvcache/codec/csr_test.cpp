@@ -132,6 +132,40 @@ TEST(Csr, CodesDoNotDependOnSteps) {
   }
 }
 
+// A layer is coded with its own dictionaries: as alone, where those are the only ones.
+TEST(Csr, LayersHaveTheirOwnDictionaries) {
+  const SidecarDictionaries both = Dictionaries(2);
+  const LayerShape shape = Shape();
+  const Rows rows(40);
+  const auto read = [&](const SidecarDictionaries& d, size_t n_layers, size_t layer) {
+    ByteCounter counter;
+    CsrStore store(counter, StoreShape{std::vector<LayerShape>(n_layers, shape), ComputeType::kF32, true, true}, {.pairs = 8},
+                   std::make_shared<CsrDictionaries>(d, kAtoms));
+    store.Reserve({.n_step = 40, .is_prompt = true, .budgets = {}});
+    for (size_t l = 0; l < n_layers; ++l) {
+      store.Append(l, 0, 40, rows.k.data(), rows.v.data());
+      for (size_t h = 0; h < kKvHeads; ++h) store.Close(l, h, {});
+    }
+    store.EndStep();
+    std::vector<uint32_t> all(40);
+    std::iota(all.begin(), all.end(), 0u);
+    std::pair<std::vector<float>, std::vector<float>> out{std::vector<float>(40 * kDim), std::vector<float>(40 * kDim)};
+    store.ReadRows(layer, 1, all, out.first.data(), out.second.data());
+    return out;
+  };
+  for (const size_t layer : {size_t{0}, size_t{1}}) {
+    SidecarDictionaries one = both;
+    one.key_of = one.value_of = {0};
+    const auto part = [&](std::vector<uint16_t>& halves) {
+      const auto half = static_cast<ptrdiff_t>(halves.size() / 2);
+      halves = {halves.begin() + static_cast<ptrdiff_t>(layer) * half, halves.begin() + static_cast<ptrdiff_t>(layer + 1) * half};
+    };
+    part(one.keys);
+    part(one.values);
+    EXPECT_EQ(read(both, 2, layer), read(one, 1, 0)) << layer;
+  }
+}
+
 TEST(Csr, MorePairsSayMore) {
   const Rows rows(60);
   double before = 1;

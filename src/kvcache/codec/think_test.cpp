@@ -177,6 +177,20 @@ TEST(Think, TheLargestOuterProductsStay) {
   }
 }
 
+// The last 32 queries and no earlier one: the query before them asks for other channels, and would outweigh them.
+TEST(Think, TheQueryBeforeTheLastOnesDoesNotCount) {
+  for (const size_t n : {size_t{50}, size_t{520}}) {  // 520: the first of the last ones lies in another tile
+    Rows rows(n);
+    for (const size_t t : {n - 33, n - 32})
+      for (size_t head = 0; head < kHeads; ++head)
+        for (size_t c = 0; c < 32; ++c) rows.Query(t, head)[c] = t == n - 33 ? (c < 16 ? 1e4f : 0) : (c < 16 ? 0 : 1e2f);
+    Subject subject({.ratio = 0.5, .window = 8});
+    subject.Take(rows, Prompt(n));
+    EXPECT_EQ(subject.Channels(), Largest(OuterProducts(rows, n, 0), 16));
+    EXPECT_EQ(subject.Channels().front(), 16);
+  }
+}
+
 // A text that begins token by token: all queries until there are rows to be pruned.
 TEST(Think, ShortStepsAddUp) {
   const Rows rows(40);
