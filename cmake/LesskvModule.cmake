@@ -1,4 +1,4 @@
-# lesskv_module(NAME [DEPS targets...])
+# lesskv_module(NAME [COLD] [DEPS targets...] [PRIVATE_DEPS targets...])
 #
 # Makes the static library lesskv_NAME from every .cpp file of the current folder (and its stage folders), and the test
 # program NAME_test from every *_test.cpp beside them. A new source file needs no line here: it is found when it is added.
@@ -20,17 +20,21 @@ if(LESSKV_SANITIZE)
   target_link_options(lesskv_flags INTERFACE -fsanitize=address,undefined)
 endif()
 
+# For code that parses, prints and waits, and for tests: it takes longer to compile than it ever runs.
+add_library(lesskv_cold_flags INTERFACE)
+target_compile_options(lesskv_cold_flags INTERFACE $<$<CONFIG:Release>:-O1> $<$<CONFIG:Debug>:-O0>)
+
 # Test programs learn where the checkout is, and through LESSKV_SHARED_DIR where optional shared data lies.
 function(lesskv_test NAME)
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPS" ${ARGN})
   add_executable(${NAME} ${ARG_SOURCES})
-  target_link_libraries(${NAME} PRIVATE lesskv_flags ${ARG_DEPS} GTest::gtest GTest::gtest_main)
+  target_link_libraries(${NAME} PRIVATE lesskv_flags lesskv_cold_flags ${ARG_DEPS} GTest::gtest GTest::gtest_main)
   target_compile_definitions(${NAME} PRIVATE LESSKV_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
   gtest_discover_tests(${NAME} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endfunction()
 
 function(lesskv_module NAME)
-  cmake_parse_arguments(ARG "" "" "DEPS;PRIVATE_DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "COLD" "" "DEPS;PRIVATE_DEPS" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS *.cpp)
   set(tests ${sources})
   list(FILTER tests INCLUDE REGEX "_test\\.cpp$")
@@ -40,7 +44,8 @@ function(lesskv_module NAME)
   file(CREATE_LINK ${CMAKE_CURRENT_SOURCE_DIR} ${include_root}/${NAME} SYMBOLIC)
   add_library(lesskv_${NAME} STATIC ${sources})
   target_include_directories(lesskv_${NAME} PUBLIC ${include_root})
-  target_link_libraries(lesskv_${NAME} PUBLIC lesskv_flags ${ARG_DEPS} PRIVATE ${ARG_PRIVATE_DEPS})
+  target_link_libraries(lesskv_${NAME} PUBLIC lesskv_flags ${ARG_DEPS} PRIVATE ${ARG_PRIVATE_DEPS}
+                                            $<$<BOOL:${ARG_COLD}>:lesskv_cold_flags>)
   if(LESSKV_BUILD_TESTS AND tests)
     lesskv_test(${NAME}_test SOURCES ${tests} DEPS lesskv_${NAME})
   endif()

@@ -28,6 +28,7 @@ class Interrupt : public CommandTest {
 
   // The shell becomes the program, whose number is then ours.
   void Start(const std::string& arguments) {
+    fs::remove(Path("err"));  // what an earlier program wrote says nothing of this one
     const std::string line = fmt::format("{} cd '{}' && exec \"$L\" {} >'{}' 2>'{}'", Variables(), folder_.string(), arguments,
                                          Path("out"), Path("err"));
     child_ = ::fork();

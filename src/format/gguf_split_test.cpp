@@ -177,8 +177,9 @@ TEST_F(GgufSplit, PartsOfAnotherModel) {
 
 TEST_F(GgufSplit, AWholeModelOrADamagedFileInsteadOfAPart) {
   Write();
+  const std::vector<float> values = {7};  // the writer reads them when it writes
   GgufWriter writer;
-  writer.AddTensor("d", {1}, std::vector<float>{7});
+  writer.AddTensor("d", {1}, values);
   writer.Write(PartPath(2));
   EXPECT_EQ(Refusal(PartPath(0)), PartPath(2) + ": expected part 3 of 3 of a split model, found part 1 of 1");
   fs::resize_file(PartPath(2), fs::file_size(PartPath(2)) - 40);

@@ -223,6 +223,9 @@ TEST_F(ReuseTest, IdleCachesMakeRoomOldestFirst) {
 }
 
 TEST_F(ReuseTest, MemoryOfIdleCachesIsReturned) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "AddressSanitizer keeps freed memory";
+#endif
   const size_t n = 4000, n_texts = 6;
   const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
   const size_t one = config->Plan(n, 2).bytes_peak;

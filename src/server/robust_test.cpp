@@ -30,7 +30,7 @@ std::string Mutated(Rng& rng, const std::vector<std::string>& seeds) {
         body.insert(at, other.substr(from, rng.Below(24)));
         break;
       default:
-        body.insert(at, fmt::format("{}", static_cast<int64_t>(rng.Below(3)) * INT64_MAX / 2 - 1));
+        body.insert(at, fmt::format("{}", static_cast<int64_t>(rng.Below(3)) * (INT64_MAX / 2) - 1));
     }
   }
   return body;
