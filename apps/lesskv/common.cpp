@@ -86,8 +86,8 @@ void AddModelOptions(CLI::App& command, ModelOptions& options) {
                                               "(default: what the model was trained for)")->option_text("N");
   command.add_option("-t,--threads", options.threads, "Threads (default: all CPUs)")
       ->check(CLI::Range(0, ThreadPool::kMaxThreads))->option_text("N");
-  command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 where the CPU has it), "
-                                                  "f32, bf16, int8")->option_text("TYPE");
+  command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 where the CPU has it, "
+                                                  "int8 with AVX2), f32, bf16, int8")->option_text("TYPE");
 }
 
 void AddSeed(CLI::App& command, uint64_t& seed, const char* help) {

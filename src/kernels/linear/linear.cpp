@@ -111,19 +111,27 @@ void FewTokensF32(const Call& call) {
   });
 }
 
-size_t Int8Bytes(size_t n_padded, size_t n_tokens) {
-  const size_t count = n_padded * n_tokens;
-  return count + count * 4 / 4 + count * 4 / 16 + count * 4 / 16;
+// Elements of a token that are multiplied exactly (Int8Activations): they cost a quarter of the product's time and leave
+// a fifth of what rounding costs a real model (docs/performance.md).
+size_t Spikes(size_t n) { return CeilDiv(n, 128); }
+
+size_t Int8Padded(size_t n) { return RoundUp(n + 32 * Spikes(n), 256); }
+
+size_t Int8Bytes(size_t n, size_t n_tokens) {
+  const size_t count = Int8Padded(n) * n_tokens;
+  return count + count * 4 / 4 + count * 4 / 16 + count * 4 / 16 + count * 4 / 32;
 }
 
-Int8Activations CarveInt8(char* data, size_t n_padded, size_t n_tokens) {
-  const size_t count = n_padded * n_tokens;
+Int8Activations CarveInt8(char* data, size_t n, size_t n_tokens, bool spikes) {
+  const size_t count = Int8Padded(n) * n_tokens;
   Int8Activations out;
-  out.n_padded = n_padded;
+  out.n_padded = spikes ? Int8Padded(n) : RoundUp(n, 256);
+  out.n_spikes = spikes ? Spikes(n) : 0;
   out.q = reinterpret_cast<int8_t*>(data);
   out.init = reinterpret_cast<int32_t*>(data + count);
   out.scale = reinterpret_cast<float*>(data + count * 2);
   out.sum = out.scale + count / 16;
+  out.spike = reinterpret_cast<uint32_t*>(out.sum + count / 16);
   return out;
 }
 
@@ -132,13 +140,14 @@ Int8Activations CarveInt8(char* data, size_t n_padded, size_t n_tokens) {
 void FewTokensInt8(const Call& call) {
   constexpr size_t kMaxShares = CeilDiv(kMostFewTokens, kKernelTokens);
   thread_local Workspace workspace;
-  const size_t n_padded = RoundUp(call.w.n_in, 256);
+  const size_t n = call.w.n_in;
   const size_t n_shares = CeilDiv(call.n_tokens, kKernelTokens), share = CeilDiv(call.n_tokens, n_shares);
-  char* data = workspace.Get<char>(n_shares * Int8Bytes(n_padded, share));
+  char* data = workspace.Get<char>(n_shares * Int8Bytes(n, share));
   Int8Activations q[kMaxShares];
-  for (size_t s = 0; s < n_shares; ++s) q[s] = CarveInt8(data + s * Int8Bytes(n_padded, share), n_padded, share);
+  for (size_t s = 0; s < n_shares; ++s)
+    q[s] = CarveInt8(data + s * Int8Bytes(n, share), n, share, call.kernels.dots_take_spikes);
   for (size_t t = 0; t < call.n_tokens; ++t) {
-    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t % share, q[t / share]);
+    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, n, t % share, q[t / share]);
   }
   const size_t step = FewTokensTaskRows(call);
   ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
@@ -305,23 +314,23 @@ constexpr size_t kInt8TokenBlock = 64;         // tokens that stay in the L2 whi
 
 // What a call of at most kMaxPackedTokens works in; panels are a thread's.
 struct Int8Sizes {
-  explicit Int8Sizes(const Call& call) : n_padded(RoundUp(call.w.n_in, 256)), rows(call.kernels.int8->rows) {
-    const size_t fit = kInt8PanelBytes / call.w.n_in / rows * rows, share = RoundUp(CeilDiv(call.w.n_out, 8), rows);
+  explicit Int8Sizes(const Call& call) : n(call.w.n_in), rows(call.kernels.int8->rows) {
+    const size_t fit = kInt8PanelBytes / n / rows * rows, share = RoundUp(CeilDiv(call.w.n_out, 8), rows);
     step = std::clamp<size_t>(share, rows, std::max(fit, rows));
-    codes = rows * call.w.n_in;
-    scales = rows * call.w.n_in / 16;
+    codes = rows * n;
+    scales = rows * n / 16;
     group = codes + 2 * scales * sizeof(float);
     panel = step / rows * group;
   }
   size_t Bytes(size_t n_tokens) const {
-    return Int8Bytes(n_padded, n_tokens) + static_cast<size_t>(Threads()) * panel;
+    return Int8Bytes(n, n_tokens) + static_cast<size_t>(Threads()) * panel;
   }
   Int8Panel Panel(char* data, size_t index) const {
     char* at = data + index * group;
     auto* scale = reinterpret_cast<float*>(at + codes);
     return {reinterpret_cast<uint8_t*>(at), scale, scale + scales};
   }
-  size_t n_padded, rows;                // rows of a group, which has
+  size_t n, rows;                       // elements of a row; rows of a group, which has
   size_t codes, scales, group;          // so many bytes of codes and numbers of scales, in all so many bytes
   size_t step, panel;                   // rows of a task, and the bytes of their groups
 };
@@ -336,7 +345,8 @@ void MultiplyGroups(const Call& call, const Int8Sizes& sizes, char* panel, size_
       const size_t depth = std::min(kInt8DepthBlocks, n_blocks - b);
       for (size_t row = 0; row < n_rows; row += sizes.rows) {
         const size_t count = std::min(sizes.rows, n_rows - row);
-        call.kernels.int8->multiply(call.w.type, sizes.Panel(panel, row / sizes.rows), count, x, {b, depth, t, n_tokens},
+        call.kernels.int8->multiply(call.w.type, sizes.Panel(panel, row / sizes.rows), count, x,
+                                    {b, depth, n_blocks, t, n_tokens},
                                     y + t * call.y_stride + row, call.y_stride);
       }
     }
@@ -348,7 +358,7 @@ void ManyTokensInt8Block(const Call& call) {
   const Int8Sizes sizes(call);
   thread_local Workspace x_workspace, panel_workspace;  // the panels: a share for each thread
   const Int8Activations x =
-      CarveInt8(x_workspace.Get<char>(Int8Bytes(sizes.n_padded, call.n_tokens)), sizes.n_padded, call.n_tokens);
+      CarveInt8(x_workspace.Get<char>(Int8Bytes(sizes.n, call.n_tokens)), sizes.n, call.n_tokens, true);
   ParallelFor(CeilDiv(call.n_tokens, kKernelTokens), [&](size_t task) {
     const size_t end = std::min(call.n_tokens, (task + 1) * kKernelTokens);
     for (size_t t = task * kKernelTokens; t < end; ++t)
@@ -388,7 +398,11 @@ std::string_view ComputeTypeName(ComputeType compute) {
   return "?";
 }
 
-ComputeType AutoCompute() { return ActiveIsa() >= Isa::kAvx512Bf16 ? ComputeType::kBF16 : ComputeType::kF32; }
+ComputeType AutoCompute() {
+  const Isa isa = ActiveIsa();
+  if (isa >= Isa::kAvx512Bf16) return ComputeType::kBF16;
+  return isa == Isa::kAvx2 || isa == Isa::kAvxVnni ? ComputeType::kInt8 : ComputeType::kF32;
+}
 
 bool IsLinearType(DType type) { return IsWeightType(type); }
 
@@ -402,10 +416,10 @@ size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
 size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute) {
   const Call call{Kernels(w.n_in), w,       RowBytes(w.type, w.n_in), nullptr, 0, std::min(n_tokens, kMaxPackedTokens),
                   nullptr,         0};
-  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) return Int8Bytes(RoundUp(w.n_in, 256), RoundUp(n_tokens, 2));
+  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) return Int8Bytes(w.n_in, RoundUp(n_tokens, 2));
   if (compute == ComputeType::kInt8 && IsQuantized(w.type)) {
     return call.kernels.int8 != nullptr ? Int8Sizes(call).Bytes(call.n_tokens)
-                                        : Int8Bytes(RoundUp(w.n_in, 256), RoundUp(kMostFewTokens, 2));
+                                        : Int8Bytes(w.n_in, RoundUp(kMostFewTokens, 2));
   }
   const bool bf16 = compute != ComputeType::kF32 && call.kernels.tile_bf16 != nullptr;
   return bf16 ? WorkSizes<TileBf16>(call).Bytes() : WorkSizes<TileF32>(call).Bytes();

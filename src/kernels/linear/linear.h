@@ -27,12 +27,14 @@ struct WeightView {
 //          processor that cannot multiply bfloat16 pairs uses float32 instead.
 //   kInt8  as kBF16, but with quantised weights activations are rounded to int8 whatever the number of tokens, and the
 //          weights are not rounded at all.
+// Where activations are rounded to int8, a token's largest n_in / 128 elements are not: they would make the steps of
+// their blocks coarse. (The AVX-512 kernels of a few tokens round all.)
 enum class ComputeType { kF32, kBF16, kInt8 };
 
 std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16", "int8"
 
-// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kF32 elsewhere. Not kInt8:
-// it costs a small model 0.3 % of perplexity or more (docs/performance.md).
+// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kInt8 with AVX2 and
+// AVX-VNNI, kF32 elsewhere.
 ComputeType AutoCompute();
 
 // Up to this many tokens a product reads each weight once for all of them and is bound by memory; beyond, tiles of the

@@ -215,12 +215,12 @@ void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tok
 // it, and signed codes pass their sign to the activation. Offsets are taken off in integers, as in the AVX-512 path.
 
 void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
-  int8_t* q = out.q + token * out.n_padded;
+  const size_t n_blocks = RoundRowToInt8(x, n, token, out);
+  const int8_t* q = out.q + token * out.n_padded;
+  const float* scale = out.scale + token * out.n_padded / 16;
   int32_t* init = out.init + token * out.n_padded / 4;
-  float* scale = out.scale + token * out.n_padded / 16;
   float* sum = out.sum + token * out.n_padded / 16;
-  for (size_t b = 0; b < n / 32; ++b) {
-    scale[b] = Quantize32(x + b * 32, q + b * 32);
+  for (size_t b = 0; b < n_blocks; ++b) {
     const __m256i fours = SumsOfFour(q + b * 32);
     const __m256i start = _mm256_mullo_epi32(fours, _mm256_set1_epi32(-CodeOffset(type)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(init + b * 8), start);
@@ -234,11 +234,33 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
   }
 }
 
+// Adds a token's block `x_block` times 32 codes.
+template <DType kType>
+__attribute__((always_inline)) inline void AddInt8Block(const Codes32& c, const Int8Activations& x, size_t token, size_t x_block, __m256& acc,
+                         float& min_acc) {
+  const size_t at = token * x.n_padded;
+  const __m256i codes = HasSignedCodes(kType) ? _mm256_abs_epi8(c.codes) : c.codes;
+  const __m256 d = _mm256_set_m128(_mm_set1_ps(c.scale[1]), _mm_set1_ps(c.scale[0]));
+  __m256i q = Load32Bytes(reinterpret_cast<const uint8_t*>(x.q + at + x_block * 32));
+  if constexpr (HasSignedCodes(kType)) q = _mm256_sign_epi8(q, c.codes);
+  __m256i total = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), _mm256_set1_epi16(1));
+  if constexpr (CodeOffset(kType) != 0) {
+    const int32_t* init = x.init + at / 4 + x_block * 8;
+    total = _mm256_add_epi32(total, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(init)));
+  }
+  const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[at / 16 + x_block]));
+  acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc);
+  if constexpr (HasTwoMinima(kType)) {
+    min_acc += c.minimum[0] * x.sum[at / 16 + 2 * x_block] + c.minimum[1] * x.sum[at / 16 + 2 * x_block + 1];
+  } else if constexpr (HasMinimum(kType)) {
+    min_acc += c.minimum[0] * x.sum[at / 16 + x_block];
+  }
+}
+
 // kRows rows, `apart` rows from each other: a token's product would wait for its own sums, and two streams come faster.
 template <DType kType, size_t kTokens, size_t kRows>
 inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, size_t n, const Int8Activations& x,
                        size_t token, float* y, size_t y_stride) {
-  const __m256i ones = _mm256_set1_epi16(1);
   __m256 acc[kRows][kTokens];
   float min_acc[kRows][kTokens];
 #pragma GCC unroll 2
@@ -246,32 +268,26 @@ inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, siz
 #pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) acc[r][t] = _mm256_setzero_ps(), min_acc[r][t] = 0;
   }
+  const size_t n_blocks = n / 32;
+  const uint32_t* spike[kTokens];  // of each token the next one
+  Unrolled<kTokens>([&](auto t) { spike[t] = x.spike + (token + t) * x.n_padded / 32; });
   Reader<kType> readers[kRows];
-  for (size_t b = 0; b < n / 32; ++b) {
-#pragma GCC unroll 2
-    for (size_t r = 0; r < kRows; ++r) {
-      const Codes32 c = readers[r].At(first + r * apart * row_bytes, b);
-      const __m256i codes = HasSignedCodes(kType) ? _mm256_abs_epi8(c.codes) : c.codes;
-      const __m256 d = _mm256_set_m128(_mm_set1_ps(c.scale[1]), _mm_set1_ps(c.scale[0]));
-#pragma GCC unroll 4
-      for (size_t t = 0; t < kTokens; ++t) {
-        const size_t at = (token + t) * x.n_padded;
-        __m256i q = Load32Bytes(reinterpret_cast<const uint8_t*>(x.q + at + b * 32));
-        if constexpr (HasSignedCodes(kType)) q = _mm256_sign_epi8(q, c.codes);
-        __m256i total = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), ones);
-        if constexpr (CodeOffset(kType) != 0) {
-          const int32_t* init = x.init + at / 4 + b * 8;
-          total = _mm256_add_epi32(total, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(init)));
-        }
-        const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[at / 16 + b]));
-        acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc[r][t]);
-        if constexpr (HasTwoMinima(kType)) {
-          min_acc[r][t] += c.minimum[0] * x.sum[at / 16 + 2 * b] + c.minimum[1] * x.sum[at / 16 + 2 * b + 1];
-        } else if constexpr (HasMinimum(kType)) {
-          min_acc[r][t] += c.minimum[0] * x.sum[at / 16 + b];
-        }
+  for (size_t b = 0; b < n_blocks; ++b) {
+    Codes32 c[kRows];
+    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      c[r] = readers[r].At(first + r * apart * row_bytes, b);
+      Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+        AddInt8Block<kType>(c[r], x, token + t, b, acc[r][t], min_acc[r][t]);
+      });
+    });
+    Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+      for (; *spike[t] / 32 == b; ++spike[t]) {
+        const size_t at = n_blocks + static_cast<size_t>(spike[t] - (x.spike + (token + t) * x.n_padded / 32));
+        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+          AddInt8Block<kType>(c[r], x, token + t, at, acc[r][t], min_acc[r][t]);
+        });
       }
-    }
+    });
   }
 #pragma GCC unroll 2
   for (size_t r = 0; r < kRows; ++r) {
@@ -375,6 +391,7 @@ const LinearKernels& Avx2LinearKernels() {
       .shape_f32 = {.group_vectors = 1, .rows = {kTileRows}},
       .shape_bf16 = {},
       .int8 = &Avx2Int8Kernels(),
+      .dots_take_spikes = true,
       .store = ScalarStore,
   };
   return kKernels;

@@ -116,14 +116,14 @@ void UnpackInt8(const RowBlock& block, const Int8Panel& out) {
 // from, and what a minimum is multiplied with.
 template <typename Simd>
 void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
-  int8_t* q = out.q + token * out.n_padded;
+  const size_t n_blocks = RoundRowToInt8(x, n, token, out);
+  const int8_t* q = out.q + token * out.n_padded;
+  const float* scale = out.scale + token * out.n_padded / 16;
   int32_t* init = out.init + token * out.n_padded / 4;
-  float* scale = out.scale + token * out.n_padded / 16;
   float* sum = out.sum + token * out.n_padded / 16;
   const int offset = PanelOffset<Simd>(type);
   const bool two = ScaleGroups(type) == 2;
-  for (size_t b = 0; b < n / 32; ++b) {
-    scale[b] = Quantize32(x + b * 32, q + b * 32);
+  for (size_t b = 0; b < n_blocks; ++b) {
     int totals[2];
     SumHalves(SumsOfFour(q + b * 32), totals);
     if (!two) totals[0] += totals[1];
@@ -137,63 +137,85 @@ void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const I
 
 // --- Products ---
 
-template <typename Simd, DType kType, size_t kTokens>
-void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range, size_t token,
-                  float* y, size_t y_stride) {
+// Adds to the sums of kTokens tokens kFours fours of their block `x_block` times the panel's from `four` of block `b`,
+// which share a scale.
+template <typename Simd, DType kType, size_t kTokens, size_t kFours>
+__attribute__((always_inline)) inline void AddFours(const Int8Panel& panel, size_t b, size_t four,
+                                                    const Int8Activations& x, size_t token, size_t x_block,
+                                                    typename Simd::Float acc[][kTokens]) {
   using Int = typename Simd::Int;
   using Float = typename Simd::Float;
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
-  const int8_t* q = x.q + token * x.n_padded;
-  const int32_t* init = x.init + token * x.n_padded / 4;
-  const float* x_scale = x.scale + token * x.n_padded / 16;
-  const float* x_sum = x.sum + token * x.n_padded / 16;
+  const size_t apart = x.n_padded / 16, group = four * kGroups / kFoursInBlock;
+  const size_t part = b * kGroups + group, x_part = x_block * kGroups + group;
+  Int total[kGroupVectors][kTokens];
+  Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+    const int32_t* first = x.init + (token + t) * x.n_padded / 4 + x_part;
+    const Int start = PanelOffset<Simd>(kType) == 0 ? Simd::ZeroInt() : Simd::Broadcast(*first);
+    Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { total[v][t] = start; });
+  });
+  Simd::template AddProducts<CodeBits(kType), kGroupVectors, kTokens, kFours>(
+      panel.codes + (b * 32 + four * 4) * kRows, x.q + token * x.n_padded + x_block * 32 + four * 4, x.n_padded, total);
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) {
+    const Float scale = Simd::Load(panel.scale + part * kRows + v * kLanes);
+    Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+      const Float both = Simd::Mul(scale, Simd::Broadcast(x.scale[(token + t) * apart + x_block]));
+      acc[v][t] = Simd::MulAdd(Simd::ToFloat(total[v][t]), both, acc[v][t]);
+    });
+    if constexpr (HasMinimum(kType)) {
+      const Float minimum = Simd::Load(panel.minimum + part * kRows + v * kLanes);
+      Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+        acc[v][t] = Simd::MulAdd(minimum, Simd::Broadcast(x.sum[(token + t) * apart + x_part]), acc[v][t]);
+      });
+    }
+  });
+}
+
+// A token's spikes within the range: the one four of the weights that meets each.
+template <typename Simd, DType kType>
+inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const Int8Range& range, size_t token,
+                      typename Simd::Float sums[kGroupVectors]) {
+  const uint32_t* spike = x.spike + token * x.n_padded / 32;
+  size_t e = 0;
+  while (spike[e] < range.first_block * 32) ++e;
+  typename Simd::Float acc[kGroupVectors][1];
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { acc[v][0] = sums[v]; });
+  for (; spike[e] < (range.first_block + range.n_blocks) * 32; ++e)
+    AddFours<Simd, kType, 1, 1>(panel, spike[e] / 32, spike[e] % 32 / 4, x, token, range.all_blocks + e, acc);
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[v] = acc[v][0]; });
+}
+
+template <typename Simd, DType kType, size_t kTokens>
+void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range, size_t token,
+                  float* y, size_t y_stride) {
+  using Float = typename Simd::Float;
+  constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
   Float acc[kGroupVectors][kTokens];
 #pragma GCC unroll 2
   for (size_t v = 0; v < kGroupVectors; ++v) {
 #pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) acc[v][t] = Simd::Zero();
   }
+  constexpr size_t kFours = kFoursInBlock / ScaleGroups(kType);
   for (size_t b = range.first_block; b < range.first_block + range.n_blocks; ++b) {
 #pragma GCC unroll 2
-    for (size_t g = 0; g < kGroups; ++g) {
-      const size_t part = b * kGroups + g;
-      Int total[kGroupVectors][kTokens];
-#pragma GCC unroll 4
-      for (size_t t = 0; t < kTokens; ++t) {
-        const int32_t* first = init + t * x.n_padded / 4 + part;
-        const Int start = PanelOffset<Simd>(kType) == 0 ? Simd::ZeroInt() : Simd::Broadcast(*first);
-#pragma GCC unroll 2
-        for (size_t v = 0; v < kGroupVectors; ++v) total[v][t] = start;
-      }
-      Simd::template AddProducts<CodeBits(kType), kGroupVectors, kTokens, kFoursInBlock / kGroups>(
-          panel.codes + part * (32 / kGroups) * kRows, q + part * (32 / kGroups), x.n_padded, total);
-#pragma GCC unroll 2
-      for (size_t v = 0; v < kGroupVectors; ++v) {
-        const Float scale = Simd::Load(panel.scale + part * kRows + v * kLanes);
-#pragma GCC unroll 4
-        for (size_t t = 0; t < kTokens; ++t) {
-          const Float both = Simd::Mul(scale, Simd::Broadcast(x_scale[t * x.n_padded / 16 + b]));
-          acc[v][t] = Simd::MulAdd(Simd::ToFloat(total[v][t]), both, acc[v][t]);
-        }
-        if constexpr (HasMinimum(kType)) {
-          const Float minimum = Simd::Load(panel.minimum + part * kRows + v * kLanes);
-#pragma GCC unroll 4
-          for (size_t t = 0; t < kTokens; ++t) {
-            acc[v][t] = Simd::MulAdd(minimum, Simd::Broadcast(x_sum[t * x.n_padded / 16 + part]), acc[v][t]);
-          }
-        }
-      }
-    }
+    for (size_t four = 0; four < kFoursInBlock; four += kFours)
+      AddFours<Simd, kType, kTokens, kFours>(panel, b, four, x, token, b, acc);
   }
+  Float sums[kTokens][kGroupVectors];  // in memory
+  Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+    Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[t][v] = acc[v][t]; });
+  });
   const bool add = range.first_block > 0;
   for (size_t t = 0; t < kTokens; ++t) {
+    AddSpikes<Simd, kType>(panel, x, range, token + t, sums[t]);
     float* row = y + t * y_stride;
     float last[kRows];
     float* out = n_rows == kRows ? row : last;
     if (add && out == last) __builtin_memcpy(last, row, n_rows * sizeof(float));
 #pragma GCC unroll 2
     for (size_t v = 0; v < kGroupVectors; ++v) {
-      const Float sum = add ? Simd::Add(Simd::Load(out + v * kLanes), acc[v][t]) : acc[v][t];
+      const Float sum = add ? Simd::Add(Simd::Load(out + v * kLanes), sums[t][v]) : sums[t][v];
       Simd::Store(out + v * kLanes, sum);
     }
     if (out == last) __builtin_memcpy(row, last, n_rows * sizeof(float));

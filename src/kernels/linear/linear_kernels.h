@@ -21,16 +21,24 @@ inline constexpr size_t kKernelTokens = 8;     // most tokens of a Dot
 inline constexpr size_t kTokenLanes = 16;      // tokens in a vector of packed activations
 inline constexpr size_t kMaxGroupVectors = 4;  // vectors in a group
 inline constexpr size_t kMaxTileRows = 32;
+inline constexpr uint32_t kNoSpike = ~uint32_t{0};
 
 // Activations as int8, for products with quantised rows. Element order inside a block of 256 (128 for blocks of 32) is
 // private to the table that wrote it.
+//
+// A few channels of a trained model are far larger than the others, and the steps of their blocks so coarse that they
+// make most of the error. So the n_spikes largest elements of a token (of equal ones the first) are taken out of their
+// blocks and multiplied exactly. Behind the row's own n / 32 blocks stand as many that hold one spike each, at its place
+// within 32.
 struct Int8Activations {
   int8_t* q;        // [n_tokens, n_padded]
   int32_t* init;    // [n_tokens, n_padded / 4]: what accumulators start from, because stored codes are unsigned
   float* scale;     // [n_tokens, n_padded / 16]: one scale for each 32 codes; twice each for types with groups of 16
   float* sum;       // [n_tokens, n_padded / 16]: scale times the sum of 32 codes, for types with a minimum; of 16 codes
                     // for types with groups of 16
-  size_t n_padded;  // n rounded up to 256; the padding is zero
+  uint32_t* spike;  // [n_tokens, n_padded / 32]: where in the row the spikes stood, ascending; then kNoSpike
+  size_t n_spikes;  // 0 for tables that do not know of them
+  size_t n_padded;  // n + 32 n_spikes, rounded up to 256; the padding is zero
 };
 
 // A block of consecutive rows of weights.
@@ -59,9 +67,9 @@ struct Int8Panel {
   float* minimum;  // the same, for types with a minimum
 };
 
-// Which part of a product with a group of rows: blocks of 32 elements, and tokens.
+// Which part of a product with a group of rows: blocks of 32 elements, of all that a row has, and tokens.
 struct Int8Range {
-  size_t first_block, n_blocks, first_token, n_tokens;
+  size_t first_block, n_blocks, all_blocks, first_token, n_tokens;
 };
 
 // Products of many tokens with quantised weights whose activations are rounded as in LinearKernels::quantize.
@@ -101,6 +109,7 @@ struct LinearKernels {
   TileShape shape_f32, shape_bf16;
 
   const Int8Kernels* int8 = nullptr;  // null: none
+  bool dots_take_spikes = false;      // so do quantize and dot_int8; int8 always does
 
   // y[t * y_stride + r] = acc[r][t] for t < n_tokens, r < n_rows; rows of acc are `width` apart.
   void (*store)(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);

@@ -53,16 +53,33 @@ void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tok
   }
 }
 
+// Returns the scale.
+float QuantizeBlock(const float* x, int8_t* q) {
+  float largest = 0;
+  for (size_t i = 0; i < kInt8Block; ++i) largest = std::max(largest, std::fabs(x[i]));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  for (size_t i = 0; i < kInt8Block; ++i) q[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+  return largest / 127.0f;
+}
+
 void Quantize(DType, const float* x, size_t n, size_t token, const Int8Activations& out) {
   int8_t* q = out.q + token * out.n_padded;
   float* scales = out.scale + token * (out.n_padded / kInt8Block);
-  for (size_t b = 0; b < CeilDiv(n, kInt8Block); ++b) {
-    const size_t end = std::min(n, (b + 1) * kInt8Block);
-    float largest = 0;
-    for (size_t i = b * kInt8Block; i < end; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    scales[b] = largest / 127.0f;
-    for (size_t i = b * kInt8Block; i < end; ++i) q[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+  uint32_t* spike = out.spike + token * (out.n_padded / kInt8Block);
+  const size_t n_blocks = n / kInt8Block;
+  std::vector<float> rest(x, x + n);
+  for (size_t e = 0; e < out.n_spikes; ++e) {
+    const auto size = [](float a, float b) { return std::fabs(a) < std::fabs(b); };
+    spike[e] = static_cast<uint32_t>(std::max_element(rest.begin(), rest.end(), size) - rest.begin());
+    rest[spike[e]] = 0;
+  }
+  std::sort(spike, spike + out.n_spikes);
+  spike[out.n_spikes] = kNoSpike;
+  for (size_t b = 0; b < n_blocks; ++b) scales[b] = QuantizeBlock(&rest[b * kInt8Block], q + b * kInt8Block);
+  for (size_t e = 0; e < out.n_spikes; ++e) {
+    float block[kInt8Block] = {};
+    block[spike[e] % kInt8Block] = x[spike[e]];
+    scales[n_blocks + e] = QuantizeBlock(block, q + (n_blocks + e) * kInt8Block);
   }
 }
 
@@ -74,8 +91,14 @@ void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, f
     for (size_t t = 0; t < n_tokens; ++t) {
       const int8_t* q = x.q + t * x.n_padded;
       const float* scales = x.scale + t * (x.n_padded / kInt8Block);
+      const uint32_t* spike = x.spike + t * (x.n_padded / kInt8Block);
       double sum = 0;
-      for (size_t i = 0; i < block.n; ++i) sum += static_cast<double>(row[i]) * scales[i / kInt8Block] * q[i];
+      const auto add = [&](size_t b, size_t x_block) {
+        for (size_t i = 0; i < kInt8Block; ++i)
+          sum += static_cast<double>(row[b * kInt8Block + i]) * scales[x_block] * q[x_block * kInt8Block + i];
+      };
+      for (size_t b = 0; b < block.n / kInt8Block; ++b) add(b, b);
+      for (size_t e = 0; e < x.n_spikes; ++e) add(spike[e] / kInt8Block, block.n / kInt8Block + e);
       y[t * y_stride + r] = static_cast<float>(sum);
     }
   }
@@ -140,6 +163,7 @@ const LinearKernels& ScalarLinearKernels() {
       .tile_bf16 = TileBf16,
       .shape_f32 = {.group_vectors = 1, .rows = {1}},
       .shape_bf16 = {.group_vectors = 1, .rows = {1}},
+      .dots_take_spikes = true,
       .store = ScalarStore,
   };
   return kernels;
