@@ -17,6 +17,7 @@ pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
 pkg_check_modules(LIBEDIT REQUIRED IMPORTED_TARGET libedit)  # lines typed in lesskv chat; readline would be under the GPL
 # lesskv serve; header and library of Debian, built with TLS and compression, which the server does not use.
 pkg_check_modules(HTTPLIB REQUIRED IMPORTED_TARGET cpp-httplib)
+pkg_check_modules(HIREDIS REQUIRED IMPORTED_TARGET hiredis)  # lesskv serve: conversations that replicas share
 if(LESSKV_BUILD_TESTS)
   find_package(GTest REQUIRED)
 endif()

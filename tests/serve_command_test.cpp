@@ -114,6 +114,14 @@ TEST_F(ServeCommandTest, WhatCannotBeIsRefused) {
   Write("file", "");
   ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store file"), 1, "the session store file cannot be");
   ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store dir --store-size lots"), 2, "--store-size: expected bytes");
+  const auto refused = [&](const std::string& more, const std::string& said) {
+    ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 " + more), 2, said);
+  };
+  refused("--store redis://:secret@localhost", "LESSKV_REDIS_PASSWORD");
+  refused("--store rediss://localhost", "without TLS");
+  refused("--store http://localhost", "redis://HOST");
+  refused("--store redis://localhost --store-size 1G", "--store-size: Redis is limited by");
+  refused("--store dir --store-days 3", "--store-days: a directory is limited by");
   ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "there is no key in it");
 }
 

@@ -11,7 +11,9 @@
 #include "chat_turns.h"
 #include "commands.h"
 #include "common.h"
+#include "server/directory_backend.h"
 #include "server/http_server.h"
+#include "server/redis_backend.h"
 
 namespace lesskv {
 namespace {
@@ -21,7 +23,8 @@ struct ServeOptions {
   ChatOptions chat;
   std::string kv = "full";
   std::vector<std::string> allow_kv;
-  std::string kv_memory, alias, api_key_file, store, store_size = "4G";
+  std::string kv_memory, alias, api_key_file, store, store_size;
+  size_t store_days = 0;  // 0: not said
   HttpOptions http;
   SchedulerOptions scheduler;
   size_t max_prompt = 0, max_output = 1024, max_protected = 1024, max_seconds = 600, max_body_kib = 4096;
@@ -77,11 +80,28 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
   return limits;
 }
 
+void SayLine(const std::string& line) { Say("{}\n", line); }
+
+// Each kind of store has its own limit; the other's is refused.
+std::unique_ptr<StoreBackend> OpenBackend(const ServeOptions& options) {
+  if (!IsAddress(options.store)) {
+    if (options.store_days != 0)
+      Fail(ErrorCode::kInvalidArgument, "--store-days: a directory is limited by --store-size, only Redis by time");
+    const std::string size = options.store_size.empty() ? "4G" : options.store_size;
+    return std::make_unique<DirectoryBackend>(options.store, ParseBytes(size, "--store-size"));
+  }
+  if (!options.store_size.empty())
+    Fail(ErrorCode::kInvalidArgument, "--store-size: Redis is limited by its own maxmemory and by --store-days");
+  const char* const password = std::getenv("LESSKV_REDIS_PASSWORD");
+  RedisOptions redis{.address = ParseRedisAddress(options.store), .log = SayLine};
+  if (password != nullptr) redis.password = password;
+  if (options.store_days != 0) redis.unused = std::chrono::days(options.store_days);
+  return std::make_unique<RedisBackend>(std::move(redis));
+}
+
 std::unique_ptr<SessionStore> OpenStore(const ServeOptions& options, const Engine& engine) {
   if (options.store.empty()) return nullptr;
-  return std::make_unique<SessionStore>(engine,
-                                        StoreOptions{options.store, ParseBytes(options.store_size, "--store-size"),
-                                                     [](const std::string& line) { Say("{}\n", line); }});
+  return std::make_unique<SessionStore>(engine, OpenBackend(options), SayLine);
 }
 
 void Serve(ServeOptions options) {
@@ -138,9 +158,16 @@ void AddLimits(CLI::App& command, ServeOptions& o) {
                   "Caches of ended texts that are kept for their next turn, within --kv-memory (default: 64)")
       ->option_text("N")
       ->check(CLI::Range(0, 65536));
-  command.add_option("--store", o.store, "Directory where conversations outlive the server (default: nowhere)")
-      ->option_text("DIR");
-  command.add_option("--store-size", o.store_size, "Bytes of its files at most (default: 4G)")->option_text("BYTES");
+  command
+      .add_option("--store", o.store,
+                  "Where conversations outlive the server: a directory, or redis://HOST[:PORT][/DB], which replicas "
+                  "share (default: nowhere)")
+      ->option_text("DIR|URL");
+  command.add_option("--store-size", o.store_size, "Bytes of a directory's files at most (default: 4G)")
+      ->option_text("BYTES");
+  command.add_option("--store-days", o.store_days, "Days that Redis keeps what is not used (default: 7)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 3650));
   command.add_option("--max-prompt", o.max_prompt, "Tokens of a prompt at most (default: the context)")
       ->option_text("N")
       ->check(CLI::Range(1, 1 << 28));

@@ -13,7 +13,6 @@ namespace lesskv {
 namespace {
 
 constexpr char kMagic[8] = {'l', 'e', 's', 's', 'k', 'v', 's', 's'};
-constexpr uint32_t kVersion = 2;  // 1: values of q8 and q4 lay row by row
 constexpr size_t kChecksumBytes = sizeof(uint64_t);
 
 void PutText(ByteWriter& out, const std::string& text) {
@@ -60,8 +59,9 @@ std::span<const std::byte> CheckedBody(const std::string& path, std::span<const 
   ByteReader version{body};
   if (body.size() >= sizeof(uint32_t)) {
     const auto found = version.Get<uint32_t>();
-    if (found != kVersion)
-      Fail(ErrorCode::kBadFile, "{}: session format version {} cannot be read, only version {}", path, found, kVersion);
+    if (found != kSessionVersion)
+      Fail(ErrorCode::kBadFile, "{}: session format version {} cannot be read, only version {}", path, found,
+           kSessionVersion);
   }
   if (XXH3_64bits(covered.data(), covered.size()) != checksum)
     Fail(ErrorCode::kBadFile, "{}: the session file is damaged (its checksum does not match)", path);
@@ -70,12 +70,12 @@ std::span<const std::byte> CheckedBody(const std::string& path, std::span<const 
 
 }  // namespace
 
-void SaveSession(const std::string& path, const Engine& engine, const Sequence& sequence,
-                 std::optional<int32_t> pending_token) {
+std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequence,
+                                    std::optional<int32_t> pending_token) {
   const CacheConfig& config = sequence.config();
   ByteWriter out;
   out.Raw(kMagic, sizeof kMagic);
-  out.Put<uint32_t>(kVersion);
+  out.Put<uint32_t>(kSessionVersion);
   PutText(out, engine.model().FingerprintText());
   PutText(out, config.spec_text());
   out.Put<uint64_t>(config.shape().ctx);
@@ -86,32 +86,42 @@ void SaveSession(const std::string& path, const Engine& engine, const Sequence& 
   const std::vector<std::byte> cache = sequence.cache().Serialize();
   out.Raw(cache.data(), cache.size());
   out.Put<uint64_t>(XXH3_64bits(out.bytes.data(), out.bytes.size()));
+  return std::move(out.bytes);
+}
 
+void SaveSession(const std::string& path, const Engine& engine, const Sequence& sequence,
+                 std::optional<int32_t> pending_token) {
+  const std::vector<std::byte> bytes = SessionBytes(engine, sequence, pending_token);
   AtomicFile file(path);
-  file.Write(out.bytes);
+  file.Write(bytes);
   file.Commit();
 }
 
 Session LoadSession(const std::string& path, const Engine& engine, const CacheSpec& spec, size_t ctx) {
   const MappedFile file = MappedFile::Open(path);
-  ByteReader in{CheckedBody(path, file.bytes())};
+  return ParseSession(file.bytes(), path, engine, spec, ctx);
+}
+
+Session ParseSession(std::span<const std::byte> bytes, const std::string& where, const Engine& engine,
+                     const CacheSpec& spec, size_t ctx) {
+  ByteReader in{CheckedBody(where, bytes)};
   in.Get<uint32_t>();
-  RequireSame(path, "the model with fingerprint", GetText(in, "the fingerprint's length"),
+  RequireSame(where, "the model with fingerprint", GetText(in, "the fingerprint's length"),
               engine.model().FingerprintText());
   const std::string saved_spec = GetText(in, "the spec's length");
   const uint64_t saved_ctx = in.Get<uint64_t>();
   auto config = engine.MakeCacheConfig(spec, ctx, GetSpans(in));
-  RequireSame(path, "cache spec", saved_spec, config->spec_text());
-  RequireSame(path, "a context length of", std::to_string(saved_ctx), std::to_string(config->shape().ctx));
+  RequireSame(where, "cache spec", saved_spec, config->spec_text());
+  RequireSame(where, "a context length of", std::to_string(saved_ctx), std::to_string(config->shape().ctx));
 
   const auto n_vocab = static_cast<int32_t>(engine.model().config().n_vocab);
   const auto pending = in.Get<int32_t>();
   std::vector<int32_t> tokens(in.Count(in.rest.size() / sizeof(int32_t), "the number of tokens"));
   in.Raw(tokens.data(), tokens.size() * sizeof(int32_t));
   for (const int32_t token : tokens)
-    if (token < 0 || token >= n_vocab) Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", path, token);
+    if (token < 0 || token >= n_vocab) Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", where, token);
   if (pending < -1 || pending >= n_vocab)
-    Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", path, pending);
+    Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", where, pending);
 
   auto cache = std::make_unique<SequenceCache>(std::move(config));
   cache->Restore(in.rest.data(), in.rest.size());

@@ -5,11 +5,15 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "engine/engine.h"
 
 namespace lesskv {
+
+constexpr uint32_t kSessionVersion = 2;  // of the layout; 1: values of q8 and q4 lay row by row
 
 struct Session {
   Sequence sequence;
@@ -25,5 +29,11 @@ void SaveSession(const std::string& path, const Engine& engine, const Sequence& 
 // kMismatch, naming both sides, when it was made with another model, cache spec or context length. Protected
 // spans are the session's own. ctx = 0: the trained context.
 Session LoadSession(const std::string& path, const Engine& engine, const CacheSpec& spec, size_t ctx);
+
+// The same bytes where they lie elsewhere than in a file. Errors name it `where`.
+std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequence,
+                                    std::optional<int32_t> pending_token);
+Session ParseSession(std::span<const std::byte> bytes, const std::string& where, const Engine& engine,
+                     const CacheSpec& spec, size_t ctx);
 
 }  // namespace lesskv

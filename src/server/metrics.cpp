@@ -11,13 +11,16 @@ std::string MetricText(const char* name, const char* type, const char* help, Val
 }  // namespace
 
 std::string MetricsText(const StoreMetrics& m) {
-  return MetricText("store_saved_total", "counter", "Conversations written to the store.", m.saved) +
-         MetricText("store_restored_total", "counter", "Conversations brought back from it.", m.restored) +
-         MetricText("store_damaged_total", "counter", "Files that could not be read.", m.damaged) +
-         MetricText("store_removed_total", "counter", "Files that made room for others.", m.removed) +
-         MetricText("store_skipped_total", "counter", "Conversations that were not written.", m.skipped) +
-         MetricText("store_files", "gauge", "Files of the store.", m.files) +
-         MetricText("store_bytes", "gauge", "Their bytes.", m.bytes);
+  std::string text =
+      MetricText("store_saved_total", "counter", "Conversations written to the store.", m.saved) +
+      MetricText("store_restored_total", "counter", "Conversations brought back from it.", m.restored) +
+      MetricText("store_damaged_total", "counter", "Stored conversations that could not be read.", m.damaged) +
+      MetricText("store_skipped_total", "counter", "Conversations that were not written.", m.skipped) +
+      MetricText("store_unreachable_total", "counter", "Look-ups and writes that found it gone.", m.unreachable);
+  if (!m.usage) return text;
+  return text + MetricText("store_removed_total", "counter", "Files that made room for others.", m.usage->removed) +
+         MetricText("store_files", "gauge", "Files of the store.", m.usage->files) +
+         MetricText("store_bytes", "gauge", "Their bytes.", m.usage->bytes);
 }
 
 std::string MetricsText(const SchedulerMetrics& m) {
@@ -40,6 +43,7 @@ std::string MetricsText(const SchedulerMetrics& m) {
   add("idle", "gauge", "Caches of ended texts that are kept.", m.idle);
   add("idle_bytes", "gauge", "Their bytes.", m.idle_bytes);
   add("requests_running", "gauge", "Texts that take part in steps.", m.running);
+  add("requests_loading", "gauge", "Texts that have their place and wait for the store.", m.loading);
   add("requests_queued", "gauge", "Texts that wait.", m.queued);
   add("kv_bytes", "gauge", "Bytes of the running texts' caches.", m.kv_bytes);
   add("kv_bytes_reserved", "gauge", "Bytes these caches may reach.", m.kv_bytes_reserved);

@@ -1,85 +1,16 @@
 // Caches that outlive their texts: conversations that go on without being read anew, in memory and from the store.
-#include <filesystem>
 #include <fstream>
 
-#include "server/server_harness.h"
+#include "server/reuse_harness.h"
 
 namespace lesskv::server_test {
 namespace {
-
-namespace fs = std::filesystem;
-const std::vector<std::string> kSpecs = {"full", "h2o(24)", "window(24)", "window(24)+prefill(chunk=8)", "tova(24)"};
-
-std::vector<int32_t> Joined(std::vector<int32_t> a, const std::vector<int32_t>& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
 
 size_t Resident() {
   size_t pages = 0;
   std::ifstream("/proc/self/statm") >> pages >> pages;
   return pages * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
 }
-
-class ReuseTest : public ServerTest {
- protected:
-  void SetUp() override {
-    folder_ = fs::temp_directory_path() / fmt::format("lesskv_store_{}", ::getpid());
-    fs::remove_all(folder_);
-  }
-  void TearDown() override {
-    ServerTest::TearDown();
-    fs::remove_all(folder_);
-  }
-
-  std::vector<int32_t> Ids(const std::string& text) const { return tokenizer_->Encode(text, false, true); }
-  Json Ask(const std::vector<int32_t>& prompt, Json more = Json::object()) const {
-    more["prompt"] = prompt;
-    if (!more.contains("max_tokens")) more["max_tokens"] = 30;
-    const Reply reply = Complete(more);
-    EXPECT_EQ(reply.status, 200) << reply.body;
-    return reply.json();
-  }
-  static size_t Cached(const Json& answer) {
-    return answer["usage"]["prompt_tokens_details"]["cached_tokens"].get<size_t>();
-  }
-  static std::string Text(const Json& answer) { return answer["choices"][0]["text"].get<std::string>(); }
-  bool Saved(uint64_t n) const {
-    return Soon([&] { return store_->Metrics().saved == n; });
-  }
-
-  fs::path folder_;
-};
-
-// A conversation as one sequence of an engine of its own reads it, turn by turn.
-class Streamed {
- public:
-  Streamed(const Engine& like, const Tokenizer& tokenizer, const std::string& spec,
-           std::vector<ProtectedSpan> spans = {})
-      : engine_(like.shared_model(), {.threads = 1, .compute = ComputeChoice::kF32, .batch_invariant = true}),
-        tokenizer_(tokenizer),
-        sequence_(engine_.MakeCacheConfig(CacheSpec::Parse(spec), kCtx, std::move(spans))) {}
-
-  std::string Say(const std::vector<int32_t>& ids, size_t n = 30) {
-    GenerateOptions options;
-    options.sampler = {.temperature = 0};
-    options.max_tokens = n;
-    std::vector<int32_t> turn = ids;
-    if (pending_) turn.insert(turn.begin(), *pending_);
-    const GenerateResult result = Generate(engine_, tokenizer_, sequence_, turn, options);
-    pending_ = result.pending_token;
-    return result.text;
-  }
-  size_t seen() const { return sequence_.tokens().size(); }
-  double rows() const { return sequence_.Stats().tokens_resident; }
-  std::vector<int32_t> text() const { return Joined(sequence_.tokens(), {*pending_}); }
-
- private:
-  Engine engine_;
-  const Tokenizer& tokenizer_;
-  Sequence sequence_;
-  std::optional<int32_t> pending_;
-};
 
 TEST_F(ReuseTest, AConversationGoesOnAsOneSequence) {
   Start({.kv = kSpecs});
@@ -270,7 +201,7 @@ TEST_F(ReuseTest, AStoredConversationOutlivesTheServer) {
     EXPECT_NE(Get("/metrics").body.find("\nlesskv_store_restored_total 1\n"), std::string::npos);
     Stop();
   }
-  EXPECT_EQ(log_, "");
+  EXPECT_EQ(Log(), "");
 }
 
 TEST_F(ReuseTest, ADamagedFileIsPassedOver) {
@@ -293,7 +224,7 @@ TEST_F(ReuseTest, ADamagedFileIsPassedOver) {
   EXPECT_EQ(Cached(next), 0u);
   EXPECT_EQ(Text(next), alone.Say(Ids(" and then")));
   EXPECT_EQ(store_->Metrics().damaged, 1u);
-  EXPECT_NE(log_.find("damaged"), std::string::npos) << log_;
+  EXPECT_NE(Log().find("damaged"), std::string::npos) << Log();
   EXPECT_TRUE(fs::exists(folder_ / "notes.txt"));
 }
 
@@ -301,28 +232,42 @@ TEST_F(ReuseTest, TheStoreKeepsToItsSize) {
   Start({.store = folder_.string()});
   Ask(Ids("the sea"));
   ASSERT_TRUE(Saved(1));
-  const size_t one = store_->Metrics().bytes;
+  const size_t one = store_->Metrics().usage->bytes;
   Stop();
   Start({.store = folder_.string(), .store_bytes = 3 * one});
   for (const char* const prompt : {"aaaa", "bbbb", "cccc", "dddd", "eeee"}) Ask(Ids(prompt));
   ASSERT_TRUE(Saved(5));
-  const StoreMetrics metrics = store_->Metrics();
-  EXPECT_LE(metrics.bytes, 3 * one);
-  EXPECT_GE(metrics.files, 2u);
-  EXPECT_GE(metrics.removed, 3u);
+  const StoreUsage usage = *store_->Metrics().usage;
+  EXPECT_LE(usage.bytes, 3 * one);
+  EXPECT_GE(usage.files, 2u);
+  EXPECT_GE(usage.removed, 3u);
   size_t on_disk = 0;
   for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) on_disk += entry.file_size();
-  EXPECT_EQ(on_disk, metrics.bytes);
+  EXPECT_EQ(on_disk, usage.bytes);
   Stop();
   Start({.store = folder_.string(), .store_bytes = one / 2});
-  EXPECT_EQ(store_->Metrics().files, 0u);
+  EXPECT_EQ(store_->Metrics().usage->files, 0u);
   Ask(Ids("the sea"));
   EXPECT_TRUE(Soon([&] { return store_->Metrics().skipped == 1; }));
 }
 
+TEST_F(ReuseTest, WhatWasNotUsedForLongestLeavesTheDirectory) {
+  const std::vector<std::byte> bytes(1000, std::byte{7});
+  const std::vector<SessionName> names = {{1, 0, 5}, {2, 0, 6}, {3, 0, 7}, {4, 0, 8}};
+  DirectoryBackend backend(folder_.string(), 3500);
+  for (size_t i = 0; i < 3; ++i) backend.Write(names[i], bytes);
+  EXPECT_TRUE(backend.Read(names[0], [&](auto value) { EXPECT_TRUE(std::ranges::equal(value, bytes)); }));
+  EXPECT_TRUE(backend.Touch(names[1]));
+  backend.Write(names[3], bytes);
+  EXPECT_EQ(backend.Has(names), (std::vector<bool>{true, true, false, true}));
+  EXPECT_EQ(backend.Lengths(), (std::vector<size_t>{5, 6, 8}));
+  EXPECT_FALSE(fs::exists(backend.Where(names[2])));
+  EXPECT_EQ(backend.Usage()->bytes, 3000u);
+}
+
 TEST_F(ReuseTest, AStoreThatCannotBeIsRefused) {
   std::ofstream(folder_.string()) << "a file";
-  EXPECT_THROW(SessionStore(engine_, {.directory = folder_.string()}), Error);
+  EXPECT_THROW(DirectoryBackend(folder_.string(), 1 << 20), Error);
 }
 
 }  // namespace

@@ -105,6 +105,7 @@ SchedulerMetrics Scheduler::Metrics() const {
   const std::lock_guard lock(mutex_);
   SchedulerMetrics metrics = metrics_;
   metrics.queued = waiting_.size();
+  metrics.loading = loading_.size();
   return metrics;
 }
 
@@ -123,60 +124,102 @@ void Scheduler::Run() {
   Settle();
   const std::lock_guard lock(mutex_);
   for (const Waiting& waiting : waiting_) waiting.job->Fail(stopping);
+  for (const Loading& loading : loading_) loading.text.job->Fail(stopping);
   waiting_.clear();
+  loading_.clear();
 }
 
 bool Scheduler::Prepare() {
-  // Those that wait behind running ones may be cancelled or late meanwhile, so that nobody waits for ever here.
-  constexpr auto kLook = std::chrono::milliseconds(50);
+  // Those that wait behind running ones may be cancelled or late meanwhile, so that nobody waits for ever here. The
+  // store is looked at often: what it brings back takes milliseconds.
+  constexpr auto kLook = std::chrono::milliseconds(50), kLookAtStore = std::chrono::milliseconds(2);
   std::unique_lock lock(mutex_);
   while (!stopping_) {
     DropWaiting();
-    if (const std::optional<Waiting> next = NextAdmitted()) {
-      lock.unlock();  // copying or loading a cache takes its time
-      Begin(*next);
-      lock.lock();
-      continue;
-    }
+    if (BeginNext(lock)) continue;
     if (!running_.empty()) return true;
-    work_.wait_for(lock, waiting_.empty() ? std::chrono::milliseconds(1000) : kLook);
+    work_.wait_for(lock, !loading_.empty() ? kLookAtStore : waiting_.empty() ? std::chrono::milliseconds(1000) : kLook);
   }
   return false;
 }
 
 void Scheduler::DropWaiting() {
   const auto now = Clock::now();
-  std::erase_if(waiting_, [&](const Waiting& waiting) {
+  const auto dropped = [&](const Waiting& waiting) {
     const bool late = waiting.job->request().deadline <= now;
     if (!late && !waiting.job->cancelled_) return false;
     ++(late ? metrics_.jobs_failed : metrics_.jobs_cancelled);
     waiting.job->Fail(Error(ErrorCode::kRuntime, late ? "the request's time ran out before it began" : "cancelled"));
     return true;
+  };
+  std::erase_if(waiting_, dropped);
+  std::erase_if(loading_, [&](const Loading& loading) {
+    if (!dropped(loading.text)) return false;
+    metrics_.kv_bytes_reserved -= loading.text.bytes;
+    return true;
   });
+}
+
+// One that the store has answered, or the next that has a place; false: there is none. Copying a cache, and freeing
+// one, takes its time, so that the lock is let go of.
+bool Scheduler::BeginNext(std::unique_lock<std::mutex>& lock) {
+  if (std::optional<Loading> loaded = NextLoaded()) {
+    lock.unlock();
+    Begin(loaded->text, loaded->lookup->done() ? loaded->lookup->Take() : std::nullopt);
+    lock.lock();
+    return true;
+  }
+  if (const std::optional<Waiting> next = NextAdmitted()) {
+    lock.unlock();
+    if (!StartLoading(*next)) Begin(*next, std::nullopt);
+    lock.lock();
+    return true;
+  }
+  return false;
 }
 
 // First come, first served: a large text is not overtaken by small ones for ever.
 std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
-  if (waiting_.empty() || running_.size() >= options_.max_running) return std::nullopt;
+  if (waiting_.empty() || running_.size() + loading_.size() >= options_.max_running) return std::nullopt;
   const Waiting next = waiting_.front();
   if (options_.kv_memory != 0 && metrics_.kv_bytes_reserved + next.bytes > options_.kv_memory) return std::nullopt;
   metrics_.kv_bytes_reserved += next.bytes;
-  ++metrics_.running;
   waiting_.pop_front();
   return next;
 }
 
-void Scheduler::Begin(const Waiting& next) {
+std::optional<Scheduler::Loading> Scheduler::NextLoaded() {
+  const auto now = Clock::now();
+  const auto ready = std::ranges::find_if(
+      loading_, [&](const Loading& loading) { return loading.lookup->done() || loading.patience_end <= now; });
+  if (ready == loading_.end()) return std::nullopt;
+  Loading loaded = std::move(*ready);
+  loading_.erase(ready);
+  return loaded;
+}
+
+// Has the store look for more than memory has; false: there is nothing to wait for.
+bool Scheduler::StartLoading(const Waiting& next) {
+  const JobRequest& request = next.job->request();
+  if (store_ == nullptr || !request.reuse) return false;
+  const PrefixCache::Entry* const idle = idle_.Find({request.prompt, *request.config});
+  auto lookup = store_->Find(request.prompt, request.config, idle == nullptr ? 0 : idle->sequence->tokens().size());
+  if (lookup == nullptr) return false;
+  const std::lock_guard lock(mutex_);
+  loading_.push_back({next, std::move(lookup), Clock::now() + options_.store_patience});
+  return true;
+}
+
+void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
   const auto fail = [&](const Error& error) {
     next.job->Fail(error);
     const std::lock_guard lock(mutex_);
     metrics_.kv_bytes_reserved -= next.bytes;
-    --metrics_.running;
     ++metrics_.jobs_failed;
   };
   try {
-    auto text =
-        std::make_unique<Running>(Running{.job = next.job, .bytes = next.bytes, .sequence = BeginSequence(next)});
+    auto text = std::make_unique<Running>(
+        Running{.job = next.job, .bytes = next.bytes, .sequence = BeginSequence(next, std::move(stored))});
     text->before = text->sequence.Stats();
     text->cached = text->fed = text->sequence.tokens().size();
     text->shared = SharedBeginning(*text);
@@ -185,6 +228,7 @@ void Scheduler::Begin(const Waiting& next) {
     metrics_.prefix_hits += text->cached > 0;
     metrics_.prefix_tokens += text->cached;
     running_.push_back(std::move(text));
+    metrics_.running = running_.size();
   } catch (const Error& error) {
     fail(error);
   } catch (const std::bad_alloc&) {
@@ -193,11 +237,12 @@ void Scheduler::Begin(const Waiting& next) {
 }
 
 // One that has seen the prompt's beginning, or a new one.
-Sequence Scheduler::BeginSequence(const Waiting& next) {
+Sequence Scheduler::BeginSequence(const Waiting& next, std::optional<Sequence> stored) {
   const JobRequest& request = next.job->request();
   if (request.reuse) {
     try {
-      if (std::optional<Sequence> found = FindBeginning(request)) return Adopt(std::move(*found), request.config);
+      if (std::optional<Sequence> found = FindBeginning(request, std::move(stored)))
+        return Adopt(std::move(*found), request.config);
     } catch (const Error&) {  // such as spans that fit the budget when a prompt is read anew only
     }
   }
@@ -205,17 +250,14 @@ Sequence Scheduler::BeginSequence(const Waiting& next) {
   return Sequence(request.config);
 }
 
-// The idle sequence, in memory or stored, that has seen most of the prompt. One that several texts begin with stays, as
-// far as there is room for it beside its copy.
-std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request) {
-  const Beginning beginning{request.prompt, *request.config};
-  const PrefixCache::Entry* const idle = idle_.Find(beginning);
-  const size_t n_idle = idle == nullptr ? 0 : idle->sequence->tokens().size();
-  if (store_ != nullptr)
-    if (std::optional<Sequence> stored = store_->Load(beginning, n_idle)) {
-      MakeRoom(nullptr);
-      return stored;
-    }
+// The sequence, idle or just brought from the store, that has seen most of the prompt. One that several texts begin
+// with stays, as far as there is room for it beside its copy.
+std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request, std::optional<Sequence> stored) {
+  const PrefixCache::Entry* const idle = idle_.Find({request.prompt, *request.config});
+  if (stored && (idle == nullptr || idle->sequence->tokens().size() < stored->tokens().size())) {
+    MakeRoom(nullptr);
+    return stored;
+  }
   if (idle == nullptr) return std::nullopt;
   MakeRoom(idle);
   if (idle->shared && HasRoom(0)) return PrefixCache::Copy(idle);

@@ -85,6 +85,7 @@ struct SchedulerOptions {
   size_t step_tokens = 256;  // of a prompt that a step takes where the cache does not say otherwise
   size_t max_idle = 64;      // caches that are kept when their texts have ended; 0: every prompt is read anew
   size_t min_shared = 32;    // tokens: a beginning that two prompts share is kept from this length on
+  std::chrono::milliseconds store_patience{10000};  // for a stored conversation; then its text is read anew
 };
 
 // Counts since the beginning, and what is so now.
@@ -92,7 +93,7 @@ struct SchedulerMetrics {
   uint64_t jobs_finished = 0, jobs_failed = 0, jobs_cancelled = 0, jobs_rejected = 0;
   uint64_t prompt_tokens = 0, generated_tokens = 0, steps = 0;
   double tokens_evicted = 0, tokens_absorbed = 0;  // of ended texts; mean rows a KV head
-  size_t running = 0, queued = 0;
+  size_t running = 0, loading = 0, queued = 0;
   size_t kv_bytes = 0, kv_bytes_reserved = 0;  // held by running texts, and at most to be held by them
   double tokens_resident = 0;
   uint64_t prefix_hits = 0, prefix_tokens = 0;  // texts that went on with a cache, and prompt tokens they did not read
@@ -157,14 +158,23 @@ class Scheduler {
     std::shared_ptr<Job> job;
     size_t bytes;
   };
+  // One that has its place and its bytes, and begins when the store has said what it has. Others begin meanwhile.
+  struct Loading {
+    Waiting text;
+    std::shared_ptr<StoreLookup> lookup;
+    std::chrono::steady_clock::time_point patience_end;
+  };
 
   void Run();
   bool Prepare();  // false: stopped
   void DropWaiting();
+  bool BeginNext(std::unique_lock<std::mutex>& lock);
   std::optional<Waiting> NextAdmitted();
-  void Begin(const Waiting& next);
-  Sequence BeginSequence(const Waiting& next);
-  std::optional<Sequence> FindBeginning(const JobRequest& request);
+  std::optional<Loading> NextLoaded();
+  bool StartLoading(const Waiting& next);
+  void Begin(const Waiting& next, std::optional<Sequence> stored);
+  Sequence BeginSequence(const Waiting& next, std::optional<Sequence> stored);
+  std::optional<Sequence> FindBeginning(const JobRequest& request, std::optional<Sequence> stored);
   bool HasRoom(size_t more) const;
   void MakeRoom(const PrefixCache::Entry* spared, size_t more = 0);
   size_t SharedBeginning(const Running& text) const;
@@ -193,6 +203,7 @@ class Scheduler {
   mutable std::mutex mutex_;                       // of what follows
   std::condition_variable work_;
   std::deque<Waiting> waiting_;
+  std::vector<Loading> loading_;
   SchedulerMetrics metrics_;
   std::vector<SlotState> slots_;
   bool stopping_ = false;

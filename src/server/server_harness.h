@@ -9,10 +9,12 @@
 
 #include <chrono>
 #include <map>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <thread>
 
 #include "base/rng.h"
+#include "server/directory_backend.h"
 #include "server/http_server.h"
 
 namespace lesskv::server_test {
@@ -89,6 +91,7 @@ struct Options {
   HttpOptions http = {.port = 0, .max_body = 1 << 16};
   std::string store = {};  // a directory
   size_t store_bytes = 1 << 30;
+  std::function<std::unique_ptr<StoreBackend>(SessionStore::LogLine)> backend = {};  // makes another kind of store
   std::vector<std::string> kv = {"full", "window(24)", "h2o(24)"};
   size_t max_prompt = 500;
   std::chrono::seconds max_time = 600s;
@@ -104,10 +107,11 @@ class ServerTest : public testing::Test {
                      .max_time = options.max_time};
     limits.kv = options.kv;
     context_ = std::make_unique<ApiContext>(ApiContext{engine_, *tokenizer_, &chat_, "tiny", limits});
+    const SessionStore::LogLine log = [this](const std::string& line) { AddLog(line); };
+    if (options.backend) store_ = std::make_unique<SessionStore>(engine_, options.backend(log), log);
     if (!options.store.empty())
       store_ = std::make_unique<SessionStore>(
-          engine_,
-          StoreOptions{options.store, options.store_bytes, [this](const std::string& line) { log_ += line + "\n"; }});
+          engine_, std::make_unique<DirectoryBackend>(options.store, options.store_bytes), log);
     scheduler_ = std::make_unique<Scheduler>(engine_, *tokenizer_, options.scheduler, store_.get());
     server_ = std::make_unique<HttpServer>(*context_, *scheduler_, options.http, store_.get());
     port_ = server_->Bind();
@@ -150,6 +154,15 @@ class ServerTest : public testing::Test {
     return Generate(engine, *tokenizer_, sequence, tokenizer_->Encode(prompt, true, true), options);
   }
 
+  void AddLog(const std::string& line) {
+    const std::lock_guard lock(log_mutex_);
+    log_ += line + "\n";
+  }
+  std::string Log() {
+    const std::lock_guard lock(log_mutex_);
+    return log_;
+  }
+
   // Waits until it is so.
   template <typename Condition>
   static bool Soon(Condition condition) {
@@ -175,6 +188,7 @@ class ServerTest : public testing::Test {
   std::unique_ptr<const Tokenizer> tokenizer_ = Tokenizer::Create(LoadVocabulary(engine_.model().file()));
   const ChatTemplate chat_ = ChatTemplate::Choose("plain", "", *tokenizer_, kModel);
   std::unique_ptr<ApiContext> context_;
+  std::mutex log_mutex_;
   std::string log_;  // of the store
   std::unique_ptr<SessionStore> store_;
   std::unique_ptr<Scheduler> scheduler_;

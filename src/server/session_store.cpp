@@ -1,15 +1,9 @@
 #include "server/session_store.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <xxhash.h>
 
 #include <algorithm>
-#include <charconv>
-#include <filesystem>
 #include <utility>
-#include <vector>
 
 #include "base/error.h"
 #include "engine/session.h"
@@ -17,9 +11,8 @@
 namespace lesskv {
 namespace {
 
-namespace fs = std::filesystem;
-constexpr const char* kEnding = ".session";
 constexpr size_t kMostWaiting = 8;
+constexpr int kFinders = 4;  // so that small conversations do not wait for a large one
 
 // Hashes of a text's beginnings, shorter ones first.
 class TokenHash {
@@ -48,39 +41,18 @@ uint64_t SettingHash(const std::string& fingerprint, const CacheConfig& config, 
   return XXH3_64bits(text.data(), text.size());
 }
 
-// About what its file takes.
-size_t FileBytes(const Sequence& sequence) {
+// About what its value takes.
+size_t ValueBytes(const Sequence& sequence) {
   const CacheStats stats = sequence.Stats();
   return stats.kv_bytes - stats.kv_bytes_slack + sequence.tokens().size() * sizeof(int32_t);
 }
 
-std::string FileName(uint64_t tokens, uint64_t setting, size_t n) {
-  return fmt::format("{:016x}-{:016x}-{}{}", tokens, setting, n, kEnding);
-}
-
-// The number of tokens in a name of ours.
-std::optional<size_t> TokensOf(const std::string& name) {
-  constexpr size_t kHashes = 2 * 17;
-  if (!name.ends_with(kEnding) || name.size() <= kHashes) return std::nullopt;
-  const char *const begin = name.data() + kHashes, *const end = name.data() + name.size() - std::string(kEnding).size();
-  size_t n = 0;
-  const auto [stop, error] = std::from_chars(begin, end, n);
-  const bool hashes = name[16] == '-' && name[33] == '-' && name.find_first_not_of("0123456789abcdef-") >= kHashes - 1;
-  return error == std::errc() && stop == end && hashes && n > 0 ? std::optional(n) : std::nullopt;
-}
-
-// Of a process that was killed while it wrote.
-bool IsLeftover(const std::string& name) { return name.ends_with(".tmp") && name.find(kEnding) != std::string::npos; }
-
 }  // namespace
 
-SessionStore::SessionStore(const Engine& engine, StoreOptions options) : engine_(engine), options_(std::move(options)) {
-  Scan();
-  {
-    const std::lock_guard lock(mutex_);
-    Trim(0);
-  }
-  thread_ = std::thread([this] { Write(); });
+SessionStore::SessionStore(const Engine& engine, std::unique_ptr<StoreBackend> backend, LogLine log)
+    : engine_(engine), backend_(std::move(backend)), log_(std::move(log)) {
+  writer_ = std::thread([this] { Write(); });
+  for (int i = 0; i < kFinders; ++i) finders_.emplace_back([this] { LookUp(); });
 }
 
 SessionStore::~SessionStore() {
@@ -89,157 +61,175 @@ SessionStore::~SessionStore() {
     stopping_ = true;
   }
   work_.notify_all();
-  thread_.join();
+  writer_.join();
+  for (std::thread& finder : finders_) finder.join();
 }
 
-void SessionStore::Scan() {
-  struct Found {
-    std::string name;
-    fs::file_time_type time;
-    size_t bytes;
-  };
-  std::vector<Found> found;
-  try {
-    // What was said is nobody else's business.
-    if (fs::create_directories(options_.directory)) fs::permissions(options_.directory, fs::perms::owner_all);
-    for (const fs::directory_entry& entry : fs::directory_iterator(options_.directory)) {
-      const std::string name = entry.path().filename().string();
-      if (!entry.is_regular_file()) continue;
-      if (IsLeftover(name)) fs::remove(entry.path());
-      if (TokensOf(name)) found.push_back({name, entry.last_write_time(), entry.file_size()});
-    }
-  } catch (const fs::filesystem_error& error) {
-    Fail(ErrorCode::kIo, "the session store {} cannot be used: {}", options_.directory, error.code().message());
-  }
-  if (::access(options_.directory.c_str(), W_OK | X_OK) != 0)
-    Fail(ErrorCode::kIo, "the session store {} cannot be written", options_.directory);
-  std::ranges::sort(found, {}, &Found::time);
-  for (const Found& file : found) {
-    const size_t n = *TokensOf(file.name);
-    files_[file.name] = {n, file.bytes, ++clock_, false};
-    ++lengths_[n];
-    metrics_.bytes += file.bytes;
-  }
+SessionName SessionStore::NameOf(const Sequence& sequence) const {
+  const std::vector<int32_t>& tokens = sequence.tokens();
+  const size_t n = tokens.size();
+  return {TokenHash().Of(tokens, n), SettingHash(engine_.model().FingerprintText(), sequence.config(), n), n};
 }
 
 void SessionStore::Save(std::shared_ptr<const Sequence> sequence) {
-  const std::vector<int32_t>& tokens = sequence->tokens();
-  const std::string name =
-      FileName(TokenHash().Of(tokens, tokens.size()),
-               SettingHash(engine_.model().FingerprintText(), sequence->config(), tokens.size()), tokens.size());
   const std::lock_guard lock(mutex_);
-  const auto there = files_.find(name);
-  if (there != files_.end() && !there->second.damaged) {
-    there->second.used = ++clock_;
-    return;
-  }
-  if (queue_.size() >= kMostWaiting || FileBytes(*sequence) > options_.max_bytes) {
+  if (to_write_.size() >= kMostWaiting || ValueBytes(*sequence) > backend_->MaxBytes()) {
     ++metrics_.skipped;
     return;
   }
-  queue_.emplace_back(name, std::move(sequence));
+  to_write_.push_back(std::move(sequence));
   work_.notify_all();
 }
 
 void SessionStore::Write() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    work_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
-    if (queue_.empty()) return;
-    const auto [name, sequence] = std::move(queue_.front());
-    queue_.pop_front();
-    Trim(FileBytes(*sequence));
+    work_.wait(lock, [&] { return stopping_ || !to_write_.empty(); });
+    if (to_write_.empty()) return;
+    std::shared_ptr<const Sequence> sequence = std::move(to_write_.front());
+    to_write_.pop_front();
     lock.unlock();
-    WriteOne(*sequence, name);
+    WriteOne(*sequence);
+    sequence.reset();  // whoever wants it now need not copy it
     lock.lock();
-    Trim(0);
   }
 }
 
-void SessionStore::WriteOne(const Sequence& sequence, const std::string& name) {
-  try {
-    SaveSession(Path(name), engine_, sequence, std::nullopt);
-    const size_t bytes = fs::file_size(Path(name)), n = sequence.tokens().size();
+void SessionStore::WriteOne(const Sequence& sequence) {
+  const SessionName name = NameOf(sequence);
+  const auto is_damaged = [&] {
     const std::lock_guard lock(mutex_);
-    if (const auto there = files_.find(name); there != files_.end()) Forget(there);
-    files_[name] = {n, bytes, ++clock_, false};
-    ++lengths_[n];
-    metrics_.bytes += bytes;
+    return damaged_.contains(name);
+  };
+  try {
+    if (!is_damaged() && backend_->Touch(name)) return;
+    const std::vector<std::byte> bytes = SessionBytes(engine_, sequence, std::nullopt);
+    if (bytes.size() > backend_->MaxBytes()) return Count(&StoreMetrics::skipped);
+    backend_->Write(name, bytes);
+    const std::lock_guard lock(mutex_);
+    damaged_.erase(name);
     ++metrics_.saved;
+  } catch (const StoreGone&) {
+    Count(&StoreMetrics::unreachable);
+    Count(&StoreMetrics::skipped);
   } catch (const std::exception& error) {
     Log(fmt::format("a conversation could not be saved: {}", error.what()));
-    const std::lock_guard lock(mutex_);
-    ++metrics_.skipped;
+    Count(&StoreMetrics::skipped);
   }
 }
 
-void SessionStore::Forget(Files::iterator file) {
-  metrics_.bytes -= file->second.bytes;
-  if (--lengths_[file->second.tokens] == 0) lengths_.erase(file->second.tokens);
-  files_.erase(file);
+std::shared_ptr<StoreLookup> SessionStore::Find(std::span<const int32_t> prompt,
+                                                std::shared_ptr<const CacheConfig> config, size_t longer_than) {
+  auto lookup = std::make_shared<StoreLookup>(prompt, std::move(config), longer_than);
+  if (prompt.size() < longer_than + 2) return nullptr;
+  if (!backend_->remote() && Present(Names(*lookup)).empty()) return nullptr;
+  const std::lock_guard lock(mutex_);
+  to_find_.push_back(lookup);
+  work_.notify_all();
+  return lookup;
 }
 
-void SessionStore::Trim(size_t more) {
-  while (!files_.empty() && metrics_.bytes + more > options_.max_bytes) {
-    const auto oldest = std::ranges::min_element(files_, {}, [](const auto& file) { return file.second.used; });
-    ::unlink(Path(oldest->first).c_str());
-    Forget(oldest);
-    ++metrics_.removed;
+void SessionStore::LookUp() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    work_.wait(lock, [&] { return stopping_ || !to_find_.empty(); });
+    if (stopping_) return;
+    const std::shared_ptr<StoreLookup> lookup = to_find_.front().lock();
+    to_find_.pop_front();
+    if (lookup == nullptr) continue;
+    lock.unlock();
+    lookup->found_ = LookUpOne(*lookup);
+    lookup->done_.store(true, std::memory_order_release);
+    lock.lock();
   }
 }
 
-std::optional<Sequence> SessionStore::Load(const Beginning& beginning, size_t longer_than) {
-  std::vector<std::pair<std::string, size_t>> candidates;
-  {
-    const std::lock_guard lock(mutex_);
-    TokenHash hash;
-    for (const auto& [n, count] : lengths_) {
-      if (n >= beginning.prompt.size()) break;
-      if (n <= longer_than) continue;
-      std::string name = FileName(hash.Of(beginning.prompt, n),
-                                  SettingHash(engine_.model().FingerprintText(), beginning.config, n), n);
-      const auto file = files_.find(name);
-      if (file != files_.end() && !file->second.damaged) candidates.emplace_back(std::move(name), n);
-    }
+std::optional<Sequence> SessionStore::LookUpOne(const StoreLookup& lookup) {
+  constexpr size_t kAtOnce = 512;  // the next turn of a conversation finds it among the longest
+  try {
+    const std::vector<SessionName> names = Names(lookup);
+    for (size_t begin = 0; begin < names.size(); begin += kAtOnce)
+      for (const SessionName& name : Present(std::span(names).subspan(begin, std::min(kAtOnce, names.size() - begin))))
+        if (std::optional<Sequence> sequence = Open(name, lookup)) return sequence;
+  } catch (const StoreGone&) {
+    Count(&StoreMetrics::unreachable);
+  } catch (const std::exception& error) {
+    Log(fmt::format("no stored conversation could be looked for: {}", error.what()));
   }
-  for (auto longest = candidates.rbegin(); longest != candidates.rend(); ++longest)
-    if (std::optional<Sequence> sequence = Open(longest->first, beginning, longest->second)) return sequence;
   return std::nullopt;
 }
 
-std::optional<Sequence> SessionStore::Open(const std::string& name, const Beginning& beginning, size_t n) {
-  const std::string path = Path(name);
+// What there may be, the longest first.
+std::vector<SessionName> SessionStore::Names(const StoreLookup& lookup) {
+  const std::string fingerprint = engine_.model().FingerprintText();
+  std::vector<SessionName> names;
+  TokenHash hash;
+  for (const size_t n : backend_->Lengths()) {
+    if (n >= lookup.prompt_.size()) break;
+    if (n <= lookup.longer_than_) continue;
+    names.push_back({hash.Of(lookup.prompt_, n), SettingHash(fingerprint, *lookup.config_, n), n});
+  }
+  std::ranges::reverse(names);
+  const std::lock_guard lock(mutex_);
+  std::erase_if(names, [&](const SessionName& name) { return damaged_.contains(name); });
+  return names;
+}
+
+std::vector<SessionName> SessionStore::Present(std::span<const SessionName> names) {
+  const std::vector<bool> there = backend_->Has(names);
+  std::vector<SessionName> present;
+  for (size_t i = 0; i < names.size(); ++i)
+    if (there[i]) present.push_back(names[i]);
+  return present;
+}
+
+std::optional<Sequence> SessionStore::Open(const SessionName& name, const StoreLookup& lookup) {
+  std::optional<Sequence> sequence;
   try {
-    Session session = LoadSession(path, engine_, beginning.config.spec(), beginning.config.shape().ctx);
-    const Sequence& sequence = session.sequence;
-    if (sequence.tokens().size() != n || CommonPrefix(sequence.tokens(), beginning.prompt) != n ||
-        !SameBeginning(sequence.config(), beginning.config, n))
-      Fail(ErrorCode::kMismatch, "{}: the session is not the one that its name says", path);
-    ::utimensat(AT_FDCWD, path.c_str(), nullptr, 0);  // used now; where that fails, it only is removed earlier
-    const std::lock_guard lock(mutex_);
-    if (const auto file = files_.find(name); file != files_.end()) file->second.used = ++clock_;
-    ++metrics_.restored;
-    return std::move(session.sequence);
+    backend_->Read(name, [&](std::span<const std::byte> bytes) { sequence = Parse(bytes, name, lookup); });
+    if (sequence) Count(&StoreMetrics::restored);
+    return sequence;
+  } catch (const StoreGone&) {
+    throw;
   } catch (const Error& error) {
     Log(fmt::format("a stored conversation is passed over: {}", error.what()));
     const std::lock_guard lock(mutex_);
-    if (const auto file = files_.find(name); file != files_.end()) file->second.damaged = true;
+    damaged_.insert(name);
     ++metrics_.damaged;
     return std::nullopt;
   }
 }
 
+Sequence SessionStore::Parse(std::span<const std::byte> bytes, const SessionName& name,
+                             const StoreLookup& lookup) const {
+  const std::string where = backend_->Where(name);
+  const CacheConfig& wanted = *lookup.config_;
+  Session session = ParseSession(bytes, where, engine_, wanted.spec(), wanted.shape().ctx);
+  const Sequence& sequence = session.sequence;
+  const size_t n = name.n_tokens;
+  if (sequence.tokens().size() != n || CommonPrefix(sequence.tokens(), lookup.prompt_) != n ||
+      !SameBeginning(sequence.config(), wanted, n))
+    Fail(ErrorCode::kMismatch, "{}: the session is not the one that its name says", where);
+  return std::move(session.sequence);
+}
+
 StoreMetrics SessionStore::Metrics() const {
-  const std::lock_guard lock(mutex_);
-  StoreMetrics metrics = metrics_;
-  metrics.files = files_.size();
+  StoreMetrics metrics;
+  {
+    const std::lock_guard lock(mutex_);
+    metrics = metrics_;
+  }
+  metrics.usage = backend_->Usage();
   return metrics;
 }
 
-std::string SessionStore::Path(const std::string& name) const { return (fs::path(options_.directory) / name).string(); }
+void SessionStore::Count(uint64_t StoreMetrics::*what) {
+  const std::lock_guard lock(mutex_);
+  ++(metrics_.*what);
+}
 
 void SessionStore::Log(const std::string& line) const {
-  if (options_.log) options_.log(line);
+  if (log_) log_(line);
 }
 
 }  // namespace lesskv

@@ -1,0 +1,204 @@
+// Texts that wait for the store hold nobody up, and can be let go of.
+#include <set>
+
+#include "server/reuse_harness.h"
+
+namespace lesskv::server_test {
+namespace {
+
+// Values in memory, in a place so far away that reading lasts until the gate is opened.
+class Gate {
+ public:
+  void Open() {
+    const std::lock_guard lock(mutex_);
+    open_ = true;
+    opened_.notify_all();
+  }
+  void Close() {
+    const std::lock_guard lock(mutex_);
+    open_ = false;
+  }
+  void Pass() {
+    std::unique_lock lock(mutex_);
+    opened_.wait(lock, [&] { return open_; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable opened_;
+  bool open_ = true;
+};
+
+using Values = std::map<SessionName, std::vector<std::byte>>;
+
+class FarBackend final : public StoreBackend {
+ public:
+  FarBackend(Values& values, Gate& gate) : values_(values), gate_(gate) {}
+  bool remote() const override { return true; }
+  size_t MaxBytes() const override { return 1 << 30; }
+  std::vector<size_t> Lengths() override {
+    const std::lock_guard lock(mutex_);
+    std::set<size_t> lengths;
+    for (const auto& [name, value] : values_) lengths.insert(name.n_tokens);
+    return {lengths.begin(), lengths.end()};
+  }
+  std::vector<bool> Has(std::span<const SessionName> names) override {
+    const std::lock_guard lock(mutex_);
+    std::vector<bool> there;
+    for (const SessionName& name : names) there.push_back(values_.contains(name));
+    return there;
+  }
+  bool Read(const SessionName& name, const Use& use) override {
+    gate_.Pass();
+    const std::lock_guard lock(mutex_);
+    if (!values_.contains(name)) return false;
+    use(values_.at(name));
+    return true;
+  }
+  bool Touch(const SessionName& name) override { return Has({&name, 1})[0]; }
+  void Write(const SessionName& name, std::span<const std::byte> bytes) override {
+    const std::lock_guard lock(mutex_);
+    values_[name] = {bytes.begin(), bytes.end()};
+  }
+  std::optional<StoreUsage> Usage() const override { return std::nullopt; }
+  std::string Where(const SessionName& name) const override { return name.ToString(); }
+
+ private:
+  std::mutex mutex_;
+  Values& values_;
+  Gate& gate_;
+};
+
+class LoadingTest : public ReuseTest {
+ protected:
+  void SetUp() override {
+    ReuseTest::SetUp();
+    far_.scheduler.store_patience = 1h;
+    far_.backend = [this](const auto&) { return std::make_unique<FarBackend>(values_, gate_); };
+    Start(far_);
+    Ask(Ids("the sea"));
+    alone_.Say(Ids("the sea"));
+    ASSERT_TRUE(Saved(1));
+    Stop();
+    prompt_ = Joined(alone_.text(), Ids(" and then"));
+    gate_.Close();
+  }
+  void TearDown() override {
+    gate_.Open();
+    ReuseTest::TearDown();
+  }
+
+  // Has the conversation go on, whose beginning then does not come.
+  std::unique_ptr<Connection> Continue() const {
+    auto connection = std::make_unique<Connection>(port_);
+    const Json body = {{"prompt", prompt_}, {"max_tokens", 30}, {"temperature", 0}};
+    connection->Send(RequestText("POST", "/v1/completions", body.dump()));
+    EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().loading == 1; }));
+    return connection;
+  }
+  bool IsLoading() const { return scheduler_->Metrics().loading == 1; }
+
+  Values values_;
+  Gate gate_;
+  Options far_;
+  Streamed alone_{engine_, *tokenizer_, "full"};
+  std::vector<int32_t> prompt_;
+};
+
+TEST_F(LoadingTest, OthersGoOn) {
+  Start(far_);
+  const auto running = LongStream();  // looks for nothing that is there
+  const auto waiting = Continue();
+  EXPECT_NE(running->Some(), "");
+  for (const char* const prompt : {"aaaa", "bbbb"}) EXPECT_EQ(Cached(Ask(Ids(prompt))), 0u);  // are looked for, too
+  EXPECT_TRUE(IsLoading());
+  EXPECT_NE(Get("/metrics").body.find("\nlesskv_requests_loading 1\n"), std::string::npos);
+  gate_.Open();
+  const size_t seen = alone_.seen();
+  const Json answer = ParseReply(waiting->All()).json();
+  EXPECT_EQ(Cached(answer), seen);
+  EXPECT_EQ(Text(answer), alone_.Say(Ids(" and then")));
+  EXPECT_FALSE(IsLoading());
+}
+
+TEST_F(LoadingTest, ItHasItsPlace) {
+  far_.scheduler.max_running = 1;
+  Start(far_);
+  const auto waiting = Continue();
+  EXPECT_GT(scheduler_->Metrics().kv_bytes_reserved, 0u);
+  Connection next(port_);
+  next.Send(RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3,"cache_prompt":false})"));
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().queued == 1; }));
+  std::this_thread::sleep_for(100ms);
+  EXPECT_EQ(scheduler_->Metrics().running, 0u);
+  gate_.Open();
+  EXPECT_EQ(ParseReply(waiting->All()).status, 200);
+  EXPECT_EQ(ParseReply(next.All()).status, 200);
+  EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().kv_bytes_reserved == 0; }));
+}
+
+TEST_F(LoadingTest, AClientThatGoesLeavesNothingBehind) {
+  Start(far_);
+  Continue().reset();
+  EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().jobs_cancelled == 1; }));
+  EXPECT_FALSE(IsLoading());
+  EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
+  gate_.Open();
+  EXPECT_EQ(Cached(Ask(prompt_)), alone_.seen());
+}
+
+TEST_F(LoadingTest, PatienceEnds) {
+  far_.scheduler.store_patience = 100ms;
+  Start(far_);
+  const Json answer = Ask(prompt_);  // while the gate is closed
+  EXPECT_EQ(Cached(answer), 0u);
+  EXPECT_EQ(Text(answer), alone_.Say(Ids(" and then")));
+}
+
+TEST_F(LoadingTest, WhatMemoryHasMeanwhileIsTaken) {
+  Start(far_);
+  const auto waiting = Continue();
+  const size_t n = prompt_.size() - 2;
+  ASSERT_GT(n, alone_.seen());
+  Ask({prompt_.begin(), prompt_.begin() + static_cast<std::ptrdiff_t>(n)},
+      {{"cache_prompt", false}, {"max_tokens", 1}});
+  EXPECT_TRUE(IsLoading());
+  gate_.Open();
+  EXPECT_EQ(Cached(ParseReply(waiting->All()).json()), n);
+}
+
+TEST_F(LoadingTest, WhatTheStoreHasMoreOfIsTaken) {
+  gate_.Open();
+  Start(far_);
+  const std::vector<int32_t> beginning(prompt_.begin(), prompt_.begin() + 5);
+  Ask(beginning, {{"max_tokens", 1}});
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().idle == 1; }));
+  EXPECT_EQ(Cached(Ask(prompt_)), alone_.seen());
+}
+
+TEST_F(LoadingTest, WhatIsThereIsNotWrittenAgain) {
+  Start(far_);
+  Ask(Ids("the sea"));  // as SetUp has it
+  Ask(Ids("the tea"));
+  EXPECT_TRUE(Saved(1));
+  EXPECT_EQ(values_.size(), 2u);
+}
+
+TEST_F(LoadingTest, TimeIsLimited) {
+  far_.max_time = 1s;
+  Start(far_);
+  const Reply late = ParseReply(Continue()->All());
+  EXPECT_EQ(late.status, 500);
+  EXPECT_NE(late.body.find("time ran out"), std::string::npos);
+  EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
+}
+
+TEST_F(LoadingTest, TheEndOfTheServerEndsIt) {
+  Start(far_);
+  const auto waiting = Continue();
+  scheduler_->Stop();
+  EXPECT_NE(waiting->All().find("the server is stopping"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace lesskv::server_test
