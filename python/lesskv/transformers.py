@@ -30,6 +30,9 @@ NAME = "lesskv"
 # The architectures whose rotation, windows and scale are known to be read right (the tests compare each with the engine).
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+# Whose heads GGUF files hold with the two coordinates of a rotated pair side by side, not half a head apart. Cached rows lie
+# likewise: blocks of low-bit codes have the members that they have in the engine, and trained parts fit.
+ADJACENT_PAIRS = ("llama", "mistral")
 
 _step = threading.local()  # .cache: what a layer has just updated, for the attention that it calls next
 
@@ -77,6 +80,7 @@ class Cache(cache_utils.Cache):
     def __init__(self, model, kv: str = "full", ctx: int = 0, threads: int = 0, stream: bool = False):
         attach(model)
         self._shape = _shape_of(model, ctx)
+        self._adjacent = not self._shape["rope_halves"]
         super().__init__(layers=[_Layer(self, layer) for layer in range(self._shape["layers"])])
         self.stream = stream
         # An empty cache, of which each text's is a clone: they share its threads.
@@ -149,7 +153,7 @@ class Cache(cache_utils.Cache):
         for i, text in enumerate(self.texts):
             if self._steps[i] == 0:
                 continue
-            q, k, v = (self._rows(i, x) for x in (queries, keys, values))
+            q, k, v = self._rows(i, queries, self._adjacent), self._rows(i, keys, self._adjacent), self._rows(i, values)
             rows = torch.from_numpy(text(layer, q, k, v))
             if self._mask is None:
                 out[i] = rows
@@ -159,10 +163,15 @@ class Cache(cache_utils.Cache):
             self._end()
         return out
 
-    def _rows(self, i: int, x) -> np.ndarray:
-        """[heads, n, dim] of text i as the cache wants it, [tokens, heads, dim]; no copy where it lies so already."""
+    def _rows(self, i: int, x, adjacent: bool = False) -> np.ndarray:
+        """[heads, n, dim] of text i as the cache wants it, [tokens, heads, dim]; no copy where it lies so already. adjacent: the
+        halves of a head are interleaved."""
         rows = x[i].transpose(0, 1)
-        return (rows if self._mask is None else rows[self._mask[i]]).detach().float().contiguous().numpy()
+        rows = (rows if self._mask is None else rows[self._mask[i]]).detach().float().contiguous().numpy()
+        if not adjacent:
+            return rows
+        tokens, heads, dim = rows.shape
+        return rows.reshape(tokens, heads, 2, dim // 2).swapaxes(2, 3).reshape(rows.shape)  # NumPy: a fifth of torch's time
 
     def _end(self):
         for i, text in enumerate(self.texts):
@@ -241,7 +250,8 @@ def _shape_of(model, ctx: int) -> dict:
     window_of_all = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     windows = [getattr(a, "sliding_window", None) or window_of_all or 0 for a in attentions]
     shape = dict(layers=len(attentions), heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-                 head_dim=head_dim, ctx=ctx or config.max_position_embeddings, rope_halves=True,
+                 head_dim=head_dim, ctx=ctx or config.max_position_embeddings,
+                 rope_halves=config.model_type not in ADJACENT_PAIRS,
                  scale=_one("scaling", [float(a.scaling) for a in attentions]), windows=windows)
     return {**shape, **_rope_of(decoder.rotary_emb, config.rope_parameters, windows, head_dim)}
 
