@@ -159,7 +159,7 @@ TEST_F(ChatCommand, ALineGoesOnBehindABackslashAndASlashIsWrittenWithTwo) {
 // The plain template's answers end at an empty line, which the next turn must find once and not twice.
 TEST_F(ChatCommand, TheEndOfAPlainAnswerIsReadOnce) {
   std::ofstream(Path("in")) << "The sea was\nShe had never\n/save s.bin\n";
-  const Result chat = Shell("$L chat -m $M --chat-template plain --seed 3 -n 300 < in");
+  const Result chat = Shell("$L chat -m $M --compute f32 --chat-template plain --seed 3 -n 300 < in");
   ASSERT_EQ(chat.status, 0) << chat.err;
   const std::string session = Read(Path("s.bin"));
   ASSERT_FALSE(session.empty());
@@ -318,7 +318,7 @@ TEST_F(ChatCommand, OnATerminalCtrlCTakesAQuestionBackThatIsBeingRead) {
 TEST_F(ChatCommand, ARealModelAnswersInItsOwnTemplate) {
   if (!fs::exists(TalkingModel())) GTEST_SKIP() << TalkingModel() << " is not there";
   std::ofstream(Path("in")) << "What is the capital of France?\nAnd of Italy?\n";
-  const Result chat = Shell("$L chat -m $S --temp 0 -n 40 < in");
+  const Result chat = Shell("$L chat -m $S --compute f32 --temp 0 -n 40 < in");
   ASSERT_EQ(chat.status, 0) << chat.err;
   const size_t first = chat.out.find("Paris"), second = chat.out.find("Rome");
   EXPECT_NE(first, std::string::npos) << chat.out;
