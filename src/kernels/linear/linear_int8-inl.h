@@ -8,6 +8,7 @@
 //   kLanes                   32-bit numbers in a vector, and rows of weights
 //   kSignedOffset            what is added to signed codes to make them unsigned; 0: AddProducts takes them signed
 //   Int, Float               vectors, and a few functions that are named after what they do
+//   Byte<kSigned>(v, at)     byte `at` of each 32-bit number
 //   AddProducts<kBits, kVectors, kTokens, kFours>
 //                            total[v][t] += the products of 4 kFours codes with as many activations; unsigned codes of
 //                            kBits bits, or signed ones where kBits is 8 and kSignedOffset 0
@@ -113,12 +114,15 @@ void UnpackInt8(const RowBlock& block, const Int8Panel& out) {
 // --- Activations ---
 
 // A token's row in natural order. init and sum have one entry for each scale of the weights: what integer sums start
-// from, and what a minimum is multiplied with.
+// from, and what a minimum is multiplied with. Behind the scales stand the spikes themselves.
 template <typename Simd>
 void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
-  const size_t n_blocks = RoundRowToInt8(x, n, token, out);
+  const size_t n_blocks = n / 32;
+  RoundRowToInt8(x, n, token, out);
   const int8_t* q = out.q + token * out.n_padded;
-  const float* scale = out.scale + token * out.n_padded / 16;
+  float* scale = out.scale + token * out.n_padded / 16;
+  const uint32_t* spike = out.spike + token * out.n_padded / 32;
+  for (size_t e = 0; e < out.n_spikes; ++e) scale[n_blocks + e] = x[spike[e]];
   int32_t* init = out.init + token * out.n_padded / 4;
   float* sum = out.sum + token * out.n_padded / 16;
   const int offset = PanelOffset<Simd>(type);
@@ -137,52 +141,66 @@ void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const I
 
 // --- Products ---
 
-// Adds to the sums of kTokens tokens kFours fours of their block `x_block` times the panel's from `four` of block `b`,
-// which share a scale.
+// Adds to the sums of kTokens tokens kFours fours of the range's codes, from `four` of block `b`, which share a scale.
 template <typename Simd, DType kType, size_t kTokens, size_t kFours>
 __attribute__((always_inline)) inline void AddFours(const Int8Panel& panel, size_t b, size_t four,
-                                                    const Int8Activations& x, size_t token, size_t x_block,
+                                                    const Int8Activations& x, size_t token,
                                                     typename Simd::Float acc[][kTokens]) {
   using Int = typename Simd::Int;
   using Float = typename Simd::Float;
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
-  const size_t apart = x.n_padded / 16, group = four * kGroups / kFoursInBlock;
-  const size_t part = b * kGroups + group, x_part = x_block * kGroups + group;
+  const size_t apart = x.n_padded / 16, part = b * kGroups + four * kGroups / kFoursInBlock;
   Int total[kGroupVectors][kTokens];
   Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-    const int32_t* first = x.init + (token + t) * x.n_padded / 4 + x_part;
+    const int32_t* first = x.init + (token + t) * x.n_padded / 4 + part;
     const Int start = PanelOffset<Simd>(kType) == 0 ? Simd::ZeroInt() : Simd::Broadcast(*first);
     Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { total[v][t] = start; });
   });
+  const size_t at = b * 32 + four * 4;
   Simd::template AddProducts<CodeBits(kType), kGroupVectors, kTokens, kFours>(
-      panel.codes + (b * 32 + four * 4) * kRows, x.q + token * x.n_padded + x_block * 32 + four * 4, x.n_padded, total);
+      panel.codes + at * kRows, x.q + token * x.n_padded + at, x.n_padded, total);
   Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) {
     const Float scale = Simd::Load(panel.scale + part * kRows + v * kLanes);
     Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-      const Float both = Simd::Mul(scale, Simd::Broadcast(x.scale[(token + t) * apart + x_block]));
+      const Float both = Simd::Mul(scale, Simd::Broadcast(x.scale[(token + t) * apart + b]));
       acc[v][t] = Simd::MulAdd(Simd::ToFloat(total[v][t]), both, acc[v][t]);
     });
     if constexpr (HasMinimum(kType)) {
       const Float minimum = Simd::Load(panel.minimum + part * kRows + v * kLanes);
       Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-        acc[v][t] = Simd::MulAdd(minimum, Simd::Broadcast(x.sum[(token + t) * apart + x_part]), acc[v][t]);
+        acc[v][t] = Simd::MulAdd(minimum, Simd::Broadcast(x.sum[(token + t) * apart + part]), acc[v][t]);
       });
     }
   });
 }
 
-// A token's spikes within the range: the one four of the weights that meets each.
+// A token's spikes within the range, each times its column of weights.
 template <typename Simd, DType kType>
 inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const Int8Range& range, size_t token,
                       typename Simd::Float sums[kGroupVectors]) {
+  using Float = typename Simd::Float;
+  constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroupElements = 32 / ScaleGroups(kType);
+  constexpr bool kSigned = HasSignedCodes(kType) && Simd::kSignedOffset == 0;
+  const Float offset = Simd::Broadcast(static_cast<float>(-PanelOffset<Simd>(kType)));
   const uint32_t* spike = x.spike + token * x.n_padded / 32;
+  const float* value = x.scale + token * x.n_padded / 16 + range.all_blocks;
   size_t e = 0;
   while (spike[e] < range.first_block * 32) ++e;
-  typename Simd::Float acc[kGroupVectors][1];
-  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { acc[v][0] = sums[v]; });
-  for (; spike[e] < (range.first_block + range.n_blocks) * 32; ++e)
-    AddFours<Simd, kType, 1, 1>(panel, spike[e] / 32, spike[e] % 32 / 4, x, token, range.all_blocks + e, acc);
-  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[v] = acc[v][0]; });
+  Float acc[kGroupVectors];
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { acc[v] = sums[v]; });
+  for (; spike[e] < (range.first_block + range.n_blocks) * 32; ++e) {
+    const size_t at = spike[e], part = at / kGroupElements;
+    const Float factor = Simd::Broadcast(value[e]);
+    Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) {
+      const auto codes = Simd::LoadInt(panel.codes + (at / 4 * kRows + v * kLanes) * 4);
+      const Float code = Simd::Add(Simd::ToFloat(Simd::template Byte<kSigned>(codes, at % 4)), offset);
+      Float weight = Simd::Mul(code, Simd::Load(panel.scale + part * kRows + v * kLanes));
+      if constexpr (HasMinimum(kType))
+        weight = Simd::Add(weight, Simd::Load(panel.minimum + part * kRows + v * kLanes));
+      acc[v] = Simd::MulAdd(weight, factor, acc[v]);
+    });
+  }
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[v] = acc[v]; });
 }
 
 template <typename Simd, DType kType, size_t kTokens>
@@ -200,7 +218,7 @@ void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& 
   for (size_t b = range.first_block; b < range.first_block + range.n_blocks; ++b) {
 #pragma GCC unroll 2
     for (size_t four = 0; four < kFoursInBlock; four += kFours)
-      AddFours<Simd, kType, kTokens, kFours>(panel, b, four, x, token, b, acc);
+      AddFours<Simd, kType, kTokens, kFours>(panel, b, four, x, token, acc);
   }
   Float sums[kTokens][kGroupVectors];  // in memory
   Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {

@@ -36,6 +36,11 @@ struct Avx2Simd {
   static inline Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm256_cvtepi32_ps(v); }
+  template <bool kSigned>
+  static inline Int Byte(Int v, size_t at) {
+    const Int up = _mm256_sll_epi32(v, _mm_cvtsi32_si128(static_cast<int>(24 - 8 * at)));
+    return kSigned ? _mm256_srai_epi32(up, 24) : _mm256_srli_epi32(up, 24);
+  }
 
   static inline Int AddPairs(Int total, Int pairs) {
     return InOrder(_mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));

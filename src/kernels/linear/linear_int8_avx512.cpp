@@ -26,6 +26,11 @@ struct Avx512Simd {
   static inline Float Mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm512_cvtepi32_ps(v); }
+  template <bool kSigned>
+  static inline Int Byte(Int v, size_t at) {
+    const Int up = _mm512_sll_epi32(v, _mm_cvtsi32_si128(static_cast<int>(24 - 8 * at)));
+    return kSigned ? _mm512_srai_epi32(up, 24) : _mm512_srli_epi32(up, 24);
+  }
   static inline Int Dot(Int total, Int w, Int x) { return _mm512_dpbusd_epi32(total, w, x); }
 
   template <size_t, size_t kVectors, size_t kTokens, size_t kFours>

@@ -27,6 +27,11 @@ struct AvxVnniSimd {
   static inline Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm256_cvtepi32_ps(v); }
+  template <bool kSigned>
+  static inline Int Byte(Int v, size_t at) {
+    const Int up = _mm256_sll_epi32(v, _mm_cvtsi32_si128(static_cast<int>(24 - 8 * at)));
+    return kSigned ? _mm256_srai_epi32(up, 24) : _mm256_srli_epi32(up, 24);
+  }
   static inline Int Dot(Int total, Int w, Int x) { return _mm256_dpbusd_avx_epi32(total, w, x); }
 
   template <size_t, size_t kVectors, size_t kTokens, size_t kFours>
