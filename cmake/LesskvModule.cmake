@@ -24,13 +24,17 @@ endif()
 add_library(lesskv_cold_flags INTERFACE)
 target_compile_options(lesskv_cold_flags INTERFACE $<$<CONFIG:Release>:-O1> $<$<CONFIG:Debug>:-O0>)
 
+# SLOW: label of tests of whole models, which sanitizers would take minutes for and learn nothing new from.
 # Test programs learn where the checkout is, and through LESSKV_SHARED_DIR where optional shared data lies.
 function(lesskv_test NAME)
-  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "SLOW" "" "SOURCES;DEPS" ${ARGN})
   add_executable(${NAME} ${ARG_SOURCES})
   target_link_libraries(${NAME} PRIVATE lesskv_flags lesskv_cold_flags ${ARG_DEPS} GTest::gtest GTest::gtest_main)
   target_compile_definitions(${NAME} PRIVATE LESSKV_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
-  gtest_discover_tests(${NAME} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+  if(ARG_SLOW)
+    set(labels LABELS slow)
+  endif()
+  gtest_discover_tests(${NAME} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600 ${labels})
 endfunction()
 
 function(lesskv_module NAME)
