@@ -355,21 +355,22 @@ inline float LargestLane(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
 
-// Rounds 32 values to 127 steps of the largest; the same numbers as the scalar reference's. Returns the scale.
-inline float Quantize32(const float* x, int8_t* q) {
+// Of 32 values.
+inline float LargestSize(const float* x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 v[4];
   __m256 most = _mm256_setzero_ps();
 #pragma GCC unroll 4
-  for (size_t i = 0; i < 4; ++i) {
-    v[i] = _mm256_loadu_ps(x + 8 * i);
-    most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v[i]));
-  }
-  const float largest = LargestLane(most);
+  for (size_t i = 0; i < 32; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+  return LargestLane(most);
+}
+
+// Rounds 32 values to 127 steps of the largest; the same numbers as the scalar reference's. Returns the scale.
+inline float Quantize32(const float* x, int8_t* q) {
+  const float largest = LargestSize(x);
   const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
   __m256i rounded[4];
 #pragma GCC unroll 4
-  for (size_t i = 0; i < 4; ++i) rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+  for (size_t i = 0; i < 4; ++i) rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
   const __m256i bytes =
       _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]), _mm256_packs_epi32(rounded[2], rounded[3]));
   const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
@@ -389,14 +390,6 @@ inline size_t LargestElement(const float x[32]) {
     if (__builtin_fabsf(x[i]) > __builtin_fabsf(x[at])) at = i;
   }
   return at;
-}
-
-inline float LargestSize(const float* x) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 most = _mm256_setzero_ps();
-#pragma GCC unroll 4
-  for (size_t i = 0; i < 32; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-  return LargestLane(most);
 }
 
 // Takes out the spikes of a row, its largest elements: where they stood, ascending, and in `taken` the bits of each

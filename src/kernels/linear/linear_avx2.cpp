@@ -393,6 +393,7 @@ const LinearKernels& Avx2LinearKernels() {
       .int8 = &Avx2Int8Kernels(),
       .dots_take_spikes = true,
       .store = ScalarStore,
+      .few_panel = 3,
   };
   return kKernels;
 }

@@ -281,6 +281,29 @@ TEST_P(LinearTest, LargeShapes) {
   }
 }
 
+// Spikes at the edges of what a panel goes on with at once, side by side and equal, meet their weights once each.
+TEST_P(LinearTest, SpikesAtEveryEdge) {
+  Rng rng(11);
+  const size_t n_in = 4608, n_tokens = 7;
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    const Matrix m = MakeMatrix(type, 37, n_in, rng);
+    std::vector<float> x = RandomVector(n_tokens * n_in, rng);
+    for (size_t t = 0; t < n_tokens; ++t) {
+      for (size_t at : {0u, 1u, 31u, 32u, 1023u, 1024u, 1025u, 1026u, 2047u, 2048u, 3071u, 3072u, 4606u, 4607u})
+        x[t * n_in + at] = (at + t) % 2 == 0 ? 40.0f : -40.0f;
+    }
+    for (const size_t n : {size_t{1}, size_t{4}, n_tokens}) {
+      const std::vector<float> few(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(n * n_in));
+      const bool spikes = n > FewTokens(type, n_in, ComputeType::kInt8) || FewTakeSpikes(GetParam());
+      EXPECT_LT(NormalizedError(Product(m, RoundToInt8(few, n_in, spikes), n),
+                                RunLinear(m.view, few, n, ComputeType::kInt8)),
+                1e-11)
+          << Traits(type).name << " tokens " << n;
+    }
+  }
+}
+
 // An output depends on its own row and token only: not on the other tokens of the call, nor on the threads.
 TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
   Rng rng(5);
