@@ -153,17 +153,24 @@ void AddPerplexity(CLI::App& parent) {
   auto o = std::make_shared<TextOptions>();
   AddTextOptions(*command, *o);
   auto pair_distance = std::make_shared<size_t>(0);
+  auto block = std::make_shared<size_t>(0);
+  command
+      ->add_option("--by-block", *block,
+                   "Also report each block of N tokens of a window apart (json, csv): its perplexity and the time a token took; "
+                   "tables show the first, the last and the worst")
+      ->check(AtLeast(1))
+      ->option_text("N");
   command
       ->add_option("--by-pair", *pair_distance,
                    "Also report apart the tokens that with the token before them are new to the window, that repeat a "
                    "pair of the last N tokens, and that repeat one only farther back")
       ->check(AtLeast(1))
       ->option_text("N");
-  command->callback([o, pair_distance] {
+  command->callback([o, pair_distance, block] {
     Session session(o->common, "perplexity");
     const Protocol protocol = o->protocol.Parse(session.setup.ctx);
     session.AddRivalsIfAsked(o->common, protocol.prompt);
-    session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, protocol, *pair_distance}));
+    session.Print(EvaluatePerplexity(session.setup, {o->texts, o->max_windows, protocol, *pair_distance, *block}));
   });
 }
 

@@ -177,6 +177,35 @@ TEST(PerplexityTest, ByPairItShowsWhereTheLossLies) {
   EXPECT_GT(lost("pair_far"), 3 * lost("pair_new"));
 }
 
+// Blocks make up the whole; a mode that scores from the middle on has none before.
+TEST(PerplexityTest, ByBlockItShowsWhereInTheTextTheLossLies) {
+  const EvalSetup setup = Bundled().Setup({"window(24)"}, 256);
+  for (const Protocol& protocol : {kStream8, Protocol{.mode = Protocol::Mode::kContinue, .prompt = 120}}) {
+    const Json row = EvaluatePerplexity(setup, {{kSampleText}, 2, protocol, 0, 50}).rows[0];
+    const Json& blocks = row.at("perplexity_by_block");
+    ASSERT_EQ(blocks.size(), 6u);
+    const bool is_stream = protocol.mode == Protocol::Mode::kStream;
+    const size_t first = is_stream ? 1 : 121;
+    double nats = 0, scored = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const size_t end = std::min<size_t>(256, (b + 1) * 50), begin = std::max(first, b * 50);
+      if (begin >= end) {
+        EXPECT_TRUE(std::isnan(blocks[b].get<double>())) << b;
+        continue;
+      }
+      nats += static_cast<double>(end - begin) * std::log(blocks[b].get<double>());
+      scored += static_cast<double>(end - begin);
+    }
+    EXPECT_NEAR(nats / scored, std::log(Value(row, "perplexity")), 1e-9);
+    EXPECT_EQ(Value(row, "tokens_scored"), 2 * scored);
+    EXPECT_EQ(Value(row, "perplexity_block_first"), blocks[is_stream ? 0 : 2].get<double>());
+    EXPECT_EQ(Value(row, "perplexity_block_last"), blocks[5].get<double>());
+    ASSERT_EQ(row.at("microseconds_by_block").size(), 6u);
+    EXPECT_EQ(std::isnan(row.at("microseconds_by_block")[0].get<double>()), !is_stream);
+    EXPECT_GT(row.at("microseconds_by_block")[5].get<double>(), 0);
+  }
+}
+
 TEST(PerplexityTest, StopsWhenAsked) {
   EvalSetup setup = Bundled().Setup({"full"}, 128);
   const std::atomic<bool> stop = true;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
 #include <unordered_map>
 
 #include "base/check.h"
@@ -21,18 +22,52 @@ Nats MakeNats(std::span<const TextWindow> windows, size_t first_target) {
   return nats;
 }
 
+// Seconds that the tokens of a block took, from the cost so far after each step.
+class BlockPace {
+ public:
+  explicit BlockPace(size_t block) : block_(block) {}
+  // A batch of windows begins, whose first `prompt` tokens are not timed by blocks.
+  void Begin(size_t n_windows, size_t prompt) {
+    n_windows_ = n_windows, prompt_ = prompt;
+    before_ = {};
+  }
+  void Note(const FeedCost& cost) {
+    if (block_ == 0) return;
+    const size_t at = (prompt_ + cost.tokens / n_windows_ - 1) / block_;  // of the step's last token
+    if (blocks_.size() <= at) blocks_.resize(at + 1);
+    blocks_[at].tokens += cost.tokens - before_.tokens;
+    blocks_[at].seconds += cost.seconds - before_.seconds;
+    before_ = cost;
+  }
+  void AddTo(Json& row) const {
+    if (block_ == 0) return;
+    for (const FeedCost& b : blocks_) row["microseconds_by_block"].push_back(b.tokens == 0 ? kNotANumber : 1e6 * b.seconds / static_cast<double>(b.tokens));
+  }
+
+ private:
+  size_t block_, n_windows_ = 0, prompt_ = 0;
+  FeedCost before_;
+  std::vector<FeedCost> blocks_;
+};
+
 void Score(const EvalSetup& setup, const Subject& subject, std::span<const TextWindow> windows,
-           const Protocol& protocol, PerplexityTally& tally, FeedCost& cost, StatsTally& stats) {
+           const Protocol& protocol, PerplexityTally& tally, BlockPace& pace, FeedCost& cost, StatsTally& stats) {
+  pace.Begin(windows.size(), protocol.prompt);
   WindowBatch batch(*setup.engine, subject.config, windows, protocol);
   const size_t first = batch.FirstTarget();
   Nats nats = MakeNats(windows, first);
-  cost += WindowBatch::Run(setup, batch, [&](std::span<const ScoredRow> rows) {
+  const ScoredSink score = [&](std::span<const ScoredRow> rows) {
     ParallelFor(rows.size(), [&](size_t i) {
       const ScoredRow& row = rows[i];
       const size_t token = static_cast<size_t>(windows[row.window].ids[row.target]);
       nats[row.window][row.target - first] = LogMass(row.logits) - row.logits[token];
     });
-  });
+  };
+  while (batch.Step(score)) {
+    setup.CheckStop();
+    pace.Note(batch.cost());
+  }
+  cost += batch.cost();
   for (size_t w = 0; w < windows.size(); ++w) tally.AddWindow(windows[w], first, nats[w]);
   batch.AddStats(stats);
 }
@@ -73,7 +108,11 @@ void PerplexityTally::AddWindow(const TextWindow& window, size_t first_target, s
   per_word_.Add(sum, words);
   per_byte_.Add(sum, bytes);
   ++n_windows_;
-  if (pair_distance_ == 0) return;
+  if (pair_distance_ > 0) AddPairs(window, first_target, nats);
+  if (block_ > 0) AddBlocks(first_target, nats);
+}
+
+void PerplexityTally::AddPairs(const TextWindow& window, size_t first_target, std::span<const double> nats) {
   const std::vector<PairClass> classes = ClassifyPairs(window.ids, pair_distance_);
   std::array<double, kPairClasses> sums = {};
   std::array<size_t, kPairClasses> counts = {};
@@ -83,6 +122,17 @@ void PerplexityTally::AddWindow(const TextWindow& window, size_t first_target, s
     ++counts[c];
   }
   for (size_t c = 0; c < kPairClasses; ++c) per_class_[c].Add(sums[c], counts[c]);
+}
+
+void PerplexityTally::AddBlocks(size_t first_target, std::span<const double> nats) {
+  for (size_t begin = 0; begin < nats.size();) {
+    const size_t block = (first_target + begin) / block_;
+    const size_t end = std::min(nats.size(), (block + 1) * block_ - first_target);
+    if (per_block_.size() <= block) per_block_.resize(block + 1);
+    per_block_[block].Add(std::accumulate(nats.begin() + static_cast<std::ptrdiff_t>(begin), nats.begin() + static_cast<std::ptrdiff_t>(end), 0.0),
+                          end - begin);
+    begin = end;
+  }
 }
 
 void PerplexityTally::AddTo(Json& row) const {
@@ -98,7 +148,11 @@ void PerplexityTally::AddTo(Json& row) const {
   row["words_scored"] = per_word_.count();
   row["bytes_scored"] = per_byte_.count();
   row["windows"] = n_windows_;
-  if (pair_distance_ == 0) return;
+  if (pair_distance_ > 0) AddPairsTo(row);
+  if (block_ > 0) AddBlocksTo(row);
+}
+
+void PerplexityTally::AddPairsTo(Json& row) const {
   row["pair_distance"] = pair_distance_;
   for (size_t c = 0; c < kPairClasses; ++c) {
     const std::string name = kClassNames[c];
@@ -107,6 +161,22 @@ void PerplexityTally::AddTo(Json& row) const {
     row["perplexity_" + name] = perplexity;
     row["perplexity_" + name + "_se"] = perplexity * per_class_[c].StandardError();
   }
+}
+
+void PerplexityTally::AddBlocksTo(Json& row) const {
+  row["block_tokens"] = block_;
+  double first = kNotANumber, last = kNotANumber, most = kNotANumber;
+  for (const ClusteredMean& block : per_block_) {
+    const double perplexity = block.count() == 0 ? kNotANumber : std::exp(block.Mean());  // before the first scored token: none
+    row["perplexity_by_block"].push_back(perplexity);
+    if (block.count() == 0) continue;
+    if (std::isnan(first)) first = perplexity;
+    last = perplexity;
+    most = std::fmax(most, perplexity);
+  }
+  row["perplexity_block_first"] = first;
+  row["perplexity_block_last"] = last;
+  row["perplexity_block_max"] = most;
 }
 
 Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& options) {
@@ -119,18 +189,20 @@ Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& optio
   size_t n_done = 0;
   Report report;
   for (const Subject& subject : setup.subjects) {
-    PerplexityTally tally(options.pair_distance);
+    PerplexityTally tally(options.pair_distance, options.block);
+    BlockPace pace(options.block);
     FeedCost cost;
     StatsTally stats;
     for (size_t begin = 0; begin < windows.size(); begin += n_batch) {
       const auto batch = std::span(windows).subspan(begin, std::min(n_batch, windows.size() - begin));
-      Score(setup, subject, batch, options.protocol, tally, cost, stats);
+      Score(setup, subject, batch, options.protocol, tally, pace, cost, stats);
       setup.Progress(n_done += batch.size(), n_total);
     }
     Json row = BeginRow(setup, subject, "perplexity");
     AddProtocol(row, options.protocol);
     row["texts"] = options.texts;
     tally.AddTo(row);
+    pace.AddTo(row);
     AddCacheStats(row, stats.stats(), *subject.config);
     AddCost(row, cost);
     report.rows.push_back(row);
@@ -140,6 +212,9 @@ Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& optio
   report.columns.push_back({"word_perplexity", "per word", Column::Style::kFixed, 2, "word_perplexity_se"});
   report.columns.push_back({"bits_per_byte", "bits/byte", Column::Style::kFixed, 4, "bits_per_byte_se"});
   if (options.pair_distance > 0) AddPairColumns(report.columns);
+  if (options.block > 0)
+    for (const std::string which : {"first", "last", "max"})
+      report.columns.push_back({"perplexity_block_" + which, which + " block", Column::Style::kFixed, 3});
   AppendCacheColumns(report.columns);
   return report;
 }
