@@ -23,6 +23,26 @@ TEST_F(RunCommand, SessionThatCannotBeSavedIsRefusedFirst) {
   EXPECT_NE(result.err.find("nowhere"), std::string::npos) << result.err;
 }
 
+// What --kv-stats tells of each head adds up to what the cache as a whole says of itself.
+TEST_F(RunCommand, KvStatsTellsEveryHeadsRows) {
+  const std::string run = "$L run -m $M -p 'the sea and the land and the sky over them' -n 30 --temp 0 --kv 'window(12)' --kv-stats";
+  const auto json = nlohmann::json::parse(Shell(run + " --json").out);
+  ASSERT_EQ(json["kv_rows"].size(), 2u);  // layers of the tiny model, 2 KV heads each
+  double sum = 0;
+  for (size_t layer = 0; layer < 2; ++layer) {
+    ASSERT_EQ(json["kv_rows"][layer].size(), 2u);
+    for (size_t head = 0; head < 2; ++head) {
+      sum += json["kv_rows"][layer][head].get<double>();
+      const int seen = json["tokens_seen"];
+      EXPECT_EQ(json["kv_runs"][layer][head], (std::vector<int>{0, 4, seen - 8, seen}));  // sinks, recent ones
+    }
+  }
+  EXPECT_EQ(sum / 4, json["tokens_resident"].get<double>());
+  EXPECT_FALSE(nlohmann::json::parse(Shell("$L run -m $M -p 'the sea' -n 3 --json").out).contains("kv_rows"));
+  const Result text = Shell(run);
+  EXPECT_NE(text.err.find("\n1           12 (8)  12 (8)\n"), std::string::npos) << text.err;
+}
+
 // A sidecar belongs to a model, not to a file: it is found beside a copy in another quantisation, by the model's identity.
 TEST_F(RunCommand, ASidecarServesEveryQuantisationOfItsModel) {
   const auto info = [&](const std::string& file) {

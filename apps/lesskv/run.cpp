@@ -13,6 +13,7 @@
 #include "common.h"
 #include "engine/generate.h"
 #include "base/memory.h"
+#include "engine/resident_runs.h"
 #include "engine/run_info.h"
 #include "engine/session.h"
 
@@ -31,7 +32,7 @@ struct RunOptions {
   bool chat = false;
   ChatOptions chat_options;
   std::string session;
-  bool json = false;
+  bool json = false, kv_stats = false;
 };
 
 void AddOptions(CLI::App& command, RunOptions& o) {
@@ -55,6 +56,7 @@ void AddOptions(CLI::App& command, RunOptions& o) {
                      "Go on from the cache in this file if it exists, and save the cache in it at the end")
       ->option_text("FILE");
   command.add_flag("--json", o.json, "Print one JSON object instead of the text");
+  command.add_flag("--kv-stats", o.kv_stats, "Also tell what each layer and KV head of the cache holds at the end");
 }
 
 // An empty prompt is a text's beginning, which only a model with a BOS token can continue.
@@ -137,7 +139,7 @@ Start MakeStart(const RunOptions& options, const OpenedModel& opened, const Chat
   return {std::move(session.sequence), std::move(tokens), goes_on};
 }
 
-Json ResultJson(const Engine& engine, const Sequence& sequence, const GenerateResult& result, uint64_t seed) {
+Json ResultJson(const Engine& engine, const Sequence& sequence, const GenerateResult& result, const RunOptions& options) {
   Json json;
   json["text"] = result.text;
   json["finish"] = FinishName(result.reason);
@@ -148,7 +150,8 @@ Json ResultJson(const Engine& engine, const Sequence& sequence, const GenerateRe
   json["prefill_tokens_per_second"] = result.PrefillTokensPerSecond();
   json["decode_tokens_per_second"] = result.DecodeTokensPerSecond();
   AddCacheStats(json, sequence.Stats(), sequence.config());
-  AddRunInfo(json, engine, sequence.config(), seed);
+  if (options.kv_stats) AddHeadStats(json, sequence.cache());
+  AddRunInfo(json, engine, sequence.config(), options.sampling.sampler.seed);
   return json;
 }
 
@@ -171,6 +174,23 @@ void Report(const Sequence& sequence, const GenerateResult& result) {
         stats.tokens_offloaded, stats.tokens_seen, HumanBytes(recall.file_bytes), HitRate(recall) * 100,
         HumanBytes(recall.bytes_read));
   if (const size_t bytes = sequence.config().sidecar_bytes()) Say("sidecar     {}\n", HumanBytes(bytes));
+}
+
+// A line a layer: the rows of its KV heads, and the share of them that lies in the last quarter of the text.
+void ReportHeads(const SequenceCache& cache) {
+  const ResidentRuns layers = ReadResidentRuns(cache);
+  const auto recent = static_cast<int32_t>(cache.tokens_seen() - cache.tokens_seen() / 4);
+  Say("layer       rows of each KV head (of them among the last quarter of the text)\n");
+  for (size_t layer = 0; layer < layers.size(); ++layer) {
+    std::string line;
+    for (const std::vector<int32_t>& runs : layers[layer]) {
+      size_t late = 0;
+      for (size_t i = 0; i + 1 < runs.size(); i += 2)
+        late += static_cast<size_t>(std::max(0, runs[i + 1] - std::max(runs[i], recent)));
+      line += fmt::format("  {} ({})", CountRows(runs), late);
+    }
+    Say("{:<10}{}\n", layer, line);
+  }
 }
 
 constexpr size_t kManyTokens = 65536;
@@ -235,11 +255,13 @@ void Run(const RunOptions& options) {
   bar.Clear();
   if (sequence.interrupted() || (result.reason == FinishReason::kInterrupted && result.generated_tokens == 0))
     Fail(ErrorCode::kRuntime, "interrupted while the prompt was being read");
-  WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options.sampling.sampler.seed)) + "\n" : "\n");
+  WriteResult(options.json ? Dump(ResultJson(engine, sequence, result, options)) + "\n" : "\n");
   FlushResults();
   if (!options.session.empty())  // after the text, which should not be lost where the session finds no room
     SaveSession(options.session, engine, sequence, result.pending_token);
-  if (!options.json) Report(sequence, result);
+  if (options.json) return;
+  Report(sequence, result);
+  if (options.kv_stats) ReportHeads(sequence.cache());
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "engine/run_info.h"
 
+#include "engine/resident_runs.h"
 #include "kernels/basic/cpu.h"
 
 namespace lesskv {
@@ -43,6 +44,17 @@ void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& con
   result["offload_file_bytes"] = recall.file_bytes;
   result["recall_bytes_read"] = recall.bytes_read;
   result["recall_hit_rate"] = HitRate(recall);
+}
+
+void AddHeadStats(Json& result, const SequenceCache& cache) {
+  const ResidentRuns layers = ReadResidentRuns(cache);
+  Json rows = Json::array();
+  for (const auto& heads : layers) {
+    Json& layer = rows.emplace_back(Json::array());
+    for (const auto& runs : heads) layer.push_back(CountRows(runs));
+  }
+  result["kv_rows"] = std::move(rows);
+  result["kv_runs"] = layers;
 }
 
 std::string Dump(const Json& result, int indent) {

@@ -25,6 +25,9 @@ double HitRate(const RecallStats& recall);
 // recall_hit_rate.
 void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& config);
 
+// Keys: kv_rows, the rows of each KV head of each layer; kv_runs, the ResidentRuns.
+void AddHeadStats(Json& result, const SequenceCache& cache);
+
 // The object as text. Invalid UTF-8 (of a file name, say) is replaced, never an exception.
 std::string Dump(const Json& result, int indent = 2);
 

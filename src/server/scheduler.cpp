@@ -53,23 +53,7 @@ void Job::Fail(const Error& error) {
   news_.notify_all();
 }
 
-CachePicture Picture(const SequenceCache& cache) {
-  CachePicture picture{cache.Stats(), {}};
-  const CacheShape& shape = cache.config().shape();
-  for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
-    auto& heads = picture.layers.emplace_back();
-    for (size_t head = 0; head < shape.layers[layer].n_kv_heads; ++head) {
-      std::vector<int32_t>& runs = heads.emplace_back();
-      for (const Position position : cache.ResidentPositions(layer, head)) {
-        if (!runs.empty() && runs.back() == ToInt(position))
-          ++runs.back();
-        else
-          runs.insert(runs.end(), {ToInt(position), ToInt(position) + 1});
-      }
-    }
-  }
-  return picture;
-}
+CachePicture Picture(const SequenceCache& cache) { return {cache.Stats(), ReadResidentRuns(cache)}; }
 
 Scheduler::Scheduler(Engine& engine, const Tokenizer& tokenizer, const SchedulerOptions& options, SessionStore* store)
     : engine_(engine), tokenizer_(tokenizer), options_(options), store_(store), thread_([this] { Run(); }) {}

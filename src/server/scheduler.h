@@ -16,6 +16,7 @@
 
 #include "engine/engine.h"
 #include "engine/generate.h"
+#include "engine/resident_runs.h"
 #include "server/prefix_cache.h"
 #include "server/session_store.h"
 #include "tokenizer/tokenizer.h"
@@ -34,8 +35,7 @@ struct JobRequest {
 // Who is in a cache.
 struct CachePicture {
   CacheStats stats;
-  std::vector<std::vector<std::vector<int32_t>>>
-      layers;  // [layers][KV heads]: runs of positions, begin, end, begin, ...
+  ResidentRuns layers;
 };
 CachePicture Picture(const SequenceCache& cache);
 
