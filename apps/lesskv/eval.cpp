@@ -15,6 +15,7 @@
 #include "eval/match_bytes.h"
 #include "eval/perplexity.h"
 #include "eval/recall.h"
+#include "eval/ruler.h"
 #include "eval/report.h"
 #include "eval/setup.h"
 #include "eval/summarize.h"
@@ -196,6 +197,12 @@ struct RecallFlags {
   size_t step = 8;
 };
 
+RecallOptions::Ask ParseAsk(const std::string& text) {
+  if (text == "with") return RecallOptions::Ask::kWithPrompt;
+  if (text == "after") return RecallOptions::Ask::kAfterPrompt;
+  Fail(ErrorCode::kInvalidArgument, "--ask: expected with or after, found '{}'", text);
+}
+
 RecallOptions ReadRecallFlags(const RecallFlags& flags) {
   RecallOptions options;
   options.kinds.clear();
@@ -204,10 +211,7 @@ RecallOptions ReadRecallFlags(const RecallFlags& flags) {
   options.depths = flags.depths;
   options.samples = flags.samples;
   options.protocol = {ParseMode(flags.mode), flags.step, 0};
-  if (flags.ask != "with" && flags.ask != "after") {
-    Fail(ErrorCode::kInvalidArgument, "--ask: expected with or after, found '{}'", flags.ask);
-  }
-  options.ask = flags.ask == "with" ? RecallOptions::Ask::kWithPrompt : RecallOptions::Ask::kAfterPrompt;
+  options.ask = ParseAsk(flags.ask);
   if (!flags.text.empty()) options.text = ReadText(flags.text);
   if (!flags.words.empty()) {
     std::istringstream words(ReadText(flags.words));
@@ -250,6 +254,44 @@ void AddRecall(CLI::App& parent) {
     const Report report = EvaluateRecall(session.setup, options);
     session.Print(report);  // first: the picture's file may turn out not to be writable
     if (!o->heat_map.empty()) WriteHeatMap(o->heat_map, report);
+  });
+}
+
+void AddRuler(CLI::App& parent) {
+  CLI::App* command = parent.add_subcommand("ruler", "Scores of the synthetic tasks of RULER (arXiv 2404.06654)");
+  struct Flags {
+    CommonOptions common;
+    std::vector<std::string> tasks = {"all"};
+    std::string text, questions, ask = "after";
+    size_t length = 0, samples = 20;
+  };
+  auto o = std::make_shared<Flags>();
+  AddCommonOptions(*command, o->common);
+  command->add_option("--task", o->tasks, "niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; "
+                                          "several with commas; all: all of them, qa where --qa is given")
+      ->delimiter(',')->option_text("TASK,...")->capture_default_str();
+  command->add_option("--length", o->length, "Tokens of document and question (default: the context less 128)")
+      ->check(AtLeast(1))->option_text("N");
+  command->add_option("--samples", o->samples, "Documents of each task")->check(AtLeast(1))->option_text("N")->capture_default_str();
+  command->add_option("--text", o->text, "Real text in which most niah tasks hide their needles")->option_text("FILE");
+  command->add_option("--qa", o->questions, "JSON lines with question, context and answers, for qa")->option_text("FILE");
+  command->add_option("--ask", o->ask, "The question comes with the document, or after it was read and compressed")
+      ->option_text("WHEN")->capture_default_str();
+  command->callback([o] {
+    RulerOptions options{.length = o->length, .samples = o->samples, .ask = ParseAsk(o->ask)};
+    if (!o->text.empty()) options.text = ReadText(o->text);
+    if (!o->questions.empty()) options.questions = ParseRulerQuestions(ReadText(o->questions), o->questions);
+    for (const std::string& task : o->tasks) {
+      if (task != "all") {
+        options.kinds.push_back(ParseRulerKind(task));
+        continue;
+      }
+      for (const RulerKind kind : kRulerKinds)
+        if (kind != RulerKind::kQuestion || !options.questions.empty()) options.kinds.push_back(kind);
+    }
+    Session session(o->common, "ruler");
+    session.AddRivalsIfAsked(o->common, o->length != 0 ? o->length : session.setup.ctx - std::min<size_t>(session.setup.ctx, 128));
+    session.Print(EvaluateRuler(session.setup, options));
   });
 }
 
@@ -330,6 +372,7 @@ void AddEvalCommand(CLI::App& app) {
   AddPerplexity(*command);
   AddDivergence(*command);
   AddRecall(*command);
+  AddRuler(*command);
   AddChoices(*command);
   AddSummarize(*command);
 }

@@ -1,0 +1,201 @@
+#include "eval/ruler.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "engine/generate.h"
+#include "eval/metrics.h"
+#include "eval/stopwatch.h"
+
+namespace lesskv {
+namespace {
+
+constexpr size_t kMostAnswer = 128;
+
+// Documents through the cache one by one, questions and answers together.
+class RulerBatch {
+ public:
+  RulerBatch(const EvalSetup& setup, const Subject& subject, std::span<const RulerSample> samples)
+      : setup_(setup), samples_(samples), scores_(samples.size(), 0), next_(samples.size()) {
+    for (size_t i = 0; i < samples.size(); ++i) sequences_.emplace_back(subject.config);
+  }
+
+  void Run(RecallOptions::Ask ask, size_t max_tokens) {
+    for (size_t i = 0; i < samples_.size(); ++i) {
+      const RulerSample& s = samples_[i];
+      std::vector<int32_t> seen = s.document_ids;
+      seen.insert(seen.end(), s.question_ids.begin(), s.question_ids.end());
+      GenerationOptions options;
+      options.sampler.temperature = 0;
+      options.max_tokens = max_tokens;
+      generations_.emplace_back(*setup_.tokenizer, options, seen, setup_.ctx);
+      Prefill(i, ask == RecallOptions::Ask::kWithPrompt ? std::move(seen) : s.document_ids, ask == RecallOptions::Ask::kWithPrompt);
+    }
+    if (ask == RecallOptions::Ask::kAfterPrompt) AskAll();
+    while (Step()) setup_.CheckStop();
+  }
+
+  const std::vector<double>& scores() const { return scores_; }
+  const FeedCost& cost() const { return cost_; }
+  const std::vector<Sequence>& sequences() const { return sequences_; }
+
+ private:
+  void Take(size_t i, std::span<const float> logits) {
+    const Generation::Output output = generations_[i].Push(logits);
+    scores_[i] = RulerScore(samples_[i], generations_[i].text());
+    next_[i] = output.finish || scores_[i] == 1 ? std::nullopt : std::optional(output.token);
+  }
+
+  void Prefill(size_t i, const std::vector<int32_t>& tokens, bool answers) {
+    const Stopwatch watch;
+    const StepItem item{&sequences_[i], tokens, answers ? LogitsRows::kLast : LogitsRows::kNone};
+    setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Take(i, rows.back().logits); });
+    cost_.prompt_tokens += tokens.size();
+    cost_.prompt_seconds += watch.Seconds();
+    setup_.CheckStop();
+  }
+
+  void Decode(const std::vector<StepItem>& items) {
+    const Stopwatch watch;
+    setup_.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
+      for (const LogitsRow& row : rows) Take(row.tag, row.logits);
+    });
+    cost_.tokens += items.size();
+    cost_.seconds += watch.Seconds();
+  }
+
+  void AskAll() {
+    for (size_t at = 0;; ++at) {
+      std::vector<StepItem> items;
+      for (size_t i = 0; i < samples_.size(); ++i) {
+        const std::vector<int32_t>& question = samples_[i].question_ids;
+        if (at >= question.size()) continue;
+        items.push_back({&sequences_[i], {&question[at], 1}, at + 1 == question.size() ? LogitsRows::kLast : LogitsRows::kNone, i});
+      }
+      if (items.empty()) return;
+      Decode(items);
+    }
+  }
+
+  bool Step() {
+    std::vector<StepItem> items;
+    std::vector<int32_t> tokens(samples_.size());
+    for (size_t i = 0; i < samples_.size(); ++i) {
+      if (!next_[i]) continue;
+      tokens[i] = *next_[i];
+      items.push_back({&sequences_[i], {&tokens[i], 1}, LogitsRows::kLast, i});
+    }
+    if (items.empty()) return false;
+    Decode(items);
+    return true;
+  }
+
+  const EvalSetup& setup_;
+  std::span<const RulerSample> samples_;
+  std::vector<Sequence> sequences_;
+  std::vector<Generation> generations_;
+  std::vector<double> scores_;
+  std::vector<std::optional<int32_t>> next_;  // what is to be fed; nothing when a text has ended
+  FeedCost cost_;
+};
+
+// Scores of one subject, [kinds][samples].
+using Scores = std::vector<std::vector<double>>;
+
+ClusteredMean MeanOf(std::span<const double> scores) {
+  ClusteredMean mean;
+  for (const double score : scores) mean.AddOne(score);
+  return mean;
+}
+
+std::vector<size_t> TasksToAverage(const EvalSetup& setup, const std::vector<Scores>& scores, size_t n_kinds) {
+  const auto is_full = [](const Subject& s) { return s.config->spec_text() == "full"; };
+  const auto full = std::find_if(setup.subjects.begin(), setup.subjects.end(), is_full);
+  std::vector<size_t> tasks;
+  for (size_t k = 0; k < n_kinds; ++k)
+    if (full == setup.subjects.end() || MeanOf(scores[static_cast<size_t>(full - setup.subjects.begin())][k]).Mean() >= 0.5) tasks.push_back(k);
+  return tasks;
+}
+
+void AddScores(Json& row, const RulerOptions& options, const Scores& scores, std::span<const size_t> averaged) {
+  for (size_t k = 0; k < scores.size(); ++k) {
+    const ClusteredMean mean = MeanOf(scores[k]);
+    row[fmt::format("score_{}", Name(options.kinds[k]))] = mean.Mean();
+    row[fmt::format("score_{}_se", Name(options.kinds[k]))] = mean.StandardError();
+  }
+  row["tasks_averaged"] = Json::array();
+  std::vector<double> all;
+  for (const size_t k : averaged) {
+    row["tasks_averaged"].push_back(Name(options.kinds[k]));
+    all.insert(all.end(), scores[k].begin(), scores[k].end());
+  }
+  row["average"] = MeanOf(all).Mean();
+  row["average_se"] = MeanOf(all).StandardError();
+}
+
+void CheckOptions(const EvalSetup& setup, RulerOptions& options) {
+  if (options.length == 0) options.length = setup.ctx - std::min(setup.ctx, kMostAnswer);
+  if (options.kinds.empty() || options.samples == 0) Fail(ErrorCode::kInvalidArgument, "RULER needs at least one task and sample");
+  size_t answer = 0;
+  for (const RulerKind kind : options.kinds) answer = std::max(answer, AnswerTokens(kind));
+  if (options.length == 0 || options.length + answer > setup.ctx)
+    Fail(ErrorCode::kInvalidArgument, "--length: {} tokens of document and question and {} for the answer do not fit a context of {}", options.length,
+         answer, setup.ctx);
+}
+
+}  // namespace
+
+Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
+  RulerOptions options = given;
+  CheckOptions(setup, options);
+  const RulerTasks tasks(*setup.tokenizer, options.text, options.questions);
+  std::vector<Scores> scores(setup.subjects.size(), Scores(options.kinds.size()));
+  std::vector<FeedCost> costs(setup.subjects.size());
+  std::vector<StatsTally> stats(setup.subjects.size());
+  const size_t n_batch = setup.BatchSize(options.length, kMostAnswer), total = options.kinds.size() * setup.subjects.size() * options.samples;
+  size_t done = 0;
+  for (size_t k = 0; k < options.kinds.size(); ++k) {
+    std::vector<RulerSample> samples;
+    for (size_t i = 0; i < options.samples; ++i)
+      samples.push_back(tasks.Make(options.kinds[k], options.length, Rng(setup.seed * 1000003 + static_cast<uint64_t>(options.kinds[k]) * 10007 + i).Next()));
+    for (size_t s = 0; s < setup.subjects.size(); ++s)
+      for (size_t begin = 0; begin < samples.size(); begin += n_batch) {
+        RulerBatch batch(setup, setup.subjects[s], std::span(samples).subspan(begin, std::min(n_batch, samples.size() - begin)));
+        batch.Run(options.ask, AnswerTokens(options.kinds[k]));
+        scores[s][k].insert(scores[s][k].end(), batch.scores().begin(), batch.scores().end());
+        costs[s] += batch.cost();
+        for (const Sequence& sequence : batch.sequences()) stats[s].Add(sequence.Stats());
+        setup.Progress(done += batch.scores().size(), total);
+      }
+  }
+  const std::vector<size_t> averaged = TasksToAverage(setup, scores, options.kinds.size());
+  Report report;
+  for (size_t s = 0; s < setup.subjects.size(); ++s) {
+    Json& row = report.rows.emplace_back(BeginRow(setup, setup.subjects[s], "ruler"));
+    AddProtocol(row, {.mode = Protocol::Mode::kContinue});
+    row["prompt"] = nullptr;  // each document's own
+    row["ask"] = options.ask == RecallOptions::Ask::kWithPrompt ? "with" : "after";
+    row["length"] = options.length;
+    row["samples"] = options.samples;
+    AddScores(row, options, scores[s], averaged);
+    row["tokens_scored"] = costs[s].tokens;
+    AddCacheStats(row, stats[s].stats(), *setup.subjects[s].config);
+    AddCost(row, costs[s]);
+  }
+  report.columns = SubjectColumns();
+  report.columns.push_back({"average", "average %", Column::Style::kPercent, 1, "average_se"});
+  for (const RulerKind kind : options.kinds) {
+    const std::string key = fmt::format("score_{}", Name(kind));
+    report.columns.push_back({key, fmt::format("{} %", Name(kind)), Column::Style::kPercent, 0});
+  }
+  AppendCacheColumns(report.columns);
+  report.notes.push_back(fmt::format("{} documents a task; averaged are {} tasks{}", options.samples, averaged.size(),
+                                     averaged.size() < options.kinds.size() ? ": the full cache does not reach half of the others" : ""));
+  return report;
+}
+
+}  // namespace lesskv
