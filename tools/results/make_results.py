@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the tables of docs/results.md with `lesskv eval` and writes the page.
+"""Measures the tables of docs/results-bundled.md with `lesskv eval` and writes the page.
 
   make_results.py --data DIR [--lesskv build/release/apps/lesskv/lesskv] [--jobs 2] [--only base|less|variants|codec|codec_less]
   make_results.py --render
@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STORE = Path(__file__).resolve().parent / "results.jsonl"
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "results-bundled.md"
 MODEL = "models/lesskv-small.gguf"
 SELECTORS = ["window", "h2o", "tova", "snapkv"]
 BUDGETS = ["2%", "5%", "10%", "20%"]

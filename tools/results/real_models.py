@@ -36,23 +36,21 @@ ROWS_OF_FEW_BITS = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+mix(k=q8
                     "full+kivi(k=4, v=2)", "full+kivi(2)", "full+think(0.4)", "full+think(0.6)", "full+think(0.5)+q8"]
 THREE_BITS = ["full+kivi(3)", "full+kivi(3, group=64)", "full+kivi(k=4, v=3)", "full+kivi(k=3, v=2)", "full+kivi(k=3, v=2, group=64)"]
 SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o", "tova", "snapkv")]
-BUDGETS = [f"snapkv({b})+{t}" for b in ("5%", "10%", "20%") for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + \
+BUDGETS = [f"snapkv({b})+{t}" for b in ("5%", "10%") for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + \
           ["h2o(10%)+zigzag", "h2o(10%)+ada", "h2o(10%)+split", "window(10%)+split"]
-TRAINED_SCORES = ["kvzap(10%)", "kvzap(10%)+pooled", "kvzap(10%)+split", "kvzap(20%)+pooled"]
+TRAINED_SCORES = ["kvzap(10%)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
 RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(20%)", "full+cluster(10%, share=group)"]
 MERGING = ["elastic(0.9)", "elastic(0.8)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%)", "window(10%, positions=cache)"]
-MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%", "20%") for s in ("h2o", "snapkv") for t in ("+match",)] + ["h2o(2%)", "snapkv(2%)"]
-STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%", "20%")]
+MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv") for t in ("", "+match")]
+STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%")]
 TOGETHER = ["h2o(10%)+q8", "h2o(20%)+q4(rotate=true)", "h2o(20%)+kivi(4)", "snapkv(20%)+q8", "snapkv(20%)+think(0.5)+q8", "snapkv(20%)+split+q8"]
 WITH_SIDECAR = ["h2o(10%)+less+q8", "h2o(10%)+less+q4(rotate=true)"]
 
 # The longer text, and the larger model, get a part of all that.
-LONG = ["full+q4", "full+kivi(4)", "full+kivi(4, group=64)", "full+kivi(k=4, v=2)", "full+think(0.4)", "full+cluster(10%)",
-        "window(10%)", "h2o(10%)", "h2o(10%)+less", "snapkv(10%)", "snapkv(10%)+split", "snapkv(10%)+match"]
-QWEN = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+kivi(4)", "full+kivi(4, group=64)", "full+kivi(k=4, v=2)",
-        "full+kivi(2)", "full+think(0.4)", "full+cluster(10%)", "window(10%)", "h2o(10%)", "tova(10%)",
-        "snapkv(10%)", "snapkv(10%)+split", "snapkv(10%)+ada", "snapkv(10%)+zigzag", "snapkv(10%)+match", "elastic(0.9)",
-        "cascade(10%)", "window(10%, positions=cache)", "h2o(10%)+match", "h2o(20%)+kivi(4)", "snapkv(20%)+q8", "snapkv(20%)+think(0.5)+q8"]
+LONG = ["full+q4", "full+kivi(4, group=64)", "full+kivi(k=4, v=2)", "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split"]
+QWEN = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+kivi(4)", "full+kivi(k=4, v=2)", "full+kivi(2)",
+        "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split", "snapkv(10%)+match",
+        "snapkv(10%)+zigzag", "cascade(10%)", "elastic(0.9)", "h2o(20%)+kivi(4)"]
 
 
 def runs():
@@ -74,7 +72,7 @@ def runs():
 
   divergence("bits", "smollm2", 2048, 4, ROWS_OF_FEW_BITS)
   divergence("rows", "smollm2", 2048, 4, SELECTORS)
-  divergence("states", "smollm2", 2048, 4, STATES + MATCHING)
+  divergence("states", "smollm2", 2048, 4, STATES + [m for m in MATCHING if m.endswith("match") or "2%" in m])
   divergence("bits", "smollm2", 4096, 3, LONG)
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
   divergence("recall", "smollm2", 2048, 4, RECALL)
@@ -125,6 +123,159 @@ def measure(args) -> None:
       future.result()
 
 
+# -- the page
+
+SECTIONS = (  # runs whose names begin so, title
+  (("bits", "three bits"), "Rows of few bits"),
+  (("rows",), "Which rows stay"),
+  (("budgets", "scores"), "Where the rows go"),
+  (("states",), "What is left of the others"),
+  (("recall",), "Rows that are recalled"),
+  (("merging",), "Merging, and positions of the cache's own"),
+  (("together",), "Together"),
+)
+COLOURS = {"few bits": "#d95f02", "rows": "#1b9e77", "divided rows": "#7570b3", "state or fit": "#e7298a", "recall": "#666666", "together": "#1f78b4"}
+
+
+def short(spec) -> str:
+  """Without fingerprints of sidecars, which the page states once."""
+  spec = re.sub(r'(, )?sidecar="[0-9a-f]+"', "", spec)
+  return spec.replace("()", "")
+
+
+def bits(row) -> float:
+  """Bytes of the whole cache, shared out over the numbers that a full one holds: f16 has 16 bits."""
+  return 16 * row["kv_bytes"] / row["kv_bytes_full"]
+
+
+def family(spec) -> str:
+  terms = spec.split("+")
+  codec = any(t.startswith(("q8", "q4", "mix", "kivi", "csr", "think")) for t in terms)
+  if "cluster" in spec:
+    return "recall"
+  if codec:
+    return "few bits" if terms[0] == "full" else "together"
+  if any(t.startswith(("less", "match", "merge")) for t in terms) or terms[0].startswith("elastic"):
+    return "state or fit"
+  return "divided rows" if len(terms) > 1 else "rows"
+
+
+def collect(store):
+  """{(model, ctx): {section title: rows}}, of divergence runs, in the order of runs()."""
+  tables = {}
+  for name, model, arguments in runs():
+    record = store.get(run_key(model, arguments))
+    if record is None or arguments[0] != "divergence":
+      continue
+    ctx = int(arguments[arguments.index("-c") + 1])
+    title = next(t for names, t in SECTIONS if name.startswith(tuple(f"{n} {model}" for n in names)))
+    tables.setdefault((model, ctx), {}).setdefault(title, []).extend(record["rows"])
+  return tables
+
+
+def row_cells(row):
+  return [f"`{short(row['kv_spec'])}`", f"{bits(row):.2f}", f"{row['kv_bytes'] / 1024:.0f}", with_error(row, "kl_mean", 4), f"{row['kl_p95']:.3f}",
+          f"{row['kl_p99']:.2f}", f"{100 * row['same_top1']:.1f}", with_error(row, "perplexity_ratio", 3), f"{row['tokens_resident']:.0f}"]
+
+
+HEAD = ["cache", "bits", "KiB", "KL mean", "95 %", "99 %", "same top 1 %", "perplexity ratio", "rows"]
+
+
+def front(rows):
+  """Those that no other beats in both bytes and divergence, from large to small."""
+  best, out = math.inf, []
+  for row in sorted(rows, key=lambda r: (r["kv_bytes"], r["kl_mean"])):
+    if row["kl_mean"] < best:
+      best = row["kl_mean"]
+      out.append(row)
+  return out[::-1]
+
+
+def picture(tables) -> str:
+  """KL against bytes, a panel for each model and length, both axes logarithmic."""
+  width, height, left, top = 560, 420, 56, 34
+  parts = []
+  panels = [k for k, sections in tables.items() if sum(map(len, sections.values())) >= 8]
+  for i, key in enumerate(panels):
+    rows = [r for rows in tables[key].values() for r in rows if r["kl_mean"] > 0]
+    x_of = lambda b: left + (math.log2(b) - math.log2(0.25)) / 6 * (width - left - 20)
+    low, high = -4, 0.5  # decades of KL
+    y_of = lambda kl: top + (high - math.log10(min(max(kl, 10 ** low), 10 ** high))) / (high - low) * (height - top - 44)
+    parts.append(f'<g transform="translate(0 {i * height})"><text x="{left}" y="20" font-weight="bold">{MODELS[key[0]]}, {key[1]} tokens</text>')
+    for b in (0.25, 0.5, 1, 2, 4, 8, 16):
+      parts.append(f'<line x1="{x_of(b):.1f}" y1="{top}" x2="{x_of(b):.1f}" y2="{height - 44}" stroke="#ddd"/><text x="{x_of(b):.1f}" y="{height - 28}" '
+                   f'text-anchor="middle">{b:g}</text>')
+    for d in range(low, 1):
+      y = y_of(10 ** d)
+      parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - 20}" y2="{y:.1f}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">1e{d}</text>')
+    best = front(rows)
+    line = " ".join(f"{x_of(bits(r)):.1f},{y_of(r['kl_mean']):.1f}" for r in best)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#bbb" stroke-dasharray="4 3"/>')
+    for r in rows:
+      spec = short(r["kv_spec"])
+      parts.append(f'<circle cx="{x_of(bits(r)):.1f}" cy="{y_of(r["kl_mean"]):.1f}" r="4" fill="{COLOURS[family(spec)]}" fill-opacity="0.8">'
+                   f'<title>{spec}: {bits(r):.2f} bits, KL {r["kl_mean"]:.4f}</title></circle>')
+    for n, r in enumerate(best):
+      x, y = x_of(bits(r)), y_of(r["kl_mean"])
+      parts.append(f'<text x="{x - 7:.1f}" y="{y + 12 + 3 * (n % 2):.1f}" text-anchor="end" font-size="9">{short(r["kv_spec"])}</text>')
+    parts.append(f'<text x="{(left + width) / 2}" y="{height - 10}" text-anchor="middle">bits a number of the full cache, all bytes counted</text></g>')
+  for n, (name, colour) in enumerate(COLOURS.items()):
+    parts.append(f'<circle cx="{width + 12}" cy="{46 + 18 * n}" r="4" fill="{colour}"/><text x="{width + 22}" y="{50 + 18 * n}">{name}</text>')
+  total = height * len(panels)
+  return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 120}" height="{total}" viewBox="0 0 {width + 120} {total}" font-family="sans-serif" '
+          f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
+
+
+def stream_section(store) -> str:
+  """Perplexity of rows of few bits while a text streams in."""
+  out = []
+  for name, model, arguments in runs():
+    record = store.get(run_key(model, arguments))
+    if record is None or arguments[0] != "perplexity":
+      continue
+    full = record["rows"][0]
+    cells = [[f"`{short(r['kv_spec'])}`", f"{bits(r):.2f}", f"{r['perplexity']:.3f}", f"{100 * (r['perplexity'] / full['perplexity'] - 1):+.2f} %"]
+             for r in record["rows"]]
+    out.append(f"{MODELS[model]}, {full['windows']} window{'s' if full['windows'] > 1 else ''} of {full['ctx']} tokens, 64 tokens a step:\n\n" +
+               table(["cache", "bits", "perplexity", "to full"], cells) + "\n" + command_of(model, arguments))
+  return "### While a text streams in\n\n" + "\n".join(out) if out else ""
+
+
+def command_of(model, arguments) -> str:
+  return f"    lesskv eval {arguments[0]} -m {model.upper()}.gguf {shlex.join(arguments[1:])}\n"
+
+
+def note(title) -> str:
+  path = HERE / "real_models_notes" / (re.sub(r"[^a-z]+", "_", title.lower()).strip("_") + ".md")
+  return path.read_text() + "\n" if path.exists() else ""
+
+
+def render() -> None:
+  store = read_store()
+  tables = collect(store)
+  if not tables:
+    sys.exit("nothing has been measured yet")
+  PICTURE.write_text(picture(tables))
+  row = next(iter(next(iter(tables.values())).values()))[0]
+  facts = f"lesskv {row['version']}, {row['compute']} products on {row['isa']}; {next(iter(store.values()))['machine']}."
+  out = [note("head").replace("{{facts}}", facts)]
+  out.append("## The best at each size\n\n" + note("best"))
+  for (model, ctx), sections in tables.items():
+    rows = [r for rows in sections.values() for r in rows]
+    if len(rows) >= 8:
+      out.append(f"{MODELS[model]}, {ctx} tokens ({len(rows)} caches measured):\n\n" + table(HEAD, map(row_cells, front(rows))))
+  for names, title in SECTIONS:
+    out.append(f"## {title}\n\n" + note(title))
+    for (model, ctx), sections in tables.items():
+      if title in sections:
+        out.append(f"{MODELS[model]}, {ctx} tokens, {sections[title][0]['windows']} texts:\n\n" + table(HEAD, map(row_cells, sections[title])))
+    if names[0] == "bits":
+      out.append(stream_section(store))
+  out.append(note("tail"))
+  PAGE.write_text("\n".join(out))
+  print(f"{PAGE} written from {len(store)} runs", file=sys.stderr)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--text", type=Path, help="wiki.test.raw of WikiText-2")
@@ -138,6 +289,8 @@ def main() -> None:
   if unknown := set(args.models) - set(MODELS):
     parser.error(f"no model named {', '.join(sorted(unknown))}")
   measure(args)
+  if args.render:
+    render()
 
 
 if __name__ == "__main__":
