@@ -108,7 +108,8 @@ std::vector<double> ScoreChoices(const EvalSetup& setup, const Subject& subject,
     for (size_t c = 0; c < continuations.size(); ++c) {
       scores[c] = LogProbability(rows.back().logits, continuations[c][0]);
     }
-  });
+  }, {.stop = setup.stop});
+  setup.CheckStop();
   cost.prompt_tokens += question.prompt.size();
   cost.prompt_seconds += prompt_watch.Seconds();
 

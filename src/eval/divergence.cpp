@@ -126,13 +126,13 @@ using Scores = std::vector<std::vector<TokenScore>>;
 
 void RunBatch(const EvalSetup& setup, const std::shared_ptr<const CacheConfig>& full,
               std::span<const TextWindow> windows, const Protocol& protocol, std::span<DivergenceTally> tallies) {
-  WindowBatch reference_batch(*setup.engine, full, windows, protocol);
+  WindowBatch reference_batch(setup, full, windows, protocol);
   Reference reference(windows.size(), reference_batch.TokensPerStep(), setup.engine->model().config().n_vocab);
   const size_t first = reference_batch.FirstTarget();
   std::vector<WindowBatch> batches;
   std::vector<Scores> scores(setup.subjects.size(), Scores(windows.size()));
   for (size_t s = 0; s < setup.subjects.size(); ++s) {
-    batches.emplace_back(*setup.engine, setup.subjects[s].config, windows, protocol);
+    batches.emplace_back(setup, setup.subjects[s].config, windows, protocol);
     for (size_t w = 0; w < windows.size(); ++w) scores[s][w].resize(windows[w].ids.size() - first);
   }
 

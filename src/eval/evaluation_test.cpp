@@ -109,7 +109,8 @@ TEST(PerplexityTest, ContinueEqualsTheTailOfAStreamForAWindow) {
   const auto score = [&](const std::string& spec, const Protocol& protocol) {
     std::vector<double> nats;
     const auto config = Bundled().engine.MakeCacheConfig(CacheSpec::Parse(spec), 128);
-    WindowBatch batch(Bundled().engine, config, windows, protocol);
+    const EvalSetup setup = Bundled().Setup({spec}, 128);
+    WindowBatch batch(setup, config, windows, protocol);
     const auto sink = [&](std::span<const ScoredRow> rows) {
       for (const ScoredRow& row : rows) {
         if (row.target <= kContinue.prompt) continue;

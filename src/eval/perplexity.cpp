@@ -53,7 +53,7 @@ class BlockPace {
 void Score(const EvalSetup& setup, const Subject& subject, std::span<const TextWindow> windows,
            const Protocol& protocol, PerplexityTally& tally, BlockPace& pace, FeedCost& cost, StatsTally& stats) {
   pace.Begin(windows.size(), protocol.prompt);
-  WindowBatch batch(*setup.engine, subject.config, windows, protocol);
+  WindowBatch batch(setup, subject.config, windows, protocol);
   const size_t first = batch.FirstTarget();
   Nats nats = MakeNats(windows, first);
   const ScoredSink score = [&](std::span<const ScoredRow> rows) {

@@ -58,9 +58,10 @@ class AnswerBatch {
     const Stopwatch watch;
     for (size_t i = 0; i < samples_.size(); ++i) {
       const StepItem item{&sequences_[i], samples_[i].prompt, LogitsRows::kLast};
-      setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Judge(i, rows.back().logits); });
-      cost_.prompt_tokens += samples_[i].prompt.size();
+      setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Judge(i, rows.back().logits); },
+                             {.stop = setup_.stop});
       setup_.CheckStop();
+      cost_.prompt_tokens += samples_[i].prompt.size();
     }
     cost_.prompt_seconds += watch.Seconds();
   }
@@ -69,7 +70,7 @@ class AnswerBatch {
     const Stopwatch watch;
     for (size_t i = 0; i < samples_.size(); ++i) {
       const auto document = std::span(samples_[i].prompt).first(samples_[i].question);
-      setup_.engine->Prefill({{&sequences_[i], document, LogitsRows::kNone}});
+      setup_.engine->Prefill({{&sequences_[i], document, LogitsRows::kNone}}, {}, {.stop = setup_.stop});
       cost_.prompt_tokens += document.size();
       setup_.CheckStop();
     }

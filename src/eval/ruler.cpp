@@ -53,10 +53,10 @@ class RulerBatch {
   void Prefill(size_t i, const std::vector<int32_t>& tokens, bool answers) {
     const Stopwatch watch;
     const StepItem item{&sequences_[i], tokens, answers ? LogitsRows::kLast : LogitsRows::kNone};
-    setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Take(i, rows.back().logits); });
+    setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Take(i, rows.back().logits); }, {.stop = setup_.stop});
+    setup_.CheckStop();
     cost_.prompt_tokens += tokens.size();
     cost_.prompt_seconds += watch.Seconds();
-    setup_.CheckStop();
   }
 
   void Decode(const std::vector<StepItem>& items) {

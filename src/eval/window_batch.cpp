@@ -15,9 +15,9 @@ constexpr size_t kPrefillTokens = 2048;
 
 }  // namespace
 
-WindowBatch::WindowBatch(Engine& engine, std::shared_ptr<const CacheConfig> config, std::span<const TextWindow> windows,
+WindowBatch::WindowBatch(const EvalSetup& setup, std::shared_ptr<const CacheConfig> config, std::span<const TextWindow> windows,
                          const Protocol& protocol)
-    : engine_(engine), windows_(windows), protocol_(protocol) {
+    : setup_(setup), windows_(windows), protocol_(protocol) {
   for (const TextWindow& window : windows) {
     CHECK(window.ids.size() >= MinWindowLength(protocol), "a window of {} tokens", window.ids.size());
     sequences_.emplace_back(config);
@@ -38,7 +38,8 @@ void WindowBatch::PrefillAll() {
   for (size_t w = 0; w < windows_.size(); ++w) {
     items.push_back({&sequences_[w], std::span(windows_[w].ids).first(protocol_.prompt), LogitsRows::kNone});
     if (items.size() < group && w + 1 < windows_.size()) continue;
-    engine_.Prefill(items);
+    setup_.engine->Prefill(items, {}, {.stop = setup_.stop});
+    setup_.CheckStop();
     items.clear();
   }
   fed_ = protocol_.prompt;
@@ -78,16 +79,11 @@ bool WindowBatch::Step(const ScoredSink& sink) {
     sink_seconds += watch.Seconds();
   };
   const Stopwatch watch;
-  engine_.Step(items, score);
+  setup_.engine->Step(items, score);
   cost_.seconds += watch.Seconds() - sink_seconds;
   cost_.tokens += n_tokens;
   fed_ += TokensPerStep();
   return true;
-}
-
-FeedCost WindowBatch::Run(const EvalSetup& setup, WindowBatch& batch, const ScoredSink& sink) {
-  while (batch.Step(sink)) setup.CheckStop();
-  return batch.cost();
 }
 
 void WindowBatch::AddStats(StatsTally& tally) const {

@@ -26,17 +26,14 @@ using ScoredSink = std::function<void(std::span<const ScoredRow>)>;
 
 class WindowBatch {
  public:
-  // The windows must outlive the batch. In mode `continue` every window has more than prompt + 1 tokens (CHECK).
-  WindowBatch(Engine& engine, std::shared_ptr<const CacheConfig> config, std::span<const TextWindow> windows,
+  // The setup and the windows must outlive the batch. In mode `continue` every window has more than prompt + 1 tokens (CHECK).
+  WindowBatch(const EvalSetup& setup, std::shared_ptr<const CacheConfig> config, std::span<const TextWindow> windows,
               const Protocol& protocol);
 
   // The next step of every window that is not done; false when there was none left. Scored are, each once, in mode
   // `stream` the targets 1, 2, ... (of llama's windows those behind the first half and one); in mode `continue` those after prompt: the token at prompt is predicted by the
   // prompt's exact attention, not through the compressed cache, and is left out.
   bool Step(const ScoredSink& sink);
-
-  // Steps until nothing is left.
-  static FeedCost Run(const EvalSetup& setup, WindowBatch& batch, const ScoredSink& sink);
 
   size_t FirstTarget() const;
   size_t TokensPerStep() const;
@@ -46,7 +43,7 @@ class WindowBatch {
  private:
   void PrefillAll();
 
-  Engine& engine_;
+  const EvalSetup& setup_;
   std::span<const TextWindow> windows_;
   Protocol protocol_;
   std::vector<Sequence> sequences_;
