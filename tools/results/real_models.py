@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures the tables and the picture of docs/results.md on pretrained models with `lesskv eval`.
 
-  real_models.py --text wiki.test.raw --model smollm2=FILE.gguf --model qwen=FILE.gguf [--lesskv PROGRAM] [--jobs 2] [--only WORD ...]
+  real_models.py --text wiki.test.raw --model smollm2=FILE.gguf --model qwen=FILE.gguf [--books FILE ...] [--tech FILE ...] [--lesskv PROGRAM] [--jobs 2]
+                 [--only WORD ...]
   real_models.py --render
 
 Every finished run is a line of real_models.jsonl beside this script, under its command line and the model's identity; running again does what is
@@ -19,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from make_results import ROOT, machine, table, with_error
+from make_results import PAIR_DISTANCE, ROOT, machine, pairs_table, table, with_error
 
 HERE = Path(__file__).resolve().parent
 STORE = HERE / "real_models.jsonl"
@@ -30,7 +31,7 @@ SCORED = 192  # tokens scored one by one behind a prompt
 KEPT = ["model_fingerprint", "kv_spec", "mode", "step", "prompt", "ctx", "isa", "compute", "version", "windows", "tokens_scored", "tokens_seen",
         "tokens_resident", "kv_bytes", "kv_bytes_peak", "kv_bytes_full", "sidecar_bytes", "perplexity", "perplexity_se", "perplexity_ratio",
         "perplexity_ratio_se", "kl_mean", "kl_mean_se", "kl_p95", "kl_p99", "same_top1", "tokens_per_second", "prefill_tokens_per_second",
-        "task", "length", "depth", "accuracy", "accuracy_se", "samples"]
+        *[f"{measure}_pair_{which}" for measure in ("share", "perplexity") for which in ("new", "near", "far")]]
 
 ROWS_OF_FEW_BITS = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+mix(k=q8, v=q4)", "full+kivi(4)", "full+kivi(4, group=64)",
                     "full+kivi(k=4, v=2)", "full+kivi(2)", "full+think(0.4)", "full+think(0.6)", "full+think(0.5)+q8"]
@@ -52,9 +53,12 @@ QWEN = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+kivi(4)", "full+kivi
         "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split", "snapkv(10%)+match",
         "snapkv(10%)+zigzag", "cascade(10%)", "elastic(0.9)", "h2o(20%)+kivi(4)"]
 
+# What the state wins back, on three kinds of text and for three selectors.
+LESS = ["full", "h2o(2%)", "h2o(2%)+less", "h2o(5%)", "h2o(5%)+less", "window(5%)", "window(5%)+less", "tova(5%)", "tova(5%)+less"]
+
 
 def runs():
-  """(name, model, arguments) of every run; TEXT stands for the file. The more telling ones come first."""
+  """(name, model, arguments) of every run; TEXT, BOOKS and TECH stand for files. The more telling ones come first."""
   out = []
 
   def divergence(title, model, ctx, windows, specs, per_run=6):
@@ -73,6 +77,9 @@ def runs():
   divergence("bits", "smollm2", 2048, 4, ROWS_OF_FEW_BITS)
   divergence("rows", "smollm2", 2048, 4, SELECTORS)
   divergence("states", "smollm2", 2048, 4, STATES + [m for m in MATCHING if m.endswith("match") or "2%" in m])
+  for text in ("TEXT", "BOOKS", "TECH"):
+    out.append((f"less smollm2 {text}", "smollm2", ["perplexity", "--mode", "stream", "--step", "8", "-c", "2048", "--max-windows", "2", "--compute", "int8",
+                                                    "--by-pair", PAIR_DISTANCE, "--text", text, *[a for s in LESS for a in ("--kv", s)]]))
   divergence("bits", "smollm2", 4096, 3, LONG)
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
   divergence("recall", "smollm2", 2048, 4, RECALL)
@@ -100,7 +107,12 @@ def run_key(model, arguments) -> str:
 
 
 def execute(args, lock, name, model, arguments) -> None:
-  given = [str(args.text) if a == "TEXT" else a for a in arguments]
+  at = arguments.index("--text")
+  files = args.texts[arguments[at + 1]]
+  if not files:
+    print(f"{name}: left out, no files for {arguments[at + 1]}", file=sys.stderr)
+    return
+  given = [*arguments[:at], *[a for f in files for a in ("--text", f)], *arguments[at + 2:]]
   begin = time.time()
   done = subprocess.run([str(args.lesskv), "eval", given[0], "-m", str(args.models[model]), "-t", "1", "-o", "json", *given[1:]],
                         capture_output=True, text=True)
@@ -231,7 +243,7 @@ def stream_section(store) -> str:
   out = []
   for name, model, arguments in runs():
     record = store.get(run_key(model, arguments))
-    if record is None or arguments[0] != "perplexity":
+    if record is None or not name.startswith("stream"):
       continue
     full = record["rows"][0]
     cells = [[f"`{short(r['kv_spec'])}`", f"{bits(r):.2f}", f"{r['perplexity']:.3f}", f"{100 * (r['perplexity'] / full['perplexity'] - 1):+.2f} %"]
@@ -279,12 +291,15 @@ def render() -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--text", type=Path, help="wiki.test.raw of WikiText-2")
+  parser.add_argument("--books", action="append", default=[], help="held-out books; may be repeated")
+  parser.add_argument("--tech", action="append", default=[], help="technical prose that nothing was trained on; may be repeated")
   parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help=f"NAME one of {', '.join(MODELS)}")
   parser.add_argument("--lesskv", type=Path, default=ROOT / "build/release/apps/lesskv/lesskv")
   parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
   parser.add_argument("--only", action="append")
   parser.add_argument("--render", action="store_true", help="only write the page")
   args = parser.parse_args()
+  args.texts = {"TEXT": [str(args.text)] if args.text else [], "BOOKS": args.books, "TECH": args.tech}
   args.models = dict(m.split("=", 1) for m in args.model)
   if unknown := set(args.models) - set(MODELS):
     parser.error(f"no model named {', '.join(sorted(unknown))}")
