@@ -29,21 +29,24 @@ constexpr size_t kMostChannels = 512;
 constexpr size_t kWeightRows = 128;  // whose weights are rounded relative to their largest
 constexpr float kLargestCode16 = 32767;
 
-// Codes along the summed-up side that share a word, and words of a unit along it.
-constexpr size_t CodesAWord(size_t bits) { return 32 / bits; }
-constexpr size_t BitOf(size_t bits, size_t code) { return code % 2 * 16 + code / 2 * bits; }
+// Codes along the summed-up side that share a word (and, of 3 bits, its tail).
+constexpr size_t CodesAWord(size_t bits) { return bits == 3 ? 16 : 32 / bits; }
+// Pairs of codes that lie in the word whole; of 3 bits there are three more.
+constexpr size_t PairsAWord(size_t bits) { return 16 / bits; }
 
 // The parts of a unit.
 struct Unit {
   const uint32_t* words;
+  const uint16_t* tails;  // one a word where codes have 3 bits
   const uint16_t* scales;
   const uint16_t* minima;
 };
 inline Unit Parts(const GroupFormat& f, const std::byte* unit) {
-  const size_t rows = f.unit_rows(), words = rows * f.head_dim * f.bits / 32;
+  const size_t words = f.unit_rows() * f.head_dim / CodesAWord(f.bits);
   const size_t parameters = f.side == RowSide::kKeys ? f.head_dim : f.head_dim / f.group * kTileRows;
-  const auto* halves = reinterpret_cast<const uint16_t*>(unit + words * 4);
-  return {reinterpret_cast<const uint32_t*>(unit), halves, halves + parameters};
+  const auto* tails = reinterpret_cast<const uint16_t*>(unit + words * 4);
+  const uint16_t* scales = tails + (f.bits == 3 ? words : 0);
+  return {reinterpret_cast<const uint32_t*>(unit), tails, scales, scales + parameters};
 }
 
 // What the kernels of a target are called with.
@@ -112,36 +115,54 @@ HWY_INLINE void AddPairs(VU codes, VI pairs, Sums& sums) {
 }
 #endif
 
-// sums[m * 16 + i] = products of MB lists of pairs with the codes of column i of 16: n_units times n_words words, the
-// words of a column `columns` apart, units unit_words; the lists are pair_stride numbers apart.
+// Adds the products of MB lists of pairs with the lowest kPairs pairs of codes in each word, and shifts those out.
+template <size_t kBits, size_t kPairs, int MB>
+HWY_INLINE void AddWord(VU (&word)[kVectors], const int16_t*& pairs, size_t pair_stride, Sums (&sum)[MB][kVectors]) {
+  const VU mask = hn::Set(DU(), ((1u << kBits) - 1) * 0x10001u);
+  // Not unrolled: GCC 12 would add the unrolled products up in another order, keep them all and run out of registers.
+  HWY_UNROLL(1)
+  for (size_t j = 0; j < kPairs; ++j, pairs += 2) {
+    VU code[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) {
+      code[v] = hn::And(word[v], mask);
+      word[v] = hn::ShiftRight<kBits>(word[v]);
+    }
+    for (int m = 0; m < MB; ++m) {
+      int32_t both;
+      hwy::CopyBytes<4>(pairs + static_cast<size_t>(m) * pair_stride, &both);
+      const VI pair = hn::Set(DI(), both);
+      for (size_t v = 0; v < kVectors; ++v) AddPairs(code[v], pair, sum[m][v]);
+    }
+  }
+}
+
+// The other three pairs of 3 bits: a byte of the tail in each half, above it the bit that five codes left of the word.
+HWY_INLINE VU Rest(VU left, const uint16_t* tails) {
+  const DU du;
+  const VU tail = hn::PromoteTo(du, hn::LoadU(hn::Rebind<uint16_t, DU>(), tails));
+  const VU bytes = hn::And(hn::Or(tail, hn::ShiftLeft<8>(tail)), hn::Set(du, 0x00ff00ffu));
+  return hn::Or(bytes, hn::ShiftLeft<8>(hn::And(left, hn::Set(du, 0x00010001u))));
+}
+
+// sums[m * 16 + i] = products of MB lists of pairs with the codes of column i of 16: n_units times n_words words (and
+// their tails), those of a column `columns` apart, units unit_bytes; the lists are pair_stride numbers apart.
 template <size_t kBits, int MB>
-HWY_NOINLINE void SumPairs(const uint32_t* words, size_t columns, size_t n_words, size_t unit_words, size_t n_units,
-                           const int16_t* pairs, size_t pair_stride, int32_t* HWY_RESTRICT sums) {
+HWY_NOINLINE void SumPairs(const uint32_t* words, const uint16_t* tails, size_t columns, size_t n_words,
+                           size_t unit_bytes, size_t n_units, const int16_t* pairs, size_t pair_stride,
+                           int32_t* HWY_RESTRICT sums) {
   const DU du;
   const DI di;
-  constexpr size_t kPairs = 16 / kBits;
-  const VU mask = hn::Set(du, ((1u << kBits) - 1) * 0x10001u);
   Sums sum[MB][kVectors];
   for (int m = 0; m < MB; ++m)
     for (size_t v = 0; v < kVectors; ++v) sum[m][v] = NoSums();
-  for (size_t u = 0; u < n_units; ++u, words += unit_words) {
+  for (size_t u = 0; u < n_units; ++u, words += unit_bytes / 4, tails += unit_bytes / 2) {
     for (size_t w = 0; w < n_words; ++w) {
       VU word[kVectors];
       for (size_t v = 0; v < kVectors; ++v) word[v] = hn::LoadU(du, words + w * columns + v * kLanes);
-      // Not unrolled: GCC 12 would add the unrolled products up in another order, keep them all and run out of registers.
-      HWY_UNROLL(1)
-      for (size_t j = 0; j < kPairs; ++j, pairs += 2) {
-        VU code[kVectors];
-        for (size_t v = 0; v < kVectors; ++v) {
-          code[v] = hn::And(word[v], mask);
-          word[v] = hn::ShiftRight<kBits>(word[v]);
-        }
-        for (int m = 0; m < MB; ++m) {
-          int32_t both;
-          hwy::CopyBytes<4>(pairs + static_cast<size_t>(m) * pair_stride, &both);
-          const VI pair = hn::Set(di, both);
-          for (size_t v = 0; v < kVectors; ++v) AddPairs(code[v], pair, sum[m][v]);
-        }
+      AddWord<kBits, PairsAWord(kBits), MB>(word, pairs, pair_stride, sum);
+      if constexpr (kBits == 3) {
+        for (size_t v = 0; v < kVectors; ++v) word[v] = Rest(word[v], tails + w * columns + v * kLanes);
+        AddWord<kBits, 3, MB>(word, pairs, pair_stride, sum);
       }
     }
   }
@@ -201,7 +222,8 @@ void ScoreGroup(const Unit& unit, size_t group, size_t dim, const CodedQueries& 
   const D d;
   HWY_ALIGN int32_t sums[MB * 16];
   for (size_t t = 0; t < group; t += 16) {
-    SumPairs<kBits, MB>(unit.words + t, group, dim / CodesAWord(kBits), 0, 1, q.codes[0], kMostChannels, sums);
+    SumPairs<kBits, MB>(unit.words + t, unit.tails + t, group, dim / CodesAWord(kBits), 0, 1, q.codes[0], kMostChannels,
+                        sums);
     for (size_t m = 0; m < MB; ++m)
       for (size_t i = 0; i < 16; i += kLanes)
         hn::StoreU(hn::MulAdd(hn::ConvertTo(d, hn::Load(DI(), sums + m * 16 + i)), hn::Set(d, q.worth[m]),
@@ -254,10 +276,11 @@ void ScoreAll(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, 
 
 void SimdScores(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* q, size_t stacked,
                 float* scores, size_t stride) {
-  if (run.bits == 2)
-    ScoreAll<2>(run, f, first, n, q, stacked, scores, stride);
-  else
-    ScoreAll<4>(run, f, first, n, q, stacked, scores, stride);
+  switch (run.bits) {
+    case 2: return ScoreAll<2>(run, f, first, n, q, stacked, scores, stride);
+    case 3: return ScoreAll<3>(run, f, first, n, q, stacked, scores, stride);
+    default: return ScoreAll<4>(run, f, first, n, q, stacked, scores, stride);
+  }
 }
 
 // ---- Values
@@ -300,14 +323,15 @@ void AddBlock(const UnitRun& run, const GroupFormat& f, size_t row, size_t n, co
   HWY_ALIGN float padded[MB][kWeightRows] = {};
   const bool whole = lane == 0 && n == n_units * kTileRows;
   for (size_t m = 0; m < MB && !whole; ++m) std::copy_n(weights + m * stride, n, padded[m] + lane);
+  const Unit unit = Parts(f, first);
   CodedWeights coded;
   HWY_ALIGN int32_t sums[MB * 16];
   for (size_t g = 0; g < run.dim / run.group; ++g) {
     for (size_t m = 0; m < MB; ++m)
       CodeWeight(run, f, first, n_units, g, whole ? weights + m * stride : padded[m], m, coded);
     for (size_t c = g * run.group; c < (g + 1) * run.group; c += 16) {
-      SumPairs<kBits, MB>(reinterpret_cast<const uint32_t*>(first) + c, run.dim, kTileRows / CodesAWord(kBits),
-                          run.unit_bytes / 4, n_units, coded.codes[0], kWeightRows, sums);
+      SumPairs<kBits, MB>(unit.words + c, unit.tails + c, run.dim, kTileRows / CodesAWord(kBits), run.unit_bytes,
+                          n_units, coded.codes[0], kWeightRows, sums);
       for (size_t m = 0; m < MB; ++m)
         for (size_t i = 0; i < 16; i += kLanes) {
           float* to = out + m * out_stride + c + i;
@@ -346,19 +370,27 @@ void AddAll(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, co
 
 void SimdAddValues(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* weights,
                    size_t stride, size_t stacked, float* out, size_t out_stride) {
-  if (run.bits == 2)
-    AddAll<2>(run, f, first, n, weights, stride, stacked, out, out_stride);
-  else
-    AddAll<4>(run, f, first, n, weights, stride, stacked, out, out_stride);
+  switch (run.bits) {
+    case 2: return AddAll<2>(run, f, first, n, weights, stride, stacked, out, out_stride);
+    case 3: return AddAll<3>(run, f, first, n, weights, stride, stacked, out, out_stride);
+    default: return AddAll<4>(run, f, first, n, weights, stride, stacked, out, out_stride);
+  }
 }
 
 // ---- Expansion
 
-// Codes of one place in a vector of words, times scale, plus minimum.
-HWY_INLINE V Decode(const uint32_t* words, size_t bit, uint32_t mask, V scale, V minimum) {
+// The codes at one place of the words from `words` on.
+HWY_INLINE VU CodesAt(const UnitRun& run, const uint32_t* words, const uint16_t* tails, size_t place) {
   const DU du;
-  const VU code = hn::And(hn::ShiftRightSame(hn::LoadU(du, words), static_cast<int>(bit)), hn::Set(du, mask));
-  return hn::MulAdd(hn::ConvertTo(D(), hn::BitCast(DI(), code)), scale, minimum);
+  const size_t half = place % 2 * 16, pair = place / 2, whole = PairsAWord(run.bits);
+  const VU word = hn::LoadU(du, words), mask = hn::Set(du, (1u << run.bits) - 1);
+  if (pair < whole) return hn::And(hn::ShiftRightSame(word, static_cast<int>(half + pair * run.bits)), mask);
+  const VU rest = Rest(hn::ShiftRight<15>(word), tails);
+  return hn::And(hn::ShiftRightSame(rest, static_cast<int>(half + (pair - whole) * run.bits)), mask);
+}
+
+HWY_INLINE V Decode(VU codes, V scale, V minimum) {
+  return hn::MulAdd(hn::ConvertTo(D(), hn::BitCast(DI(), codes)), scale, minimum);
 }
 
 // Whole tiles of 16 rows of one unit.
@@ -366,26 +398,24 @@ void SimdExpandKeys(const UnitRun& run, const GroupFormat& f, const std::byte* a
                     size_t stride) {
   const D d;
   const Unit unit = Parts(f, at);
-  const uint32_t mask = (1u << run.bits) - 1;
   const size_t codes = CodesAWord(run.bits);
   for (size_t c = 0; c < run.dim; ++c) {
     const V scale = hn::Set(d, HalfToFloat(unit.scales[c])), minimum = hn::Set(d, HalfToFloat(unit.minima[c]));
-    const uint32_t* words = unit.words + c / codes * run.group + row;
+    const size_t word = c / codes * run.group + row;
     for (size_t i = 0; i < n; i += kLanes)
-      hn::StoreU(Decode(words + i, BitOf(run.bits, c % codes), mask, scale, minimum), d, out + c * stride + i);
+      hn::StoreU(Decode(CodesAt(run, unit.words + word + i, unit.tails + word + i, c % codes), scale, minimum), d,
+                 out + c * stride + i);
   }
 }
 
 void SimdExpandValue(const UnitRun& run, const GroupFormat& f, const std::byte* at, size_t lane, float* out) {
   const D d;
   const Unit unit = Parts(f, at);
-  const uint32_t mask = (1u << run.bits) - 1;
-  const size_t codes = CodesAWord(run.bits);
-  const uint32_t* words = unit.words + lane / codes * run.dim;
+  const size_t codes = CodesAWord(run.bits), word = lane / codes * run.dim;
   for (size_t c = 0; c < run.dim; c += kLanes) {
     const size_t parameter = c / run.group * kTileRows + lane;
-    hn::StoreU(Decode(words + c, BitOf(run.bits, lane % codes), mask, hn::Set(d, HalfToFloat(unit.scales[parameter])),
-                      hn::Set(d, HalfToFloat(unit.minima[parameter]))),
+    hn::StoreU(Decode(CodesAt(run, unit.words + word + c, unit.tails + word + c, lane % codes),
+                      hn::Set(d, HalfToFloat(unit.scales[parameter])), hn::Set(d, HalfToFloat(unit.minima[parameter]))),
                d, out + c);
   }
 }
@@ -408,20 +438,27 @@ UnitRun Run(const GroupFormat& f, const std::byte* units) { return {units, UnitB
 
 // ---- The scalar reference: one number at a time
 
+uint32_t CodeAt(const GroupFormat& f, const Unit& unit, size_t word, size_t place) {
+  const size_t half = place % 2, pair = place / 2, whole = PairsAWord(f.bits);
+  const uint32_t mask = (1u << f.bits) - 1;
+  if (pair < whole) return unit.words[word] >> (half * 16 + pair * f.bits) & mask;
+  const uint32_t last = unit.words[word] >> (half * 16 + 15) & 1;
+  const uint32_t rest = (unit.tails[word] >> half * 8 & 0xffu) | last << 8;
+  return rest >> (pair - whole) * f.bits & mask;
+}
+
 float KeyAt(const GroupFormat& f, const std::byte* units, size_t row, size_t c) {
   const Unit unit = Parts(f, units + row / f.group * UnitBytes(f));
   const size_t codes = CodesAWord(f.bits);
-  const uint32_t word = unit.words[c / codes * f.group + row % f.group];
-  const auto code = static_cast<float>(word >> BitOf(f.bits, c % codes) & ((1u << f.bits) - 1));
-  return code * HalfToFloat(unit.scales[c]) + HalfToFloat(unit.minima[c]);
+  const uint32_t code = CodeAt(f, unit, c / codes * f.group + row % f.group, c % codes);
+  return static_cast<float>(code) * HalfToFloat(unit.scales[c]) + HalfToFloat(unit.minima[c]);
 }
 
 float ValueAt(const GroupFormat& f, const std::byte* units, size_t row, size_t c) {
   const Unit unit = Parts(f, units + row / kTileRows * UnitBytes(f));
   const size_t codes = CodesAWord(f.bits), lane = row % kTileRows, parameter = c / f.group * kTileRows + lane;
-  const uint32_t word = unit.words[lane / codes * f.head_dim + c];
-  const auto code = static_cast<float>(word >> BitOf(f.bits, lane % codes) & ((1u << f.bits) - 1));
-  return code * HalfToFloat(unit.scales[parameter]) + HalfToFloat(unit.minima[parameter]);
+  const uint32_t code = CodeAt(f, unit, lane / codes * f.head_dim + c, lane % codes);
+  return static_cast<float>(code) * HalfToFloat(unit.scales[parameter]) + HalfToFloat(unit.minima[parameter]);
 }
 
 void ScalarScores(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* q, size_t stacked,
@@ -472,16 +509,25 @@ struct Encoder {
   }
 };
 
-void PutCode(uint32_t& word, size_t bits, size_t place, uint32_t code) {
-  const size_t bit = BitOf(bits, place);
-  word = (word & ~(((1u << bits) - 1) << bit)) | code << bit;
+template <typename T>
+void PutBits(const T& word, size_t bit, size_t n, uint32_t bits) {
+  const auto mask = ((1u << n) - 1) << bit;
+  const_cast<T&>(word) = static_cast<T>((word & ~mask) | bits << bit);
+}
+
+void PutCode(const GroupFormat& f, const Unit& unit, size_t word, size_t place, uint32_t code) {
+  const size_t half = place % 2, pair = place / 2, whole = PairsAWord(f.bits);
+  if (pair < whole) return PutBits(unit.words[word], half * 16 + pair * f.bits, f.bits, code);
+  if (pair < 7) return PutBits(unit.tails[word], half * 8 + (pair - whole) * f.bits, f.bits, code);
+  PutBits(unit.tails[word], half * 8 + 6, 2, code & 3);
+  PutBits(unit.words[word], half * 16 + 15, 1, code >> 2);
 }
 
 }  // namespace
 
 bool Supports(const GroupFormat& f) {
-  return (f.bits == 2 || f.bits == 4) && f.group > 0 && f.group % 16 == 0 && f.group <= 256 && f.head_dim > 0 &&
-         f.head_dim % f.group == 0 && f.head_dim <= kMostChannels;
+  return f.bits >= 2 && f.bits <= 4 && f.group > 0 && f.group % 16 == 0 && f.group <= 256 && f.head_dim > 0 &&
+         f.head_dim % (f.side == RowSide::kKeys ? 16 : f.group) == 0 && f.head_dim <= kMostChannels;
 }
 
 size_t UnitBytes(const GroupFormat& f) {
@@ -491,7 +537,6 @@ size_t UnitBytes(const GroupFormat& f) {
 
 void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
   const Unit unit = Parts(f, at);
-  auto* words = const_cast<uint32_t*>(unit.words);
   const size_t codes = CodesAWord(f.bits);
   std::memset(at, 0, UnitBytes(f));
   for (size_t c = 0; c < f.head_dim; ++c) {
@@ -499,7 +544,7 @@ void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
     const_cast<uint16_t*>(unit.scales)[c] = encoder.scale;
     const_cast<uint16_t*>(unit.minima)[c] = encoder.minimum;
     for (size_t t = 0; t < f.group; ++t)
-      PutCode(words[c / codes * f.group + t], f.bits, c % codes, encoder.Code(keys[t * f.head_dim + c]));
+      PutCode(f, unit, c / codes * f.group + t, c % codes, encoder.Code(keys[t * f.head_dim + c]));
   }
 }
 
@@ -507,13 +552,12 @@ void WriteValueRow(const GroupFormat& f, std::byte* at, size_t lane, const float
   if (lane == 0) std::memset(at, 0, UnitBytes(f));
   const Unit unit = Parts(f, at);
   const size_t codes = CodesAWord(f.bits);
-  auto* words = const_cast<uint32_t*>(unit.words) + lane / codes * f.head_dim;
   for (size_t g = 0; g < f.head_dim / f.group; ++g) {
     const Encoder encoder(value + g * f.group, f.group, 1, f.bits);
     const_cast<uint16_t*>(unit.scales)[g * kTileRows + lane] = encoder.scale;
     const_cast<uint16_t*>(unit.minima)[g * kTileRows + lane] = encoder.minimum;
     for (size_t c = g * f.group; c < (g + 1) * f.group; ++c)
-      PutCode(words[c], f.bits, lane % codes, encoder.Code(value[c]));
+      PutCode(f, unit, lane / codes * f.head_dim + c, lane % codes, encoder.Code(value[c]));
   }
 }
 

@@ -1,4 +1,4 @@
-// Codes of 2 or 4 bits whose scale and minimum are shared by a group of neighbours: keys along the tokens (one channel
+// Codes of 2, 3 or 4 bits whose scale and minimum are shared by a group of neighbours: keys along the tokens (one channel
 // of `group` tokens), values along the channels (`group` channels of one token). What KIVI stores (Liu et al., arXiv
 // 2402.02750): value = code * scale + minimum, both in f16, round to nearest even, encoded against the parameters as
 // they are stored.
@@ -12,6 +12,11 @@
 // A word of 32 bits holds n = 32 / bits codes along the side that a product sums up (a key's channels, a value's
 // tokens): the even ones in its low half, the odd ones in its high half, from the lowest bits up. So one mask leaves a
 // pair of 16-bit numbers, which one instruction multiplies with a pair of 16-bit queries or weights and adds up.
+//
+// Of 3 bits n = 16 codes take a word and a tail of 16 bits, the tails lie behind all words: [.. / 16][group or head_dim].
+// A half of the word holds five codes and one bit more; its byte of the tail (the low one for even codes) with that bit
+// on top holds the other three. Two instructions unpack a pair as they do with 2 and 4 bits, and six in eight pairs put
+// byte and bit together; a plane of 2 bits beside one of 1 would need five for every pair.
 //
 // Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded to 16 bits
 // relative to the largest of the (query, group), weights times scales relative to the largest of a (query, channel
@@ -27,14 +32,14 @@ namespace lesskv {
 
 struct GroupFormat {
   RowSide side = RowSide::kKeys;
-  size_t bits = 2;    // 2 or 4
+  size_t bits = 2;    // 2, 3 or 4
   size_t group = 32;  // a multiple of 16, at most 256; a divisor of 256 keeps the pieces of attention whole
   size_t head_dim = 0;
 
   size_t unit_rows() const { return side == RowSide::kKeys ? group : kTileRows; }
 };
 
-// head_dim must be a multiple of the group and at most 512.
+// head_dim must be a multiple of 16, of values also of the group, and at most 512.
 bool Supports(const GroupFormat& format);
 
 // n * head_dim * (bits + 32 / group) / 8 for the n rows of a unit.

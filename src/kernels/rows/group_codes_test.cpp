@@ -68,20 +68,25 @@ double Error(const std::vector<float>& x, const std::vector<float>& y) {
 
 TEST(GroupCodes, BytesAreThoseOfThePaper) {
   for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
-    for (const auto& [bits, group, want] : {std::tuple{2, 32, 3.0}, {2, 64, 2.5}, {4, 32, 5.0}, {4, 128, 4.25}}) {
+    for (const auto& [bits, group, want] :
+         {std::tuple{2, 32, 3.0}, {2, 64, 2.5}, {3, 32, 4.0}, {3, 128, 3.25}, {4, 32, 5.0}, {4, 128, 4.25}}) {
       const GroupFormat f = Format(side, static_cast<size_t>(bits), static_cast<size_t>(group), 128);
       EXPECT_DOUBLE_EQ(static_cast<double>(UnitBytes(f)) * 8 / static_cast<double>(f.unit_rows() * 128), want);
     }
-  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 2, 32, 80)));
-  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 3, 32, 64)));
-  EXPECT_TRUE(Supports(Format(RowSide::kValues, 4, 16, 80)));
+  EXPECT_FALSE(Supports(Format(RowSide::kValues, 2, 32, 80)));
+  EXPECT_FALSE(Supports(Format(RowSide::kValues, 2, 128, 64)));
+  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 2, 32, 72)));
+  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 5, 32, 64)));
+  EXPECT_TRUE(Supports(Format(RowSide::kValues, 3, 16, 80)));
+  EXPECT_TRUE(Supports(Format(RowSide::kKeys, 3, 256, 80)));
 }
 
 // |x - x^| <= s / 2 and what halves lose; the extremes of a group are next to exact.
 TEST(GroupCodes, ErrorsStayWithinHalfAStep) {
   for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
-    for (const size_t bits : {2, 4})
-      for (const size_t group : {16, 32, 64}) {
+    for (const size_t bits : {2, 3, 4})
+      for (const size_t group : {16, 32, 64, 128}) {
+        if (side == RowSide::kValues && group > 64) continue;
         const size_t d = 64, n = 128;
         std::vector<float> x = Random(n * d, bits + group);
         for (size_t i = 0; i < n; ++i) x[i * d + 3] *= 40, x[i * d + 5] -= 300;
@@ -111,6 +116,7 @@ TEST(GroupCodes, GaussianRowsLoseWhatIsKnown) {
   for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
     for (const auto& [bits, group, want] :
          {std::tuple{size_t{2}, size_t{32}, 0.154}, {size_t{2}, size_t{64}, 0.202}, {size_t{2}, size_t{128}, 0.251},
+          {size_t{3}, size_t{32}, 0.0280}, {size_t{3}, size_t{64}, 0.0369}, {size_t{3}, size_t{128}, 0.0456},
           {size_t{4}, size_t{32}, 0.0061}, {size_t{4}, size_t{64}, 0.0080}, {size_t{4}, size_t{128}, 0.0099}})
       EXPECT_NEAR(Error(Stored(Format(side, bits, group, d), x).Decoded(0, n), x), want, want * 0.03) << bits << " " << group;
 
@@ -132,7 +138,9 @@ TEST(GroupCodes, ConstantGroupsAreExactAndNothingIsNaN) {
   for (const float value : {0.0f, 0.75f, -1000.0f, 65504.0f, 1e-7f}) {
     const std::vector<float> x(32 * d, value);
     for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
-      for (const float y : Stored(Format(side, 2, 32, d), x).Decoded(0, 32)) ASSERT_NEAR(y, value, std::fabs(value) / 2048 + 1e-7);
+      for (const size_t bits : {2, 3, 4})
+        for (const float y : Stored(Format(side, bits, 32, d), x).Decoded(0, 32))
+          ASSERT_NEAR(y, value, std::fabs(value) / 2048 + 1e-7);
   }
   // NaN makes its own group NaN and no other.
   std::vector<float> x = Random(32 * d, 1);
@@ -143,19 +151,21 @@ TEST(GroupCodes, ConstantGroupsAreExactAndNothingIsNaN) {
 
 // Values enter one by one: each leaves the codes of those before it as they are.
 TEST(GroupCodes, ValuesEnterOneByOne) {
-  const GroupFormat f = Format(RowSide::kValues, 2, 16, 32);
-  const Stored whole(f, Random(16 * 32, 5));
-  std::vector<uint32_t> memory(UnitBytes(f) / 4, 0xdeadbeefu);
-  auto* unit = reinterpret_cast<std::byte*>(memory.data());
-  std::vector<float> before;
-  for (size_t lane = 0; lane < 16; ++lane) {
-    WriteValueRow(f, unit, lane, &whole.rows[lane * 32]);
-    std::vector<float> now((lane + 1) * 32);
-    ExpandValueUnits(f, unit, 0, lane + 1, now.data(), 32);
-    EXPECT_TRUE(std::equal(before.begin(), before.end(), now.begin()));
-    before = now;
+  for (const size_t bits : {2, 3, 4}) {
+    const GroupFormat f = Format(RowSide::kValues, bits, 16, 32);
+    const Stored whole(f, Random(16 * 32, 5));
+    std::vector<uint32_t> memory(UnitBytes(f) / 4, 0xdeadbeefu);
+    auto* unit = reinterpret_cast<std::byte*>(memory.data());
+    std::vector<float> before;
+    for (size_t lane = 0; lane < 16; ++lane) {
+      WriteValueRow(f, unit, lane, &whole.rows[lane * 32]);
+      std::vector<float> now((lane + 1) * 32);
+      ExpandValueUnits(f, unit, 0, lane + 1, now.data(), 32);
+      EXPECT_TRUE(std::equal(before.begin(), before.end(), now.begin()));
+      before = now;
+    }
+    EXPECT_TRUE(memory == whole.memory);
   }
-  EXPECT_TRUE(memory == whole.memory);
 }
 
 class GroupCodesIsa : public testing::TestWithParam<Isa> {
@@ -188,13 +198,13 @@ float Range(const float* x, size_t n, size_t stride) {
 TEST_P(GroupCodesIsa, ProductsAreThoseOfDecodedRows) {
   const bool rounds = GetParam() != Isa::kScalar;
   constexpr size_t kRows = 384;
-  for (const size_t bits : {2, 4})
-    for (const auto& [group, d] : {std::pair<size_t, size_t>{32, 64}, {16, 80}, {64, 128}, {32, 32}, {128, 512}})
+  for (const size_t bits : {2, 3, 4})
+    for (const auto& [group, d] : {std::pair<size_t, size_t>{32, 64}, {16, 80}, {64, 128}, {32, 32}, {256, 64}, {128, 512}})
       for (const size_t stacked : {1, 2, 3, 4, 7, 16}) {
         if (d == 512 && stacked > 4) continue;
         SCOPED_TRACE(testing::Message() << bits << " bits, group " << group << ", " << d << " channels, " << stacked);
         std::vector<float> x = Random(kRows * d, bits + d);
-        const Stored values(Format(RowSide::kValues, bits, group, d), x);
+        const Stored values(Format(RowSide::kValues, bits, std::min(group, d), d), x);
         for (size_t i = 0; i < kRows; ++i) x[i * d + 1] *= 30;
         const Stored keys(Format(RowSide::kKeys, bits, group, d), x);
         const std::vector<float> k = keys.Decoded(0, kRows), v = values.Decoded(0, kRows), q = Random(stacked * d, 4);
@@ -246,7 +256,7 @@ TEST_P(GroupCodesIsa, ProductsAreThoseOfDecodedRows) {
 // A row decodes to the same bits wherever a call begins, on every instruction set.
 TEST_P(GroupCodesIsa, RowsDecodeAlikeInAnyPiece) {
   for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
-    for (const size_t bits : {2, 4}) {
+    for (const size_t bits : {2, 3, 4}) {
       const Stored stored(Format(side, bits, 32, 64), Random(96 * 64, 6));
       const std::vector<float> all = stored.Decoded(0, 96);
       ForceIsa(Isa::kScalar);

@@ -68,9 +68,9 @@ bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, si
 KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOptions& options)
     : counter_(&counter), shape_(shape), options_(options), table_(shape.layers), heads_(table_.size()) {
   for (const LayerShape& layer : shape.layers) {
-    formats_.push_back({{RowSide::kKeys, options.key_bits, options.group, layer.head_dim},
-                        {RowSide::kValues, options.value_bits, options.group, layer.head_dim},
-                        {{RowType::kF16, RowSide::kKeys, layer.head_dim}, {RowType::kF16, RowSide::kValues, layer.head_dim}}});
+    const size_t d = layer.head_dim;
+    formats_.push_back(
+        {options.Keys(d), options.Values(d), {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}}});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
     if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
   }

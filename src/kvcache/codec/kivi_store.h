@@ -1,5 +1,5 @@
 // The store of KIVI (Liu et al., ICML 2024, arXiv 2402.02750): old keys coded per channel in groups of `group`
-// neighbouring tokens, old values per token in groups of `group` channels, and an exact recent window in f16.
+// neighbouring tokens, old values per token in groups of as many channels (a head's if it has fewer), and an exact recent window in f16.
 //
 // What is coded depends on how many tokens came, not on the steps they came in (l tokens, window R):
 //   coded keys    R * floor(l / R): R of them at a time, once their window is full
@@ -12,6 +12,7 @@
 // kKiviBlockRows rows, bounded ones a single block of their budget.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <vector>
@@ -28,9 +29,11 @@ inline constexpr size_t kKiviBlockRows = 256;
 
 struct KiviOptions {
   size_t key_bits = 2, value_bits = 2;
-  size_t group = 32;    // tokens of a key group, channels of a value group
+  size_t group = 32;    // tokens of a key group, and channels of a value group where a head has so many
   size_t window = 128;  // exact rows, a multiple of the group
 
+  GroupFormat Keys(size_t head_dim) const { return {RowSide::kKeys, key_bits, group, head_dim}; }
+  GroupFormat Values(size_t head_dim) const { return {RowSide::kValues, value_bits, std::min(group, head_dim), head_dim}; }
   // The exact rows of a head that may keep `budget` rows; 0 where that is too few.
   size_t Window(size_t budget) const { return std::min(window, budget / 2 / group * group); }
 };

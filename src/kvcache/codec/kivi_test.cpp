@@ -80,28 +80,28 @@ struct Subject {
 };
 
 TEST(Kivi, CodedRowsDependOnTheTokensSeenOnly) {
-  const KiviOptions options{2, 2, 16, 48};
-  const Rows rows(200);
-  Subject one(options);
-  for (size_t l = 1; l <= 150; ++l) {
-    one.Step(rows, 1);
-    for (size_t h = 0; h < kKvHeads; ++h) {
-      ASSERT_EQ(one.kivi().coded_keys(0, h), l / 48 * 48) << l;
-      ASSERT_EQ(one.kivi().coded_values(0, h), l > 48 ? l - 48 : 0) << l;
-    }
-    if (l != 1 && l != 47 && l != 48 && l != 49 && l != 96 && l != 131) continue;
-    const std::vector<std::byte> saved = one.Saved();
-    for (const size_t chunk : {l, size_t{7}, size_t{50}, size_t{64}}) {
-      Subject other(options);
-      while (other.seen < l) other.Step(rows, std::min(chunk, l - other.seen));
-      EXPECT_TRUE(other.Saved() == saved) << l << " tokens in steps of " << chunk;
-      EXPECT_EQ(other.counter.now > 0, true);
+  for (const KiviOptions& options : {KiviOptions{2, 2, 16, 48}, {3, 3, 16, 48}, {3, 2, 48, 48}}) {
+    const Rows rows(200);
+    Subject one(options);
+    for (size_t l = 1; l <= 150; ++l) {
+      one.Step(rows, 1);
+      for (size_t h = 0; h < kKvHeads; ++h) {
+        ASSERT_EQ(one.kivi().coded_keys(0, h), l / 48 * 48) << l;
+        ASSERT_EQ(one.kivi().coded_values(0, h), l > 48 ? l - 48 : 0) << l;
+      }
+      if (l != 1 && l != 47 && l != 48 && l != 49 && l != 96 && l != 131) continue;
+      const std::vector<std::byte> saved = one.Saved();
+      for (const size_t chunk : {l, size_t{7}, size_t{50}, size_t{64}}) {
+        Subject other(options);
+        while (other.seen < l) other.Step(rows, std::min(chunk, l - other.seen));
+        EXPECT_TRUE(other.Saved() == saved) << l << " tokens in steps of " << chunk;
+        EXPECT_EQ(other.counter.now > 0, true);
+      }
     }
   }
 }
 
-TEST(Kivi, ExactRowsAreTheInputsAndCodesStay) {
-  const KiviOptions options{2, 4, 16, 32};
+void ExpectExactRowsAndCodesStay(const KiviOptions& options) {
   const Rows rows(120);
   Subject subject(options);
   std::vector<float> before_keys, before_values;
@@ -124,6 +124,11 @@ TEST(Kivi, ExactRowsAreTheInputsAndCodesStay) {
     before_keys.assign(keys.begin(), keys.begin() + static_cast<ptrdiff_t>(coded_keys * kDim));
     before_values.assign(values.begin(), values.begin() + static_cast<ptrdiff_t>(coded_values * kDim));
   }
+}
+
+TEST(Kivi, ExactRowsAreTheInputsAndCodesStay) {
+  ExpectExactRowsAndCodesStay({2, 4, 16, 32});
+  ExpectExactRowsAndCodesStay({3, 3, 16, 32});
 }
 
 // Softmax attention in double over what ReadRows gives.
@@ -156,7 +161,7 @@ double Deviation(const std::vector<float>& x, const std::vector<double>& want) {
 TEST(Kivi, AttentionIsThatOfDecodedRows) {
   for (const Isa isa : AvailableIsas()) {
     ForceIsa(isa);
-    for (const KiviOptions& options : {KiviOptions{2, 2, 16, 32}, {4, 4, 32, 64}, {4, 2, 16, 48}}) {
+    for (const KiviOptions& options : {KiviOptions{2, 2, 16, 32}, {4, 4, 32, 64}, {4, 2, 16, 48}, {3, 3, 32, 64}, {3, 2, 128, 128}}) {
       const Rows rows(700);
       Subject subject(options), f16(RowType::kF16);
       subject.Step(rows, 600);
@@ -204,17 +209,20 @@ TEST(Kivi, GroupedEqualsRepeatedHeads) {
   }
 }
 
-// Two bits of one in 32 a parameter: 3 bits a number, beside the window.
+// The bits of a code and two halves a group, of keys `group` tokens and of values at most a head's channels, beside the
+// window.
 TEST(Kivi, BytesAreThoseOfTheRows) {
-  const KiviOptions options{2, 2, 32, 128};
   const Rows rows(2048);
-  Subject subject(options);
-  subject.Step(rows, 2048);
-  subject.store->Reserve({.n_step = 1, .budgets = {}});
-  const size_t coded = 2048 / 256 * 256 * kDim * 2 * 3 / 8, window = 128 * kDim * 2 * 2, staging = 16 * kDim * 2 * 2;
-  const size_t block = 256 * kDim * 2 * 3 / 8;  // room for the next group
-  EXPECT_GE(subject.counter.now, kKvHeads * (coded + window + staging));
-  EXPECT_LE(subject.counter.now, kKvHeads * (coded + block + window + staging));
+  for (const auto& [options, bits] :
+       {std::pair{KiviOptions{2, 2, 32, 128}, 2 * 3.0}, {{3, 3, 32, 128}, 2 * 4.0}, {{3, 2, 128, 128}, 3.25 + 3}}) {
+    Subject subject(options);
+    subject.Step(rows, 2048);
+    subject.store->Reserve({.n_step = 1, .budgets = {}});
+    const auto block = static_cast<size_t>(256 * kDim * bits / 8);
+    const size_t coded = 2048 / 256 * block, window = 128 * kDim * 2 * 2, staging = 16 * kDim * 2 * 2;
+    EXPECT_GE(subject.counter.now, kKvHeads * (coded + window + staging));
+    EXPECT_LE(subject.counter.now, kKvHeads * (coded + block + window + staging));  // room for the next group
+  }
 }
 
 std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t ctx = 240, std::vector<ProtectedSpan> protect = {}) {
@@ -223,11 +231,20 @@ std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t ctx = 
                              std::move(protect));
 }
 
+void Create(const std::string& spec, size_t head_dim) {
+  CacheConfig::Create(CacheSpec::Parse(spec), CacheShape::Uniform(1, kHeads, kKvHeads, head_dim, 240,
+                                                                  {.n_dims = head_dim, .frequency_factors = {}}));
+}
+
 TEST(Kivi, RefusesWhatCannotWork) {
   EXPECT_EQ(CacheSpec::Parse("kivi(4, k=2)").ToString(), "full+kivi(4, k=2)");
-  for (const char* spec : {"kivi(3)", "kivi(2, group=24)", "kivi(2, window=100)", "kivi(2, k=4, v=4, bits=2)", "kivi(4, k=2, v=2)"})
+  for (const char* spec : {"kivi(5)", "kivi(1)", "kivi(2, group=24)", "kivi(3, group=256)", "kivi(2, window=100)", "kivi(2, k=4, v=4, bits=2)", "kivi(4, k=2, v=2)"})
     EXPECT_THROW(CacheSpec::Parse(spec), Error) << spec;
-  EXPECT_THROW(Config("kivi(2, group=64)"), Error);  // heads of 32
+  EXPECT_THROW(Create("kivi(2, group=64)", 80), Error);
+  EXPECT_NO_THROW(Create("kivi(2, group=16)", 80));
+  EXPECT_NO_THROW(Create("kivi(3, group=128)", 80));
+  EXPECT_THROW(Create("kivi(3, group=128)", 72), Error);
+  EXPECT_NO_THROW(Config("kivi(k=4, v=3, group=256, window=256)"));
   EXPECT_NO_THROW(Config("h2o(64)+kivi"));
   const auto message = [](const std::string& spec, std::vector<ProtectedSpan> protect) {
     try {
