@@ -200,6 +200,7 @@ std::string Example(const Method& method) {
   if (method.name == "kivi") return "kivi(2, group=16, window=16)";
   if (method.name == "cluster") return "cluster(12, sinks=2, size=5, every=8, add=2, skip=1)";
   if (method.name == "think") return "think(0.4, window=4)";
+  if (method.name == "recent") return "recent(4)";
   return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
 }
 
@@ -281,7 +282,10 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "tova(12)+zigzag(0.1)+think(0.5, window=20)", "snapkv(14, window=4)+pyramid(4)+think(window=4)",
         "window(12, sinks=2)+f32+think(0.5, window=5)+prefill(chunk=5)", "elastic(0.4, merge=off, at=9)+f32+think(window=4)",
         "cascade(14, levels=3, sinks=2, positions=true)+f32+think(window=3)",
-        "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
+        "full+q4(rotate=true)+recent(5)", "full+mix(k=q8, v=f32)+recent(3)+prefill(chunk=7)", "h2o(16)+less+q8(rotate=true)+recent(4)",
+        "h2o(14)+split+ada+q4+recent(7)", "snapkv(24, window=4)+zigzag(0.1)+ada(0)+q8+recent(6)", "tova(12)+zigzag(0.1)+q4+recent(20)",
+        "snapkv(14, window=4)+pyramid(4)+q8+recent(4)", "window(12, sinks=2)+q4+recent(5)+prefill(chunk=5)",
+        "elastic(0.4, merge=off, at=9)+q8+recent(4)", "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
         "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);
   std::sort(specs.begin(), specs.end());

@@ -248,6 +248,11 @@ TEST(Contract, OneShotPromptIsAttendedInFull) {
     std::string full = "full";
     for (const SpecTerm& term : parsed.terms())
       if (FindMethod(term.name)->stage == Stage::kCodec) full += "+" + ToString(term);
+    if (parsed.Find("recent") != nullptr) {  // a prompt's own rows are whole until it has been attended
+      if (spec.find("rotate=true") != std::string::npos) return;
+      for (const char* coded : {"q8", "q4"})
+        if (const size_t at = full.find(coded); at != std::string::npos) full.replace(at, 2, "f16");
+    }
     const Text text = RandomText(shape, 60, 8);
     SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
     EXPECT_TRUE(Same(Feed(a, text, 0, 60, StepKind::kPrompt), Feed(b, text, 0, 60, StepKind::kPrompt))) << full;

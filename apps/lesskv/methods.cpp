@@ -84,7 +84,7 @@ std::string MarkdownText() {
   ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
     text += fmt::format("- `{}` + `{}`: {}\n", a.Example(), b.Example(), reason);
   });
-  text += "\n`window(positions=cache)` re-numbers positions and cannot be combined with `less`, `match` or `think` either.\n";
+  text += "\n`window(positions=cache)` re-numbers positions and cannot be combined with `less`, `match`, `think` or `recent` either.\n";
   return text;
 }
 

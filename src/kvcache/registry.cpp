@@ -35,6 +35,7 @@
   X(Kivi)                 \
   X(Csr)                  \
   X(Think)                \
+  X(Recent)               \
   X(All)                  \
   X(Cluster)              \
   X(Prefill)
@@ -111,8 +112,8 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
     if (tx.renumbers_positions && ty.needs_true_positions)
       return fmt::format("'{}' re-numbers positions and cannot feed '{}', which needs true ones", x.name, y.name);
     if (tx.renumbers_positions && ty.fixes_rotation)
-      return fmt::format("'{}' re-numbers positions, but '{}' keeps a part of each rotated key, which cannot be rotated "
-                         "anew", x.name, y.name);
+      return fmt::format("'{}' re-numbers positions, but '{}' stores keys rotated in a form that cannot be rotated anew", x.name,
+                         y.name);
     if (x.stage == Stage::kCodec && !tx.plain_rows && ty.needs_plain_rows)
       return fmt::format("'{}' leaves out channels of keys, which '{}' as given here does not keep apart", y.name,
                          x.name);
@@ -137,7 +138,7 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
     if (tx.recalls_all && ty.needs_eviction)
       return fmt::format("'{}' may recall any token, so that none leaves and '{}' has nothing to do", x.name, y.name);
     if (tx.moves_rows && (y.stage == Stage::kCodec || y.stage == Stage::kWrap) && !ty.movable_rows)
-      return fmt::format("'{}' puts rows beside others like them, but rows of '{}' do not lie by themselves", x.name, y.name);
+      return fmt::format("'{}' moves single rows, but those of '{}' do not lie by themselves", x.name, y.name);
     if (!tx.rewrites_rows && ty.needs_rewrites)
       return fmt::format("'{}' cannot change a row that is stored, which '{}' needs", x.name, y.name);
     return std::nullopt;

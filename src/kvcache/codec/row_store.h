@@ -79,7 +79,11 @@ class RowStore final : public KvStore {
                     const WriteRow& write);
   // Adds the spans of a head's resident rows.
   void AddSpans(size_t layer, size_t kv_head, std::vector<RowSpan>& keys, std::vector<RowSpan>& values) const;
+  const RowTypes& types() const { return types_; }
   const RowFormat& key_format(size_t layer) const { return formats_[layer].keys; }
+  const RowFormat& value_format(size_t layer) const { return formats_[layer].values; }
+  bool transforms(size_t layer) const { return formats_[layer].hadamard_block > 0; }
+  void HadamardRows(size_t layer, float* rows, size_t n) const;  // n rows of head_dim floats, in place
 
  private:
   struct Region {  // keys, then values, of a number of rows; in a plan `data` is null
@@ -154,7 +158,6 @@ class RowStore final : public KvStore {
   static void AppendSpans(const Formats& formats, const Head& head, size_t first, size_t end, std::vector<RowSpan>& keys,
                           std::vector<RowSpan>& values);
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
-  void HadamardRows(size_t layer, float* rows, size_t n) const;  // n rows of head_dim floats, in place
   bool Transforms(const StoreQuery& query) const;                // queries go through H, outputs come back
   bool ReadsAtPositions(const StoreQuery& query) const;
   void Merge(size_t layer, size_t kv_head, std::span<const Departure> leaving);

@@ -5,8 +5,7 @@
 #include <numeric>
 
 #include "base/check.h"
-#include "base/checked.h"
-#include "base/threads.h"
+#include "base/error.h"
 
 namespace lesskv {
 namespace {
@@ -39,278 +38,68 @@ std::vector<uint16_t> ChooseChannels(std::span<const double> scores, size_t n) {
 
 ThinkStore::ThinkStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types,
                        const ThinkOptions& options)
-    : counter_(&counter),
-      shape_(shape),
+    : WindowStore(counter, shape, types, KeyDims(shape, types, options.ratio), {types.keys, types.values},
+                  {options.window, options.generated_full}),
       types_(types),
       options_(options),
-      table_(shape.layers),
-      old_(std::make_unique<RowStore>(counter, shape, types, KeyDims(shape, types, options.ratio))),
-      heads_(table_.size()) {
-  CHECK(!types.rotate && !shape.unrotated_keys && options.window > 0);
-  for (const LayerShape& layer : shape.layers) {
-    formats_.push_back(
-        {{types.keys, RowSide::kKeys, layer.head_dim}, {types.values, RowSide::kValues, layer.head_dim}});
-    most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
-  }
-  staging_.resize(most_heads_);
-  for (size_t i = 1; i < heads_.size(); ++i) {
-    const size_t before = table_.LayerOf(i - 1);
-    heads_[i].scores_at = heads_[i - 1].scores_at + Layer(before).head_dim;
-    heads_[i].channels_at = heads_[i - 1].channels_at + old_->key_format(before).head_dim;
+      choices_(table().size()) {
+  CHECK(!types.rotate);
+  for (size_t i = 1; i < choices_.size(); ++i) {
+    const size_t before = table().LayerOf(i - 1);
+    choices_[i].scores_at = choices_[i - 1].scores_at + Layer(before).head_dim;
+    choices_[i].channels_at = choices_[i - 1].channels_at + old().key_format(before).head_dim;
   }
 }
 
-size_t ThinkStore::OldRows(size_t head) const {
-  const size_t layer = table_.LayerOf(head);
-  return old_->n_rows(layer, head - table_(layer, 0));
-}
-
-size_t ThinkStore::n_rows(size_t layer, size_t kv_head) const {
-  return old_->n_rows(layer, kv_head) + heads_[table_(layer, kv_head)].n;
-}
-
-std::span<const uint16_t> ThinkStore::kept_channels(size_t layer, size_t kv_head) const {
-  const Head& head = heads_[table_(layer, kv_head)];
-  if (!head.chosen || counter_->only_counts) return {};
-  return {Channels(head), old_->key_format(layer).head_dim};
-}
-
-// ---- Room
-
-// The ring's room for `needed` rows: the window, and whole blocks where more pile up.
-size_t ThinkStore::RingRows(const Head& head, size_t needed) const {
-  const size_t window = RoundUp(shape_.grows ? options_.window : head.bounded_window, kTileRows);
-  return needed <= window ? window : window + RoundUp(needed - window, kBlockRows);
-}
-
-// A ring of another size with the same rows, the oldest in slot 0.
-void ThinkStore::ResizeRing(size_t i, size_t rows) {
-  Head& head = heads_[i];
-  if (head.ring.rows == rows) return;
-  CHECK(head.n <= rows, "{} rows in a ring of {}", head.n, rows);
-  const ExactFormats& f = FormatsOf(i);
-  ExactRows ring = ExactRows::Make(*counter_, f, rows);
-  for (const RowSide side : {RowSide::kKeys, RowSide::kValues}) CopyRing(f, side, head.ring, head.first, head.n, ring);
-  head.ring = std::move(ring);
-  head.first = 0;
-}
-
-// A head's window is its budget where that is smaller. Where budgets are divided later, no head of a layer gets fewer
-// rows than the least of it (CodecTraits::apart_rows): what is whole, and so the bytes, does not depend on the
-// division.
-void ThinkStore::FindWindows(const StepRoom& room) {
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    Head& head = heads_[i];
-    head.window = options_.window;
-    if (!room.evicts) continue;
-    const size_t layer = table_.LayerOf(i);
-    if (room.budgets_later) {
-      const auto own = room.budgets.subspan(table_(layer, 0), table_.n_heads(layer));
-      head.bounded_window = std::min(options_.window, *std::min_element(own.begin(), own.end()));
-    } else if (head.bounded_window == 0 || budgets_.empty() || budgets_[i] != room.budgets[i]) {
-      head.bounded_window = std::min(options_.window, room.budgets[i]);
-    }
-    head.window = head.bounded_window;
-  }
-}
-
-// Old rows that a head may have under these budgets ([heads], or none).
-std::vector<size_t> ThinkStore::OldBudgets(std::span<const size_t> budgets) const {
-  std::vector<size_t> old(budgets.begin(), budgets.end());
-  for (size_t i = 0; i < old.size(); ++i)
-    old[i] -= std::min(old[i], heads_[i].bounded_window > 0 ? heads_[i].bounded_window : options_.window);
-  return old;
-}
-
-void ThinkStore::ReserveOld(const StepRoom& room) {
-  std::vector<size_t> entering(heads_.size());
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    const size_t old = OldRows(i), all = old + heads_[i].n + room.n_step, window = heads_[i].window;
-    if (Prunes() && all > window + old) entering[i] = all - window - old;
-  }
-  const std::vector<size_t> budgets = OldBudgets(room.budgets);
-  StepRoom own = room;
-  own.budgets = budgets;
-  old_->ReserveRows(own, entering);
-}
-
-void ThinkStore::ReserveStaging(const StepRoom& room) {
-  const size_t rows = RoundUp(room.n_step, kTileRows), n = room.defers ? table_.size() : most_heads_;
-  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<ExactRows>(n);
-  defers_ = room.defers;
-  for (size_t i = 0; i < n; ++i) {
-    if (staging_[i].rows == rows) continue;
-    staging_[i] = ExactRows{};
-    staging_[i] = ExactRows::Make(*counter_, defers_ ? FormatsOf(i) : formats_[widest_], rows);
-  }
-}
-
-void ThinkStore::ReserveChoice() {
-  if (heads_.empty()) return;
-  const size_t last = heads_.size() - 1, layer = table_.LayerOf(last);
-  if (channels_.size() == 0) {
-    const size_t n = heads_[last].channels_at + old_->key_format(layer).head_dim;
-    channels_ = CountedBuffer(*counter_, n * sizeof(uint16_t));
-  }
-  const bool chosen = std::all_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.chosen; });
-  if (!chosen && sums_.size() == 0)
-    sums_ = CountedBuffer(*counter_, (heads_[last].scores_at + Layer(layer).head_dim) * sizeof(double));
-}
-
-void ThinkStore::Reserve(const StepRoom& room) {
-  budgets_before_ = budgets_;
-  for (Head& head : heads_) {
-    head.ring_before = head.ring.rows;
-    head.bounded_before = head.bounded_window;
-  }
-  is_prompt_ = room.is_prompt;
-  evicts_ = room.evicts;
-  try {
-    FindWindows(room);
-    ReserveChoice();
-    for (size_t i = 0; i < heads_.size(); ++i) {
-      const size_t needed = Prunes() ? heads_[i].window : heads_[i].n + room.n_step;
-      ResizeRing(i, std::max(heads_[i].ring.rows, RingRows(heads_[i], needed)));
-    }
-    ReserveOld(room);
-    ReserveStaging(room);
-    budgets_.assign(room.budgets.begin(), room.budgets.end());
-  } catch (...) {
-    CancelStep();
-    throw;
-  }
-  n_step_ = room.n_step;
-}
-
-void ThinkStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
-  const size_t first = table_(first_layer, 0);
-  std::vector<size_t> old;
-  for (size_t i = 0; i < budgets.size(); ++i) {
-    const size_t window = heads_[first + i].window;
-    CHECK(budgets[i] >= window, "a budget of {} rows where {} lie apart", budgets[i], window);
-    budgets_[first + i] = budgets[i];
-    old.push_back(budgets[i] - window);
-  }
-  old_->SetBudgets(first_layer, old);
-}
-
-// Without memory for a smaller ring the larger one stays, which the next step uses.
-void ThinkStore::CancelStep() {
-  old_->CancelStep();
-  size_t rows = 0;
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    heads_[i].bounded_window = heads_[i].bounded_before;
-    rows += OldRows(i) + heads_[i].n;
-    try {
-      if (heads_[i].ring_before == 0)
-        heads_[i].ring = ExactRows{};
-      else
-        ResizeRing(i, heads_[i].ring_before);
-    } catch (const std::exception&) {
-    }
-  }
-  for (ExactRows& staging : staging_) staging = ExactRows{};
-  budgets_ = budgets_before_;
-  n_step_ = 0;
-  if (rows == 0) channels_ = CountedBuffer(), sums_ = CountedBuffer();
-}
-
-void ThinkStore::EndStep() {
-  old_->EndStep();
-  for (size_t i = 0; i < heads_.size(); ++i) ResizeRing(i, RingRows(heads_[i], heads_[i].n));
-  if (std::all_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.chosen; })) sums_ = CountedBuffer();
-  if (is_prompt_)
-    for (ExactRows& staging : staging_) staging = ExactRows{};
-  n_step_ = 0;
-}
-
-size_t ThinkStore::SlackBytes(std::span<const size_t> budgets) const {
-  size_t bytes = old_->SlackBytes(OldBudgets(budgets));
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    const Head& head = heads_[i];
-    const size_t needed = std::max(head.n, shape_.grows ? 0 : head.bounded_window);
-    const size_t tile = TileBytes(FormatsOf(i).keys) + TileBytes(FormatsOf(i).values);
-    bytes += (head.ring.rows - std::min(head.ring.rows, needed)) * tile / kTileRows;
-  }
-  return bytes;
+std::unique_ptr<WindowStore> ThinkStore::MakeEmpty(ByteCounter& counter) const {
+  return std::make_unique<ThinkStore>(counter, shape(), types_, options_);
 }
 
 std::unique_ptr<KvStore> ThinkStore::Clone(ByteCounter& counter) const {
-  auto copy = std::make_unique<ThinkStore>(counter, shape_, types_, options_);
-  copy->old_.reset(static_cast<RowStore*>(old_->Clone(counter).release()));
-  copy->defers_ = defers_;
-  copy->budgets_ = budgets_;
-  copy->channels_ = channels_.Clone(counter);
-  copy->sums_ = sums_.Clone(counter);
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    const Head& from = heads_[i];
-    Head& to = copy->heads_[i];
-    to.ring = from.ring.Clone(counter);
-    to.first = from.first;
-    to.n = from.n;
-    to.chosen = from.chosen;
-    to.window = from.window;
-    to.bounded_window = from.bounded_window;
-  }
-  copy->staging_.clear();
-  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
+  std::unique_ptr<KvStore> copy = WindowStore::Clone(counter);
+  auto& own = static_cast<ThinkStore&>(*copy);
+  own.channels_ = channels_.Clone(counter);
+  own.sums_ = sums_.Clone(counter);
+  own.choices_ = choices_;
   return copy;
 }
 
-// ---- Steps
-
-void ThinkStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
-  WriteExact(formats_[layer], Layer(layer), first, n, keys, values,
-             [&](size_t h) -> const ExactRows& { return Staging(layer, h); });
+std::span<const uint16_t> ThinkStore::kept_channels(size_t layer, size_t kv_head) const {
+  const Choice& choice = choices_[table()(layer, kv_head)];
+  if (!choice.made || counter().only_counts) return {};
+  return {Channels(choice), old().key_format(layer).head_dim};
 }
 
-AttentionJob ThinkStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
-  const LayerShape& layer = Layer(query.layer);
-  const Head& head = heads_[table_(query.layer, kv_head)];
-  const ExactFormats& f = formats_[query.layer];
-  const ExactRows& staging = Staging(query.layer, kv_head);
-  const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
-  std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
-  old_->AddSpans(query.layer, kv_head, keys, values);
-  for (RowSpan& span : keys) span.channels = Channels(head);
-  const size_t straight = std::min(head.n, head.ring.rows - head.first);
-  for (const auto& [slot, n] : {std::pair{head.first, straight}, {size_t{0}, head.n - straight}}) {
-    if (n == 0) continue;
-    keys.push_back({f.keys, head.ring.Region(f, RowSide::kKeys), slot, n});
-    values.push_back({f.values, head.ring.Region(f, RowSide::kValues), slot, n});
+bool ThinkStore::AllMade() const {
+  return std::all_of(choices_.begin(), choices_.end(), [](const Choice& choice) { return choice.made; });
+}
+
+void ThinkStore::ReserveOwn() {
+  if (choices_.empty()) return;
+  const size_t last = choices_.size() - 1, layer = table().LayerOf(last);
+  if (channels_.size() == 0) {
+    const size_t n = choices_[last].channels_at + old().key_format(layer).head_dim;
+    channels_ = CountedBuffer(counter(), n * sizeof(uint16_t));
   }
-  keys.push_back({f.keys, staging.Region(f, RowSide::kKeys), 0, n_step});
-  values.push_back({f.values, staging.Region(f, RowSide::kValues), 0, n_step});
-  AttentionJob job;
-  job.keys = keys;
-  job.values = values;
-  job.n_past = n_rows(query.layer, kv_head) + query.first_query;
-  job.n_queries = query.n_queries;
-  job.q = query.queries + kv_head * group * d;
-  job.q_stride = job.out_stride = layer.q_dim();
-  job.group = group;
-  job.scale = layer.scale;
-  job.compute = shape_.compute;
-  job.out = query.out + kv_head * group * d;
-  job.lse = query.lse + kv_head * query.n_queries * group;
-  return job;
+  if (!AllMade() && sums_.size() == 0)
+    sums_ = CountedBuffer(counter(), (choices_[last].scores_at + Layer(layer).head_dim) * sizeof(double));
 }
 
-void ThinkStore::AddJobs(const StoreQuery& query, JobList& list) const {
-  CHECK(query.read_positions.empty(), "keys are stored rotated");
-  for (size_t h = 0; h < Layer(query.layer).n_kv_heads; ++h) list.jobs.push_back(Job(query, h, list));
+void ThinkStore::FreeOwn() { channels_ = CountedBuffer(), sums_ = CountedBuffer(); }
+
+void ThinkStore::EndOwn() {
+  if (AllMade()) sums_ = CountedBuffer();
 }
 
 void ThinkStore::Observe(const StoreQuery& query) {
   const LayerShape& layer = Layer(query.layer);
-  const size_t d = layer.head_dim, first = n_step_ - std::min(n_step_, kThinkQueries);
+  const size_t d = layer.head_dim, first = n_step() - std::min(n_step(), kThinkQueries);
   const size_t begin = std::max(query.first_query, first), end = query.first_query + query.n_queries;
   for (size_t h = 0; h < layer.n_kv_heads && begin < end; ++h) {
-    const Head& head = heads_[table_(query.layer, h)];
-    if (head.chosen) continue;
-    double* sums = Sums(head);
-    if (n_step_ >= kThinkQueries && begin == first) std::fill_n(sums, d, 0.0);
+    const Choice& choice = choices_[table()(query.layer, h)];
+    if (choice.made) continue;
+    double* sums = Sums(choice);
+    if (n_step() >= kThinkQueries && begin == first) std::fill_n(sums, d, 0.0);
     for (size_t m = begin; m < end; ++m) {
       const float* q = query.queries + (m - query.first_query) * layer.q_dim() + h * layer.group() * d;
       for (size_t i = 0; i < layer.group() * d; ++i) sums[i % d] += static_cast<double>(q[i]) * q[i];
@@ -318,222 +107,81 @@ void ThinkStore::Observe(const StoreQuery& query) {
   }
 }
 
-ThinkStore::Place ThinkStore::Find(size_t layer, size_t kv_head, size_t whole) const {
-  const Head& head = heads_[table_(layer, kv_head)];
-  if (whole >= head.n) return {&Staging(layer, kv_head), whole - head.n};
-  return {&head.ring, (head.first + whole) % head.ring.rows};
-}
-
-// An old key, [kept channels], with zeros in the other channels.
-void ThinkStore::Spread(const Head& head, size_t layer, const float* some, float* key) const {
-  std::fill_n(key, Layer(layer).head_dim, 0.0f);
-  for (size_t c = 0; c < old_->key_format(layer).head_dim; ++c) key[Channels(head)[c]] = some[c];
-}
-
-void ThinkStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
-                          float* values) const {
-  const ExactFormats& f = formats_[layer];
-  const size_t d = Layer(layer).head_dim, old = old_->n_rows(layer, kv_head);
-  std::vector<float> some(old_->key_format(layer).head_dim);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i] < old) {
-      old_->ReadRows(layer, kv_head, rows.subspan(i, 1), some.data(), values + i * d);
-      Spread(heads_[table_(layer, kv_head)], layer, some.data(), keys + i * d);
-      continue;
-    }
-    const Place at = Find(layer, kv_head, rows[i] - old);
-    lesskv::ReadRows(f.keys, at.rows->Region(f, RowSide::kKeys), at.slot, 1, keys + i * d, d);
-    lesskv::ReadRows(f.values, at.rows->Region(f, RowSide::kValues), at.slot, 1, values + i * d, d);
-  }
-}
-
-ThinkStore::Cut ThinkStore::PlanCut(size_t layer, size_t kv_head, std::span<const Departure> leaving) const {
-  const size_t i = table_(layer, kv_head), old = old_->n_rows(layer, kv_head), n_whole = heads_[i].n + n_step_;
-  Cut cut;
-  cut.n_rows = old + n_whole - leaving.size();
-  size_t next = 0;
-  while (next < leaving.size() && leaving[next].row < old) cut.old_leaving.push_back(leaving[next++]);
-  for (uint32_t row = 0; row < n_whole; ++row) {
-    if (next < leaving.size() && leaving[next].row == old + row)
-      ++next;
-    else
-      cut.whole.push_back(row);
-  }
-  CHECK(next == leaving.size(), "rows leave that are not there, or not in order");
-  const size_t old_kept = old - cut.old_leaving.size(), window = heads_[i].window;
-  if (Prunes() && cut.n_rows > window + old_kept) cut.entering = cut.n_rows - window - old_kept;
-  const size_t room = evicts_ ? budgets_[i] - std::min(budgets_[i], window) : old_kept;
-  size_t n_back = cut.entering > 0 ? 0 : old_kept - std::min(old_kept, room);
-  for (size_t row = old, left = cut.old_leaving.size(); n_back > 0; --n_back) {
-    while (left > 0 && cut.old_leaving[left - 1].row == row - 1) --row, --left;
-    cut.back.push_back(static_cast<uint32_t>(--row));
-  }
-  std::reverse(cut.back.begin(), cut.back.end());
-  for (const uint32_t row : cut.back) cut.old_leaving.push_back({row, Fate::kDrop});
-  std::sort(cut.old_leaving.begin(), cut.old_leaving.end(),
-            [](const Departure& a, const Departure& b) { return a.row < b.row; });
-  return cut;
+void ThinkStore::BeforeRowsEnter(size_t layer, size_t kv_head, const Cut& cut) {
+  Choice& choice = choices_[table()(layer, kv_head)];
+  if (choice.made) return;
+  if (!counter().only_counts) Choose(layer, kv_head, cut);
+  choice.made = true;
 }
 
 // Scores of the channels are |Q_j|^2 |K_j|^2: sums and means rank alike.
 void ThinkStore::Choose(size_t layer, size_t kv_head, const Cut& cut) {
-  const Head& head = heads_[table_(layer, kv_head)];
+  const Choice& choice = choices_[table()(layer, kv_head)];
   const size_t d = Layer(layer).head_dim;
-  const ExactFormats& f = formats_[layer];
   std::vector<double> scores(d);
   std::vector<float> key(d);
   for (const uint32_t row : cut.whole) {
-    const Place at = Find(layer, kv_head, row);
-    lesskv::ReadRows(f.keys, at.rows->Region(f, RowSide::kKeys), at.slot, 1, key.data(), d);
+    ReadWholeKey(layer, Find(layer, kv_head, row), key.data());
     for (size_t c = 0; c < d; ++c) scores[c] += static_cast<double>(key[c]) * key[c];
   }
-  for (size_t c = 0; c < d; ++c) scores[c] *= Sums(head)[c];
-  const std::vector<uint16_t> kept = ChooseChannels(scores, old_->key_format(layer).head_dim);
-  std::copy(kept.begin(), kept.end(), Channels(head));
+  for (size_t c = 0; c < d; ++c) scores[c] *= Sums(choice)[c];
+  const std::vector<uint16_t> kept = ChooseChannels(scores, old().key_format(layer).head_dim);
+  std::copy(kept.begin(), kept.end(), Channels(choice));
 }
 
-// The ring gets the whole rows that stay whole, behind those that came back (`back`: [rows][key, value]).
-void ThinkStore::KeepWhole(size_t layer, size_t kv_head, const Cut& cut, std::span<const float> back) {
-  Head& head = heads_[table_(layer, kv_head)];
-  const ExactFormats& f = formats_[layer];
-  const size_t d = Layer(layer).head_dim, n = head.ring.rows, n_back = cut.back.size();
-  if (n == 0) return;
-  const bool has_own = cut.entering < cut.whole.size() && cut.whole[cut.entering] < head.n;
-  const size_t base = has_own ? cut.whole[cut.entering] : 0;
-  // Towards the ring's oldest row: a place is free by the time a row comes there.
-  for (size_t i = cut.entering, to = base; i < cut.whole.size(); ++i, ++to) {
-    if (cut.whole[i] == to && to < head.n) continue;
-    const Place from = Find(layer, kv_head, cut.whole[i]);
-    const size_t slot = (head.first + to) % n;
-    CopyRow(f.keys, from.rows->Region(f, RowSide::kKeys), from.slot, head.ring.Region(f, RowSide::kKeys), slot);
-    CopyRow(f.values, from.rows->Region(f, RowSide::kValues), from.slot, head.ring.Region(f, RowSide::kValues), slot);
-  }
-  head.first = (head.first + base + n - n_back) % n;
-  for (size_t i = 0; i < n_back; ++i) {
-    const size_t slot = (head.first + i) % n;
-    WriteRows(f.keys, head.ring.Region(f, RowSide::kKeys), slot, 1, &back[i * 2 * d], d);
-    WriteRows(f.values, head.ring.Region(f, RowSide::kValues), slot, 1, &back[i * 2 * d + d], d);
-  }
+void ThinkStore::WriteOld(size_t layer, size_t kv_head, const Place& from, std::byte* keys, std::byte* values,
+                          size_t slot) const {
+  const size_t d = Layer(layer).head_dim;
+  const ExactFormats f = {{types_.keys, RowSide::kKeys, d}, {types_.values, RowSide::kValues, d}};
+  CopyChannels(f.keys, from.rows->Region(f, RowSide::kKeys), from.slot, Channels(choices_[table()(layer, kv_head)]),
+               old().key_format(layer), keys, slot);
+  CopyRow(f.values, from.rows->Region(f, RowSide::kValues), from.slot, values, slot);
 }
 
-// Moves rows to where they are after the step.
-SlotMap ThinkStore::MoveOn(size_t layer, size_t kv_head, const Cut& cut) {
-  Head& head = heads_[table_(layer, kv_head)];
-  const ExactFormats& f = formats_[layer];
-  const size_t old = old_->n_rows(layer, kv_head), n_before = head.n, d = Layer(layer).head_dim;
-  std::vector<float> back(counter_->only_counts ? 0 : cut.back.size() * 2 * d);
-  for (size_t i = 0; i * 2 * d < back.size(); ++i)
-    ReadRows(layer, kv_head, {&cut.back[i], 1}, &back[i * 2 * d], &back[i * 2 * d + d]);
-  const auto write = [&](size_t i, std::byte* keys, std::byte* values, size_t slot) {
-    const Place from = Find(layer, kv_head, cut.whole[i]);
-    CopyChannels(f.keys, from.rows->Region(f, RowSide::kKeys), from.slot, Channels(head), old_->key_format(layer), keys, slot);
-    CopyRow(f.values, from.rows->Region(f, RowSide::kValues), from.slot, values, slot);
-  };
-  const SlotMap moved = old_->CloseWith(layer, kv_head, cut.old_leaving, cut.entering, write);
-  if (!counter_->only_counts) KeepWhole(layer, kv_head, cut, back);
-  head.n = cut.n_rows - moved.n_rows;
-  SlotMap map{cut.n_rows, {}, !cut.back.empty()};
-  if (!evicts_) return map;  // old rows grow into the slots of those that were pruned: nothing moves
-  for (const RowMove& move : moved.moves)
-    map.moves.push_back(
-        {move.from < old ? move.from : static_cast<uint32_t>(old + cut.whole[move.from - old]), move.to});
-  auto to = static_cast<uint32_t>(moved.n_rows);
-  for (const uint32_t row : cut.back) map.moves.push_back({row, to++});
-  for (size_t i = cut.entering; i < cut.whole.size(); ++i, ++to) {
-    const auto from = static_cast<uint32_t>(old + cut.whole[i]);
-    if (from != to || cut.whole[i] >= n_before) map.moves.push_back({from, to});
-  }
-  return map;
+// The kept channels, with zeros in place of the others.
+void ThinkStore::ReadOld(size_t layer, size_t kv_head, uint32_t row, float* key, float* value) const {
+  std::vector<float> some(old().key_format(layer).head_dim);
+  old().ReadRows(layer, kv_head, {&row, 1}, some.data(), value);
+  const uint16_t* channels = Channels(choices_[table()(layer, kv_head)]);
+  std::fill_n(key, Layer(layer).head_dim, 0.0f);
+  for (size_t c = 0; c < some.size(); ++c) key[channels[c]] = some[c];
 }
 
-SlotMap ThinkStore::Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) {
-  for (const Departure& departure : leaving)
-    CHECK(departure.fate == Fate::kDrop || departure.fate == Fate::kAbsorb, "rows of this store are not rewritten");
-  const Cut cut = PlanCut(layer, kv_head, leaving);
-  Head& head = heads_[table_(layer, kv_head)];
-  if (cut.entering > 0 && !head.chosen) {
-    if (!counter_->only_counts) Choose(layer, kv_head, cut);
-    head.chosen = true;
-  }
-  return MoveOn(layer, kv_head, cut);
+void ThinkStore::MarkOldSpans(size_t layer, size_t kv_head, std::span<RowSpan> keys) const {
+  for (RowSpan& span : keys) span.channels = Channels(choices_[table()(layer, kv_head)]);
 }
 
 // ---- Saved state
 
-// Whole tiles of the window's rows in the order of the text; rows beyond the last are zeros.
-void ThinkStore::SaveWhole(size_t head, ByteWriter& out) const {
-  const Head& own = heads_[head];
-  const ExactFormats& f = FormatsOf(head);
-  ByteCounter scratch;
-  const size_t rows = RoundUp(own.n, kTileRows);
-  const ExactRows copy = ExactRows::Make(scratch, f, rows);
-  for (const RowSide side : {RowSide::kKeys, RowSide::kValues}) CopyRing(f, side, own.ring, own.first, own.n, copy);
-  out.Raw(copy.Region(f, RowSide::kKeys), rows / kTileRows * TileBytes(f.keys));
-  out.Raw(copy.Region(f, RowSide::kValues), rows / kTileRows * TileBytes(f.values));
+void ThinkStore::SaveOwn(size_t i, ByteWriter& out) const {
+  const Choice& choice = choices_[i];
+  const size_t layer = table().LayerOf(i);
+  out.Put<uint8_t>(choice.made);
+  if (choice.made)
+    out.Raw(Channels(choice), old().key_format(layer).head_dim * sizeof(uint16_t));
+  else
+    out.Raw(sums_.As<double>().data() + choice.scores_at, Layer(layer).head_dim * sizeof(double));
 }
 
-void ThinkStore::LoadWhole(size_t head, ByteReader& in) {
-  const ExactFormats& f = FormatsOf(head);
-  const size_t tiles = CeilDiv(heads_[head].n, kTileRows);
-  in.Raw(heads_[head].ring.Region(f, RowSide::kKeys), tiles * TileBytes(f.keys));
-  in.Raw(heads_[head].ring.Region(f, RowSide::kValues), tiles * TileBytes(f.values));
-}
-
-void ThinkStore::Save(ByteWriter& out) const {
-  const bool begun = channels_.size() > 0;
-  out.Put<uint8_t>(begun);
-  for (size_t i = 0; i < heads_.size() && begun; ++i) {
-    const Head& head = heads_[i];
-    const size_t layer = table_.LayerOf(i);
-    for (const size_t n : {head.n, head.bounded_window}) out.Put<uint64_t>(n);
-    out.Put<uint8_t>(head.chosen);
-    if (head.chosen)
-      out.Raw(Channels(head), old_->key_format(layer).head_dim * sizeof(uint16_t));
-    else
-      out.Raw(sums_.As<double>().data() + head.scores_at, Layer(layer).head_dim * sizeof(double));
-    SaveWhole(i, out);
-  }
-  old_->Save(out);
-}
-
-void ThinkStore::LoadChoice(size_t i, ByteReader& in) {
-  Head& head = heads_[i];
-  const size_t layer = table_.LayerOf(i), d = Layer(layer).head_dim, kept = old_->key_format(layer).head_dim;
-  const auto chosen = in.Get<uint8_t>();
-  if (chosen > 1) Fail(ErrorCode::kBadFile, "saved cache: {} does not say whether channels were chosen", chosen);
-  head.chosen = chosen == 1;
-  if (!head.chosen) return in.Raw(Sums(head), d * sizeof(double));
-  uint16_t* channels = Channels(head);
+void ThinkStore::LoadOwn(size_t i, ByteReader& in) {
+  Choice& choice = choices_[i];
+  const size_t layer = table().LayerOf(i), d = Layer(layer).head_dim, kept = old().key_format(layer).head_dim;
+  const auto made = in.Get<uint8_t>();
+  if (made > 1) Fail(ErrorCode::kBadFile, "saved cache: {} does not say whether channels were chosen", made);
+  choice.made = made == 1;
+  if (!choice.made) return in.Raw(Sums(choice), d * sizeof(double));
+  uint16_t* channels = Channels(choice);
   in.Raw(channels, kept * sizeof(uint16_t));
   for (size_t c = 0; c < kept; ++c)
     if (channels[c] >= d || (c > 0 && channels[c] <= channels[c - 1]))
       Fail(ErrorCode::kBadFile, "saved cache: a head's kept channels are not ascending numbers below {}", d);
 }
 
-void ThinkStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
-  const auto begun = in.Get<uint8_t>();
-  if (begun != (max_rows > 0 && !heads_.empty()))
-    Fail(ErrorCode::kBadFile, "saved cache: {} does not say whether there are rows", begun);
-  if (begun) ReserveChoice();
-  const bool bounds = std::any_of(budgets.begin(), budgets.end(), [](size_t rows) { return rows > 0; });
-  for (size_t i = 0; i < heads_.size() && begun; ++i) {
-    Head& head = heads_[i];
-    const size_t n = in.Count(options_.generated_full ? max_rows : options_.window, "a head's number of whole rows");
-    head.bounded_window = in.Count(bounds ? std::min(options_.window, budgets[i]) : 0, "a head's window");
-    if (!shape_.grows && n > head.bounded_window)
-      Fail(ErrorCode::kBadFile, "saved cache: {} whole rows in a window of {}", n, head.bounded_window);
-    ResizeRing(i, RingRows(head, n));
-    head.n = n;
-    LoadChoice(i, in);
-    LoadWhole(i, in);
-  }
-  if (bounds) budgets_.assign(budgets.begin(), budgets.end());
-  old_->Load(in, OldBudgets(budgets), max_rows);
-  for (size_t i = 0; i < heads_.size(); ++i)
-    if (OldRows(i) > 0 && !heads_[i].chosen)
+void ThinkStore::CheckLoaded() {
+  for (size_t i = 0; i < choices_.size(); ++i)
+    if (OldRows(i) > 0 && !choices_[i].made)
       Fail(ErrorCode::kBadFile, "saved cache: a head has old rows, but its channels were not chosen");
-  if (begun && std::all_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.chosen; }))
-    sums_ = CountedBuffer();
+  EndOwn();
 }
 
 }  // namespace lesskv

@@ -689,7 +689,7 @@ TEST(ClusterSpec, IsRefusedWhereItMeansNothing) {
     EXPECT_EQ(refusal(spec), "") << spec;
   for (const auto& [spec, part] :
        {std::pair{"h2o(64)+cluster(64)", "'h2o' lets tokens leave, any of which 'cluster' may recall"},
-        {"cluster(64)+kivi", "rows of 'kivi' do not lie by themselves"},
+        {"cluster(64)+kivi", "those of 'kivi' do not lie by themselves"},
         {"cluster(64)+pyramid", "nothing to do"},
         {"cluster(64)+less", "nothing to do"},
         {"cluster(64)+merge", "nothing to do"},
