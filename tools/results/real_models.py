@@ -35,23 +35,24 @@ KEPT = ["model_fingerprint", "kv_spec", "mode", "step", "prompt", "ctx", "isa", 
 
 ROWS_OF_FEW_BITS = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+mix(k=q8, v=q4)", "full+kivi(4)", "full+kivi(4, group=64)",
                     "full+kivi(k=4, v=2)", "full+kivi(2)", "full+think(0.4)", "full+think(0.6)", "full+think(0.5)+q8"]
-THREE_BITS = ["full+kivi(3)", "full+kivi(3, group=64)", "full+kivi(k=4, v=3)", "full+kivi(k=3, v=2)", "full+kivi(k=3, v=2, group=64)"]
+THREE_BITS = ["full+q4+recent", "full+q4(rotate=true)+recent", "full+mix(k=q8, v=q4, rotate=true)+recent", "full+kivi(3)", "full+kivi(3, group=64)",
+              "full+kivi(k=4, v=3, group=64)", "full+kivi(k=3, v=2)", "full+kivi(k=3, v=2, group=128)"]
+STREAMED = ["full", "full+q4", "full+q4(rotate=true)+recent", "full+kivi(4, group=64)", "full+kivi(k=4, v=3, group=64)", "full+kivi(3, group=64)",
+            "full+kivi(k=3, v=2, group=128)"]
 SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o", "tova", "snapkv")]
-BUDGETS = [f"snapkv({b})+{t}" for b in ("5%", "10%") for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + \
-          ["h2o(10%)+zigzag", "h2o(10%)+ada", "h2o(10%)+split", "window(10%)+split"]
+BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + ["h2o(10%)+split"]
 TRAINED_SCORES = ["kvzap(10%)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
-RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(20%)", "full+cluster(10%, share=group)"]
-MERGING = ["elastic(0.9)", "elastic(0.8)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%)", "window(10%, positions=cache)"]
+RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(10%, share=group)"]
+MERGING = ["elastic(0.9)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%)", "window(10%, positions=cache)"]
 MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv") for t in ("", "+match")]
 STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%")]
-TOGETHER = ["h2o(10%)+q8", "h2o(20%)+q4(rotate=true)", "h2o(20%)+kivi(4)", "snapkv(20%)+q8", "snapkv(20%)+think(0.5)+q8", "snapkv(20%)+split+q8"]
-WITH_SIDECAR = ["h2o(10%)+less+q8", "h2o(10%)+less+q4(rotate=true)"]
+TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent", "h2o(20%)+kivi(4)", "snapkv(20%)+split+q8", "snapkv(20%)+think(0.5)+q8",
+            "h2o(10%)+less+q8"]
 
 # The longer text, and the larger model, get a part of all that.
 LONG = ["full+q4", "full+kivi(4, group=64)", "full+kivi(k=4, v=2)", "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split"]
-QWEN = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+kivi(4)", "full+kivi(k=4, v=2)", "full+kivi(2)",
-        "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split", "snapkv(10%)+match",
-        "snapkv(10%)+zigzag", "cascade(10%)", "elastic(0.9)", "h2o(20%)+kivi(4)"]
+QWEN = ["full+q8", "full+q4(rotate=true)+recent", "full+kivi(4)", "full+kivi(k=4, v=3, group=64)", "full+kivi(k=3, v=2, group=128)", "full+cluster(10%)",
+        "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split", "snapkv(10%)+match", "h2o(20%)+kivi(4)"]
 
 # What the state wins back, on three kinds of text and for three selectors.
 LESS = ["full", "h2o(2%)", "h2o(2%)+less", "h2o(5%)", "h2o(5%)+less", "window(5%)", "window(5%)+less", "tova(5%)", "tova(5%)+less"]
@@ -69,10 +70,9 @@ def runs():
                    "--keep", "4", "--compute", "int8", "--text", "TEXT", *[a for s in some for a in ("--kv", s)]]))
 
   def bits(model, ctx, windows):
-    specs = ["full", *[s for s in ROWS_OF_FEW_BITS if "kivi" in s or s == "full+q4"], *THREE_BITS]
     out.append((f"stream {model} {ctx}", model,
                 ["perplexity", "--mode", "stream", "--step", "64", "-c", str(ctx), "--max-windows", str(windows), "--compute", "int8", "--text", "TEXT",
-                 *[a for s in specs for a in ("--kv", s)]]))
+                 *[a for s in STREAMED for a in ("--kv", s)]]))
 
   divergence("bits", "smollm2", 2048, 4, ROWS_OF_FEW_BITS)
   divergence("rows", "smollm2", 2048, 4, SELECTORS)
@@ -80,17 +80,14 @@ def runs():
   for text in ("TEXT", "BOOKS", "TECH"):
     out.append((f"less smollm2 {text}", "smollm2", ["perplexity", "--mode", "stream", "--step", "8", "-c", "2048", "--max-windows", "2", "--compute", "int8",
                                                     "--by-pair", PAIR_DISTANCE, "--text", text, *[a for s in LESS for a in ("--kv", s)]]))
-  divergence("bits", "smollm2", 4096, 3, LONG)
-  divergence("budgets", "smollm2", 2048, 4, BUDGETS)
-  divergence("recall", "smollm2", 2048, 4, RECALL)
-  divergence("merging", "smollm2", 2048, 4, MERGING)
-  divergence("scores", "smollm2", 2048, 4, TRAINED_SCORES)
-  divergence("together", "smollm2", 2048, 4, TOGETHER + WITH_SIDECAR)
-  divergence("bits", "qwen", 2048, 2, QWEN)
-  for model, ctx, windows in (("smollm2", 2048, 4), ("qwen", 2048, 2), ("smollm2", 4096, 3)):
-    divergence("three bits", model, ctx, windows, THREE_BITS)
+  divergence("three bits", "smollm2", 2048, 4, THREE_BITS)
   bits("smollm2", 4096, 3)
   bits("qwen", 4096, 1)
+  divergence("together", "smollm2", 2048, 4, TOGETHER)
+  divergence("recall", "smollm2", 2048, 4, RECALL + MERGING + TRAINED_SCORES)
+  divergence("budgets", "smollm2", 2048, 4, BUDGETS)
+  divergence("bits", "qwen", 2048, 2, QWEN)
+  divergence("bits", "smollm2", 4096, 3, LONG)
   return out
 
 
@@ -140,10 +137,9 @@ def measure(args) -> None:
 SECTIONS = (  # runs whose names begin so, title
   (("bits", "three bits"), "Rows of few bits"),
   (("rows",), "Which rows stay"),
-  (("budgets", "scores"), "Where the rows go"),
+  (("budgets",), "Where the rows go"),
   (("states",), "What is left of the others"),
-  (("recall",), "Rows that are recalled"),
-  (("merging",), "Merging, and positions of the cache's own"),
+  (("recall",), "Recall, merging, trained scores"),
   (("together",), "Together"),
 )
 COLOURS = {"few bits": "#d95f02", "rows": "#1b9e77", "divided rows": "#7570b3", "state or fit": "#e7298a", "recall": "#666666", "together": "#1f78b4"}
@@ -253,6 +249,26 @@ def stream_section(store) -> str:
   return "### While a text streams in\n\n" + "\n".join(out) if out else ""
 
 
+TEXTS = {"TEXT": "WikiText-2 test", "BOOKS": "held-out books", "TECH": "technical prose that no map was trained on"}
+
+
+def less_section(store) -> str:
+  """What LESS wins back while a text streams in, by text, selector and kind of token."""
+  out = []
+  for name, model, arguments in runs():
+    record = store.get(run_key(model, arguments))
+    if record is None or not name.startswith("less"):
+      continue
+    rows = record["rows"]
+    full = rows[0]["perplexity"]
+    won = [[f"`{short(bare['kv_spec'])}`", f"{bare['perplexity']:.2f}", f"{less['perplexity']:.2f}",
+            f"{100 * (bare['perplexity'] - less['perplexity']) / (bare['perplexity'] - full):.0f} %", f"{bare['kv_bytes'] / 1024:.0f}",
+            f"{less['kv_bytes'] / 1024:.0f}"] for bare, less in zip(rows[1::2], rows[2::2])]
+    out.append(f"{MODELS[model]}, {TEXTS[name.split()[-1]]}, {rows[0]['windows']} windows of {rows[0]['ctx']} tokens; `full`: {full:.2f}.\n\n" +
+               table(["cache", "perplexity", "`+less`", "won back", "KiB", "`+less` KiB"], won) + "\n" + pairs_table(rows) + "\n" + command_of(model, arguments))
+  return "### LESS while a text streams in\n\n" + note("less") + "\n".join(out) if out else ""
+
+
 def command_of(model, arguments) -> str:
   return f"    lesskv eval {arguments[0]} -m {model.upper()}.gguf {shlex.join(arguments[1:])}\n"
 
@@ -283,6 +299,8 @@ def render() -> None:
         out.append(f"{MODELS[model]}, {ctx} tokens, {sections[title][0]['windows']} texts:\n\n" + table(HEAD, map(row_cells, sections[title])))
     if names[0] == "bits":
       out.append(stream_section(store))
+    if names[0] == "states":
+      out.append(less_section(store))
   out.append(note("tail"))
   PAGE.write_text("\n".join(out))
   print(f"{PAGE} written from {len(store)} runs", file=sys.stderr)
