@@ -231,8 +231,6 @@ class RequestReader {
   }
 
   GenerationOptions Options(size_t n_prompt) const {
-    for (const char* key : {"frequency_penalty", "presence_penalty"})
-      if (r_.RealOr(key, 0) != 0) r_.Refuse(key, "0; repeat_penalty is what lesskv has");
     GenerationOptions options;
     SamplerOptions& s = options.sampler;
     s.temperature = Number("temperature", 1.0f);  // as OpenAI's
@@ -241,6 +239,8 @@ class RequestReader {
     s.min_p = Number("min_p", 0.0f);
     s.repeat_penalty = Number("repeat_penalty", 1.0f);
     s.repeat_last_n = Whole("repeat_last_n", s.repeat_last_n);
+    s.frequency_penalty = Number("frequency_penalty", 0.0f);
+    s.presence_penalty = Number("presence_penalty", 0.0f);
     s.seed = Seed();
     options.stops = Stops();
     options.max_tokens = MaxTokens(n_prompt);

@@ -99,6 +99,18 @@ TEST_F(ServerTest, SamplingAndStopsAreTheRequests) {
   EXPECT_EQ(stopped["choices"][0]["finish_reason"], "stop");
 }
 
+TEST_F(ServerTest, PenaltiesCountWhatIsGeneratedAndNotThePrompt) {
+  Start();
+  const auto text = [&](const Json& more) { return Complete(more).json()["choices"][0]["text"].get<std::string>(); };
+  EXPECT_NE(text({{"max_tokens", 40}, {"frequency_penalty", 1}}), text({{"max_tokens", 40}}));
+  EXPECT_NE(text({{"max_tokens", 40}, {"presence_penalty", 2}}), text({{"max_tokens", 40}}));
+  EXPECT_EQ(text({{"max_tokens", 40}, {"presence_penalty", 0}}), text({{"max_tokens", 40}}));
+  // The first token is free whatever the prompt says: a prompt of the token itself does not weaken it.
+  const std::string prompt = std::string(20, text({{"max_tokens", 1}}).at(0));
+  EXPECT_EQ(text({{"prompt", prompt}, {"max_tokens", 1}, {"frequency_penalty", 2}, {"presence_penalty", 2}}),
+            text({{"prompt", prompt}, {"max_tokens", 1}}));
+}
+
 TEST_F(ServerTest, CachePoliciesAreWhatTheOperatorAllows) {
   Start();
   const Json kv = Complete({{"kv_policy", "window(24)"}, {"max_tokens", 60}}).json()["usage"]["kv"];
@@ -137,7 +149,9 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"stream", "yes"}}, 400, "stream: expected true or false"},
       {{{"stream_options", {{"include_usage", true}}}}, 400, "stream_options: expected none without stream"},
       {{{"logit_bias", Json::object()}}, 400, "'logit_bias': lesskv has no such field"},
-      {{{"presence_penalty", 0.5}}, 400, "presence_penalty: expected 0"},
+      {{{"presence_penalty", 2.5}}, 400, "--presence-penalty: expected a number in [-2, 2], found 2.5"},
+      {{{"frequency_penalty", -1e9}}, 400, "--frequency-penalty: expected a number in [-2, 2]"},
+      {{{"frequency_penalty", "0"}}, 400, "frequency_penalty: expected a number"},
       {{{"kv_policy", "h2o("}}, 400, ""},
       {{{"kv_policy", "less(file=\"/etc/passwd\")+h2o(24)"}}, 400, "one that the operator allows"},
       {{{"protected_spans", {{0, 1e9}}}}, 400, "protected_spans"},
