@@ -27,6 +27,7 @@ void Validate(const SamplerOptions& options) {
   RequireRange("--repeat-penalty", options.repeat_penalty, 0.01f, 100);
   RequireRange("--frequency-penalty", options.frequency_penalty, -2, 2);
   RequireRange("--presence-penalty", options.presence_penalty, -2, 2);
+  for (const TokenBias& bias : options.logit_bias) RequireRange("logit bias", bias.bias, -100, 100);
   if (options.top_k < 0)
     Fail(ErrorCode::kInvalidArgument, "--top-k: expected 0 (all) or more, found {}", options.top_k);
   if (options.repeat_last_n < -1)
@@ -43,6 +44,9 @@ int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> 
     any_nan |= std::isnan(logits[i]);
     candidates_.push_back({static_cast<int32_t>(i), logits[i]});
   }
+  for (const TokenBias& bias : options_.logit_bias)
+    if (bias.token >= 0 && static_cast<size_t>(bias.token) < candidates_.size())
+      candidates_[static_cast<size_t>(bias.token)].logit += bias.bias;
   if (options_.repeat_penalty != 1.0f) PenaliseRepetition(history);
   PenaliseChosen();
   if (any_nan) FailDamaged();

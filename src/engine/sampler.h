@@ -14,6 +14,11 @@
 
 namespace lesskv {
 
+struct TokenBias {
+  int32_t token;
+  float bias;  // added to its logit, before all else; in [-100, 100]
+};
+
 struct SamplerOptions {
   float temperature = 0.8f;     // 0: greedy; logits are divided by it
   int top_k = 40;               // keep the k largest logits; 0: all
@@ -25,6 +30,7 @@ struct SamplerOptions {
   float frequency_penalty = 0;
   float presence_penalty = 0;
   uint64_t seed = 0;
+  std::vector<TokenBias> logit_bias = {};  // tokens that logits do not have are passed over
 };
 
 // Throws Error kInvalidArgument naming the option, its range and the value: NaN, infinities and values out of range.

@@ -124,6 +124,22 @@ TEST(Sampler, PenaltiesChangeTheProbabilitiesOfDraws) {
   EXPECT_NEAR(again, 0.2, 0.01);
 }
 
+TEST(Sampler, BiasesAreAddedBeforeAllElse) {
+  const std::vector<float> logits = {2, 1, 0};
+  const auto chosen = [&](std::vector<TokenBias> biases) {
+    SamplerOptions options = Plain(0);
+    options.repeat_penalty = 4;
+    options.logit_bias = std::move(biases);
+    return Sampler(options).Sample(logits, std::vector<int32_t>{2});
+  };
+  EXPECT_EQ(chosen({}), 0);
+  EXPECT_EQ(chosen({{0, -1.5f}}), 1);
+  EXPECT_EQ(chosen({{0, -100}, {1, -100}}), 2);
+  EXPECT_EQ(chosen({{2, 7.5f}}), 0);   // 7.5 / 4 < 2: the penalty is of the biased logit
+  EXPECT_EQ(chosen({{2, 8.5f}}), 2);
+  EXPECT_EQ(chosen({{3, 100}, {-1, 100}}), 0);
+}
+
 TEST(Sampler, SeedFixesTheText) {
   const auto logits = LogitsOf({0.25, 0.25, 0.25, 0.25});
   const auto text = [&](uint64_t seed) {
@@ -162,6 +178,8 @@ TEST(Sampler, OptionsOutOfRangeAreRefusedByName) {
     EXPECT_NE(refusal([&](auto& o) { o.frequency_penalty = bad; }).find("--frequency-penalty"), std::string::npos);
     EXPECT_NE(refusal([&](auto& o) { o.presence_penalty = bad; }).find("--presence-penalty"), std::string::npos);
   }
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, nan}}; }).find("logit bias"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, 0}, {2, -101}}; }).find("logit bias"), std::string::npos);
   EXPECT_EQ(refusal([](auto& o) { o.frequency_penalty = o.presence_penalty = -2; }), "");
   EXPECT_EQ(refusal([](auto&) {}), "");
 }
