@@ -132,12 +132,13 @@ class RequestReader {
       CheckFields(r_.Object("stream_options"), kFields);
       request.include_usage = r_.Object("stream_options").TruthOr("include_usage", false);
     }
-    if (r_.CountOr("n", 1) != 1) r_.Refuse("n", "1");
     r_.TextOr("user", "");  // must be a text; nothing is done with it
+    request.job.choices = Choices();
     request.job.reuse = r_.TruthOr("cache_prompt", true);
-    request.job.kv_every = KvEvery(request.stream);
+    request.job.kv_every = KvEvery(request);
     CheckLength(prompt);
     request.job.options = Options(prompt.size());
+    request.job.options.sampler.seed = Seed(request.job.choices);
     AddProtectedSpans(prompt.size(), fixed);
     request.job.config = c_.engine.MakeCacheConfig(Spec(), c_.limits.ctx, std::move(fixed));
     request.job.prompt = std::move(prompt);
@@ -145,11 +146,18 @@ class RequestReader {
     return request;
   }
 
-  size_t KvEvery(bool stream) const {
+  size_t Choices() const {
+    const uint32_t n = r_.CountOr("n", 1);
+    if (n < 1 || n > c_.limits.max_choices) r_.Refuse("n", fmt::format("a number in [1, {}]", c_.limits.max_choices));
+    return n;
+  }
+
+  size_t KvEvery(const TextRequest& request) const {
     constexpr uint32_t kMost = 10000;
     if (!r_.Has("kv_stats")) return 0;
+    if (request.job.choices > 1) r_.Refuse("kv_stats", "none with n above 1");
     const uint32_t every = r_.Count("kv_stats");
-    if (!stream || every < 1 || every > kMost)
+    if (!request.stream || every < 1 || every > kMost)
       r_.Refuse("kv_stats", fmt::format("tokens between two events of a stream, in [1, {}]", kMost));
     return every;
   }
@@ -241,17 +249,16 @@ class RequestReader {
     s.repeat_last_n = Whole("repeat_last_n", s.repeat_last_n);
     s.frequency_penalty = Number("frequency_penalty", 0.0f);
     s.presence_penalty = Number("presence_penalty", 0.0f);
-    s.seed = Seed();
     options.stops = Stops();
     options.max_tokens = MaxTokens(n_prompt);
     Validate(options);
     return options;
   }
 
-  // Without one, every request has another.
-  uint64_t Seed() const {
+  // That of the first choice; the others have the next ones. Without one, every request has others.
+  uint64_t Seed(size_t n_choices) const {
     static std::atomic<uint64_t> next = static_cast<uint64_t>(std::time(nullptr)) << 20;
-    if (!r_.Has("seed")) return next++;
+    if (!r_.Has("seed")) return next.fetch_add(n_choices);
     if (!r_.Find("seed")->is_number_unsigned()) r_.Refuse("seed", "a whole number from 0 on");
     return r_.Find("seed")->get<uint64_t>();
   }
@@ -432,18 +439,40 @@ TextAnswer::TextAnswer(const ApiContext& context, const TextRequest& request)
       prompt_tokens_(request.job.prompt.size()),
       spec_(request.job.config->spec_text()),
       id_(NextId(request.form)),
-      created_(std::time(nullptr)) {}
+      created_(std::time(nullptr)),
+      finished_(request.job.choices) {}
 
 OrderedJson TextAnswer::Head(bool chunk) const {
   const char* const object = !chat_ ? "text_completion" : chunk ? "chat.completion.chunk" : "chat.completion";
   return {{"id", id_}, {"object", object}, {"created", created_}, {"model", model_name_}};
 }
 
-OrderedJson TextAnswer::Choice(const char* key, OrderedJson content, const char* finish) const {
-  OrderedJson choice = {{"index", 0}, {key, std::move(content)}, {"logprobs", nullptr}, {"finish_reason", nullptr}};
+namespace {
+
+std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
+
+OrderedJson Choice(size_t index, const char* key, OrderedJson content, const char* finish) {
+  OrderedJson choice = {{"index", index}, {key, std::move(content)}, {"logprobs", nullptr}, {"finish_reason", nullptr}};
   if (finish != nullptr) choice["finish_reason"] = finish;
   return choice;
 }
+
+// The caches of all choices together.
+CacheStats Sum(const JobState& state) {
+  CacheStats sum;
+  for (const ChoiceState& choice : state.choices) {
+    sum.tokens_resident += choice.stats.tokens_resident;
+    sum.tokens_dropped += choice.stats.tokens_dropped;
+    sum.tokens_absorbed += choice.stats.tokens_absorbed;
+    sum.tokens_merged += choice.stats.tokens_merged;
+    sum.kv_bytes += choice.stats.kv_bytes;
+    sum.kv_bytes_peak += choice.stats.kv_bytes_peak;
+    sum.kv_bytes_full += choice.stats.kv_bytes_full;
+  }
+  return sum;
+}
+
+}  // namespace
 
 OrderedJson TextAnswer::Kv(const CacheStats& stats) const {
   return {{"spec", spec_},
@@ -458,32 +487,50 @@ OrderedJson TextAnswer::Kv(const CacheStats& stats) const {
 
 OrderedJson TextAnswer::Usage(const JobState& state) const {
   return {{"prompt_tokens", prompt_tokens_},
-          {"completion_tokens", state.generated_tokens},
-          {"total_tokens", prompt_tokens_ + state.generated_tokens},
+          {"completion_tokens", state.generated_tokens()},
+          {"total_tokens", prompt_tokens_ + state.generated_tokens()},
           {"prompt_tokens_details", {{"cached_tokens", state.cached_tokens}}},
-          {"kv", Kv(state.stats)}};
+          {"kv", Kv(Sum(state))}};
 }
 
-namespace {
-std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
-}  // namespace
+std::string TextAnswer::ChoiceEvent(OrderedJson choice) const {
+  OrderedJson event = Head(true);
+  event["choices"] = OrderedJson::array();
+  event["choices"].push_back(std::move(choice));
+  return Event(event);
+}
 
 std::string TextAnswer::FirstEvent() {
-  if (!chat_) return "";
-  OrderedJson event = Head(true);
-  event["choices"] = OrderedJson::array();
-  event["choices"].push_back(Choice("delta", {{"role", "assistant"}, {"content", ""}}, nullptr));
-  return Event(event);
+  std::string events;
+  for (size_t i = 0; chat_ && i < finished_.size(); ++i)
+    events += ChoiceEvent(Choice(i, "delta", {{"role", "assistant"}, {"content", ""}}, nullptr));
+  return events;
 }
 
-std::string TextAnswer::TextEvent(const std::string& text) {
-  OrderedJson event = Head(true);
-  event["choices"] = OrderedJson::array();
-  event["choices"].push_back(chat_ ? Choice("delta", {{"content", text}}, nullptr) : Choice("text", text, nullptr));
-  return Event(event);
+// What each choice has said since the last time, and that it has ended.
+std::string TextAnswer::News(const JobState& state) {
+  std::string events;
+  for (size_t i = 0; i < state.choices.size(); ++i) {
+    const ChoiceState& choice = state.choices[i];
+    if (choice.picture) events += KvEvent(*choice.picture);
+    if (!choice.new_text.empty()) events += TextEvent(i, choice);
+    if (choice.finish && !finished_[i]) events += FinishEvent(i, *choice.finish);
+    finished_[i] = choice.finish.has_value();
+  }
+  return events;
 }
 
-std::string TextAnswer::KvEvent(const CachePicture& picture) {
+std::string TextAnswer::TextEvent(size_t choice, const ChoiceState& news) {
+  return ChoiceEvent(chat_ ? Choice(choice, "delta", {{"content", news.new_text}}, nullptr)
+                           : Choice(choice, "text", news.new_text, nullptr));
+}
+
+std::string TextAnswer::FinishEvent(size_t choice, FinishReason reason) {
+  return ChoiceEvent(chat_ ? Choice(choice, "delta", OrderedJson::object(), FinishText(reason))
+                           : Choice(choice, "text", "", FinishText(reason)));
+}
+
+std::string TextAnswer::KvEvent(const CachePicture& picture) const {
   OrderedJson event = Head(true);
   event["object"] = "lesskv.kv";
   event["choices"] = OrderedJson::array();  // so that clients that know no such event pass it over
@@ -495,11 +542,7 @@ std::string TextAnswer::KvEvent(const CachePicture& picture) {
 }
 
 std::string TextAnswer::LastEvents(const JobState& state) {
-  OrderedJson last = Head(true);
-  last["choices"] = OrderedJson::array();
-  last["choices"].push_back(
-      Choice(chat_ ? "delta" : "text", chat_ ? OrderedJson::object() : OrderedJson(""), FinishText(*state.finish)));
-  std::string events = Event(last);
+  std::string events;
   if (include_usage_) {
     OrderedJson usage = Head(true);
     usage["choices"] = OrderedJson::array();
@@ -511,12 +554,16 @@ std::string TextAnswer::LastEvents(const JobState& state) {
 
 std::string TextAnswer::ErrorEvent(const ApiError& error) { return Event(error.Body()); }
 
-std::string TextAnswer::Body(const std::string& text, const JobState& state) {
+std::string TextAnswer::Body(const JobState& state) {
   OrderedJson body = Head(false);
-  const char* const finish = FinishText(*state.finish);
   body["choices"] = OrderedJson::array();
-  body["choices"].push_back(chat_ ? Choice("message", {{"role", "assistant"}, {"content", text}}, finish)
-                                  : Choice("text", text, finish));
+  for (size_t i = 0; i < state.choices.size(); ++i) {
+    const ChoiceState& choice = state.choices[i];
+    const char* const finish = FinishText(*choice.finish);
+    body["choices"].push_back(
+        chat_ ? Choice(i, "message", {{"role", "assistant"}, {"content", choice.new_text}}, finish)
+              : Choice(i, "text", choice.new_text, finish));
+  }
   body["usage"] = Usage(state);
   return DumpJson(body);
 }

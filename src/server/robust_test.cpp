@@ -175,7 +175,7 @@ TEST_F(ServerTest, AKeyHasItsShare) {
   const Reply more = Call(RequestText("POST", "/v1/completions", small, with("one")));
   EXPECT_EQ(more.status, 429);
   EXPECT_NE(more.head.find("Retry-After"), std::string::npos);
-  EXPECT_NE(more.body.find("1 texts of this key"), std::string::npos);
+  EXPECT_NE(more.body.find("more than 1 texts of this key"), std::string::npos);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", small, with("two"))).status, 200);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", small, with("three"))).status, 401);
   first.reset();
