@@ -11,6 +11,7 @@
 #include "format/gguf.h"  // Quoted
 #include "format/json_reader.h"
 #include "kvcache/spec.h"
+#include "server/logprobs.h"
 
 namespace lesskv {
 namespace {
@@ -46,8 +47,8 @@ constexpr std::string_view kCommon[] = {"model",
                                         "frequency_penalty",
                                         "presence_penalty"};
 
-constexpr std::string_view kChat[] = {"messages", "max_completion_tokens"};
-constexpr std::string_view kCompletion[] = {"prompt"};
+constexpr std::string_view kChat[] = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"};
+constexpr std::string_view kCompletion[] = {"prompt", "logprobs"};
 
 constexpr std::string_view kResponse[] = {"model",          "input",           "instructions", "max_output_tokens",
                                           "stream",         "store",           "stop",         "seed",
@@ -74,7 +75,11 @@ class RequestReader {
   TextRequest Chat() {
     CheckFields(r_, kChat, kCommon);
     RequireTemplate();
-    return ReadChat(Messages("messages"), TextForm::kChat);
+    TextRequest request = ReadChat(Messages("messages"), TextForm::kChat);
+    const bool logprobs = r_.TruthOr("logprobs", false);
+    if (r_.Has("top_logprobs") && !logprobs) r_.Refuse("top_logprobs", "none without logprobs: true");
+    if (logprobs) request.job.options.logprobs = Likeliest("top_logprobs", 20);
+    return request;
   }
 
   TextRequest Response() {
@@ -102,7 +107,9 @@ class RequestReader {
 
   TextRequest Completion() {
     CheckFields(r_, kCompletion, kCommon);
-    return Read(Prompt(), {});
+    TextRequest request = Read(Prompt(), {});
+    if (r_.Has("logprobs")) request.job.options.logprobs = Likeliest("logprobs", 5);
+    return request;
   }
 
  private:
@@ -144,6 +151,13 @@ class RequestReader {
     request.job.prompt = std::move(prompt);
     request.job.deadline = std::chrono::steady_clock::now() + c_.limits.max_time;
     return request;
+  }
+
+  // How many tokens are to be shown that might have come in the place of each; OpenAI's bounds.
+  size_t Likeliest(const char* key, uint32_t most) const {
+    const uint32_t n = r_.CountOr(key, 0);
+    if (n > most) r_.Refuse(key, fmt::format("a number in [0, {}]", most));
+    return n;
   }
 
   size_t Choices() const {
@@ -436,6 +450,7 @@ TextAnswer::TextAnswer(const ApiContext& context, const TextRequest& request)
     : model_name_(context.model_name),
       chat_(request.form == TextForm::kChat),
       include_usage_(request.include_usage),
+      logprobs_(request.job.options.logprobs.has_value()),
       prompt_tokens_(request.job.prompt.size()),
       spec_(request.job.config->spec_text()),
       id_(NextId(request.form)),
@@ -451,8 +466,8 @@ namespace {
 
 std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
 
-OrderedJson Choice(size_t index, const char* key, OrderedJson content, const char* finish) {
-  OrderedJson choice = {{"index", index}, {key, std::move(content)}, {"logprobs", nullptr}, {"finish_reason", nullptr}};
+OrderedJson Choice(size_t index, const char* key, OrderedJson content, OrderedJson logprobs, const char* finish) {
+  OrderedJson choice = {{"index", index}, {key, std::move(content)}, {"logprobs", std::move(logprobs)}, {"finish_reason", nullptr}};
   if (finish != nullptr) choice["finish_reason"] = finish;
   return choice;
 }
@@ -503,8 +518,13 @@ std::string TextAnswer::ChoiceEvent(OrderedJson choice) const {
 std::string TextAnswer::FirstEvent() {
   std::string events;
   for (size_t i = 0; chat_ && i < finished_.size(); ++i)
-    events += ChoiceEvent(Choice(i, "delta", {{"role", "assistant"}, {"content", ""}}, nullptr));
+    events += ChoiceEvent(Choice(i, "delta", {{"role", "assistant"}, {"content", ""}}, nullptr, nullptr));
   return events;
+}
+
+OrderedJson TextAnswer::Logprobs(const ChoiceState& news) const {
+  if (!logprobs_) return nullptr;
+  return chat_ ? ChatLogprobs(news.new_tokens) : CompletionLogprobs(news.new_tokens);
 }
 
 // What each choice has said since the last time, and that it has ended.
@@ -513,7 +533,7 @@ std::string TextAnswer::News(const JobState& state) {
   for (size_t i = 0; i < state.choices.size(); ++i) {
     const ChoiceState& choice = state.choices[i];
     if (choice.picture) events += KvEvent(*choice.picture);
-    if (!choice.new_text.empty()) events += TextEvent(i, choice);
+    if (!choice.new_text.empty() || !choice.new_tokens.empty()) events += TextEvent(i, choice);
     if (choice.finish && !finished_[i]) events += FinishEvent(i, *choice.finish);
     finished_[i] = choice.finish.has_value();
   }
@@ -521,13 +541,14 @@ std::string TextAnswer::News(const JobState& state) {
 }
 
 std::string TextAnswer::TextEvent(size_t choice, const ChoiceState& news) {
-  return ChoiceEvent(chat_ ? Choice(choice, "delta", {{"content", news.new_text}}, nullptr)
-                           : Choice(choice, "text", news.new_text, nullptr));
+  OrderedJson logprobs = news.new_tokens.empty() ? nullptr : Logprobs(news);
+  return ChoiceEvent(chat_ ? Choice(choice, "delta", {{"content", news.new_text}}, std::move(logprobs), nullptr)
+                           : Choice(choice, "text", news.new_text, std::move(logprobs), nullptr));
 }
 
 std::string TextAnswer::FinishEvent(size_t choice, FinishReason reason) {
-  return ChoiceEvent(chat_ ? Choice(choice, "delta", OrderedJson::object(), FinishText(reason))
-                           : Choice(choice, "text", "", FinishText(reason)));
+  return ChoiceEvent(chat_ ? Choice(choice, "delta", OrderedJson::object(), nullptr, FinishText(reason))
+                           : Choice(choice, "text", "", nullptr, FinishText(reason)));
 }
 
 std::string TextAnswer::KvEvent(const CachePicture& picture) const {
@@ -561,8 +582,8 @@ std::string TextAnswer::Body(const JobState& state) {
     const ChoiceState& choice = state.choices[i];
     const char* const finish = FinishText(*choice.finish);
     body["choices"].push_back(
-        chat_ ? Choice(i, "message", {{"role", "assistant"}, {"content", choice.new_text}}, finish)
-              : Choice(i, "text", choice.new_text, finish));
+        chat_ ? Choice(i, "message", {{"role", "assistant"}, {"content", choice.new_text}}, Logprobs(choice), finish)
+              : Choice(i, "text", choice.new_text, Logprobs(choice), finish));
   }
   body["usage"] = Usage(state);
   return DumpJson(body);

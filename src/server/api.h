@@ -100,7 +100,9 @@ class TextAnswer {
   nlohmann::ordered_json Usage(const JobState& state) const;
 
   const std::string model_name_;
-  const bool chat_, include_usage_;
+  nlohmann::ordered_json Logprobs(const ChoiceState& news) const;
+
+  const bool chat_, include_usage_, logprobs_;
   const size_t prompt_tokens_;
   const std::string spec_;
   const std::string id_;

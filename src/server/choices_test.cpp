@@ -1,7 +1,9 @@
-// Several texts of one prompt.
+// Several texts of one prompt, and log-probabilities of what is generated.
+#include <cmath>
 #include <set>
 
 #include "server/server_harness.h"
+#include "tokenizer/utf8.h"
 
 namespace lesskv::server_test {
 namespace {
@@ -15,6 +17,27 @@ class ChoicesTest : public ServerTest {
     const Reply reply = Complete(body);
     EXPECT_EQ(reply.status, 200) << reply.body;
     return reply.json();
+  }
+
+  // ln of the softmax of what the model says after `ids`.
+  std::vector<double> Logprobs(const std::vector<int32_t>& ids) const {
+    Engine engine(engine_.shared_model(), {.threads = 1, .compute = ComputeChoice::kF32, .batch_invariant = true});
+    Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse("full"), kCtx));
+    std::vector<double> logprobs;
+    engine.Prefill({{&sequence, ids, LogitsRows::kLast}}, [&](std::span<const LogitsRow> rows) {
+      logprobs.assign(rows.back().logits.begin(), rows.back().logits.begin() + 272);
+    });
+    double sum = 0;
+    for (const double logit : logprobs) sum += std::exp(logit);
+    for (double& logit : logprobs) logit -= std::log(sum);
+    return logprobs;
+  }
+
+  static std::string Bytes(const Json& token) {
+    std::string bytes;
+    if (token["bytes"].is_null()) return bytes;
+    for (const Json& byte : token["bytes"]) bytes += static_cast<char>(byte.get<int>());
+    return bytes;
   }
 };
 
@@ -59,14 +82,16 @@ TEST_F(ChoicesTest, EachChoiceIsWhatItsSeedSaysAlone) {
 
 TEST_F(ChoicesTest, AStreamSaysOfEachEventWhoseItIs) {
   Start();
-  const Json whole = Drawn({{"n", 3}});
+  const Json whole = Drawn({{"n", 3}, {"logprobs", 0}});
   const Reply reply = Complete({{"temperature", 1.5},
                                 {"seed", 7},
                                 {"max_tokens", 40},
                                 {"n", 3},
+                                {"logprobs", 0},
                                 {"stream", true},
                                 {"stream_options", {{"include_usage", true}}}});
   std::map<int, std::string> texts, ends;
+  std::map<int, std::vector<std::string>> tokens;
   const std::vector<Json> events = Events(reply);
   for (const Json& event : events) {
     if (event["choices"].empty()) continue;
@@ -75,12 +100,15 @@ TEST_F(ChoicesTest, AStreamSaysOfEachEventWhoseItIs) {
     const int index = choice["index"];
     EXPECT_FALSE(ends.contains(index)) << "nothing comes behind the end";
     texts[index] += choice["text"].get<std::string>();
+    if (!choice["logprobs"].is_null())
+      for (const Json& token : choice["logprobs"]["tokens"]) tokens[index].push_back(token);
     if (!choice["finish_reason"].is_null()) ends[index] = choice["finish_reason"];
   }
   ASSERT_EQ(ends.size(), 3u);
   for (int i = 0; i < 3; ++i) {
     EXPECT_EQ(texts[i], whole["choices"][i]["text"]);
     EXPECT_EQ(ends[i], whole["choices"][i]["finish_reason"]);
+    EXPECT_EQ(Json(tokens[i]), whole["choices"][i]["logprobs"]["tokens"]);
   }
   EXPECT_EQ(events.back()["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
   const Reply chat = Post("/v1/chat/completions",
@@ -152,6 +180,74 @@ TEST_F(ChoicesTest, AKeysTextsAreCountedWithTheirChoices) {
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3,"n":2})", key)).status, 200);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3,"n":3})", key)).status, 429);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3,"n":2})", key)).status, 200);
+}
+
+TEST_F(ChoicesTest, CompletionsComeWithLogProbabilities) {
+  Start();
+  const Json choice = Complete({{"logprobs", 3}, {"temperature", 0.7}, {"seed", 3}, {"frequency_penalty", 1}})
+                          .json()["choices"][0];
+  const Json& logprobs = choice["logprobs"];
+  const size_t n = logprobs["tokens"].size();
+  ASSERT_GE(n, 10u);
+  std::vector<int32_t> ids = tokenizer_->Encode("the tea", true, true);
+  std::string text;
+  for (size_t i = 0; i < n; ++i) {
+    const std::string token = logprobs["tokens"][i];
+    ASSERT_FALSE(token.starts_with("bytes:")) << "choose another seed";
+    EXPECT_EQ(logprobs["text_offset"][i], text.size());
+    text += token;
+    const std::vector<double> expected = Logprobs(ids);
+    ids.push_back(tokenizer_->Encode(token, false, false, false).at(0));
+    EXPECT_NEAR(logprobs["token_logprobs"][i].get<double>(), expected[static_cast<size_t>(ids.back())], 1e-4);
+    const Json& top = logprobs["top_logprobs"][i];
+    EXPECT_EQ(top[token], logprobs["token_logprobs"][i]);
+    EXPECT_TRUE(top.size() == 3 || top.size() == 4);
+    double largest = -1e9;
+    for (const Json& logprob : top) largest = std::max(largest, logprob.get<double>());
+    EXPECT_NEAR(largest, *std::ranges::max_element(expected), 1e-4);
+  }
+  EXPECT_EQ(text, choice["text"]);
+  EXPECT_TRUE(Complete({}).json()["choices"][0]["logprobs"].is_null());
+}
+
+TEST_F(ChoicesTest, PartsOfCharactersAreTheirBytes) {
+  Start();
+  Json body = {{"messages", {{{"role", "user"}, {"content", "the tea"}}}}, {"temperature", 3}, {"max_tokens", 60},
+               {"logprobs", true}, {"top_logprobs", 2}};
+  bool parts = false;
+  for (int seed = 0; seed < 20; ++seed) {
+    body["seed"] = seed;
+    const Json choice = Post("/v1/chat/completions", body).json()["choices"][0];
+    std::string text;
+    for (const Json& token : choice["logprobs"]["content"]) {
+      const std::string bytes = Bytes(token);
+      text += bytes;
+      EXPECT_EQ(token["top_logprobs"].size(), 2u);
+      EXPECT_GE(token["top_logprobs"][0]["logprob"], token["logprob"]);
+      EXPECT_GE(token["top_logprobs"][0]["logprob"], token["top_logprobs"][1]["logprob"]);
+      if (token["bytes"].is_null() || ReplaceInvalidUtf8(bytes) == bytes) continue;
+      parts = true;
+      EXPECT_EQ(token["token"], fmt::format("\\x{:02x}", static_cast<unsigned char>(bytes[0])));
+    }
+    EXPECT_EQ(ReplaceInvalidUtf8(text), choice["message"]["content"]) << seed;
+    Json streamed = body, content = Json::array();
+    streamed["stream"] = true;
+    for (const Json& event : Events(Post("/v1/chat/completions", streamed)))
+      if (!event["choices"][0]["logprobs"].is_null())
+        for (const Json& token : event["choices"][0]["logprobs"]["content"]) content.push_back(token);
+    EXPECT_EQ(content, choice["logprobs"]["content"]);
+  }
+  EXPECT_TRUE(parts) << "choose other seeds";
+}
+
+TEST_F(ChoicesTest, TokensThatAreCutAwayAreNotListed) {
+  Start();
+  const std::string whole = Complete({}).json()["choices"][0]["text"], stop = whole.substr(3, 2);
+  const Json choice = Complete({{"stop", stop}, {"logprobs", 0}}).json()["choices"][0];
+  EXPECT_EQ(choice["finish_reason"], "stop");
+  std::string text;
+  for (const Json& token : choice["logprobs"]["tokens"]) text += token.get<std::string>();
+  EXPECT_EQ(text, choice["text"]) << "this model's tokens are letters";
 }
 
 }  // namespace

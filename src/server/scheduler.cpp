@@ -3,6 +3,7 @@
 #include <malloc.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/memory.h"
@@ -22,8 +23,14 @@ size_t JobState::generated_tokens() const {
 }
 
 void JobState::Append(JobState later) {
-  for (size_t i = 0; i < choices.size(); ++i)
-    later.choices[i].new_text.insert(0, choices[i].new_text);
+  for (size_t i = 0; i < choices.size(); ++i) {
+    ChoiceState& whole = choices[i];
+    ChoiceState& more = later.choices[i];
+    whole.new_text += more.new_text;
+    std::ranges::move(more.new_tokens, std::back_inserter(whole.new_tokens));
+    more.new_text = std::move(whole.new_text);
+    more.new_tokens = std::move(whole.new_tokens);
+  }
   *this = std::move(later);
 }
 
@@ -34,6 +41,7 @@ JobState Job::Wait(std::chrono::milliseconds patience) {
   JobState result = state_;
   for (ChoiceState& choice : state_.choices) {
     choice.new_text.clear();
+    choice.new_tokens.clear();
     choice.picture.reset();
   }
   return result;
@@ -50,12 +58,13 @@ void Job::Show(CachePicture picture) {
   state_.choices[0].picture = shown;
 }
 
-bool Job::Report(size_t choice, const Generation::Output& output, const CacheStats& stats) {
+bool Job::Report(size_t choice, Generation::Output output, const CacheStats& stats) {
   bool finished = false;
   {
     const std::lock_guard lock(mutex_);
     ChoiceState& state = state_.choices[choice];
     state.new_text += output.text;
+    std::ranges::move(output.tokens, std::back_inserter(state.new_tokens));
     state.stats = stats;
     ++state.generated_tokens;
     state.finish = output.finish;
@@ -487,12 +496,12 @@ std::vector<Scheduler::Running*> Scheduler::BeginChoices(Running& text) {
 
 void Scheduler::TakeToken(Running& text, std::span<const float> logits) {
   if (text.ended) return;  // another choice has failed
-  const Generation::Output out = text.generation->Push(logits);
+  Generation::Output out = text.generation->Push(logits);
   text.last_token = out.token;
   const size_t every = text.job->request().kv_every, n = text.generation->tokens().size();
   if (every != 0 && (out.finish || n % every == 1 % every)) text.job->Show(Picture(text.sequence.cache()));
   text.ended = out.finish.has_value();
-  if (!text.job->Report(text.choice, out, text.sequence.Stats())) return;
+  if (!text.job->Report(text.choice, std::move(out), text.sequence.Stats())) return;
   const std::lock_guard lock(mutex_);
   ++metrics_.jobs_finished;
 }

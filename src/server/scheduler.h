@@ -44,6 +44,7 @@ CachePicture Picture(const SequenceCache& cache);
 // What one of a job's texts has come to, by the time it was asked.
 struct ChoiceState {
   std::string new_text;                         // since the last time
+  std::vector<GeneratedToken> new_tokens;       // likewise; where log-probabilities were asked for
   std::optional<FinishReason> finish;           // the text has ended
   size_t generated_tokens = 0;                  // an end-of-generation token counts
   CacheStats stats;                             // of the cache, at the last step
@@ -77,7 +78,7 @@ class Job {
   friend class Scheduler;
   void Begin(size_t cached_tokens);
   // Of one token of a text. Returns whether all texts have ended.
-  bool Report(size_t choice, const Generation::Output& output, const CacheStats& stats);
+  bool Report(size_t choice, Generation::Output output, const CacheStats& stats);
   void Show(CachePicture picture);  // of the only text
   void Fail(const Error& error);
 

@@ -147,6 +147,10 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"n", 1e9}}, 400, "n: expected a count"},
       {{{"n", -1}}, 400, "n: expected a count"},
       {{{"n", 2}, {"stream", true}, {"kv_stats", 1}}, 400, "kv_stats: expected none with n above 1"},
+      {{{"logprobs", 6}}, 400, "logprobs: expected a number in [0, 5]"},
+      {{{"logprobs", -1}}, 400, "logprobs: expected a count"},
+      {{{"logprobs", true}}, 400, "logprobs: expected a count"},
+      {{{"top_logprobs", 2}}, 400, "'top_logprobs': lesskv has no such field"},
       {{{"seed", -1}}, 400, "seed"},
       {{{"stop", ""}}, 400, "stop"},
       {{{"stop", {1}}}, 400, "stop"},
@@ -173,6 +177,20 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
     const Json error = reply.json()["error"];
     EXPECT_NE(error["message"].get<std::string>().find(test.said), std::string::npos) << reply.body;
     EXPECT_EQ(error["code"], test.status);
+  }
+  const Json messages = {{{"role", "user"}, {"content", "x"}}};
+  const std::pair<Json, std::string> chats[] = {
+      {{{"logprobs", 1}}, "logprobs: expected true or false"},
+      {{{"top_logprobs", 1}}, "top_logprobs: expected none without logprobs"},
+      {{{"logprobs", false}, {"top_logprobs", 1}}, "top_logprobs: expected none without logprobs"},
+      {{{"logprobs", true}, {"top_logprobs", 21}}, "top_logprobs: expected a number in [0, 20]"},
+  };
+  for (const auto& [more, said] : chats) {
+    Json body = {{"messages", messages}};
+    body.update(more);
+    const Reply reply = Post("/v1/chat/completions", body);
+    EXPECT_EQ(reply.status, 400) << more;
+    EXPECT_NE(reply.body.find(said), std::string::npos) << reply.body;
   }
   EXPECT_EQ(Post("/v1/chat/completions", {{"messages", Json::array()}}).status, 400);
   EXPECT_EQ(Post("/v1/chat/completions", {{"messages", {{{"role", "judge"}, {"content", "x"}}}}}).status, 400);
