@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <ctime>
 #include <limits>
 #include <span>
+#include <utility>
 
 #include "base/error.h"
 #include "format/gguf.h"  // Quoted
@@ -45,9 +47,11 @@ constexpr std::string_view kCommon[] = {"model",
                                         "protected_spans",
                                         "user",
                                         "frequency_penalty",
-                                        "presence_penalty"};
+                                        "presence_penalty",
+                                        "logit_bias"};
 
-constexpr std::string_view kChat[] = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"};
+constexpr std::string_view kChat[] = {"messages", "max_completion_tokens", "logprobs", "top_logprobs",
+                                      "response_format"};
 constexpr std::string_view kCompletion[] = {"prompt", "logprobs"};
 
 constexpr std::string_view kResponse[] = {"model",          "input",           "instructions", "max_output_tokens",
@@ -56,15 +60,35 @@ constexpr std::string_view kResponse[] = {"model",          "input",           "
                                           "repeat_penalty", "repeat_last_n",   "kv_policy",    "kv_stats",
                                           "cache_prompt",   "protected_spans", "user"};
 
+// What others offer and clients ask for, and what there is in its place.
+constexpr std::pair<std::string_view, std::string_view> kOthers[] = {
+    {"best_of", "texts are not compared; n gives all of them"},
+    {"echo", "the prompt is not given back"},
+    {"suffix", "texts go on at their ends only"},
+    {"tools", "models call no tools here"},
+    {"tool_choice", "models call no tools here"},
+    {"tool_calls", "models call no tools here"},
+    {"functions", "models call no functions here"},
+    {"function_call", "models call no functions here"},
+    {"response_format", "what is generated is not constrained"},
+    {"grammar", "what is generated is not constrained"},
+    {"json_schema", "what is generated is not constrained"},
+    {"name", "templates know roles only"},
+    {"modalities", "models write text only"},
+    {"audio", "models write text only"}};
+
 bool Has(std::span<const std::string_view> fields, std::string_view key) {
   return std::ranges::find(fields, key) != fields.end();
 }
 
 void CheckFields(const JsonReader& reader, std::span<const std::string_view> own,
                  std::span<const std::string_view> common = {}) {
-  for (const auto& [key, value] : reader.value().items())
-    if (!Has(own, key) && !Has(common, key))
-      Fail(ErrorCode::kInvalidArgument, "request: {}: lesskv has no such field", Quoted(key));
+  for (const auto& [key, value] : reader.value().items()) {
+    if (value.is_null() || Has(own, key) || Has(common, key)) continue;  // null asks for nothing
+    const auto other = std::ranges::find(kOthers, key, [](const auto& pair) { return pair.first; });
+    Fail(ErrorCode::kInvalidArgument, "{}: {}: lesskv has no such field{}{}", reader.where(), Quoted(key),
+         other == std::end(kOthers) ? "" : ": ", other == std::end(kOthers) ? "" : other->second);
+  }
 }
 
 // Reads one request. What it finds wrong is Error kBadFile of JsonReader's, or kInvalidArgument; both are 400.
@@ -75,6 +99,8 @@ class RequestReader {
   TextRequest Chat() {
     CheckFields(r_, kChat, kCommon);
     RequireTemplate();
+    if (r_.Has("response_format") && r_.Object("response_format").Text("type") != "text")
+      r_.Refuse("response_format", R"({"type": "text"}: what is generated is not constrained)");
     TextRequest request = ReadChat(Messages("messages"), TextForm::kChat);
     const bool logprobs = r_.TruthOr("logprobs", false);
     if (r_.Has("top_logprobs") && !logprobs) r_.Refuse("top_logprobs", "none without logprobs: true");
@@ -193,6 +219,8 @@ class RequestReader {
     for (const Json& item : r_.Array(key)) {
       if (!item.is_object()) r_.Refuse(key, "an array of objects");
       const JsonReader message(item, fmt::format("request: {}: {}", key, messages.size()));
+      constexpr std::string_view kFields[] = {"role", "content", "type"};
+      if (std::string_view(key) == "messages") CheckFields(message, kFields);
       if (message.TextOr("type", "message") != "message") message.Refuse("type", "\"message\"");
       messages.push_back({Role(message), Content(message)});
     }
@@ -223,11 +251,21 @@ class RequestReader {
     return text;
   }
 
-  // A text, or token ids.
+  // A text, or token ids; clients that know several prompts put the only one into an array.
   std::vector<int32_t> Prompt() const {
     const Json* const prompt = r_.Find("prompt");
-    if (prompt == nullptr || !prompt->is_array()) return c_.tokenizer.Encode(r_.Text("prompt"), true, true);
-    return Ids(r_, "prompt", c_.tokenizer);
+    const bool several = prompt != nullptr && prompt->is_array() && !prompt->empty() && !prompt->front().is_number();
+    if (!several) return PromptOf(r_);
+    if (prompt->size() != 1)
+      r_.Refuse("prompt", "one text, or the token ids of one: several prompts are several requests");
+    const Json only = {{"prompt", prompt->front()}};
+    return PromptOf(JsonReader(only, r_.where()));
+  }
+
+  std::vector<int32_t> PromptOf(const JsonReader& reader) const {
+    const Json* const prompt = reader.Find("prompt");
+    if (prompt == nullptr || !prompt->is_array()) return c_.tokenizer.Encode(reader.Text("prompt"), true, true);
+    return Ids(reader, "prompt", c_.tokenizer);
   }
 
  public:
@@ -263,10 +301,28 @@ class RequestReader {
     s.repeat_last_n = Whole("repeat_last_n", s.repeat_last_n);
     s.frequency_penalty = Number("frequency_penalty", 0.0f);
     s.presence_penalty = Number("presence_penalty", 0.0f);
+    s.logit_bias = Biases();
     options.stops = Stops();
     options.max_tokens = MaxTokens(n_prompt);
     Validate(options);
     return options;
+  }
+
+  // {"TOKEN ID": BIAS, ...}
+  std::vector<TokenBias> Biases() const {
+    std::vector<TokenBias> biases;
+    if (!r_.Has("logit_bias")) return biases;
+    const JsonReader map = r_.Object("logit_bias");
+    for (const auto& [key, value] : map.value().items()) {
+      uint32_t id = 0;
+      const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
+      if (error != std::errc() || end != key.data() + key.size() || id >= c_.tokenizer.size())
+        r_.Refuse("logit_bias", fmt::format("keys that are token ids below {}", c_.tokenizer.size()), Quoted(key));
+      const double bias = map.Real(key);
+      if (std::abs(bias) > 100) map.Refuse(key, "a number in [-100, 100]");
+      biases.push_back({static_cast<int32_t>(id), static_cast<float>(bias)});
+    }
+    return biases;
   }
 
   // That of the first choice; the others have the next ones. Without one, every request has others.

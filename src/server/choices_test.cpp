@@ -250,5 +250,16 @@ TEST_F(ChoicesTest, TokensThatAreCutAwayAreNotListed) {
   EXPECT_EQ(text, choice["text"]) << "this model's tokens are letters";
 }
 
+TEST_F(ChoicesTest, BiasesForbidAndForce) {
+  Start();
+  const std::string first = Complete({{"max_tokens", 1}}).json()["choices"][0]["text"];
+  const int32_t id = tokenizer_->Encode(first, false, false, false).at(0);
+  const auto with = [&](int32_t token, double bias) {
+    return Complete({{"logit_bias", {{std::to_string(token), bias}}}}).json()["choices"][0]["text"].get<std::string>();
+  };
+  EXPECT_EQ(with(id, -100).find(first), std::string::npos);
+  EXPECT_EQ(with(tokenizer_->Encode("q", false, false, false).at(0), 100), std::string(12, 'q'));
+}
+
 }  // namespace
 }  // namespace lesskv::server_test
