@@ -73,6 +73,9 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
   limits.max_prompt = options.max_prompt == 0 ? limits.ctx - 1 : options.max_prompt;
   limits.max_output = options.max_output;
   limits.max_protected = options.max_protected;
+  const size_t per_key = options.http.max_per_key;
+  limits.max_choices =
+      per_key == 0 ? options.scheduler.max_running : std::min(options.scheduler.max_running, per_key);
   limits.max_time = std::chrono::seconds(options.max_seconds);
   limits.kv.push_back(CacheSpec::Parse(options.kv).ToString());
   for (const std::string& spec : options.allow_kv) limits.kv.push_back(CacheSpec::Parse(spec).ToString());

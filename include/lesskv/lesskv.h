@@ -167,6 +167,9 @@ typedef struct lesskv_generate_params {
   /* Text as it becomes certain, whole UTF-8 characters, not terminated; NULL: none. Returning false ends the generation. */
   bool (*on_text)(const char* text, size_t n_bytes, void* user_data);
   void* user_data;
+  /* In [-2, 2], 0: off. Of a token that this call generated n > 0 times, n * frequency_penalty + presence_penalty is taken
+   * from the logit. */
+  float frequency_penalty, presence_penalty;
 } lesskv_generate_params;
 
 typedef struct lesskv_generate_result {

@@ -57,7 +57,8 @@ OnText = c.CFUNCTYPE(c.c_bool, c.POINTER(c.c_char), size_t, c.c_void_p)
 class GenerateParams(Structure):
     _fields_ = [("size", size_t), ("temperature", c.c_float), ("top_k", i32), ("top_p", c.c_float), ("min_p", c.c_float),
                 ("repeat_penalty", c.c_float), ("repeat_last_n", i32), ("seed", c.c_uint64), ("max_tokens", size_t),
-                ("stops", c.POINTER(c.c_char_p)), ("n_stops", size_t), ("on_text", OnText), ("user_data", c.c_void_p)]
+                ("stops", c.POINTER(c.c_char_p)), ("n_stops", size_t), ("on_text", OnText), ("user_data", c.c_void_p),
+                ("frequency_penalty", c.c_float), ("presence_penalty", c.c_float)]
 
 
 class GenerateResult(Structure):

@@ -269,7 +269,7 @@ class Sequence(_c.Handle):
 
     def generate(self, prompt: Union[str, Tokens], max_tokens: int | None = None, temperature: float = 0.8, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, repeat_last_n: int = 64, seed: int = 0,
-                 stop: Several[str] = ()) -> Iterator[str]:
+                 stop: Several[str] = (), frequency_penalty: float = 0.0, presence_penalty: float = 0.0) -> Iterator[str]:
         """Reads the prompt and yields text as it becomes certain. Ends early when the iterator is closed. Afterwards
         `self.result` says how it ended. A text prompt gets BOS only at the beginning of a sequence."""
         if isinstance(prompt, str):
@@ -279,7 +279,8 @@ class Sequence(_c.Handle):
         params = _c.GenerateParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                                    repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed,
                                    max_tokens=c.c_size_t(-1).value if max_tokens is None else max_tokens, stops=stops,
-                                   n_stops=len(stops))
+                                   n_stops=len(stops), frequency_penalty=frequency_penalty,
+                                   presence_penalty=presence_penalty)
         return self._stream(ids, params)
 
     def _stream(self, ids: np.ndarray, params: _c.GenerateParams) -> Iterator[str]:

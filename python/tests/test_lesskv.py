@@ -56,6 +56,18 @@ def test_generation_is_the_program_s(model):
     assert stats.tokens_resident < 0.2 * stats.tokens_seen and stats.kv_bytes < stats.kv_bytes_full
 
 
+def test_penalties_are_the_program_s(model):
+    plain, weakened = ("".join(model.sequence(ctx=512).generate("The sea was", max_tokens=40, temperature=0, **penalties))
+                       for penalties in ({}, {"frequency_penalty": 0.5, "presence_penalty": 1}))
+    assert plain != weakened
+    program = os.environ.get("LESSKV_PROGRAM")
+    if program:
+        said = subprocess.run([program, "run", "-m", MODEL, "-p", "The sea was", "-c", "512", "-n", "40", "--temp", "0", "-t", "2",
+                               "--frequency-penalty", "0.5", "--presence-penalty", "1", "--json"],
+                              capture_output=True, text=True, check=True)
+        assert json.loads(said.stdout)["text"] == weakened
+
+
 def test_turns_go_on_where_the_last_ended(model):
     whole = model.sequence()
     a = "".join(whole.generate("The sea was", max_tokens=8, temperature=0))
@@ -86,6 +98,8 @@ def test_stop_texts_and_refusals(model):
         model.sequence(kv="no_such(3)")
     with pytest.raises(lesskv.Error, match="--temp"):
         list(model.sequence().generate("x", temperature=-1))
+    with pytest.raises(lesskv.Error, match="--frequency-penalty"):
+        list(model.sequence().generate("x", frequency_penalty=2.5))
     with pytest.raises(lesskv.Error) as failure:
         lesskv.Model("/no/such/model.gguf")
     assert failure.value.status == "not found"

@@ -27,7 +27,15 @@ lesskv_finish FinishOf(FinishReason reason) {
 
 GenerateOptions OptionsOf(const lesskv_generate_params& o) {
   GenerateOptions options;
-  options.sampler = {o.temperature, o.top_k, o.top_p, o.min_p, o.repeat_penalty, o.repeat_last_n, o.seed};
+  options.sampler = {.temperature = o.temperature,
+                     .top_k = o.top_k,
+                     .top_p = o.top_p,
+                     .min_p = o.min_p,
+                     .repeat_penalty = o.repeat_penalty,
+                     .repeat_last_n = o.repeat_last_n,
+                     .frequency_penalty = o.frequency_penalty,
+                     .presence_penalty = o.presence_penalty,
+                     .seed = o.seed};
   options.max_tokens = o.max_tokens;
   options.stops = Strings(o.stops, o.n_stops, "stop texts");
   options.sequence_goes_on = true;
@@ -41,7 +49,7 @@ extern "C" {
 lesskv_generate_params lesskv_generate_default_params(void) {
   const SamplerOptions s;
   return {sizeof(lesskv_generate_params), s.temperature, s.top_k,   s.top_p, s.min_p, s.repeat_penalty, s.repeat_last_n, s.seed,
-          SIZE_MAX,                       nullptr,       0,         nullptr, nullptr};
+          SIZE_MAX,                       nullptr,       0,         nullptr, nullptr, s.frequency_penalty, s.presence_penalty};
 }
 
 lesskv_status lesskv_generate(lesskv_sequence* sequence, const int32_t* prompt, size_t n_prompt,

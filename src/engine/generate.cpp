@@ -17,6 +17,10 @@ double Seconds(Clock::time_point from, Clock::time_point to) {
 
 bool IsControl(const Tokenizer& tokenizer, int32_t token) { return tokenizer.Type(token) == TokenType::kControl; }
 
+size_t CountCharacters(std::string_view utf8) {
+  return static_cast<size_t>(std::ranges::count_if(utf8, [](char c) { return (c & 0xC0) != 0x80; }));
+}
+
 // How much of the text before the generated one the sampler looks at.
 size_t LookBack(const SamplerOptions& options, size_t n_seen) {
   if (options.repeat_penalty == 1.0f) return 0;
@@ -128,7 +132,9 @@ Generation::Generation(const Tokenizer& tokenizer, const GenerationOptions& opti
       at_start_(tokenizer.IsAtStart(seen)),
       sampler_(options.sampler),
       decoder_(tokenizer, true, at_start_),
-      filter_(options.stops) {
+      filter_(options.stops),
+      logprobs_(options.logprobs),
+      next_at_start_(at_start_) {
   Validate(options);
   for (const std::string& stop : options.stops)
     if (const auto token = tokenizer.FindControlToken(stop)) stop_tokens_.push_back(*token);
@@ -143,21 +149,48 @@ Generation::Output Generation::Push(std::span<const float> logits) {
   Output out;
   out.token = sampler_.Sample(known, history_);
   history_.push_back(out.token);
+  if (logprobs_) Measure(known, out.token);
   if (!tokenizer_->IsEndOfGeneration(out.token)) {
     const std::string decoded = decoder_.Push(out.token);
     decoded_bytes_ += decoded.size();
+    if (logprobs_) decoded_characters_ += CountCharacters(decoded);
     out.text = Show(filter_.Push(decoded));
   }
   text_ends_.push_back(decoded_bytes_ + (decoder_.unfinished() ? 1 : 0));
   out.finish = FinishAt(out.token);
   if (out.finish) out.text += Flush();
+  if (logprobs_) {
+    const size_t n_told = tokens().size() - unlisted_.size(), listed = ListedTokens();
+    const auto end = unlisted_.begin() + static_cast<std::ptrdiff_t>(listed - std::min(listed, n_told));
+    out.tokens.assign(std::make_move_iterator(unlisted_.begin()), std::make_move_iterator(end));
+    unlisted_.erase(unlisted_.begin(), end);
+  }
   return out;
+}
+
+void Generation::Measure(std::span<const float> logits, int32_t token) {
+  unlisted_.push_back(MeasureToken(*tokenizer_, logits, token, *logprobs_, next_at_start_));
+  unlisted_.back().offset = decoded_characters_;
+  next_at_start_ = tokenizer_->IsAtStart({&token, 1});
+}
+
+// How many tokens, from the first on, are to be told.
+size_t Generation::ListedTokens() const {
+  const size_t certain = certain_tokens(), n = tokens().size();
+  if (!finished_) return certain;
+  if (!filter_.stopped()) return n - (EndsText(tokens().back()) ? 1 : 0);
+  const bool cut = certain < n && (certain == 0 ? 0 : text_ends_[certain - 1]) < text_.size();  // some of it is shown
+  return certain + (cut ? 1 : 0);
+}
+
+bool Generation::EndsText(int32_t token) const {
+  return tokenizer_->IsEndOfGeneration(token) ||
+         std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end();
 }
 
 std::optional<FinishReason> Generation::FinishAt(int32_t token) const {
   if (tokenizer_->IsEndOfGeneration(token)) return FinishReason::kEndOfText;
-  const bool is_stop = std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end();
-  if (is_stop || filter_.stopped()) return FinishReason::kStopString;
+  if (EndsText(token) || filter_.stopped()) return FinishReason::kStopString;
   if (tokens().size() >= max_tokens_) return FinishReason::kLength;
   if (tokens().size() > room_) return FinishReason::kContext;
   return std::nullopt;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/logprobs.h"
 #include "engine/sampler.h"
 #include "tokenizer/tokenizer.h"
 
@@ -49,6 +50,8 @@ struct GenerationOptions {
   size_t max_tokens = kNoLimit;    // kNoLimit: until the text or the context ends
   // Generation ends before the first of these texts, or at the control token whose text it is; not empty strings.
   std::vector<std::string> stops;
+  // With each token come its log-probability and those of so many likeliest; nothing: they cost nothing either.
+  std::optional<size_t> logprobs = {};
 };
 
 // Throws Error kInvalidArgument for sampler options out of range and for empty stop strings.
@@ -61,6 +64,9 @@ class Generation {
     int32_t token = -1;                  // to be fed to the sequence unless `finish` is set
     std::string text;                    // what became certain, in whole UTF-8 characters; with `finish`: all the rest
     std::optional<FinishReason> finish;  // not kInterrupted, which only the caller knows of
+    // With `logprobs`, the tokens whose text became certain, in order; with `finish` all the rest. Tokens that a stop
+    // string hid altogether are left out, and so is a token that ended the text.
+    std::vector<GeneratedToken> tokens = {};
   };
 
   // `seen`: the tokens that the sequence has seen when the first logits come, the prompt included. Of these it copies
@@ -89,6 +95,9 @@ class Generation {
  private:
   std::string Show(std::string piece);
   std::string Flush();
+  bool EndsText(int32_t token) const;
+  void Measure(std::span<const float> logits, int32_t token);
+  size_t ListedTokens() const;
   std::optional<FinishReason> FinishAt(int32_t token) const;
 
   const Tokenizer* tokenizer_;
@@ -105,6 +114,10 @@ class Generation {
   std::vector<size_t> text_ends_;  // of each token, in decoded bytes; one more while its last character is unfinished
   std::string text_;
   bool finished_ = false;
+  std::optional<size_t> logprobs_;
+  std::vector<GeneratedToken> unlisted_;  // those that Output::tokens has not had yet
+  size_t decoded_characters_ = 0;         // whole ones; counted with logprobs only, as the next one is
+  bool next_at_start_;
 };
 
 struct GenerateOptions : GenerationOptions {

@@ -272,6 +272,94 @@ TEST(Generation, IsUncertainOnlyOfTokensThatMayBeHidden) {
   }
 }
 
+// Token, text, offset of each token that was told, by the piece it came with.
+using Listed = std::vector<std::vector<std::tuple<int32_t, std::string, size_t>>>;
+Listed List(Generation& generation, const Ids& tokens) {
+  Listed listed;
+  for (const int32_t token : tokens) {
+    auto& piece = listed.emplace_back();
+    for (const GeneratedToken& told : generation.Push(Choosing(token)).tokens)
+      piece.emplace_back(told.token, told.text, told.offset);
+  }
+  return listed;
+}
+
+GenerationOptions WithLogprobs(std::vector<std::string> stops = {}, size_t n = 0) {
+  GenerationOptions options = Greedy(std::move(stops));
+  options.logprobs = n;
+  return options;
+}
+
+TEST(Generation, TokensAreToldWithTheTextThatTheyAdd) {
+  const auto tokenizer = Letters();
+  Generation generation(*tokenizer, WithLogprobs(), kSeen, 100);
+  EXPECT_EQ(List(generation, {kA, kLead, kTrail, kBc, kBos, kEos}), (Listed{{{kA, "a", 0}},
+                                                                            {},
+                                                                            {{kLead, "\xC3", 1}, {kTrail, "\xA9", 1}},
+                                                                            {{kBc, "bc", 2}},
+                                                                            {{kBos, "<s>", 4}},
+                                                                            {}}));
+  Generation silent(*tokenizer, Greedy(), kSeen, 100);
+  EXPECT_EQ(List(silent, {kA, kEos}), (Listed{{}, {}}));
+}
+
+TEST(Generation, TokensThatAStopStringHidesAreNotTold) {
+  const auto tokenizer = Letters();
+  const struct {
+    const char* name;
+    Ids tokens;
+    std::string stop;
+    Listed told;
+  } cases[] = {
+      {"between tokens", {kC, kA, kB, kC}, "bc", {{{kC, "c", 0}}, {{kA, "a", 1}}, {}, {}}},
+      {"all of it", {kA, kB}, "ab", {{}, {}}},
+      {"what was held back", {kA, kA, kB}, "aab", {{}, {}, {}}},
+      {"inside a token", {kC, kAb, kC}, "bc", {{{kC, "c", 0}}, {}, {{kAb, "ab", 1}}}},
+      {"a character of two tokens", {kC, kLead, kTrail}, "\u00E9", {{{kC, "c", 0}}, {}, {}}},
+      {"a token that ends the text", {kC, kBos}, "<s>", {{{kC, "c", 0}}, {}}},
+  };
+  for (const auto& c : cases) {
+    Generation generation(*tokenizer, WithLogprobs({c.stop}), kSeen, 100);
+    EXPECT_EQ(List(generation, c.tokens), c.told) << c.name;
+  }
+  GenerationOptions options = WithLogprobs({"abc"});
+  options.max_tokens = 3;
+  Generation whole(*tokenizer, options, kSeen, 100);
+  EXPECT_EQ(List(whole, {kC, kAb, kLead}), (Listed{{{kC, "c", 0}}, {}, {{kAb, "ab", 1}, {kLead, "\xC3", 3}}}));
+}
+
+// Probabilities 1/2, 1/4 and 1/8 of three letters and the rest spread: whatever the sampler does to the logits.
+TEST(Generation, LogProbabilitiesAreTheModelsOwn) {
+  const auto tokenizer = Letters();
+  std::vector<float> logits(kVocab + 5, std::log(1.0f / 64));  // the last 5 have no token
+  std::fill(logits.begin() + kVocab, logits.end(), 50.0f);
+  logits[kA] = std::log(1.0f / 4) + 3;
+  logits[kB] = std::log(1.0f / 2) + 3;
+  logits[kC] = std::log(1.0f / 8) + 3;
+  for (const int32_t id : {kUnk, kBos, kAb, kBc, kLead, kTrail, kEos}) logits[id] = std::log(1.0f / 56) + 3;
+  GenerationOptions options = WithLogprobs({}, 2);
+  options.sampler = {.temperature = 0.1f, .top_k = 1, .presence_penalty = 2, .logit_bias = {{kC, 50}}};
+  Generation generation(*tokenizer, options, kSeen, 100);
+  const GeneratedToken told = generation.Push(logits).tokens.at(0);
+  EXPECT_EQ(told.token, kC);
+  EXPECT_NEAR(told.logprob, std::log(1.0 / 8), 1e-6);
+  ASSERT_EQ(told.likeliest.size(), 2u);
+  EXPECT_EQ(told.likeliest[0].text, "b");
+  EXPECT_NEAR(told.likeliest[0].logprob, std::log(1.0 / 2), 1e-6);
+  EXPECT_EQ(told.likeliest[1].text, "a");
+  EXPECT_NEAR(told.likeliest[1].logprob, std::log(1.0 / 4), 1e-6);
+  // Equals: the lower id first. A token that is never shown has its name.
+  options.logprobs = 20;
+  Generation all(*tokenizer, options, kSeen, 100);
+  const auto likeliest = all.Push(logits).tokens.at(0).likeliest;
+  ASSERT_EQ(likeliest.size(), kVocab);
+  EXPECT_EQ(likeliest[3].token, kUnk);
+  EXPECT_EQ(likeliest[4].token, kBos);
+  EXPECT_TRUE(likeliest[4].special && likeliest[4].text == "<s>");
+  EXPECT_FALSE(likeliest[5].special);
+  EXPECT_NEAR(likeliest[9].logprob, std::log(1.0 / 56), 1e-6);
+}
+
 TEST(Generation, BadOptionsAreRefused) {
   const auto tokenizer = Letters();
   EXPECT_THROW(Generation(*tokenizer, Greedy({"a", ""}), kSeen, 100), Error);

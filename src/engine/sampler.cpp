@@ -14,6 +14,10 @@ void RequireRange(std::string_view option, float value, float low, float high) {
     Fail(ErrorCode::kInvalidArgument, "{}: expected a number in [{}, {}], found {}", option, low, high, value);
 }
 
+[[noreturn]] void FailDamaged() {
+  Fail(ErrorCode::kRuntime, "the model's logits are not finite numbers; the weights may be damaged");
+}
+
 }  // namespace
 
 void Validate(const SamplerOptions& options) {
@@ -21,6 +25,9 @@ void Validate(const SamplerOptions& options) {
   RequireRange("--top-p", options.top_p, 0, 1);
   RequireRange("--min-p", options.min_p, 0, 1);
   RequireRange("--repeat-penalty", options.repeat_penalty, 0.01f, 100);
+  RequireRange("--frequency-penalty", options.frequency_penalty, -2, 2);
+  RequireRange("--presence-penalty", options.presence_penalty, -2, 2);
+  for (const TokenBias& bias : options.logit_bias) RequireRange("logit bias", bias.bias, -100, 100);
   if (options.top_k < 0)
     Fail(ErrorCode::kInvalidArgument, "--top-k: expected 0 (all) or more, found {}", options.top_k);
   if (options.repeat_last_n < -1)
@@ -37,20 +44,30 @@ int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> 
     any_nan |= std::isnan(logits[i]);
     candidates_.push_back({static_cast<int32_t>(i), logits[i]});
   }
-  if (options_.repeat_penalty != 1.0f) Penalise(history);
+  for (const TokenBias& bias : options_.logit_bias)
+    if (bias.token >= 0 && static_cast<size_t>(bias.token) < candidates_.size())
+      candidates_[static_cast<size_t>(bias.token)].logit += bias.bias;
+  if (options_.repeat_penalty != 1.0f) PenaliseRepetition(history);
+  PenaliseChosen();
+  if (any_nan) FailDamaged();
+  const int32_t token = Choose();
+  if (options_.frequency_penalty != 0 || options_.presence_penalty != 0) ++chosen_[token];
+  return token;
+}
+
+int32_t Sampler::Choose() {
   const auto larger = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
   };
   const auto best = std::min_element(candidates_.begin(), candidates_.end(), larger);
-  if (any_nan || best == candidates_.end() || !std::isfinite(best->logit))
-    Fail(ErrorCode::kRuntime, "the model's logits are not finite numbers; the weights may be damaged");
+  if (best == candidates_.end() || !std::isfinite(best->logit)) FailDamaged();
   if (options_.temperature == 0) return best->token;
   KeepTopK();
   KeepTopPAndMinP();
   return Draw();
 }
 
-void Sampler::Penalise(std::span<const int32_t> history) {
+void Sampler::PenaliseRepetition(std::span<const int32_t> history) {
   const size_t n = options_.repeat_last_n < 0 ? history.size()
                                               : std::min(history.size(), static_cast<size_t>(options_.repeat_last_n));
   recent_.assign(history.end() - static_cast<std::ptrdiff_t>(n), history.end());
@@ -60,6 +77,14 @@ void Sampler::Penalise(std::span<const int32_t> history) {
     if (token < 0 || static_cast<size_t>(token) >= candidates_.size()) continue;
     float& logit = candidates_[static_cast<size_t>(token)].logit;
     logit = logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
+  }
+}
+
+void Sampler::PenaliseChosen() {
+  for (const auto& [token, count] : chosen_) {
+    if (static_cast<size_t>(token) >= candidates_.size()) continue;
+    candidates_[static_cast<size_t>(token)].logit -=
+        static_cast<float>(count) * options_.frequency_penalty + options_.presence_penalty;
   }
 }
 

@@ -78,6 +78,68 @@ TEST(Sampler, RepetitionPenaltyWeakensSeenTokensOnceAndOnlyInsideItsWindow) {
   EXPECT_EQ(Sampler(options).Sample(std::vector<float>{-1, -1.5f}, std::vector<int32_t>{0}), 1);        // -2 : -1.5
 }
 
+// Tokens 0, 1, 2 with logits 4, 3, 0: each choice takes 1 (count) * 0.75 + (once) 0.5 away.
+TEST(Sampler, FrequencyAndPresencePenaltiesWeakenWhatWasChosen) {
+  SamplerOptions options = Plain(0);
+  options.frequency_penalty = 0.75f;
+  options.presence_penalty = 0.5f;
+  Sampler sampler(options);
+  const std::vector<float> logits = {4, 3, 0};
+  std::vector<int32_t> chosen;
+  for (int i = 0; i < 7; ++i) chosen.push_back(sampler.Sample(logits, std::vector<int32_t>{1, 1, 1, 1}));
+  // 0: 4, 2.75, 2, 1.25, 0.5, -0.25; 1: 3, 1.75, 1, 0.25
+  EXPECT_EQ(chosen, (std::vector<int32_t>{0, 1, 0, 0, 1, 0, 1}));
+}
+
+TEST(Sampler, EachOfThePenaltiesIsItsOwnAndMayStrengthen) {
+  const std::vector<float> logits = {2, 1.5f, 0};
+  const auto chosen = [&](float frequency, float presence) {
+    SamplerOptions options = Plain(0);
+    options.frequency_penalty = frequency;
+    options.presence_penalty = presence;
+    Sampler sampler(options);
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < 5; ++i) tokens.push_back(sampler.Sample(logits, {}));
+    return tokens;
+  };
+  EXPECT_EQ(chosen(0, 0), (std::vector<int32_t>{0, 0, 0, 0, 0}));
+  EXPECT_EQ(chosen(0, 0.75f), (std::vector<int32_t>{0, 1, 0, 0, 0}));  // both are weakened, once
+  EXPECT_EQ(chosen(0.75f, 0), (std::vector<int32_t>{0, 1, 0, 1, 0}));  // 2, 1.25, 0.5, ..; 1.5, 0.75, 0
+  EXPECT_EQ(chosen(-0.75f, -0.5f), (std::vector<int32_t>{0, 0, 0, 0, 0}));
+}
+
+// The first draw leaves one of two equals weakened by 2 ln 2 = 1.386, so that it comes in a fifth of the second draws.
+TEST(Sampler, PenaltiesChangeTheProbabilitiesOfDraws) {
+  SamplerOptions options = Plain();
+  options.presence_penalty = static_cast<float>(std::log(4.0));
+  double again = 0;
+  constexpr int kDraws = 20000;
+  for (int i = 0; i < kDraws; ++i) {
+    options.seed = static_cast<uint64_t>(i);
+    Sampler sampler(options);
+    const std::vector<float> equal = {1, 1};
+    const int32_t first = sampler.Sample(equal, {});
+    again += sampler.Sample(equal, {}) == first ? 1.0 / kDraws : 0;
+  }
+  EXPECT_NEAR(again, 0.2, 0.01);
+}
+
+TEST(Sampler, BiasesAreAddedBeforeAllElse) {
+  const std::vector<float> logits = {2, 1, 0};
+  const auto chosen = [&](std::vector<TokenBias> biases) {
+    SamplerOptions options = Plain(0);
+    options.repeat_penalty = 4;
+    options.logit_bias = std::move(biases);
+    return Sampler(options).Sample(logits, std::vector<int32_t>{2});
+  };
+  EXPECT_EQ(chosen({}), 0);
+  EXPECT_EQ(chosen({{0, -1.5f}}), 1);
+  EXPECT_EQ(chosen({{0, -100}, {1, -100}}), 2);
+  EXPECT_EQ(chosen({{2, 7.5f}}), 0);   // 7.5 / 4 < 2: the penalty is of the biased logit
+  EXPECT_EQ(chosen({{2, 8.5f}}), 2);
+  EXPECT_EQ(chosen({{3, 100}, {-1, 100}}), 0);
+}
+
 TEST(Sampler, SeedFixesTheText) {
   const auto logits = LogitsOf({0.25, 0.25, 0.25, 0.25});
   const auto text = [&](uint64_t seed) {
@@ -112,6 +174,13 @@ TEST(Sampler, OptionsOutOfRangeAreRefusedByName) {
   EXPECT_NE(refusal([&](auto& o) { o.top_k = -1; }).find("--top-k"), std::string::npos);
   EXPECT_NE(refusal([&](auto& o) { o.repeat_penalty = 0; }).find("--repeat-penalty"), std::string::npos);
   EXPECT_NE(refusal([&](auto& o) { o.repeat_last_n = -2; }).find("--repeat-last-n"), std::string::npos);
+  for (const float bad : {-2.01f, 2.01f, nan, INFINITY}) {
+    EXPECT_NE(refusal([&](auto& o) { o.frequency_penalty = bad; }).find("--frequency-penalty"), std::string::npos);
+    EXPECT_NE(refusal([&](auto& o) { o.presence_penalty = bad; }).find("--presence-penalty"), std::string::npos);
+  }
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, nan}}; }).find("logit bias"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, 0}, {2, -101}}; }).find("logit bias"), std::string::npos);
+  EXPECT_EQ(refusal([](auto& o) { o.frequency_penalty = o.presence_penalty = -2; }), "");
   EXPECT_EQ(refusal([](auto&) {}), "");
 }
 

@@ -34,14 +34,14 @@ std::optional<size_t> KeyRing::Find(std::string_view authorization) const {
   return found;
 }
 
-std::shared_ptr<void> KeyRing::Enter(size_t key) {
+std::shared_ptr<void> KeyRing::Enter(size_t key, size_t texts) {
   const std::lock_guard lock(mutex_);
-  if (most_ != 0 && in_work_[key] >= most_) return nullptr;
-  ++in_work_[key];
-  return std::shared_ptr<void>(this, [key](void* ring) {
+  if (most_ != 0 && in_work_[key] + texts > most_) return nullptr;
+  in_work_[key] += texts;
+  return std::shared_ptr<void>(this, [key, texts](void* ring) {
     KeyRing& self = *static_cast<KeyRing*>(ring);
     const std::lock_guard leave(self.mutex_);
-    --self.in_work_[key];
+    self.in_work_[key] -= texts;
   });
 }
 

@@ -27,8 +27,8 @@ class KeyRing {
   // The number of the key in an Authorization header; nothing when it is missing or wrong. Compares with all keys,
   // whichever it is.
   std::optional<size_t> Find(std::string_view authorization) const;
-  // Held while a text of that key is in work; null: there are as many as may be.
-  std::shared_ptr<void> Enter(size_t key);
+  // Held while so many texts of that key are in work; null: then there would be more than may be.
+  std::shared_ptr<void> Enter(size_t key, size_t texts);
   size_t most() const { return most_; }
 
  private:

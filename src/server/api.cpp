@@ -2,15 +2,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <ctime>
 #include <limits>
 #include <span>
+#include <utility>
 
 #include "base/error.h"
 #include "format/gguf.h"  // Quoted
 #include "format/json_reader.h"
 #include "kvcache/spec.h"
+#include "server/logprobs.h"
 
 namespace lesskv {
 namespace {
@@ -44,10 +47,12 @@ constexpr std::string_view kCommon[] = {"model",
                                         "protected_spans",
                                         "user",
                                         "frequency_penalty",
-                                        "presence_penalty"};
+                                        "presence_penalty",
+                                        "logit_bias"};
 
-constexpr std::string_view kChat[] = {"messages", "max_completion_tokens"};
-constexpr std::string_view kCompletion[] = {"prompt"};
+constexpr std::string_view kChat[] = {"messages", "max_completion_tokens", "logprobs", "top_logprobs",
+                                      "response_format"};
+constexpr std::string_view kCompletion[] = {"prompt", "logprobs"};
 
 constexpr std::string_view kResponse[] = {"model",          "input",           "instructions", "max_output_tokens",
                                           "stream",         "store",           "stop",         "seed",
@@ -55,15 +60,35 @@ constexpr std::string_view kResponse[] = {"model",          "input",           "
                                           "repeat_penalty", "repeat_last_n",   "kv_policy",    "kv_stats",
                                           "cache_prompt",   "protected_spans", "user"};
 
+// What others offer and clients ask for, and what there is in its place.
+constexpr std::pair<std::string_view, std::string_view> kOthers[] = {
+    {"best_of", "texts are not compared; n gives all of them"},
+    {"echo", "the prompt is not given back"},
+    {"suffix", "texts go on at their ends only"},
+    {"tools", "models call no tools here"},
+    {"tool_choice", "models call no tools here"},
+    {"tool_calls", "models call no tools here"},
+    {"functions", "models call no functions here"},
+    {"function_call", "models call no functions here"},
+    {"response_format", "what is generated is not constrained"},
+    {"grammar", "what is generated is not constrained"},
+    {"json_schema", "what is generated is not constrained"},
+    {"name", "templates know roles only"},
+    {"modalities", "models write text only"},
+    {"audio", "models write text only"}};
+
 bool Has(std::span<const std::string_view> fields, std::string_view key) {
   return std::ranges::find(fields, key) != fields.end();
 }
 
 void CheckFields(const JsonReader& reader, std::span<const std::string_view> own,
                  std::span<const std::string_view> common = {}) {
-  for (const auto& [key, value] : reader.value().items())
-    if (!Has(own, key) && !Has(common, key))
-      Fail(ErrorCode::kInvalidArgument, "request: {}: lesskv has no such field", Quoted(key));
+  for (const auto& [key, value] : reader.value().items()) {
+    if (value.is_null() || Has(own, key) || Has(common, key)) continue;  // null asks for nothing
+    const auto other = std::ranges::find(kOthers, key, [](const auto& pair) { return pair.first; });
+    Fail(ErrorCode::kInvalidArgument, "{}: {}: lesskv has no such field{}{}", reader.where(), Quoted(key),
+         other == std::end(kOthers) ? "" : ": ", other == std::end(kOthers) ? "" : other->second);
+  }
 }
 
 // Reads one request. What it finds wrong is Error kBadFile of JsonReader's, or kInvalidArgument; both are 400.
@@ -74,7 +99,13 @@ class RequestReader {
   TextRequest Chat() {
     CheckFields(r_, kChat, kCommon);
     RequireTemplate();
-    return ReadChat(Messages("messages"), TextForm::kChat);
+    if (r_.Has("response_format") && r_.Object("response_format").Text("type") != "text")
+      r_.Refuse("response_format", R"({"type": "text"}: what is generated is not constrained)");
+    TextRequest request = ReadChat(Messages("messages"), TextForm::kChat);
+    const bool logprobs = r_.TruthOr("logprobs", false);
+    if (r_.Has("top_logprobs") && !logprobs) r_.Refuse("top_logprobs", "none without logprobs: true");
+    if (logprobs) request.job.options.logprobs = Likeliest("top_logprobs", 20);
+    return request;
   }
 
   TextRequest Response() {
@@ -102,7 +133,9 @@ class RequestReader {
 
   TextRequest Completion() {
     CheckFields(r_, kCompletion, kCommon);
-    return Read(Prompt(), {});
+    TextRequest request = Read(Prompt(), {});
+    if (r_.Has("logprobs")) request.job.options.logprobs = Likeliest("logprobs", 5);
+    return request;
   }
 
  private:
@@ -132,12 +165,13 @@ class RequestReader {
       CheckFields(r_.Object("stream_options"), kFields);
       request.include_usage = r_.Object("stream_options").TruthOr("include_usage", false);
     }
-    if (r_.CountOr("n", 1) != 1) r_.Refuse("n", "1");
     r_.TextOr("user", "");  // must be a text; nothing is done with it
+    request.job.choices = Choices();
     request.job.reuse = r_.TruthOr("cache_prompt", true);
-    request.job.kv_every = KvEvery(request.stream);
+    request.job.kv_every = KvEvery(request);
     CheckLength(prompt);
     request.job.options = Options(prompt.size());
+    request.job.options.sampler.seed = Seed(request.job.choices);
     AddProtectedSpans(prompt.size(), fixed);
     request.job.config = c_.engine.MakeCacheConfig(Spec(), c_.limits.ctx, std::move(fixed));
     request.job.prompt = std::move(prompt);
@@ -145,11 +179,25 @@ class RequestReader {
     return request;
   }
 
-  size_t KvEvery(bool stream) const {
+  // How many tokens are to be shown that might have come in the place of each; OpenAI's bounds.
+  size_t Likeliest(const char* key, uint32_t most) const {
+    const uint32_t n = r_.CountOr(key, 0);
+    if (n > most) r_.Refuse(key, fmt::format("a number in [0, {}]", most));
+    return n;
+  }
+
+  size_t Choices() const {
+    const uint32_t n = r_.CountOr("n", 1);
+    if (n < 1 || n > c_.limits.max_choices) r_.Refuse("n", fmt::format("a number in [1, {}]", c_.limits.max_choices));
+    return n;
+  }
+
+  size_t KvEvery(const TextRequest& request) const {
     constexpr uint32_t kMost = 10000;
     if (!r_.Has("kv_stats")) return 0;
+    if (request.job.choices > 1) r_.Refuse("kv_stats", "none with n above 1");
     const uint32_t every = r_.Count("kv_stats");
-    if (!stream || every < 1 || every > kMost)
+    if (!request.stream || every < 1 || every > kMost)
       r_.Refuse("kv_stats", fmt::format("tokens between two events of a stream, in [1, {}]", kMost));
     return every;
   }
@@ -171,6 +219,8 @@ class RequestReader {
     for (const Json& item : r_.Array(key)) {
       if (!item.is_object()) r_.Refuse(key, "an array of objects");
       const JsonReader message(item, fmt::format("request: {}: {}", key, messages.size()));
+      constexpr std::string_view kFields[] = {"role", "content", "type"};
+      if (std::string_view(key) == "messages") CheckFields(message, kFields);
       if (message.TextOr("type", "message") != "message") message.Refuse("type", "\"message\"");
       messages.push_back({Role(message), Content(message)});
     }
@@ -201,11 +251,21 @@ class RequestReader {
     return text;
   }
 
-  // A text, or token ids.
+  // A text, or token ids; clients that know several prompts put the only one into an array.
   std::vector<int32_t> Prompt() const {
     const Json* const prompt = r_.Find("prompt");
-    if (prompt == nullptr || !prompt->is_array()) return c_.tokenizer.Encode(r_.Text("prompt"), true, true);
-    return Ids(r_, "prompt", c_.tokenizer);
+    const bool several = prompt != nullptr && prompt->is_array() && !prompt->empty() && !prompt->front().is_number();
+    if (!several) return PromptOf(r_);
+    if (prompt->size() != 1)
+      r_.Refuse("prompt", "one text, or the token ids of one: several prompts are several requests");
+    const Json only = {{"prompt", prompt->front()}};
+    return PromptOf(JsonReader(only, r_.where()));
+  }
+
+  std::vector<int32_t> PromptOf(const JsonReader& reader) const {
+    const Json* const prompt = reader.Find("prompt");
+    if (prompt == nullptr || !prompt->is_array()) return c_.tokenizer.Encode(reader.Text("prompt"), true, true);
+    return Ids(reader, "prompt", c_.tokenizer);
   }
 
  public:
@@ -231,8 +291,6 @@ class RequestReader {
   }
 
   GenerationOptions Options(size_t n_prompt) const {
-    for (const char* key : {"frequency_penalty", "presence_penalty"})
-      if (r_.RealOr(key, 0) != 0) r_.Refuse(key, "0; repeat_penalty is what lesskv has");
     GenerationOptions options;
     SamplerOptions& s = options.sampler;
     s.temperature = Number("temperature", 1.0f);  // as OpenAI's
@@ -241,17 +299,36 @@ class RequestReader {
     s.min_p = Number("min_p", 0.0f);
     s.repeat_penalty = Number("repeat_penalty", 1.0f);
     s.repeat_last_n = Whole("repeat_last_n", s.repeat_last_n);
-    s.seed = Seed();
+    s.frequency_penalty = Number("frequency_penalty", 0.0f);
+    s.presence_penalty = Number("presence_penalty", 0.0f);
+    s.logit_bias = Biases();
     options.stops = Stops();
     options.max_tokens = MaxTokens(n_prompt);
     Validate(options);
     return options;
   }
 
-  // Without one, every request has another.
-  uint64_t Seed() const {
+  // {"TOKEN ID": BIAS, ...}
+  std::vector<TokenBias> Biases() const {
+    std::vector<TokenBias> biases;
+    if (!r_.Has("logit_bias")) return biases;
+    const JsonReader map = r_.Object("logit_bias");
+    for (const auto& [key, value] : map.value().items()) {
+      uint32_t id = 0;
+      const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
+      if (error != std::errc() || end != key.data() + key.size() || id >= c_.tokenizer.size())
+        r_.Refuse("logit_bias", fmt::format("keys that are token ids below {}", c_.tokenizer.size()), Quoted(key));
+      const double bias = map.Real(key);
+      if (std::abs(bias) > 100) map.Refuse(key, "a number in [-100, 100]");
+      biases.push_back({static_cast<int32_t>(id), static_cast<float>(bias)});
+    }
+    return biases;
+  }
+
+  // That of the first choice; the others have the next ones. Without one, every request has others.
+  uint64_t Seed(size_t n_choices) const {
     static std::atomic<uint64_t> next = static_cast<uint64_t>(std::time(nullptr)) << 20;
-    if (!r_.Has("seed")) return next++;
+    if (!r_.Has("seed")) return next.fetch_add(n_choices);
     if (!r_.Find("seed")->is_number_unsigned()) r_.Refuse("seed", "a whole number from 0 on");
     return r_.Find("seed")->get<uint64_t>();
   }
@@ -429,21 +506,44 @@ TextAnswer::TextAnswer(const ApiContext& context, const TextRequest& request)
     : model_name_(context.model_name),
       chat_(request.form == TextForm::kChat),
       include_usage_(request.include_usage),
+      logprobs_(request.job.options.logprobs.has_value()),
       prompt_tokens_(request.job.prompt.size()),
       spec_(request.job.config->spec_text()),
       id_(NextId(request.form)),
-      created_(std::time(nullptr)) {}
+      created_(std::time(nullptr)),
+      finished_(request.job.choices) {}
 
 OrderedJson TextAnswer::Head(bool chunk) const {
   const char* const object = !chat_ ? "text_completion" : chunk ? "chat.completion.chunk" : "chat.completion";
   return {{"id", id_}, {"object", object}, {"created", created_}, {"model", model_name_}};
 }
 
-OrderedJson TextAnswer::Choice(const char* key, OrderedJson content, const char* finish) const {
-  OrderedJson choice = {{"index", 0}, {key, std::move(content)}, {"logprobs", nullptr}, {"finish_reason", nullptr}};
+namespace {
+
+std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
+
+OrderedJson Choice(size_t index, const char* key, OrderedJson content, OrderedJson logprobs, const char* finish) {
+  OrderedJson choice = {{"index", index}, {key, std::move(content)}, {"logprobs", std::move(logprobs)}, {"finish_reason", nullptr}};
   if (finish != nullptr) choice["finish_reason"] = finish;
   return choice;
 }
+
+// The caches of all choices together.
+CacheStats Sum(const JobState& state) {
+  CacheStats sum;
+  for (const ChoiceState& choice : state.choices) {
+    sum.tokens_resident += choice.stats.tokens_resident;
+    sum.tokens_dropped += choice.stats.tokens_dropped;
+    sum.tokens_absorbed += choice.stats.tokens_absorbed;
+    sum.tokens_merged += choice.stats.tokens_merged;
+    sum.kv_bytes += choice.stats.kv_bytes;
+    sum.kv_bytes_peak += choice.stats.kv_bytes_peak;
+    sum.kv_bytes_full += choice.stats.kv_bytes_full;
+  }
+  return sum;
+}
+
+}  // namespace
 
 OrderedJson TextAnswer::Kv(const CacheStats& stats) const {
   return {{"spec", spec_},
@@ -458,32 +558,56 @@ OrderedJson TextAnswer::Kv(const CacheStats& stats) const {
 
 OrderedJson TextAnswer::Usage(const JobState& state) const {
   return {{"prompt_tokens", prompt_tokens_},
-          {"completion_tokens", state.generated_tokens},
-          {"total_tokens", prompt_tokens_ + state.generated_tokens},
+          {"completion_tokens", state.generated_tokens()},
+          {"total_tokens", prompt_tokens_ + state.generated_tokens()},
           {"prompt_tokens_details", {{"cached_tokens", state.cached_tokens}}},
-          {"kv", Kv(state.stats)}};
+          {"kv", Kv(Sum(state))}};
 }
 
-namespace {
-std::string Event(const OrderedJson& value) { return "data: " + DumpJson(value) + "\n\n"; }
-}  // namespace
+std::string TextAnswer::ChoiceEvent(OrderedJson choice) const {
+  OrderedJson event = Head(true);
+  event["choices"] = OrderedJson::array();
+  event["choices"].push_back(std::move(choice));
+  return Event(event);
+}
 
 std::string TextAnswer::FirstEvent() {
-  if (!chat_) return "";
-  OrderedJson event = Head(true);
-  event["choices"] = OrderedJson::array();
-  event["choices"].push_back(Choice("delta", {{"role", "assistant"}, {"content", ""}}, nullptr));
-  return Event(event);
+  std::string events;
+  for (size_t i = 0; chat_ && i < finished_.size(); ++i)
+    events += ChoiceEvent(Choice(i, "delta", {{"role", "assistant"}, {"content", ""}}, nullptr, nullptr));
+  return events;
 }
 
-std::string TextAnswer::TextEvent(const std::string& text) {
-  OrderedJson event = Head(true);
-  event["choices"] = OrderedJson::array();
-  event["choices"].push_back(chat_ ? Choice("delta", {{"content", text}}, nullptr) : Choice("text", text, nullptr));
-  return Event(event);
+OrderedJson TextAnswer::Logprobs(const ChoiceState& news) const {
+  if (!logprobs_) return nullptr;
+  return chat_ ? ChatLogprobs(news.new_tokens) : CompletionLogprobs(news.new_tokens);
 }
 
-std::string TextAnswer::KvEvent(const CachePicture& picture) {
+// What each choice has said since the last time, and that it has ended.
+std::string TextAnswer::News(const JobState& state) {
+  std::string events;
+  for (size_t i = 0; i < state.choices.size(); ++i) {
+    const ChoiceState& choice = state.choices[i];
+    if (choice.picture) events += KvEvent(*choice.picture);
+    if (!choice.new_text.empty() || !choice.new_tokens.empty()) events += TextEvent(i, choice);
+    if (choice.finish && !finished_[i]) events += FinishEvent(i, *choice.finish);
+    finished_[i] = choice.finish.has_value();
+  }
+  return events;
+}
+
+std::string TextAnswer::TextEvent(size_t choice, const ChoiceState& news) {
+  OrderedJson logprobs = news.new_tokens.empty() ? nullptr : Logprobs(news);
+  return ChoiceEvent(chat_ ? Choice(choice, "delta", {{"content", news.new_text}}, std::move(logprobs), nullptr)
+                           : Choice(choice, "text", news.new_text, std::move(logprobs), nullptr));
+}
+
+std::string TextAnswer::FinishEvent(size_t choice, FinishReason reason) {
+  return ChoiceEvent(chat_ ? Choice(choice, "delta", OrderedJson::object(), nullptr, FinishText(reason))
+                           : Choice(choice, "text", "", nullptr, FinishText(reason)));
+}
+
+std::string TextAnswer::KvEvent(const CachePicture& picture) const {
   OrderedJson event = Head(true);
   event["object"] = "lesskv.kv";
   event["choices"] = OrderedJson::array();  // so that clients that know no such event pass it over
@@ -495,11 +619,7 @@ std::string TextAnswer::KvEvent(const CachePicture& picture) {
 }
 
 std::string TextAnswer::LastEvents(const JobState& state) {
-  OrderedJson last = Head(true);
-  last["choices"] = OrderedJson::array();
-  last["choices"].push_back(
-      Choice(chat_ ? "delta" : "text", chat_ ? OrderedJson::object() : OrderedJson(""), FinishText(*state.finish)));
-  std::string events = Event(last);
+  std::string events;
   if (include_usage_) {
     OrderedJson usage = Head(true);
     usage["choices"] = OrderedJson::array();
@@ -511,12 +631,16 @@ std::string TextAnswer::LastEvents(const JobState& state) {
 
 std::string TextAnswer::ErrorEvent(const ApiError& error) { return Event(error.Body()); }
 
-std::string TextAnswer::Body(const std::string& text, const JobState& state) {
+std::string TextAnswer::Body(const JobState& state) {
   OrderedJson body = Head(false);
-  const char* const finish = FinishText(*state.finish);
   body["choices"] = OrderedJson::array();
-  body["choices"].push_back(chat_ ? Choice("message", {{"role", "assistant"}, {"content", text}}, finish)
-                                  : Choice("text", text, finish));
+  for (size_t i = 0; i < state.choices.size(); ++i) {
+    const ChoiceState& choice = state.choices[i];
+    const char* const finish = FinishText(*choice.finish);
+    body["choices"].push_back(
+        chat_ ? Choice(i, "message", {{"role", "assistant"}, {"content", choice.new_text}}, Logprobs(choice), finish)
+              : Choice(i, "text", choice.new_text, Logprobs(choice), finish));
+  }
   body["usage"] = Usage(state);
   return DumpJson(body);
 }

@@ -23,6 +23,7 @@ struct ApiLimits {
   size_t max_prompt = 0;     // tokens
   size_t max_output = 0;     // tokens; also what is generated at most where a request does not say
   size_t max_protected = 0;  // tokens that a request may protect
+  size_t max_choices = 1;    // texts of one request; no more than may run at once
   std::chrono::seconds max_time{600};
   std::vector<std::string> kv = {};  // canonical specs that requests may name; the first is the default
 };
@@ -48,7 +49,7 @@ ApiError ToApiError(const Error& error);
 
 enum class TextForm { kCompletion, kChat, kResponse };
 
-// A request for one text.
+// A request for one text, or several of one prompt.
 struct TextRequest {
   JobRequest job;
   TextForm form = TextForm::kCompletion;
@@ -77,14 +78,15 @@ class TextAnswer {
 
   // Events, each with its "data: " and empty line.
   virtual std::string FirstEvent();  // of a chat: the role
-  virtual std::string TextEvent(const std::string& text);
-  std::string KvEvent(const CachePicture& picture);
-  virtual std::string LastEvents(const JobState& state);  // why it ended, the usage where it was asked for, [DONE]
+  std::string News(const JobState& state);
+  virtual std::string LastEvents(const JobState& state);  // the usage where it was asked for, [DONE]
   virtual std::string ErrorEvent(const ApiError& error);
-  // The whole object.
-  virtual std::string Body(const std::string& text, const JobState& state);
+  // The whole object. `state`: all of it, put together.
+  virtual std::string Body(const JobState& state);
 
  protected:
+  virtual std::string TextEvent(size_t choice, const ChoiceState& news);
+  virtual std::string FinishEvent(size_t choice, FinishReason reason);  // why a choice ended
   nlohmann::ordered_json Kv(const CacheStats& stats) const;
   const std::string& model_name() const { return model_name_; }
   size_t prompt_tokens() const { return prompt_tokens_; }
@@ -93,15 +95,19 @@ class TextAnswer {
 
  private:
   nlohmann::ordered_json Head(bool chunk) const;
-  nlohmann::ordered_json Choice(const char* key, nlohmann::ordered_json content, const char* finish) const;
+  std::string KvEvent(const CachePicture& picture) const;
+  std::string ChoiceEvent(nlohmann::ordered_json choice) const;
   nlohmann::ordered_json Usage(const JobState& state) const;
 
   const std::string model_name_;
-  const bool chat_, include_usage_;
+  nlohmann::ordered_json Logprobs(const ChoiceState& news) const;
+
+  const bool chat_, include_usage_, logprobs_;
   const size_t prompt_tokens_;
   const std::string spec_;
   const std::string id_;
   const int64_t created_;
+  std::vector<bool> finished_;  // choices whose end has been told
 };
 
 // As JSON text; damaged UTF-8 is replaced.

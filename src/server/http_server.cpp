@@ -202,17 +202,17 @@ class HttpServer::Impl {
     return Result::Handled;
   }
 
-  std::shared_ptr<void> EnterKey(const Request& request) {
+  std::shared_ptr<void> EnterKey(const Request& request, size_t texts) {
     const std::optional<size_t> key = keys_.Find(request.get_header_value("Authorization"));
-    std::shared_ptr<void> place = keys_.Enter(*key);  // Authorise has found it
-    if (place == nullptr) throw BusyError(fmt::format("{} texts of this key are in work already", keys_.most()));
+    std::shared_ptr<void> place = keys_.Enter(*key, texts);  // Authorise has found it
+    if (place == nullptr) throw BusyError(fmt::format("more than {} texts of this key would be in work", keys_.most()));
     return place;
   }
 
-  // One text. Until its first token is there, what fails has a status of its own; from then on the answer is written
-  // piece by piece.
+  // One request's texts. Until their first token is there, what fails has a status of its own; from then on the answer is
+  // written piece by piece.
   void Answer(TextRequest request, const Request& http, Response& response) {
-    const std::shared_ptr<void> place = EnterKey(http);
+    const std::shared_ptr<void> place = EnterKey(http, request.job.choices);
     const std::shared_ptr<TextAnswer> answer = MakeAnswer(request);
     const bool stream = request.stream;
     const std::shared_ptr<Job> job = scheduler_.Submit(std::move(request.job));
@@ -229,11 +229,11 @@ class HttpServer::Impl {
     return std::make_shared<TextAnswer>(c_, request);
   }
 
-  // Until the first token, or the text's end. A client that goes meanwhile ends it.
+  // Until the first token, or the end. A client that goes meanwhile ends it.
   static JobState WaitForToken(Job& job, int socket) {
     for (;;) {
       JobState state = job.Wait(kLook);
-      if (state.ended() || state.generated_tokens > 0) return state;
+      if (state.ended() || state.generated_tokens() > 0) return state;
       if (HasGone(socket)) job.Cancel();
     }
   }
@@ -246,8 +246,7 @@ class HttpServer::Impl {
     if (!Write(sink, answer.FirstEvent())) return false;
     for (;; state = job.Wait(kLook)) {
       if (!sink.is_writable()) return false;
-      if (state.picture && !Write(sink, answer.KvEvent(*state.picture))) return false;
-      if (!state.new_text.empty() && !Write(sink, answer.TextEvent(state.new_text))) return false;
+      if (!Write(sink, answer.News(state))) return false;
       if (state.ended()) break;
     }
     const bool sent = Write(sink, state.error ? answer.ErrorEvent(ToApiError(*state.error)) : answer.LastEvents(state));
@@ -256,13 +255,11 @@ class HttpServer::Impl {
   }
 
   static bool SendWhole(TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
-    std::string text = state.new_text;
     while (!state.ended()) {
       if (!sink.is_writable()) return false;
-      state = job.Wait(kLook);
-      text += state.new_text;
+      state.Append(job.Wait(kLook));
     }
-    const bool sent = Write(sink, state.error ? DumpJson(ToApiError(*state.error).Body()) : answer.Body(text, state));
+    const bool sent = Write(sink, state.error ? DumpJson(ToApiError(*state.error).Body()) : answer.Body(state));
     if (sent) sink.done();
     return sent;
   }
@@ -290,6 +287,7 @@ class HttpServer::Impl {
                      {"max_prompt", l.max_prompt},
                      {"max_output", l.max_output},
                      {"max_protected", l.max_protected},
+                     {"max_choices", l.max_choices},
                      {"max_seconds", l.max_time.count()},
                      {"chat_template", c_.chat == nullptr ? "" : std::string(c_.chat->name())}});
   }

@@ -102,8 +102,11 @@ TEST_F(OpenApiTest, EveryFieldOfARequestIsTaken) {
       Json body = Least(schema);
       body[key] = key == "stream_options" ? Json{{"include_usage", true}} : field.at("example");
       if (key == "stream_options" || key == "kv_stats") body["stream"] = true;
+      if (key == "top_logprobs") body["logprobs"] = true;
       const Reply reply = Post(path, body);
       EXPECT_EQ(reply.status, 200) << path << " " << key << " " << reply.body;
+      const bool whole = !body.value("stream", false);
+      EXPECT_EQ(whole ? Difference(reply.json(), AnswerSchema(operation), path) : "", "") << key;
       if (key == "max_completion_tokens") continue;  // takes the place of max_tokens
       body[key] = Json{{"no", "such value"}};
       EXPECT_EQ(Post(path, body).status, 400) << path << " " << key;
@@ -123,6 +126,7 @@ TEST_F(OpenApiTest, EventsAreAsDescribed) {
     const Json& schema = Schema(operation["requestBody"]["content"]["application/json"]["schema"]);
     Json body = Least(schema);
     body.update({{"stream", true}, {"kv_stats", 1}, {"stream_options", {{"include_usage", true}}}});
+    body["logprobs"] = schema["properties"]["logprobs"]["example"];
     std::set<std::string> seen;
     for (const Json& event : Events(Post(path, body))) {
       EXPECT_EQ(Difference(event, operation["responses"]["200"]["content"]["text/event-stream"]["schema"], path), "");

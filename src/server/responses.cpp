@@ -30,16 +30,17 @@ ResponseAnswer::OrderedJson ResponseAnswer::Response(const char* status, Ordered
   if (state == nullptr) return response;
   if (response["status"] == "incomplete") response["incomplete_details"] = {{"reason", "max_output_tokens"}};
   response["usage"] = {{"input_tokens", prompt_tokens()},
-                       {"output_tokens", state->generated_tokens},
-                       {"total_tokens", prompt_tokens() + state->generated_tokens},
+                       {"output_tokens", state->generated_tokens()},
+                       {"total_tokens", prompt_tokens() + state->generated_tokens()},
                        {"input_tokens_details", {{"cached_tokens", state->cached_tokens}}},
-                       {"kv", Kv(state->stats)}};
+                       {"kv", Kv(state->choices[0].stats)}};
   return response;
 }
 
 namespace {
 const char* StatusOf(const JobState& state) {
-  const bool whole = state.finish == FinishReason::kEndOfText || state.finish == FinishReason::kStopString;
+  const std::optional<FinishReason> finish = state.choices[0].finish;
+  const bool whole = finish == FinishReason::kEndOfText || finish == FinishReason::kStopString;
   return whole ? "completed" : "incomplete";
 }
 }  // namespace
@@ -53,11 +54,13 @@ std::string ResponseAnswer::FirstEvent() {
   return events;
 }
 
-std::string ResponseAnswer::TextEvent(const std::string& text) {
-  text_ += text;
+std::string ResponseAnswer::TextEvent(size_t, const ChoiceState& news) {
+  text_ += news.new_text;
   return Event("response.output_text.delta",
-               {{"item_id", "msg_" + id()}, {"output_index", 0}, {"content_index", 0}, {"delta", text}});
+               {{"item_id", "msg_" + id()}, {"output_index", 0}, {"content_index", 0}, {"delta", news.new_text}});
 }
+
+std::string ResponseAnswer::FinishEvent(size_t, FinishReason) { return ""; }  // the last events say it
 
 std::string ResponseAnswer::LastEvents(const JobState& state) {
   const OrderedJson part = Part(text_);
@@ -80,8 +83,8 @@ std::string ResponseAnswer::ErrorEvent(const ApiError& error) {
   return Event("error", {{"code", error.status}, {"message", error.message}, {"param", nullptr}});
 }
 
-std::string ResponseAnswer::Body(const std::string& text, const JobState& state) {
-  OrderedJson content = OrderedJson::array({Part(text)});
+std::string ResponseAnswer::Body(const JobState& state) {
+  OrderedJson content = OrderedJson::array({Part(state.choices[0].new_text)});
   return DumpJson(Response(StatusOf(state), OrderedJson::array({Item(StatusOf(state), std::move(content))}), &state));
 }
 

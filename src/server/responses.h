@@ -1,4 +1,4 @@
-// Answers in the form of OpenAI's Responses API: one output message of one text.
+// Answers in the form of OpenAI's Responses API: one output message of one text, the only choice.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,13 @@ class ResponseAnswer final : public TextAnswer {
   using TextAnswer::TextAnswer;
 
   std::string FirstEvent() override;
-  std::string TextEvent(const std::string& text) override;
   std::string LastEvents(const JobState& state) override;
   std::string ErrorEvent(const ApiError& error) override;
-  std::string Body(const std::string& text, const JobState& state) override;
+  std::string Body(const JobState& state) override;
 
  private:
+  std::string TextEvent(size_t choice, const ChoiceState& news) override;
+  std::string FinishEvent(size_t choice, FinishReason reason) override;
   using OrderedJson = nlohmann::ordered_json;
   std::string Event(const char* type, OrderedJson fields);
   OrderedJson Response(const char* status, OrderedJson output, const JobState* state) const;

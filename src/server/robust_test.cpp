@@ -66,6 +66,9 @@ namespace {
 
 const std::vector<std::string> kBodies = {
     R"x({"prompt":"the tea","max_tokens":3,"temperature":0.5,"stop":["a","b"],"kv_policy":"h2o(24)"})x",
+    R"x({"prompt":["the"],"n":2,"logprobs":5,"logit_bias":{"5":-100,"271":1e1},"frequency_penalty":-2,"echo":null})x",
+    R"x({"messages":[{"role":"user","content":"y","name":null}],"logprobs":true,"top_logprobs":20,"n":3,"seed":9,
+        "presence_penalty":1.5,"response_format":{"type":"text"}})x",
     R"x({"prompt":[1,2,300],"stream":true,"stream_options":{"include_usage":true},"kv_stats":3,"seed":1})x",
     R"x({"messages":[{"role":"system","content":"x"},{"role":"user","content":[{"type":"text","text":"é\u0000"}]}]})x",
     R"x({"messages":[{"role":"user","content":"y"}],"protected_spans":[[0,1],[1,2]],"max_completion_tokens":9})x",
@@ -175,7 +178,7 @@ TEST_F(ServerTest, AKeyHasItsShare) {
   const Reply more = Call(RequestText("POST", "/v1/completions", small, with("one")));
   EXPECT_EQ(more.status, 429);
   EXPECT_NE(more.head.find("Retry-After"), std::string::npos);
-  EXPECT_NE(more.body.find("1 texts of this key"), std::string::npos);
+  EXPECT_NE(more.body.find("more than 1 texts of this key"), std::string::npos);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", small, with("two"))).status, 200);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", small, with("three"))).status, 401);
   first.reset();

@@ -3,6 +3,7 @@
 #include <malloc.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/memory.h"
@@ -11,13 +12,38 @@ namespace lesskv {
 
 using Clock = std::chrono::steady_clock;
 
+bool JobState::finished() const {
+  return std::ranges::all_of(choices, [](const ChoiceState& choice) { return choice.finish.has_value(); });
+}
+
+size_t JobState::generated_tokens() const {
+  size_t sum = 0;
+  for (const ChoiceState& choice : choices) sum += choice.generated_tokens;
+  return sum;
+}
+
+void JobState::Append(JobState later) {
+  for (size_t i = 0; i < choices.size(); ++i) {
+    ChoiceState& whole = choices[i];
+    ChoiceState& more = later.choices[i];
+    whole.new_text += more.new_text;
+    std::ranges::move(more.new_tokens, std::back_inserter(whole.new_tokens));
+    more.new_text = std::move(whole.new_text);
+    more.new_tokens = std::move(whole.new_tokens);
+  }
+  *this = std::move(later);
+}
+
 JobState Job::Wait(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
   news_.wait_for(lock, patience, [&] { return has_news_ || state_.ended(); });
   has_news_ = false;
   JobState result = state_;
-  state_.new_text.clear();
-  state_.picture.reset();
+  for (ChoiceState& choice : state_.choices) {
+    choice.new_text.clear();
+    choice.new_tokens.clear();
+    choice.picture.reset();
+  }
   return result;
 }
 
@@ -29,19 +55,24 @@ void Job::Begin(size_t cached_tokens) {
 void Job::Show(CachePicture picture) {
   const auto shown = std::make_shared<const CachePicture>(std::move(picture));
   const std::lock_guard lock(mutex_);
-  state_.picture = shown;
+  state_.choices[0].picture = shown;
 }
 
-void Job::Report(const std::string& text, const CacheStats& stats, std::optional<FinishReason> finish) {
+bool Job::Report(size_t choice, Generation::Output output, const CacheStats& stats) {
+  bool finished = false;
   {
     const std::lock_guard lock(mutex_);
-    state_.new_text += text;
-    state_.stats = stats;
-    ++state_.generated_tokens;
-    state_.finish = finish;
+    ChoiceState& state = state_.choices[choice];
+    state.new_text += output.text;
+    std::ranges::move(output.tokens, std::back_inserter(state.new_tokens));
+    state.stats = stats;
+    ++state.generated_tokens;
+    state.finish = output.finish;
+    finished = state_.finished();
     has_news_ = true;
   }
   news_.notify_all();
+  return finished;
 }
 
 void Job::Fail(const Error& error) {
@@ -61,9 +92,14 @@ Scheduler::Scheduler(Engine& engine, const Tokenizer& tokenizer, const Scheduler
 Scheduler::~Scheduler() { Stop(); }
 
 std::shared_ptr<Job> Scheduler::Submit(JobRequest request) {
-  const size_t bytes = request.config->Plan(request.prompt.size(), request.options.max_tokens).bytes_peak;
+  if (request.choices < 1 || request.choices > options_.max_running)
+    Fail(ErrorCode::kInvalidArgument, "a request may have 1 to {} choices, which run together, not {}",
+         options_.max_running, request.choices);
+  const size_t one = request.config->Plan(request.prompt.size(), request.options.max_tokens).bytes_peak;
+  const size_t bytes = one * request.choices;
   if (options_.kv_memory != 0 && bytes > options_.kv_memory)
-    Fail(ErrorCode::kInvalidArgument, "the text's cache may take {}, of {} for all caches", HumanBytes(bytes),
+    Fail(ErrorCode::kInvalidArgument, "the text's cache may take {}{}, of {} for all caches", HumanBytes(one),
+         request.choices == 1 ? "" : fmt::format(" for each of {} choices", request.choices),
          HumanBytes(options_.kv_memory));
   auto job = std::make_shared<Job>(std::move(request));
   const std::lock_guard lock(mutex_);
@@ -164,12 +200,21 @@ bool Scheduler::BeginNext(std::unique_lock<std::mutex>& lock) {
 
 // First come, first served: a large text is not overtaken by small ones for ever.
 std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
-  if (waiting_.empty() || running_.size() + loading_.size() >= options_.max_running) return std::nullopt;
+  if (waiting_.empty()) return std::nullopt;
   const Waiting next = waiting_.front();
+  size_t places = RunningPlaces() + next.job->request().choices;
+  for (const Loading& loading : loading_) places += loading.text.job->request().choices;
+  if (places > options_.max_running) return std::nullopt;
   if (options_.kv_memory != 0 && metrics_.kv_bytes_reserved + next.bytes > options_.kv_memory) return std::nullopt;
   metrics_.kv_bytes_reserved += next.bytes;
   waiting_.pop_front();
   return next;
+}
+
+size_t Scheduler::RunningPlaces() const {
+  size_t places = 0;
+  for (const auto& text : running_) places += text->places;
+  return places;
 }
 
 std::optional<Scheduler::Loading> Scheduler::NextLoaded() {
@@ -202,8 +247,10 @@ void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
     ++metrics_.jobs_failed;
   };
   try {
-    auto text = std::make_unique<Running>(
-        Running{.job = next.job, .bytes = next.bytes, .sequence = BeginSequence(next, std::move(stored))});
+    auto text = std::make_unique<Running>(Running{.job = next.job,
+                                                  .bytes = next.bytes,
+                                                  .sequence = BeginSequence(next, std::move(stored)),
+                                                  .places = next.job->request().choices});
     text->before = text->sequence.Stats();
     text->cached = text->fed = text->sequence.tokens().size();
     text->shared = SharedBeginning(*text);
@@ -212,7 +259,7 @@ void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
     metrics_.prefix_hits += text->cached > 0;
     metrics_.prefix_tokens += text->cached;
     running_.push_back(std::move(text));
-    metrics_.running = running_.size();
+    metrics_.running = RunningPlaces();
   } catch (const Error& error) {
     fail(error);
   } catch (const std::bad_alloc&) {
@@ -370,7 +417,7 @@ void Scheduler::Step() {
     if (!text.ended && text.in_prompt()) Advance(text);
   }
   for (const auto& [tag, row] : logits)
-    if (!running_[tag]->ended) TakeLogits(*running_[tag], row);
+    if (Running& text = *running_[tag]; !text.ended) TakeLogits(text, row);
 }
 
 // The step has read its piece of the prompt.
@@ -398,21 +445,49 @@ void Scheduler::FailStep(const std::vector<StepItem>& items, const Error& error)
 }
 
 void Scheduler::TakeLogits(Running& text, std::span<const float> logits) {
-  const JobRequest& request = text.job->request();
   try {
-    if (!text.generation)
-      text.generation.emplace(tokenizer_, request.options, request.prompt, request.config->shape().ctx);
-    const Generation::Output out = text.generation->Push(logits);
-    text.last_token = out.token;
-    const size_t every = request.kv_every, n = text.generation->tokens().size();
-    if (every != 0 && (out.finish || n % every == 1 % every)) text.job->Show(Picture(text.sequence.cache()));
-    if (out.finish) return EndOf(text, out.text, *out.finish);
-    text.job->Report(out.text, text.sequence.Stats(), std::nullopt);
+    if (text.generation) return TakeToken(text, logits);
+    for (Running* const choice : BeginChoices(text)) TakeToken(*choice, logits);
   } catch (const Error& error) {
     FailOf(text, error);
   } catch (const std::bad_alloc&) {
     FailOf(text, Error(ErrorCode::kOutOfMemory, "memory for the text cannot be had"));
   }
+}
+
+// The prompt has been read. Each further choice goes on with a copy of the sequence, in the place that was kept for it.
+std::vector<Scheduler::Running*> Scheduler::BeginChoices(Running& text) {
+  const JobRequest& request = text.job->request();
+  const size_t bytes = text.bytes / request.choices;
+  std::vector<Running*> choices = {&text};
+  for (size_t choice = 1; choice < request.choices; ++choice) {
+    auto copy = std::make_unique<Running>(
+        Running{.job = text.job, .bytes = bytes, .sequence = text.sequence.Clone(), .choice = choice});
+    copy->cached = copy->fed = text.fed;
+    copy->before = copy->sequence.Stats();
+    choices.push_back(copy.get());
+    running_.push_back(std::move(copy));
+    text.bytes -= bytes;
+    --text.places;
+  }
+  GenerationOptions options = request.options;
+  for (Running* const choice : choices) {
+    choice->generation.emplace(tokenizer_, options, request.prompt, request.config->shape().ctx);
+    ++options.sampler.seed;
+  }
+  return choices;
+}
+
+void Scheduler::TakeToken(Running& text, std::span<const float> logits) {
+  if (text.ended) return;  // another choice has failed
+  Generation::Output out = text.generation->Push(logits);
+  text.last_token = out.token;
+  const size_t every = text.job->request().kv_every, n = text.generation->tokens().size();
+  if (every != 0 && (out.finish || n % every == 1 % every)) text.job->Show(Picture(text.sequence.cache()));
+  text.ended = out.finish.has_value();
+  if (!text.job->Report(text.choice, std::move(out), text.sequence.Stats())) return;
+  const std::lock_guard lock(mutex_);
+  ++metrics_.jobs_finished;
 }
 
 // Between steps: texts that nobody waits for, and those whose time is over.
@@ -426,16 +501,11 @@ void Scheduler::EndCancelled() {
   Settle();
 }
 
-void Scheduler::EndOf(Running& text, const std::string& rest, FinishReason reason) {
-  text.ended = true;
-  text.job->Report(rest, text.sequence.Stats(), reason);
-  const std::lock_guard lock(mutex_);
-  ++metrics_.jobs_finished;
-}
-
+// What ends one choice by a failure ends the others, too.
 void Scheduler::FailOf(Running& text, const Error& error) {
   if (text.ended) return;
-  text.ended = true;
+  for (const auto& other : running_)
+    if (other->job == text.job) other->ended = true;
   text.job->Fail(error);
   const std::lock_guard lock(mutex_);
   ++(text.job->cancelled_ ? metrics_.jobs_cancelled : metrics_.jobs_failed);
@@ -465,7 +535,7 @@ void Scheduler::Settle() {
                       text->generation ? text->generation->tokens().size() : 0, stats.kv_bytes, text->bytes,
                       stats.tokens_resident});
   }
-  metrics_.running = running_.size();
+  metrics_.running = RunningPlaces();
   metrics_.idle = idle_.size();
   metrics_.idle_bytes = idle_.bytes();
 }

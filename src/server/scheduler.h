@@ -28,6 +28,8 @@ struct JobRequest {
   GenerationOptions options;    // max_tokens is a number, at least 1
   std::shared_ptr<const CacheConfig> config;
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
+  // Texts that go on from the prompt, which is read once: each with a copy of its cache and the seed plus its number.
+  size_t choices = 1;   // at most as many texts as may run; more than one has no pictures
   bool reuse = true;    // may go on with a cache that has seen the prompt's beginning
   size_t kv_every = 0;  // with every so many generated tokens comes a picture of the cache; 0: none
 };
@@ -39,23 +41,32 @@ struct CachePicture {
 };
 CachePicture Picture(const SequenceCache& cache);
 
-// What a text has come to, by the time it was asked.
-struct JobState {
+// What one of a job's texts has come to, by the time it was asked.
+struct ChoiceState {
   std::string new_text;                         // since the last time
+  std::vector<GeneratedToken> new_tokens;       // likewise; where log-probabilities were asked for
   std::optional<FinishReason> finish;           // the text has ended
-  std::optional<Error> error;                   // it cannot be gone on with
   size_t generated_tokens = 0;                  // an end-of-generation token counts
-  size_t cached_tokens = 0;                     // of the prompt, that needed no reading
   CacheStats stats;                             // of the cache, at the last step
   std::shared_ptr<const CachePicture> picture;  // a new one, if there is one
-
-  bool ended() const { return finish || error; }
 };
 
-// One text that was asked for. Thread-safe.
+struct JobState {
+  std::vector<ChoiceState> choices;
+  std::optional<Error> error;  // none of the texts can be gone on with
+  size_t cached_tokens = 0;    // of the prompt, that needed no reading
+
+  bool finished() const;  // all texts have ended
+  bool ended() const { return error || finished(); }
+  size_t generated_tokens() const;  // of all texts
+  // What came later, behind what is here already.
+  void Append(JobState later);
+};
+
+// What was asked for: one text, or several of one prompt. Thread-safe.
 class Job {
  public:
-  explicit Job(JobRequest request) : request_(std::move(request)) {}
+  explicit Job(JobRequest request) : request_(std::move(request)) { state_.choices.resize(request_.choices); }
 
   const JobRequest& request() const { return request_; }
   // Waits until there is something new, but no longer than `patience`.
@@ -66,8 +77,9 @@ class Job {
  private:
   friend class Scheduler;
   void Begin(size_t cached_tokens);
-  void Report(const std::string& text, const CacheStats& stats, std::optional<FinishReason> finish);  // of one token
-  void Show(CachePicture picture);
+  // Of one token of a text. Returns whether all texts have ended.
+  bool Report(size_t choice, Generation::Output output, const CacheStats& stats);
+  void Show(CachePicture picture);  // of the only text
   void Fail(const Error& error);
 
   const JobRequest request_;
@@ -129,7 +141,7 @@ class Scheduler {
   Scheduler& operator=(const Scheduler&) = delete;
 
   // Throws BusyError when the queue is full or the scheduler has been stopped, Error when the text can never run: its
-  // cache would be larger than all memory for caches.
+  // caches would be larger than all memory for caches, its choices more than the texts that may run.
   std::shared_ptr<Job> Submit(JobRequest request);
   // Ends all texts, with an error, and the thread.
   void Stop();
@@ -141,8 +153,10 @@ class Scheduler {
   // A text that takes part in steps.
   struct Running {
     std::shared_ptr<Job> job;
-    size_t bytes;  // its cache at its largest
+    size_t bytes;  // its cache at its largest; until the prompt is read, those of all choices
     Sequence sequence;
+    size_t places = 1;        // of max_running; likewise
+    size_t choice = 0;        // of the job
     size_t cached = 0;        // tokens of the prompt that the sequence had seen already
     size_t fed = 0;           // tokens of the prompt, these included
     size_t next_fed = 0;      // of which the step in work takes so many more
@@ -170,6 +184,7 @@ class Scheduler {
   void DropWaiting();
   bool BeginNext(std::unique_lock<std::mutex>& lock);
   std::optional<Waiting> NextAdmitted();
+  size_t RunningPlaces() const;
   std::optional<Loading> NextLoaded();
   bool StartLoading(const Waiting& next);
   void Begin(const Waiting& next, std::optional<Sequence> stored);
@@ -187,7 +202,8 @@ class Scheduler {
   void Advance(Running& text);
   void FailStep(const std::vector<StepItem>& items, const Error& error);
   void TakeLogits(Running& text, std::span<const float> logits);
-  void EndOf(Running& text, const std::string& rest, FinishReason reason);
+  std::vector<Running*> BeginChoices(Running& text);
+  void TakeToken(Running& text, std::span<const float> logits);
   void FailOf(Running& text, const Error& error);
   void EndCancelled();
   void Settle();

@@ -104,6 +104,7 @@ class ServerTest : public testing::Test {
                      .max_prompt = options.max_prompt,
                      .max_output = 150000,
                      .max_protected = 20,
+                     .max_choices = options.scheduler.max_running,
                      .max_time = options.max_time};
     limits.kv = options.kv;
     context_ = std::make_unique<ApiContext>(ApiContext{engine_, *tokenizer_, &chat_, "tiny", limits});

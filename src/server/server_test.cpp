@@ -99,6 +99,18 @@ TEST_F(ServerTest, SamplingAndStopsAreTheRequests) {
   EXPECT_EQ(stopped["choices"][0]["finish_reason"], "stop");
 }
 
+TEST_F(ServerTest, PenaltiesCountWhatIsGeneratedAndNotThePrompt) {
+  Start();
+  const auto text = [&](const Json& more) { return Complete(more).json()["choices"][0]["text"].get<std::string>(); };
+  EXPECT_NE(text({{"max_tokens", 40}, {"frequency_penalty", 1}}), text({{"max_tokens", 40}}));
+  EXPECT_NE(text({{"max_tokens", 40}, {"presence_penalty", 2}}), text({{"max_tokens", 40}}));
+  EXPECT_EQ(text({{"max_tokens", 40}, {"presence_penalty", 0}}), text({{"max_tokens", 40}}));
+  // The first token is free whatever the prompt says: a prompt of the token itself does not weaken it.
+  const std::string prompt = std::string(20, text({{"max_tokens", 1}}).at(0));
+  EXPECT_EQ(text({{"prompt", prompt}, {"max_tokens", 1}, {"frequency_penalty", 2}, {"presence_penalty", 2}}),
+            text({{"prompt", prompt}, {"max_tokens", 1}}));
+}
+
 TEST_F(ServerTest, CachePoliciesAreWhatTheOperatorAllows) {
   Start();
   const Json kv = Complete({{"kv_policy", "window(24)"}, {"max_tokens", 60}}).json()["usage"]["kv"];
@@ -130,21 +142,42 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"max_tokens", 0}}, 400, "max_tokens: expected a number in [1, 150000]"},
       {{{"max_tokens", 150001}}, 400, "max_tokens"},
       {{{"max_tokens", -5}}, 400, "max_tokens: expected a count"},
-      {{{"n", 2}}, 400, "n: expected 1"},
+      {{{"n", 0}}, 400, "n: expected a number in [1, 3]"},
+      {{{"n", 4}}, 400, "n: expected a number in [1, 3]"},
+      {{{"n", 1e9}}, 400, "n: expected a count"},
+      {{{"n", -1}}, 400, "n: expected a count"},
+      {{{"n", 2}, {"stream", true}, {"kv_stats", 1}}, 400, "kv_stats: expected none with n above 1"},
+      {{{"logprobs", 6}}, 400, "logprobs: expected a number in [0, 5]"},
+      {{{"logprobs", -1}}, 400, "logprobs: expected a count"},
+      {{{"logprobs", true}}, 400, "logprobs: expected a count"},
+      {{{"top_logprobs", 2}}, 400, "'top_logprobs': lesskv has no such field"},
       {{{"seed", -1}}, 400, "seed"},
       {{{"stop", ""}}, 400, "stop"},
       {{{"stop", {1}}}, 400, "stop"},
       {{{"stream", "yes"}}, 400, "stream: expected true or false"},
       {{{"stream_options", {{"include_usage", true}}}}, 400, "stream_options: expected none without stream"},
-      {{{"logit_bias", Json::object()}}, 400, "'logit_bias': lesskv has no such field"},
-      {{{"presence_penalty", 0.5}}, 400, "presence_penalty: expected 0"},
+      {{{"logit_bias", Json::array()}}, 400, "logit_bias: expected an object"},
+      {{{"logit_bias", {{"272", 1}}}}, 400, "logit_bias: expected keys that are token ids below 272, found '272'"},
+      {{{"logit_bias", {{"-1", 1}}}}, 400, "token ids below 272"},
+      {{{"logit_bias", {{"the", 1}}}}, 400, "token ids below 272, found 'the'"},
+      {{{"logit_bias", {{"7", 100.5}}}}, 400, "logit_bias: 7: expected a number in [-100, 100]"},
+      {{{"logit_bias", {{"7", "much"}}}}, 400, "logit_bias: 7: expected a number"},
+      {{{"best_of", 2}}, 400, "'best_of': lesskv has no such field: texts are not compared; n gives all of them"},
+      {{{"echo", false}}, 400, "'echo': lesskv has no such field: the prompt is not given back"},
+      {{{"nonsense", 1}}, 400, "'nonsense': lesskv has no such field"},
+      {{{"presence_penalty", 2.5}}, 400, "--presence-penalty: expected a number in [-2, 2], found 2.5"},
+      {{{"frequency_penalty", -1e9}}, 400, "--frequency-penalty: expected a number in [-2, 2]"},
+      {{{"frequency_penalty", "0"}}, 400, "frequency_penalty: expected a number"},
       {{{"kv_policy", "h2o("}}, 400, ""},
       {{{"kv_policy", "less(file=\"/etc/passwd\")+h2o(24)"}}, 400, "one that the operator allows"},
       {{{"protected_spans", {{0, 1e9}}}}, 400, "protected_spans"},
       {{{"protected_spans", 3}}, 400, "protected_spans: expected an array"},
       {{{"prompt", Json::array()}}, 400, "the prompt is empty"},
       {{{"prompt", {1, 272}}}, 400, "prompt: expected token ids below 272"},
-      {{{"prompt", {"a", "b"}}}, 400, "prompt: expected token ids"},
+      {{{"prompt", {"a", "b"}}}, 400, "several prompts are several requests"},
+      {{{"prompt", {{1, 2}, {3}}}}, 400, "several prompts are several requests"},
+      {{{"prompt", Json::array({Json::array({Json::array({1})})})}}, 400, "prompt: expected token ids"},
+      {{{"prompt", Json::array({nullptr})}}, 400, "prompt: expected a text"},
       {{{"prompt", std::string(501, 'x')}}, 400, "at most 500 are allowed"},
       {{{"prompt", nullptr}}, 400, "prompt: expected a text"},
       {{{"model", "gpt"}}, 404, "there is no model 'gpt', only 'tiny'"},
@@ -156,10 +189,47 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
     EXPECT_NE(error["message"].get<std::string>().find(test.said), std::string::npos) << reply.body;
     EXPECT_EQ(error["code"], test.status);
   }
+  const Json messages = {{{"role", "user"}, {"content", "x"}}};
+  const std::pair<Json, std::string> chats[] = {
+      {{{"logprobs", 1}}, "logprobs: expected true or false"},
+      {{{"top_logprobs", 1}}, "top_logprobs: expected none without logprobs"},
+      {{{"logprobs", false}, {"top_logprobs", 1}}, "top_logprobs: expected none without logprobs"},
+      {{{"logprobs", true}, {"top_logprobs", 21}}, "top_logprobs: expected a number in [0, 20]"},
+      {{{"response_format", {{"type", "json_object"}}}}, "what is generated is not constrained"},
+      {{{"response_format", "text"}}, "response_format: expected an object"},
+      {{{"tools", Json::array()}}, "'tools': lesskv has no such field: models call no tools here"},
+      {{{"messages", {{{"role", "user"}, {"content", "x"}, {"name", "me"}}}}},
+       "request: messages: 0: 'name': lesskv has no such field"},
+  };
+  for (const auto& [more, said] : chats) {
+    Json body = {{"messages", messages}};
+    body.update(more);
+    const Reply reply = Post("/v1/chat/completions", body);
+    EXPECT_EQ(reply.status, 400) << more;
+    EXPECT_NE(reply.body.find(said), std::string::npos) << reply.body;
+  }
   EXPECT_EQ(Post("/v1/chat/completions", {{"messages", Json::array()}}).status, 400);
   EXPECT_EQ(Post("/v1/chat/completions", {{"messages", {{{"role", "judge"}, {"content", "x"}}}}}).status, 400);
   EXPECT_EQ(Post("/v1/chat/completions", {{"messages", {{{"role", "user"}}}}}).status, 400);
   EXPECT_EQ(Complete({}).status, 200);
+}
+
+// What clients send although they want nothing of it.
+TEST_F(ServerTest, FieldsThatAskForNothingAreTaken) {
+  Start();
+  const std::string text = Complete({}).json()["choices"][0]["text"];
+  for (const char* const field : {"stop", "logprobs", "n", "logit_bias", "best_of", "tools", "stream_options", "seed"})
+    EXPECT_EQ(Complete({{field, nullptr}}).json()["choices"][0]["text"], text) << field;
+  EXPECT_EQ(Complete({{"logit_bias", Json::object()}, {"stop", Json::array()}, {"n", 1}}).status, 200);
+  EXPECT_EQ(Complete({{"prompt", Json::array({"the tea"})}}).json()["choices"][0]["text"], text);
+  const Json ids = tokenizer_->Encode("the tea", true, true);
+  EXPECT_EQ(Complete({{"prompt", Json::array({ids})}}).json()["choices"][0]["text"], text);
+  const Json chat = {{"messages", {{{"role", "user"}, {"content", "x"}, {"refusal", nullptr}, {"tool_calls", nullptr}}}},
+                     {"response_format", {{"type", "text"}}},
+                     {"max_tokens", 3},
+                     {"max_completion_tokens", 2},
+                     {"tools", nullptr}};
+  EXPECT_EQ(Post("/v1/chat/completions", chat).status, 200);
 }
 
 TEST_F(ServerTest, GarbageDoesNotHurt) {

@@ -172,6 +172,26 @@ static void generation(lesskv_model* model) {
   CHECK(result.generated_tokens == 12 && result.finish == LESSKV_FINISH_LENGTH && strlen(text) > 5);
   lesskv_sequence_free(sequence);
 
+  /* Tokens that were generated come again and again; a caller of an older version, whose structure ends earlier, asks for
+   * nothing of the kind. */
+  how.user_data = part;
+  how.frequency_penalty = how.presence_penalty = -2;
+  how.size = offsetof(lesskv_generate_params, frequency_penalty);
+  OK(lesskv_sequence_new(model, NULL, &sequence));
+  OK(lesskv_generate(sequence, tokens, n, &how, &result));
+  CHECK(strcmp(part, text) == 0);
+  lesskv_sequence_free(sequence);
+  part[0] = 0;
+  how.size = sizeof how;
+  OK(lesskv_sequence_new(model, NULL, &sequence));
+  OK(lesskv_generate(sequence, tokens, n, &how, &result));
+  CHECK(strcmp(part, text) != 0);
+  how.presence_penalty = 3;
+  REFUSES(lesskv_generate(sequence, tokens, n, &how, &result), "--presence-penalty");
+  how.frequency_penalty = how.presence_penalty = 0;
+  part[0] = 0;
+  lesskv_sequence_free(sequence);
+
   /* The second half of the same text is a stop text. */
   const char* stops[1] = {text + strlen(text) / 2};
   how.stops = stops;
