@@ -92,7 +92,7 @@ struct MethodTraits {
   bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
   bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them
   bool recalls_all = false;           // recall: chooses among all tokens, so that none may leave
-  bool moves_rows = false;            // recall: puts rows beside others like them
+  bool moves_rows = false;            // recall, wrap: moves single rows, so that they must lie by themselves
   bool movable_rows = false;          // codec, wrap: each row lies by itself (Codec::row_types) and can be moved
   bool reads_sidecar = false;         // a trained artefact of the model
   bool votes_by_head = false;         // select: rows have votes, those of each head its own
