@@ -256,7 +256,7 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "full+q4(rotate=true)", "h2o(16)+mix(k=q8, v=q4, rotate=true)+less", "snapkv(14, window=4)+q8(rotate=true)",
         "h2o(66)+pyramid+f32", "full+kivi(4, group=16, window=16)", "full+kivi(3, group=64, window=64)",
         "full+kivi(k=4, v=2, group=32, window=64)+prefill(chunk=11)",
-        "h2o(41)+kivi(2, group=16, window=16)+less+prefill(chunk=5)", "h2o(70)+kivi(k=3, v=2, group=16)+less",
+        "h2o(41)+kivi(2, group=16, window=16)+less+prefill(chunk=5)", "h2o(70)+kivi(k=3, v=2, group=16, rotate=true)+less",
         "window(49, sinks=2, positions=cache)+kivi(4, group=16)", "snapkv(40, window=4)+kivi(2, group=16, window=16)",
         "full+csr(4, window=9)", "full+csr(6, atoms=33, sample=8, guard=5)+prefill(chunk=11)",
         "h2o(41)+csr(4, window=16, sample=16)+less+prefill(chunk=5)", "snapkv(24, window=4)+csr(2, guard=12)+less",

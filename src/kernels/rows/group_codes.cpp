@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <span>
 
 #include "base/check.h"
 #include "kernels/basic/cpu.h"
@@ -25,7 +26,8 @@
 namespace lesskv {
 namespace {
 
-constexpr size_t kMostChannels = 512;
+constexpr size_t kMostChannels = kMostGroupedChannels;
+constexpr size_t kMostRows = 256;  // of a group of keys
 constexpr size_t kWeightRows = 128;  // whose weights are rounded relative to their largest
 constexpr float kLargestCode16 = 32767;
 
@@ -236,7 +238,7 @@ template <size_t kBits, int MB>
 void ScoreRows(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* queries,
                           float* scores, size_t stride) {
   CodedQueries coded;
-  HWY_ALIGN float apart[4 * 256];
+  HWY_ALIGN float apart[4 * kMostRows];
   for (size_t row = first; row < first + n;) {
     const size_t unit_row = row / run.group * run.group;
     const std::byte* at = run.units + row / run.group * run.unit_bytes;
@@ -488,24 +490,62 @@ struct Encoder {
   uint16_t scale = 0, minimum = 0;
   float step = 0, base = 0, most;
 
-  // x[i * stride], i < n. A constant group has scale 0 and is its minimum; one that holds NaN is NaN.
-  Encoder(const float* x, size_t n, size_t stride, size_t bits) : most(static_cast<float>((1u << bits) - 1)) {
+  // A constant group has scale 0 and is its minimum; one that holds NaN is NaN.
+  Encoder(std::span<const float> x, size_t bits, GroupFit fit) : most(static_cast<float>((1u << bits) - 1)) {
     float low = x[0], high = x[0];
     bool numbers = true;
-    for (size_t i = 0; i < n; ++i) {
-      low = std::min(low, x[i * stride]);
-      high = std::max(high, x[i * stride]);
-      numbers = numbers && x[i * stride] == x[i * stride];
+    for (const float v : x) {
+      low = std::min(low, v);
+      high = std::max(high, v);
+      numbers = numbers && v == v;
     }
-    minimum = FloatToHalf(numbers ? low : std::nanf(""));
+    if (!numbers) low = high = std::nanf("");
+    Store((high - low) / most, low);
+    if (fit == GroupFit::kFitted && step > 0) Fit(x, low, high);
+  }
+
+  float Code(float x) const {
+    return step == 0 ? 0 : std::nearbyint(std::max(0.0f, std::min(most, (x - base) / step)));
+  }
+
+ private:
+  void Store(float new_step, float new_base) {
+    minimum = FloatToHalf(new_base);
     base = HalfToFloat(minimum);
-    scale = numbers ? FloatToHalf((high - low) / most) : uint16_t{0};
+    scale = std::isnan(base) ? uint16_t{0} : FloatToHalf(new_step);
     step = HalfToFloat(scale);
     if (!std::isfinite(step) || !std::isfinite(base)) scale = 0, step = 0;
   }
-  uint32_t Code(float x) const {
-    if (step == 0) return 0;
-    return static_cast<uint32_t>(std::nearbyint(std::max(0.0f, std::min(most, (x - base) / step))));
+
+  // The best parameters for the codes, then the codes for these, and so on. It starts from a narrower range, as three
+  // rounds from the whole one end farther from the least error.
+  void Fit(std::span<const float> x, float low, float high) {
+    const float cut = (high - low) / (most + 1) / 2;
+    const Encoder extremes = *this;
+    Store((high - low - 2 * cut) / most, low + cut);
+    for (int i = 0; i < 3; ++i) Regress(x, false);
+    Regress(x, true);
+    if (step == 0) *this = extremes;  // beyond the range of f16
+  }
+
+  // The line of numbers over codes with the least squared error; or, unbiased, of codes over numbers.
+  void Regress(std::span<const float> x, bool unbiased) {
+    const auto n = static_cast<float>(x.size());
+    float sum_x = 0, sum_code = 0, xx = 0, x_code = 0, code_code = 0;
+    for (const float v : x) {
+      const float from_base = v - base, code = Code(v);
+      sum_x += from_base;
+      sum_code += code;
+      xx += from_base * from_base;
+      x_code += from_base * code;
+      code_code += code * code;
+    }
+    const float both = n * x_code - sum_x * sum_code;
+    const float above = unbiased ? n * xx - sum_x * sum_x : both;
+    const float below = unbiased ? both : n * code_code - sum_code * sum_code;
+    if (!(above > 0) || !(below > 0)) return;
+    const float new_step = above / below;
+    Store(new_step, base + (sum_x - new_step * sum_code) / n);
   }
 };
 
@@ -526,7 +566,7 @@ void PutCode(const GroupFormat& f, const Unit& unit, size_t word, size_t place, 
 }  // namespace
 
 bool Supports(const GroupFormat& f) {
-  return f.bits >= 2 && f.bits <= 4 && f.group > 0 && f.group % 16 == 0 && f.group <= 256 && f.head_dim > 0 &&
+  return f.bits >= 2 && f.bits <= 4 && f.group > 0 && f.group % 16 == 0 && f.group <= kMostRows && f.head_dim > 0 &&
          f.head_dim % (f.side == RowSide::kKeys ? 16 : f.group) == 0 && f.head_dim <= kMostChannels;
 }
 
@@ -539,12 +579,14 @@ void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
   const Unit unit = Parts(f, at);
   const size_t codes = CodesAWord(f.bits);
   std::memset(at, 0, UnitBytes(f));
+  float channel[kMostRows];
   for (size_t c = 0; c < f.head_dim; ++c) {
-    const Encoder encoder(keys + c, f.group, f.head_dim, f.bits);
+    for (size_t t = 0; t < f.group; ++t) channel[t] = keys[t * f.head_dim + c];
+    const Encoder encoder({channel, f.group}, f.bits, f.fit);
     const_cast<uint16_t*>(unit.scales)[c] = encoder.scale;
     const_cast<uint16_t*>(unit.minima)[c] = encoder.minimum;
     for (size_t t = 0; t < f.group; ++t)
-      PutCode(f, unit, c / codes * f.group + t, c % codes, encoder.Code(keys[t * f.head_dim + c]));
+      PutCode(f, unit, c / codes * f.group + t, c % codes, static_cast<uint32_t>(encoder.Code(channel[t])));
   }
 }
 
@@ -553,11 +595,11 @@ void WriteValueRow(const GroupFormat& f, std::byte* at, size_t lane, const float
   const Unit unit = Parts(f, at);
   const size_t codes = CodesAWord(f.bits);
   for (size_t g = 0; g < f.head_dim / f.group; ++g) {
-    const Encoder encoder(value + g * f.group, f.group, 1, f.bits);
+    const Encoder encoder({value + g * f.group, f.group}, f.bits, f.fit);
     const_cast<uint16_t*>(unit.scales)[g * kTileRows + lane] = encoder.scale;
     const_cast<uint16_t*>(unit.minima)[g * kTileRows + lane] = encoder.minimum;
     for (size_t c = g * f.group; c < (g + 1) * f.group; ++c)
-      PutCode(f, unit, lane / codes * f.head_dim + c, lane % codes, encoder.Code(value[c]));
+      PutCode(f, unit, lane / codes * f.head_dim + c, lane % codes, static_cast<uint32_t>(encoder.Code(value[c])));
   }
 }
 

@@ -149,6 +149,50 @@ TEST(GroupCodes, ConstantGroupsAreExactAndNothingIsNaN) {
   for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isnan(y[i]), i % d == 9) << i;
 }
 
+// Fitted groups lose less than those of extremes. Projected on the numbers (each group without its mean) little is
+// missing; least squares alone would miss as much as they lose.
+TEST(GroupCodes, FittedGroupsLoseLessAndDoNotShrink) {
+  const size_t d = 128, n = 1024, group = 64;
+  const std::vector<float> x = Random(n * d, 4);
+  for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
+    for (const auto& [bits, part] : {std::pair{size_t{2}, 0.62}, {size_t{3}, 0.83}, {size_t{4}, 0.93}}) {
+      GroupFormat f = Format(side, bits, group, d);
+      const double extremes = Error(Stored(f, x).Decoded(0, n), x);
+      f.fit = GroupFit::kFitted;
+      const std::vector<float> y = Stored(f, x).Decoded(0, n);
+      const double error = Error(y, x);
+      EXPECT_LE(error, part * extremes) << bits;
+      double missing = 0, all = 0;
+      for (size_t i = 0; i < n; ++i)
+        for (size_t g = 0; g < d; g += group) {  // means of keys are next to 0
+          double mean = 0;
+          for (size_t c = g; c < g + group && side == RowSide::kValues; ++c) mean += x[i * d + c] / double(group);
+          for (size_t c = g; c < g + group; ++c) {
+            missing += (double(y[i * d + c]) - x[i * d + c]) * (x[i * d + c] - mean);
+            all += std::pow(x[i * d + c] - mean, 2);
+          }
+        }
+      EXPECT_LE(std::fabs(missing / all), 0.6 * error) << bits;
+    }
+}
+
+TEST(GroupCodes, FittedGroupsStayInRange) {
+  const size_t d = 32;
+  GroupFormat f = Format(RowSide::kValues, 2, 32, d);
+  f.fit = GroupFit::kFitted;
+  std::vector<float> x(16 * d, 0.75f);                                              // constant
+  for (size_t c = 0; c < d; ++c) x[d + c] = c % 2 == 0 ? -65504.0f : 65504.0f;      // as wide as halves
+  for (size_t c = 0; c < d; ++c) x[2 * d + c] = c == 9 ? 100.0f : 0.0f;             // one stands out
+  for (size_t c = 0; c < d; ++c) x[3 * d + c] = c % 2 == 0 ? 1.0f : 1.0f + 1e-7f;   // narrower than a half's step
+  x[4 * d + 3] = std::nanf("");
+  const std::vector<float> y = Stored(f, x).Decoded(0, 16);
+  for (size_t i = 0; i < 16 * d; ++i)
+    if (i / d == 4)
+      EXPECT_TRUE(std::isnan(y[i])) << i;
+    else
+      EXPECT_NEAR(y[i], x[i], std::fabs(x[i]) / 512 + 0.1) << i;
+}
+
 // Values enter one by one: each leaves the codes of those before it as they are.
 TEST(GroupCodes, ValuesEnterOneByOne) {
   for (const size_t bits : {2, 3, 4}) {

@@ -30,7 +30,7 @@ class ExactCodec final : public Codec {
 
 KiviOptions Options(const Arguments& a) {
   const auto bits = [&](std::string_view side) { return a.Count(a.Has(side) ? side : "bits"); };
-  return {bits("k"), bits("v"), a.Count("group"), a.Count("window")};
+  return {bits("k"), bits("v"), a.Count("group"), a.Count("window"), a.Text("rotate") == "true"};
 }
 
 void Validate(const Arguments& a) {
@@ -68,6 +68,10 @@ constexpr Parameter kParameters[] = {
     {.name = "window", .kind = Parameter::Kind::kCount, .default_value = "128",
      .help = "most recent tokens kept in f16, a multiple of the group; under a budget at most half of it", .min = 16,
      .max = 65536},
+    {.name = "rotate", .kind = Parameter::Kind::kWord, .default_value = "false",
+     .help = "values are coded behind an orthonormal Hadamard transform along the head, with scales fitted to all "
+             "numbers of a group instead of its extremes",
+     .choices = "true|false"},
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "base/checked.h"
 #include "base/threads.h"
 #include "kernels/quants/half.h"
+#include "kernels/rows/hadamard.h"
 
 namespace lesskv {
 
@@ -45,6 +46,8 @@ void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t st
   ForBlocks(false, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
     ExpandValueUnits(formats->values, units, row, count, out + done * stride, stride);
   });
+  const size_t d = formats->values.head_dim;
+  for (size_t i = 0; i < n && formats->hadamard_block > 0; ++i) Hadamard(out + i * stride, d, formats->hadamard_block);
 }
 
 bool KiviStore::Head::Scores(size_t first, size_t n, const float* q, size_t stacked, float* scores,
@@ -55,11 +58,30 @@ bool KiviStore::Head::Scores(size_t first, size_t n, const float* q, size_t stac
   return true;
 }
 
-bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
-                                float* out, size_t out_stride) const {
+void KiviStore::Head::AddCodedValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
+                                     float* out, size_t out_stride) const {
   ForBlocks(false, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
     AddValueUnits(formats->values, units, row, count, weights + done, stride, stacked, out, out_stride);
   });
+}
+
+// The transform is its own inverse and linear: of the sum rather than of every value.
+bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
+                                float* out, size_t out_stride) const {
+  if (formats->hadamard_block == 0) {
+    AddCodedValues(first, n, weights, stride, stacked, out, out_stride);
+    return true;
+  }
+  constexpr size_t kAtOnce = 4;
+  const size_t d = formats->values.head_dim;
+  for (size_t m = 0; m < stacked; m += kAtOnce) {
+    const size_t count = std::min(kAtOnce, stacked - m);
+    float sums[kAtOnce * kMostGroupedChannels] = {};
+    AddCodedValues(first, n, weights + m * stride, stride, count, sums, d);
+    Hadamard(sums, count * d, formats->hadamard_block);
+    for (size_t i = 0; i < count; ++i)
+      for (size_t c = 0; c < d; ++c) out[(m + i) * out_stride + c] += sums[i * d + c];
+  }
   return true;
 }
 
@@ -70,7 +92,8 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
   for (const LayerShape& layer : shape.layers) {
     const size_t d = layer.head_dim;
     formats_.push_back(
-        {options.Keys(d), options.Values(d), {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}}});
+        {options.Keys(d), options.Values(d), {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}},
+         options.rotate ? HadamardBlock(d) : 0});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
     if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
   }
@@ -372,6 +395,7 @@ void KiviStore::CodeValues(Head& head, const ExactRows& staging, const Kept& kep
     const size_t old = kept.Old(row);
     if (old >= head.coded_values) {
       ReadExact(head, staging, RowSide::kValues, old, value.data());
+      if (head.formats->hadamard_block > 0) Hadamard(value.data(), value.size(), head.formats->hadamard_block);
       WriteValueRow(f, head.ValueUnit(row / kTileRows), row % kTileRows, value.data());
       ++row;
       continue;

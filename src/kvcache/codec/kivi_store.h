@@ -31,9 +31,15 @@ struct KiviOptions {
   size_t key_bits = 2, value_bits = 2;
   size_t group = 32;    // tokens of a key group, and channels of a value group where a head has so many
   size_t window = 128;  // exact rows, a multiple of the group
+  // Values are coded behind a Hadamard transform (hadamard.h) and with fitted scales. The transform gains by itself;
+  // fitted scales lose without it, as they cut off the same channel of every token.
+  bool rotate = false;
 
   GroupFormat Keys(size_t head_dim) const { return {RowSide::kKeys, key_bits, group, head_dim}; }
-  GroupFormat Values(size_t head_dim) const { return {RowSide::kValues, value_bits, std::min(group, head_dim), head_dim}; }
+  GroupFormat Values(size_t head_dim) const {
+    return {RowSide::kValues, value_bits, std::min(group, head_dim), head_dim,
+            rotate ? GroupFit::kFitted : GroupFit::kExtremes};
+  }
   // The exact rows of a head that may keep `budget` rows; 0 where that is too few.
   size_t Window(size_t budget) const { return std::min(window, budget / 2 / group * group); }
 };
@@ -65,6 +71,7 @@ class KiviStore final : public KvStore {
   struct Formats {  // of one layer
     GroupFormat keys, values;
     ExactFormats exact;
+    size_t hadamard_block = 0;  // of coded values; 0: they lie as they are
   };
   struct Head final : RowReader {
     const Formats* formats = nullptr;
@@ -82,6 +89,9 @@ class KiviStore final : public KvStore {
     template <typename F>
     void ForBlocks(bool keys, size_t first, size_t n, F&& f) const;
 
+    // AddValues in the space that values are coded in.
+    void AddCodedValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked, float* out,
+                        size_t out_stride) const;
     void ExpandKeys(size_t first, size_t n, float* out, size_t stride) const override;
     void ExpandValues(size_t first, size_t n, float* out, size_t stride) const override;
     bool Scores(size_t first, size_t n, const float* q, size_t stacked, float* scores, size_t stride) const override;
