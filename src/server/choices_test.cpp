@@ -33,6 +33,16 @@ class ChoicesTest : public ServerTest {
     return logprobs;
   }
 
+  // Of a completion's token, "bytes:\xc3" or its text.
+  int32_t TokenOf(std::string text) const {
+    constexpr std::string_view kBytes = "bytes:\\x";
+    if (text.starts_with(kBytes)) text = static_cast<char>(std::stoi(text.substr(kBytes.size()), nullptr, 16));
+    for (int32_t id = 0; id < static_cast<int32_t>(tokenizer_->size()); ++id)
+      if (tokenizer_->TokenBytes(id) == text && tokenizer_->Type(id) != TokenType::kControl) return id;
+    ADD_FAILURE() << text;
+    return 0;
+  }
+
   static std::string Bytes(const Json& token) {
     std::string bytes;
     if (token["bytes"].is_null()) return bytes;
@@ -44,6 +54,7 @@ class ChoicesTest : public ServerTest {
 TEST_F(ChoicesTest, EachChoiceIsWhatItsSeedSaysAlone) {
   Start();
   for (const char* const spec : {"full", "window(24)", "h2o(24)"}) {
+    ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
     const SchedulerMetrics before = scheduler_->Metrics();
     const Json same = {{"temperature", 4}, {"kv_policy", spec}, {"prompt", "the tea and the sea and the tea again"}};
     Json several = same;
@@ -116,6 +127,35 @@ TEST_F(ChoicesTest, AStreamSaysOfEachEventWhoseItIs) {
   EXPECT_EQ(Events(chat)[0]["choices"][0]["delta"]["role"], "assistant");
   EXPECT_EQ(Events(chat)[1]["choices"][0]["delta"]["role"], "assistant");
   EXPECT_EQ(Events(chat)[1]["choices"][0]["index"], 1);
+}
+
+// What ends behind the prompt ends all choices, and is counted once.
+TEST_F(ChoicesTest, OneFailureIsThatOfAll) {
+  Start({.max_time = 1s});
+  const Reply reply = Complete({{"n", 3}, {"max_tokens", 150000}, {"kv_policy", "window(24)"}});
+  EXPECT_NE(reply.body.find("time ran out"), std::string::npos) << reply.body.substr(0, 300);
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+  EXPECT_EQ(scheduler_->Metrics().jobs_failed, 1u);
+  EXPECT_EQ(scheduler_->Metrics().jobs_finished, 0u);
+  EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
+}
+
+TEST_F(ChoicesTest, EveryChoiceCanBeGoneOnWith) {
+  Start();
+  const Json together = Complete({{"n", 3}, {"temperature", 2}, {"seed", 4}, {"logprobs", 0}}).json();
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+  for (const Json& choice : together["choices"]) {
+    std::vector<int32_t> prompt = tokenizer_->Encode("the tea", true, true);
+    const size_t n_prompt = prompt.size();
+    for (const Json& token : choice["logprobs"]["tokens"]) {
+      prompt.push_back(TokenOf(token));
+    }
+    const size_t n_seen = prompt.size() - 1;  // the last token was not fed
+    ASSERT_GT(n_seen, n_prompt);
+    prompt.push_back(prompt[1]);
+    const Json next = Complete({{"prompt", prompt}}).json();
+    EXPECT_EQ(next["usage"]["prompt_tokens_details"]["cached_tokens"], n_seen);
+  }
 }
 
 TEST_F(ChoicesTest, OneThatStopsDoesNotEndTheOthers) {

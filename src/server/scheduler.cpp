@@ -506,9 +506,10 @@ void Scheduler::FailOf(Running& text, const Error& error) {
   if (text.ended) return;
   for (const auto& other : running_)
     if (other->job == text.job) other->ended = true;
+  const bool cancelled = text.job->cancelled_;  // whoever waits cancels when it has heard of the failure
   text.job->Fail(error);
   const std::lock_guard lock(mutex_);
-  ++(text.job->cancelled_ ? metrics_.jobs_cancelled : metrics_.jobs_failed);
+  ++(cancelled ? metrics_.jobs_cancelled : metrics_.jobs_failed);
 }
 
 // Lets ended texts go, whose caches stay as idle ones, and counts.
