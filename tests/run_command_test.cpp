@@ -208,6 +208,16 @@ TEST_F(RunCommand, ALaterTurnGoesOnWithoutASpace) {
   EXPECT_EQ(nlohmann::json::parse(second.out)["prompt_tokens"], 2) << "the token before, and r";
 }
 
+// Rows of other bits in the same bytes would be read as nonsense: the spec is part of the file.
+TEST_F(RunCommand, ASessionOfAnotherCacheIsRefused) {
+  const std::string rest = " -m " + std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small.gguf -n 40 --ctx 256 --session s.bin";
+  ASSERT_EQ(Shell("$L run -p 'the sea' --kv 'full+kivi(k=3, v=2, group=16, window=16)'" + rest).status, 0) << Read("err");
+  const Result other = Shell("$L run -p r --kv 'full+kivi(k=2, v=3, group=16, window=16)'" + rest);
+  EXPECT_EQ(other.status, 2);
+  EXPECT_NE(other.err.find("kivi(k=3, v=2"), std::string::npos) << other.err;
+  EXPECT_NE(other.err.find("kivi(k=2, v=3"), std::string::npos) << other.err;
+}
+
 TEST_F(RunCommand, TokenizeShowsIdsPiecesAndCount) {
   const auto out = [&](const std::string& rest) {
     const Result result = Shell("$L tokenize -m $M " + rest);

@@ -1,4 +1,4 @@
-// Codes of 2, 3 or 4 bits whose scale and minimum are shared by a group of neighbours: keys along the tokens (one channel
+// Codes of 2 to 4 bits whose scale and minimum are shared by a group of neighbours: keys along the tokens (one channel
 // of `group` tokens), values along the channels (`group` channels of one token). What KIVI stores (Liu et al., arXiv
 // 2402.02750): value = code * scale + minimum, both in f16, round to nearest even, encoded against the parameters as
 // they are stored.
@@ -13,7 +13,7 @@
 // tokens): the even ones in its low half, the odd ones in its high half, from the lowest bits up. So one mask leaves a
 // pair of 16-bit numbers, which one instruction multiplies with a pair of 16-bit queries or weights and adds up.
 //
-// Of 3 bits n = 16 codes take a word and a tail of 16 bits, the tails lie behind all words: [.. / 16][group or head_dim].
+// Of 3 bits n = 16 codes take a word and a tail of 16 bits, the tails lie behind all words: [.. / 16][group, head_dim].
 // A half of the word holds five codes and one bit more; its byte of the tail (the low one for even codes) with that bit
 // on top holds the other three. Two instructions unpack a pair as they do with 2 and 4 bits, and six in eight pairs put
 // byte and bit together; a plane of 2 bits beside one of 1 would need five for every pair.
@@ -36,7 +36,7 @@ inline constexpr size_t kMostGroupedChannels = 512;
 // How a group's scale and minimum are chosen as it is written.
 //   kExtremes    of its extremes, which are then next to exact: rounding errors only, which know nothing of the numbers
 //   kFitted      for about the least squared error (of normal numbers half of the above at 2 bits, four fifths at 3),
-//                then widened: least squares alone shrink every sum of rows, as sum (x^ - x) (x - mean) is minus the error
+//                then widened: least squares alone shrink every sum of rows (sum (x^ - x) (x - mean) = -error)
 enum class GroupFit : uint8_t { kExtremes, kFitted };
 
 struct GroupFormat {

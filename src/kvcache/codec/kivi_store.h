@@ -1,5 +1,6 @@
 // The store of KIVI (Liu et al., ICML 2024, arXiv 2402.02750): old keys coded per channel in groups of `group`
-// neighbouring tokens, old values per token in groups of as many channels (a head's if it has fewer), and an exact recent window in f16.
+// neighbouring tokens, old values per token in groups of as many channels (a head's if it has fewer), and an exact recent
+// window in f16.
 //
 // What is coded depends on how many tokens came, not on the steps they came in (l tokens, window R):
 //   coded keys    R * floor(l / R): R of them at a time, once their window is full
