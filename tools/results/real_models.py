@@ -39,6 +39,7 @@ THREE_BITS = ["full+q4+recent", "full+q4(rotate=true)+recent", "full+mix(k=q8, v
               "full+kivi(k=4, v=3, group=64)", "full+kivi(k=3, v=2)", "full+kivi(k=3, v=2, group=128)"]
 STREAMED = ["full", "full+q4", "full+q4(rotate=true)+recent", "full+kivi(4, group=64)", "full+kivi(k=4, v=3, group=64)", "full+kivi(3, group=64)",
             "full+kivi(k=3, v=2, group=128)"]
+FITTED = ["full+kivi(k=4, v=3, group=64, window=64, rotate=true)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"]
 SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o", "tova", "snapkv")]
 BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + ["h2o(10%)+split"]
 TRAINED_SCORES = ["kvzap(10%)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
@@ -69,10 +70,10 @@ def runs():
                   ["divergence", "--mode", "continue", "--prompt", str(ctx - SCORED), "-c", str(ctx), "--max-windows", str(windows), "--batch", str(windows),
                    "--keep", "4", "--compute", "int8", "--text", "TEXT", *[a for s in some for a in ("--kv", s)]]))
 
-  def bits(model, ctx, windows):
+  def bits(model, ctx, windows, specs):
     out.append((f"stream {model} {ctx}", model,
                 ["perplexity", "--mode", "stream", "--step", "64", "-c", str(ctx), "--max-windows", str(windows), "--compute", "int8", "--text", "TEXT",
-                 *[a for s in STREAMED for a in ("--kv", s)]]))
+                 *[a for s in specs for a in ("--kv", s)]]))
 
   divergence("bits", "smollm2", 2048, 4, ROWS_OF_FEW_BITS)
   divergence("rows", "smollm2", 2048, 4, SELECTORS)
@@ -81,8 +82,10 @@ def runs():
     out.append((f"less smollm2 {text}", "smollm2", ["perplexity", "--mode", "stream", "--step", "8", "-c", "2048", "--max-windows", "2", "--compute", "int8",
                                                     "--by-pair", PAIR_DISTANCE, "--text", text, *[a for s in LESS for a in ("--kv", s)]]))
   divergence("three bits", "smollm2", 2048, 4, THREE_BITS)
-  bits("smollm2", 4096, 3)
-  bits("qwen", 4096, 1)
+  for specs in (STREAMED, ["full", *FITTED]):
+    bits("smollm2", 4096, 3, specs)
+    bits("qwen", 4096, 1, specs)
+  divergence("three bits", "smollm2", 2048, 4, FITTED)
   divergence("together", "smollm2", 2048, 4, TOGETHER)
   divergence("recall", "smollm2", 2048, 4, RECALL + MERGING + TRAINED_SCORES)
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
@@ -236,16 +239,19 @@ def picture(tables) -> str:
 
 def stream_section(store) -> str:
   """Perplexity of rows of few bits while a text streams in."""
-  out = []
+  by_model = {}
   for name, model, arguments in runs():
     record = store.get(run_key(model, arguments))
-    if record is None or not name.startswith("stream"):
-      continue
-    full = record["rows"][0]
+    if record is not None and name.startswith("stream"):
+      by_model.setdefault(model, []).append((arguments, record["rows"]))
+  out = []
+  for model, parts in by_model.items():
+    full = parts[0][1][0]
+    rows = [full, *[r for _, part in parts for r in part if r["kv_spec"] != "full"]]
     cells = [[f"`{short(r['kv_spec'])}`", f"{bits(r):.2f}", f"{r['perplexity']:.3f}", f"{100 * (r['perplexity'] / full['perplexity'] - 1):+.2f} %"]
-             for r in record["rows"]]
+             for r in rows]
     out.append(f"{MODELS[model]}, {full['windows']} window{'s' if full['windows'] > 1 else ''} of {full['ctx']} tokens, 64 tokens a step:\n\n" +
-               table(["cache", "bits", "perplexity", "to full"], cells) + "\n" + command_of(model, arguments))
+               table(["cache", "bits", "perplexity", "to full"], cells) + "\n" + "".join(command_of(model, arguments) for arguments, _ in parts))
   return "### While a text streams in\n\n" + "\n".join(out) if out else ""
 
 
