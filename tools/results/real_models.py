@@ -49,6 +49,8 @@ MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv
 STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%")]
 TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent", "h2o(20%)+kivi(4)", "snapkv(20%)+split+q8", "snapkv(20%)+think(0.5)+q8",
             "h2o(10%)+less+q8"]
+COMBINED = ["h2o(10%)+less+q4(rotate=true)+recent", "h2o(20%)+less+q4(rotate=true)+recent", "h2o(20%)+split+less+q4(rotate=true)+recent",
+            "h2o(40%)+split+q4(rotate=true)+recent"]
 
 # The longer text, and the larger model, get a part of all that.
 LONG = ["full+q4", "full+kivi(4, group=64)", "full+kivi(k=4, v=2)", "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split"]
@@ -87,6 +89,7 @@ def runs():
     bits("qwen", 4096, 1, specs)
   divergence("three bits", "smollm2", 2048, 4, FITTED)
   divergence("together", "smollm2", 2048, 4, TOGETHER)
+  divergence("together", "smollm2", 2048, 4, COMBINED)
   divergence("recall", "smollm2", 2048, 4, RECALL + MERGING + TRAINED_SCORES)
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
   divergence("bits", "qwen", 2048, 2, QWEN)
