@@ -51,6 +51,8 @@ TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent"
             "h2o(10%)+less+q8"]
 COMBINED = ["h2o(10%)+less+q4(rotate=true)+recent", "h2o(20%)+less+q4(rotate=true)+recent", "h2o(20%)+split+less+q4(rotate=true)+recent",
             "h2o(40%)+split+q4(rotate=true)+recent"]
+DIVIDED = ["h2o(10%)+split+less+q4(rotate=true)+recent", "h2o(20%)+split+q4(rotate=true)+recent"]
+QWEN_TOGETHER = ["full+mix(k=q8, v=q4)+recent", "h2o(40%)+split+mix(k=q8, v=q4)+recent", "h2o(20%)+split+mix(k=q8, v=q4)+recent"]
 
 # The longer text, and the larger model, get a part of all that.
 LONG = ["full+q4", "full+kivi(4, group=64)", "full+kivi(k=4, v=2)", "full+cluster(10%)", "window(10%)", "h2o(10%)", "snapkv(10%)", "snapkv(10%)+split"]
@@ -90,6 +92,8 @@ def runs():
   divergence("three bits", "smollm2", 2048, 4, FITTED)
   divergence("together", "smollm2", 2048, 4, TOGETHER)
   divergence("together", "smollm2", 2048, 4, COMBINED)
+  divergence("together", "smollm2", 2048, 4, DIVIDED)
+  divergence("together", "qwen", 2048, 2, QWEN_TOGETHER)
   divergence("recall", "smollm2", 2048, 4, RECALL + MERGING + TRAINED_SCORES)
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
   divergence("bits", "qwen", 2048, 2, QWEN)
