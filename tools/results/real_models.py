@@ -233,9 +233,10 @@ def picture(tables) -> str:
       spec = short(r["kv_spec"])
       parts.append(f'<circle cx="{x_of(bits(r)):.1f}" cy="{y_of(r["kl_mean"]):.1f}" r="4" fill="{COLOURS[family(spec)]}" fill-opacity="0.8">'
                    f'<title>{spec}: {bits(r):.2f} bits, KL {r["kl_mean"]:.4f}</title></circle>')
-    for n, r in enumerate(best):
+    for r in best:
       x, y = x_of(bits(r)), y_of(r["kl_mean"])
-      parts.append(f'<text x="{x - 7:.1f}" y="{y + 12 + 3 * (n % 2):.1f}" text-anchor="end" font-size="9">{short(r["kv_spec"])}</text>')
+      side = 'text-anchor="end"' if x > (left + width) / 2 else 'text-anchor="start"'
+      parts.append(f'<text x="{x - 7 if x > (left + width) / 2 else x + 7:.1f}" y="{y + (13 if x > (left + width) / 2 else -4):.1f}" {side} font-size="9">{short(r["kv_spec"])}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{height - 10}" text-anchor="middle">bits a number of the full cache, all bytes counted</text></g>')
   for n, (name, colour) in enumerate(COLOURS.items()):
     parts.append(f'<circle cx="{width + 12}" cy="{46 + 18 * n}" r="4" fill="{colour}"/><text x="{width + 22}" y="{50 + 18 * n}">{name}</text>')
