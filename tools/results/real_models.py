@@ -219,7 +219,7 @@ def picture(tables) -> str:
     x_of = lambda b: left + (math.log2(b) - math.log2(0.25)) / 6 * (width - left - 20)
     low, high = -4, 0.5  # decades of KL
     y_of = lambda kl: top + (high - math.log10(min(max(kl, 10 ** low), 10 ** high))) / (high - low) * (height - top - 44)
-    parts.append(f'<g transform="translate(0 {i * height})"><text x="{left}" y="20" font-weight="bold">{MODELS[key[0]]}, {key[1]} tokens</text>')
+    parts.append(f'<g transform="translate(0 {i * height})"><text x="{left}" y="20" font-weight="bold">KL from the full cache, nats a token: {MODELS[key[0]]}, {key[1]} tokens</text>')
     for b in (0.25, 0.5, 1, 2, 4, 8, 16):
       parts.append(f'<line x1="{x_of(b):.1f}" y1="{top}" x2="{x_of(b):.1f}" y2="{height - 44}" stroke="#ddd"/><text x="{x_of(b):.1f}" y="{height - 28}" '
                    f'text-anchor="middle">{b:g}</text>')
@@ -233,15 +233,14 @@ def picture(tables) -> str:
       spec = short(r["kv_spec"])
       parts.append(f'<circle cx="{x_of(bits(r)):.1f}" cy="{y_of(r["kl_mean"]):.1f}" r="4" fill="{COLOURS[family(spec)]}" fill-opacity="0.8">'
                    f'<title>{spec}: {bits(r):.2f} bits, KL {r["kl_mean"]:.4f}</title></circle>')
-    for r in best:
-      x, y = x_of(bits(r)), y_of(r["kl_mean"])
-      side = 'text-anchor="end"' if x > (left + width) / 2 else 'text-anchor="start"'
-      parts.append(f'<text x="{x - 7 if x > (left + width) / 2 else x + 7:.1f}" y="{y + (13 if x > (left + width) / 2 else -4):.1f}" {side} font-size="9">{short(r["kv_spec"])}</text>')
+    for n, r in enumerate(best, 1):  # numbers in the picture, names beside it
+      parts.append(f'<text x="{x_of(bits(r)) - 6:.1f}" y="{y_of(r["kl_mean"]) + 11:.1f}" text-anchor="end" font-size="9">{n}</text>'
+                   f'<text x="{width + 8}" y="{top + 120 + 15 * n}" font-size="10">{n}: {short(r["kv_spec"])}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{height - 10}" text-anchor="middle">bits a number of the full cache, all bytes counted</text></g>')
   for n, (name, colour) in enumerate(COLOURS.items()):
     parts.append(f'<circle cx="{width + 12}" cy="{46 + 18 * n}" r="4" fill="{colour}"/><text x="{width + 22}" y="{50 + 18 * n}">{name}</text>')
   total = height * len(panels)
-  return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 120}" height="{total}" viewBox="0 0 {width + 120} {total}" font-family="sans-serif" '
+  return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 330}" height="{total}" viewBox="0 0 {width + 330} {total}" font-family="sans-serif" '
           f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
 
 
