@@ -290,7 +290,7 @@ void AddRuler(CLI::App& parent) {
         if (kind != RulerKind::kQuestion || !options.questions.empty()) options.kinds.push_back(kind);
     }
     Session session(o->common, "ruler");
-    session.AddRivalsIfAsked(o->common, o->length != 0 ? o->length : session.setup.ctx - std::min<size_t>(session.setup.ctx, 128));
+    session.AddRivalsIfAsked(o->common, o->length != 0 ? o->length : session.setup.ctx - std::min(session.setup.ctx, RulerOptions::kAnswerRoom));
     session.Print(EvaluateRuler(session.setup, options));
   });
 }

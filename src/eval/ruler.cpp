@@ -14,8 +14,6 @@
 namespace lesskv {
 namespace {
 
-constexpr size_t kMostAnswer = 128;
-
 // Documents through the cache one by one, questions and answers together.
 class RulerBatch {
  public:
@@ -138,7 +136,7 @@ void AddScores(Json& row, const RulerOptions& options, const Scores& scores, std
 }
 
 void CheckOptions(const EvalSetup& setup, RulerOptions& options) {
-  if (options.length == 0) options.length = setup.ctx - std::min(setup.ctx, kMostAnswer);
+  if (options.length == 0) options.length = setup.ctx - std::min(setup.ctx, RulerOptions::kAnswerRoom);
   if (options.kinds.empty() || options.samples == 0) Fail(ErrorCode::kInvalidArgument, "RULER needs at least one task and sample");
   size_t answer = 0;
   for (const RulerKind kind : options.kinds) answer = std::max(answer, AnswerTokens(kind));
@@ -156,7 +154,7 @@ Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
   std::vector<Scores> scores(setup.subjects.size(), Scores(options.kinds.size()));
   std::vector<FeedCost> costs(setup.subjects.size());
   std::vector<StatsTally> stats(setup.subjects.size());
-  const size_t n_batch = setup.BatchSize(options.length, kMostAnswer), total = options.kinds.size() * setup.subjects.size() * options.samples;
+  const size_t n_batch = setup.BatchSize(options.length, RulerOptions::kAnswerRoom), total = options.kinds.size() * setup.subjects.size() * options.samples;
   size_t done = 0;
   for (size_t k = 0; k < options.kinds.size(); ++k) {
     std::vector<RulerSample> samples;

@@ -13,12 +13,14 @@ namespace lesskv {
 
 struct RulerOptions {
   std::vector<RulerKind> kinds = {};
-  size_t length = 0;   // tokens of document and question; 0: the context less 128
+  size_t length = 0;   // tokens of document and question; 0: the context less kAnswerRoom
   size_t samples = 20;  // of each kind
   std::string text = {};
   std::vector<RulerQuestion> questions = {};
   // kWithPrompt: document and question are one prompt. kAfterPrompt: the question is read through the compressed cache.
   RecallOptions::Ask ask = RecallOptions::Ask::kAfterPrompt;
+
+  static constexpr size_t kAnswerRoom = 128;  // the most that AnswerTokens is
 };
 
 // One row a subject: length, ask, samples (of each task), score_TASK and score_TASK_se in [0, 1], tasks_averaged and average (with

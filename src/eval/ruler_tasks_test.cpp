@@ -118,14 +118,16 @@ TEST(RulerTasksTest, TheAskedWordsAreTheMostFrequentOnes) {
     const RulerSample sample = Tasks().Make(c.kind, c.length, 5);
     const std::set<std::string> answers(sample.answers.begin(), sample.answers.end());
     EXPECT_EQ(answers.size(), c.kind == RulerKind::kCommon ? 10u : 3u);
-    size_t least = SIZE_MAX, most_other = 0;
+    size_t least = SIZE_MAX, most_other = 0, found = 0;
     for (const auto& [word, times] : CountWords(sample.document)) {
       if (word == "..." || word.ends_with('.')) continue;  // the noise; a list's numbers
+      found += answers.contains(word);
       if (answers.contains(word)) least = std::min(least, times);
       else most_other = std::max(most_other, times);
       if (c.common == 0) continue;
       EXPECT_EQ(times, answers.contains(word) ? c.common : c.rare) << word;
     }
+    EXPECT_EQ(found, answers.size()) << "every asked word stands in the text";
     EXPECT_GT(least, most_other);
     EXPECT_GT(most_other, 0u);
   }

@@ -1,5 +1,5 @@
 // The newest rows whole, older ones as the codec stores them. What a query needs most precisely is near it: rows of 4
-// bits lose a quarter as much behind 32 whole ones. As KIVI's window (arXiv 2402.02750), for rows that lie by themselves.
+// bits lose a fifth as much behind 32 whole ones. As KIVI's window (arXiv 2402.02750), for rows that lie by themselves.
 #include "base/check.h"
 #include "kvcache/codec/window_store.h"
 #include "kvcache/registry.h"
