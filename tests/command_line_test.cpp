@@ -186,7 +186,8 @@ TEST_F(CommandLine, TheTextComesOutWhereTheSessionFindsNoRoom) {
 // The model is mapped and its weights are read when tokens come, which here is after it was cut.
 TEST_F(CommandLine, AMappedModelThatIsCutShortIsASentence) {
   Shell("cp \"$S\" m.gguf");
-  const Result result = Shell("{ sleep 1; truncate -s 1000000 m.gguf; echo The sea; } | $L chat -m m.gguf --mmap -n 3 --chat-template plain");
+  // Not before it is mapped and read, which may take a while on a busy machine.
+  const Result result = Shell("{ for i in $(seq 100); do grep -qsF \"$PWD/m.gguf\" /proc/[0-9]*/maps && break; sleep 0.1; done; sleep 1; truncate -s 1000000 m.gguf; echo The sea; } | $L chat -m m.gguf --mmap -n 3 --chat-template plain");
   ExpectOneSentence(result, 1, "a mapped file was cut short");
 }
 
