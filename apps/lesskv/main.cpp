@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <csignal>
 #include <filesystem>
 #include <new>
@@ -86,8 +87,11 @@ void OccupyClosedStreams() {
     if (::fcntl(fd, F_GETFD) == -1) static_cast<void>(::open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY));
 }
 
-// A page of a mapped file that is no longer there (SIGBUS): nothing can go on, but it can be told why.
+// A page of a mapped file that is no longer there (SIGBUS): nothing can go on, but it can be told why. Threads that read
+// side by side meet it at once: the first one tells it and ends the program, the others wait for that.
 void EndOnLostPage(int) {
+  static std::atomic_flag told;
+  while (told.test_and_set()) ::pause();
   constexpr char kWhy[] = "lesskv: a mapped file was cut short, or could not be read, while it was in use\n";
   static_cast<void>(!::write(STDERR_FILENO, kWhy, sizeof kWhy - 1));
   ::_exit(kFailed);
