@@ -77,6 +77,12 @@ struct RecallTasks::Draft {
   size_t question = 0;   // byte offset of the question
 };
 
+// Whole paragraphs of the text, the last one perhaps cut behind a word.
+struct RecallTasks::Filler {
+  std::vector<std::string> paragraphs;
+  std::vector<size_t> ends = {0};  // tokens up to each paragraph break, the text's start included
+};
+
 std::string_view Name(RecallKind kind) {
   switch (kind) {
     case RecallKind::kKeyNumber:
@@ -141,6 +147,32 @@ RecallTasks::Draft RecallTasks::KeyValueList(size_t length, double depth, uint64
   return draft;
 }
 
+// The longest start of `paragraph`, whole words and a paragraph break, of at most `limit` tokens; empty when there is none.
+std::string RecallTasks::CutParagraph(std::string paragraph, size_t tokens, size_t limit) const {
+  while (!paragraph.empty() && tokens > limit) {
+    const size_t excess = std::max<size_t>(1, (tokens - limit) * paragraph.size() / tokens);
+    const size_t space = paragraph.rfind(' ', paragraph.size() - std::min(excess + 2, paragraph.size()));
+    paragraph = space == std::string::npos || space == 0 ? "" : paragraph.substr(0, space) + "\n\n";
+    tokens = CountTokens(paragraph);
+  }
+  return paragraph;
+}
+
+RecallTasks::Filler RecallTasks::FillerOf(size_t n_tokens, size_t first) const {
+  Filler filler;
+  for (size_t at = first; filler.ends.back() < n_tokens; at = (at + 1) % paragraphs_.size()) {
+    const size_t left = n_tokens - filler.ends.back();
+    const bool is_last = paragraph_tokens_[at] > left;
+    const std::string paragraph = is_last ? CutParagraph(paragraphs_[at] + "\n\n", paragraph_tokens_[at], left)
+                                          : paragraphs_[at] + "\n\n";
+    if (paragraph.empty()) break;
+    filler.paragraphs.push_back(paragraph);
+    filler.ends.push_back(filler.ends.back() + (is_last ? CountTokens(paragraph) : paragraph_tokens_[at]));
+    if (is_last) break;
+  }
+  return filler;
+}
+
 RecallTasks::Draft RecallTasks::Needle(size_t length, double depth, uint64_t seed) const {
   Rng rng(seed);
   const std::string question = "The secret word of " + words_[rng.Below(words_.size())] + " is";
@@ -150,41 +182,18 @@ RecallTasks::Draft RecallTasks::Needle(size_t length, double depth, uint64_t see
   const size_t taken = CountTokens(question) + CountTokens(needle);
   if (taken + 8 > length) return {};
 
-  std::vector<std::string> filler;
-  std::vector<size_t> ends = {0};  // tokens of filler up to each paragraph break
-  size_t at = rng.Below(paragraphs_.size());
-  while (ends.back() < length - taken) {
-    const size_t left = length - taken - ends.back();
-    std::string paragraph = paragraphs_[at] + "\n\n";
-    size_t tokens = paragraph_tokens_[at];
-    if (tokens > left) {  // the last one is cut behind a word
-      while (!paragraph.empty() && tokens > left) {
-        const size_t excess = std::max<size_t>(1, (tokens - left) * paragraph.size() / tokens);
-        const size_t space = paragraph.rfind(' ', paragraph.size() - std::min(excess + 2, paragraph.size()));
-        paragraph = space == std::string::npos || space == 0 ? "" : paragraph.substr(0, space) + "\n\n";
-        tokens = CountTokens(paragraph);
-      }
-      if (!paragraph.empty()) {
-        filler.push_back(paragraph);
-        ends.push_back(ends.back() + tokens);
-      }
-      break;
-    }
-    filler.push_back(paragraph);
-    ends.push_back(ends.back() + tokens);
-    at = (at + 1) % paragraphs_.size();
-  }
+  const auto [paragraphs, ends] = FillerOf(length - taken, rng.Below(paragraphs_.size()));
   const double wanted = depth * static_cast<double>(ends.back());
   const auto nearer = [&](size_t a, size_t b) {
     return std::abs(static_cast<double>(a) - wanted) < std::abs(static_cast<double>(b) - wanted);
   };
   const size_t before = static_cast<size_t>(std::min_element(ends.begin(), ends.end(), nearer) - ends.begin());
-  for (size_t i = 0; i <= filler.size(); ++i) {
+  for (size_t i = 0; i <= paragraphs.size(); ++i) {
     if (i == before) {
       draft.statement = draft.prompt.size();
       draft.prompt += needle;
     }
-    if (i < filler.size()) draft.prompt += filler[i];
+    if (i < paragraphs.size()) draft.prompt += paragraphs[i];
   }
   draft.question = draft.prompt.size();
   draft.prompt += question;

@@ -55,11 +55,14 @@ class RecallTasks {
 
  private:
   struct Draft;
+  struct Filler;
 
   // Prompts of at most `length` tokens without BOS; an empty prompt when it does not fit.
   Draft MakeDraft(RecallKind kind, size_t length, double depth, uint64_t seed) const;
   Draft KeyValueList(size_t length, double depth, uint64_t seed, bool numbers) const;
   Draft Needle(size_t length, double depth, uint64_t seed) const;
+  Filler FillerOf(size_t n_tokens, size_t first) const;  // from paragraph `first` on, at most n_tokens
+  std::string CutParagraph(std::string paragraph, size_t tokens, size_t limit) const;
   Draft Variables(size_t length, double depth, uint64_t seed) const;
   Draft Program(size_t n_lines, double depth, uint64_t seed) const;
   size_t CountTokens(std::string_view text) const;

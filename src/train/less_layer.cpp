@@ -208,21 +208,24 @@ std::vector<float> LessLayer::Output(const LessExample& example) const {
 
 // ------------------------------------------------------------------------------------------------------- backward
 
-// d_output [n_scored, n_heads, head_dim]. Two scans: forward again for the state that each query read, then backward
-// with dH, dz for the pairs that were absorbed.
-void LessLayer::BackwardHead(const LessExample& e, size_t sequence, size_t h, const DropoutOptions& dropout,
-                             HeadWork& work, const float* output, const float* d_output, float* gradient) const {
-  const size_t dim = shape_.head_dim, rank = shape_.rank, n_scored = e.n_tokens - e.first_scored;
+// Derivatives of the loss by what each query of a group reads; see LessLayer in the header for the formula.
+struct LessLayer::ReadGradients {
+  ReadGradients(size_t group, size_t n_scored, size_t rank, size_t dim)
+      : phi(group, std::vector<float>(n_scored * rank)),
+        sum(group, std::vector<float>(n_scored * dim)),
+        mass(group, std::vector<float>(n_scored)) {}
+  // A query head: [n_scored, rank], [n_scored, head_dim] (dN: da scaled by the mix), [n_scored] (dL).
+  std::vector<std::vector<float>> phi, sum, mass;
+};
+
+// Forward again, for the state that each query read.
+void LessLayer::BackwardReads(const LessExample& e, size_t h, const HeadWork& work, const float* output,
+                              const float* d_output, ReadGradients& d) const {
+  const size_t dim = shape_.head_dim, rank = shape_.rank;
   const int32_t* leave = e.leave.data() + h * e.n_tokens;
   const internal::LessKernels& kernels = internal::ActiveLessKernels();
   std::vector<float> state(rank * dim), z(rank);
-  // A query's dN = d_sum (da scaled by the mix) and dL; see LessLayer in the header for the formula they derive from.
-  std::vector<std::vector<float>> d_phi(group(), std::vector<float>(n_scored * rank));
-  std::vector<std::vector<float>> d_sum(group(), std::vector<float>(n_scored * dim));
-  std::vector<std::vector<float>> d_mass(group(), std::vector<float>(n_scored));
-  std::vector<float> unused(dim);
-  size_t next = 0;
-  for (size_t t = e.first_scored; t < e.n_tokens; ++t) {
+  for (size_t t = e.first_scored, next = 0; t < e.n_tokens; ++t) {
     for (; next < work.order.size() && leave[work.order[next]] <= static_cast<int32_t>(t); ++next) {
       const size_t token = static_cast<size_t>(work.order[next]);
       kernels.absorb(&work.psi[next * rank], &e.v[(token * shape_.n_kv_heads + h) * dim], 1, rank, dim, state.data(),
@@ -236,25 +239,33 @@ void LessLayer::BackwardHead(const LessExample& e, size_t sequence, size_t h, co
       for (size_t r = 0; r < rank; ++r) mass += phi[r] * z[r];
       const Mix mix(e.exact_lse[row], mass);
       const float *da = d_output + (s * shape_.n_heads + head) * dim, *a = output + row * dim;
-      float* dn = &d_sum[g][s * dim];
+      float* dn = &d.sum[g][s * dim];
       float dot = 0;
-      for (size_t d = 0; d < dim; ++d) {
-        dn[d] = mix.state * da[d];
-        dot += da[d] * a[d];
+      for (size_t i = 0; i < dim; ++i) {
+        dn[i] = mix.state * da[i];
+        dot += da[i] * a[i];
       }
-      d_mass[g][s] = -mix.state * dot;
-      float* dp = &d_phi[g][s * rank];
+      d.mass[g][s] = -mix.state * dot;
+      float* dp = &d.phi[g][s * rank];
       RowDots(state.data(), dn, rank, dim, dp);
-      for (size_t r = 0; r < rank; ++r) dp[r] += z[r] * d_mass[g][s];
+      for (size_t r = 0; r < rank; ++r) dp[r] += z[r] * d.mass[g][s];
     }
   }
+}
+
+// Backward with dH, dz. Returns the derivatives by the features of the pairs that were absorbed, [n_evicted, rank].
+std::vector<float> LessLayer::BackwardState(const LessExample& e, size_t h, const HeadWork& work,
+                                            const ReadGradients& d) const {
+  const size_t dim = shape_.head_dim, rank = shape_.rank;
+  const int32_t* leave = e.leave.data() + h * e.n_tokens;
   std::vector<float> d_state(rank * dim), d_z(rank), d_psi(work.psi.size());
+  size_t next = work.order.size();
   for (size_t t = e.n_tokens; t-- > e.first_scored;) {
     const size_t s = t - e.first_scored;
     for (size_t g = 0; g < group(); ++g) {
       const float* phi = &work.phi[g][s * rank];
-      AddOuter(phi, &d_sum[g][s * dim], rank, dim, d_state.data());
-      for (size_t r = 0; r < rank; ++r) d_z[r] += phi[r] * d_mass[g][s];
+      AddOuter(phi, &d.sum[g][s * dim], rank, dim, d_state.data());
+      for (size_t r = 0; r < rank; ++r) d_z[r] += phi[r] * d.mass[g][s];
     }
     // Pairs whose first reader is query t, or, before the first scored one, that all queries read.
     while (next > 0 && (leave[work.order[next - 1]] == static_cast<int32_t>(t) || t == e.first_scored)) {
@@ -264,11 +275,21 @@ void LessLayer::BackwardHead(const LessExample& e, size_t sequence, size_t h, co
       for (size_t r = 0; r < rank; ++r) d_psi[next * rank + r] += d_z[r];
     }
   }
+  return d_psi;
+}
+
+// d_output [n_scored, n_heads, head_dim].
+void LessLayer::BackwardHead(const LessExample& e, size_t sequence, size_t h, const DropoutOptions& dropout,
+                             HeadWork& work, const float* output, const float* d_output, float* gradient) const {
+  const size_t dim = shape_.head_dim, n_scored = e.n_tokens - e.first_scored;
+  ReadGradients d(group(), n_scored, shape_.rank, dim);
+  BackwardReads(e, h, work, output, d_output, d);
+  std::vector<float> d_psi = BackwardState(e, h, work, d);
   for (size_t g = 0; g < group(); ++g) {
     const size_t head = h * group() + g;
     const Rows rows = {e.q.data() + (e.first_scored * shape_.n_heads + head) * dim, shape_.n_heads * dim, n_scored};
     FeatureNet(shape_, phi_, false, Phi(head), dropout, Stream(sequence, head))
-        .Backward(rows, work.phi_p2[g].data(), d_phi[g].data(), gradient + head * phi_.total);
+        .Backward(rows, work.phi_p2[g].data(), d.phi[g].data(), gradient + head * phi_.total);
   }
   FeatureNet(shape_, psi_, true, parameters_.data() + PsiOffset(h), dropout, Stream(sequence, shape_.n_heads + h))
       .Backward({work.keys.data(), dim, work.order.size()}, work.psi_p2.data(), d_psi.data(), gradient + PsiOffset(h));

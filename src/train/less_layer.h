@@ -71,6 +71,7 @@ class LessLayer {
  private:
   struct HeadWork;
   struct SequenceWork;
+  struct ReadGradients;
 
   size_t group() const { return shape_.n_heads / shape_.n_kv_heads; }
   const float* Phi(size_t head) const { return parameters_.data() + head * phi_.total; }
@@ -80,6 +81,10 @@ class LessLayer {
                    HeadWork& work, float* output) const;
   void BackwardHead(const LessExample& e, size_t sequence, size_t kv_head, const DropoutOptions& dropout,
                     HeadWork& work, const float* output, const float* d_output, float* gradient) const;
+  void BackwardReads(const LessExample& e, size_t kv_head, const HeadWork& work, const float* output,
+                     const float* d_output, ReadGradients& d) const;
+  std::vector<float> BackwardState(const LessExample& e, size_t kv_head, const HeadWork& work,
+                                   const ReadGradients& d) const;
   std::vector<SequenceWork> Forward(std::span<const LessExample* const> batch, const DropoutOptions& dropout) const;
   // diff = (output - target) of scored rows; d = diff metric. Returns sum of diff . d.
   double ProjectedError(const LessExample& e, const float* output, std::vector<float>& d) const;

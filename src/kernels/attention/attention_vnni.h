@@ -236,15 +236,17 @@ inline V PartWeights(const TilePart& part, const float* p, V scales) {
   return Mul(_mm512_maskz_loadu_ps(part.lanes, p + part.row), scales);
 }
 
-// out[m, block] += sum over the parts' rows of weight * scale * code. `p` holds the weights from the split's first row
-// on.
-template <RowType kType, int MB>
-inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t block, const float* p,
-                     float* out) {
-  constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
-  constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
-  constexpr int32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
-  V largest[MB];
+// What a block's weights (weight * scale of its codes) become: 16-bit integers in two bytes each, times a unit.
+template <int MB>
+struct BlockWeights {
+  alignas(64) int8_t bytes[kWeightRows][MB][4][16];  // [part][m][four rows]: low bytes, then high bytes
+  float unit[MB];
+  __m512i total[MB];  // sums of the integers, a lane each
+};
+
+// For each of MB queries the largest magnitude among a block's weights, a lane each.
+template <int MB>
+inline void LargestWeights(const TilePart* parts, size_t n_parts, size_t block, const float* p, V* largest) {
   for (int m = 0; m < MB; ++m) largest[m] = Zero();
   for (size_t i = 0; i < n_parts; ++i) {
     __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, 2);
@@ -254,39 +256,61 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
       largest[m] = _mm512_range_ps(largest[m], PartWeights(parts[i], p + m * kSplitStride, scales), kLargerMagnitude);
     }
   }
+}
+
+template <int MB>
+inline void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block, const float* p, BlockWeights<MB>& out) {
+  V largest[MB], inverse[MB];
+  LargestWeights<MB>(parts, n_parts, block, p, largest);
   // Adding 1.5 * 2^23 leaves the rounded weight in the low bits; 128 more, and the second byte is `high`, the first
   // `low` + 128.
   constexpr float kShift = 12582912.0f + 128;
   constexpr int32_t kShiftBits = __builtin_bit_cast(int32_t, kShift);
   const __m512i gather = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
   const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
-  alignas(64) int8_t weights[kWeightRows][MB][4][16];  // [part][m][four rows]: low bytes, then high bytes
-  float unit[MB];
-  V inverse[MB];
-  __m512i total[MB];
   for (int m = 0; m < MB; ++m) {
     const float x = ReduceMax(largest[m]);
-    unit[m] = x * (1.0f / 32512);
+    out.unit[m] = x * (1.0f / 32512);
     inverse[m] = Splat(x > 1e-34f ? 32512 / x : 0);  // finite
-    total[m] = _mm512_setzero_si512();
+    out.total[m] = _mm512_setzero_si512();
   }
   for (size_t i = 0; i < n_parts; ++i) {
     const V scales = PartScales(parts[i], block);
     for (int m = 0; m < MB; ++m) {
       const V shifted = Fma(PartWeights(parts[i], p + m * kSplitStride, scales), inverse[m], Splat(kShift));
       const __m512i bits = _mm512_castps_si512(shifted);
-      total[m] = _mm512_add_epi32(total[m], _mm512_sub_epi32(bits, _mm512_set1_epi32(kShiftBits)));
-      _mm512_store_si512(weights[i][m], _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
+      out.total[m] = _mm512_add_epi32(out.total[m], _mm512_sub_epi32(bits, _mm512_set1_epi32(kShiftBits)));
+      _mm512_store_si512(out.bytes[i][m], _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
     }
   }
+}
+
+// The codes of four rows of a block, a byte each.
+template <RowType kType>
+inline void LoadFourRows(const uint8_t* codes, __m512i* code) {
+  code[0] = _mm512_loadu_si512(codes);
+  if constexpr (kType == RowType::kQ8) {
+    code[1] = _mm512_loadu_si512(codes + 64);
+  } else {
+    const __m512i mask = _mm512_set1_epi8(15);
+    code[1] = _mm512_and_si512(_mm512_srli_epi16(code[0], 4), mask);
+    code[0] = _mm512_and_si512(code[0], mask);
+  }
+}
+
+// out[m, block] += sum over the parts' rows of weight * scale * code. `p` holds the weights from the split's first row
+// on.
+template <RowType kType, int MB>
+inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t block, const float* p,
+                     float* out) {
+  constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
+  constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
+  constexpr int32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
+  BlockWeights<MB> weights;
+  CodeBlockWeights<MB>(parts, n_parts, block, p, weights);
   // Few queries need several sums each to keep the multipliers busy.
   constexpr int kSums = MB == 1 ? 4 : (MB == 2 ? 2 : 1);
-  Sums high[kSums][MB][2], low[kSums][MB][2];
-  for (int s = 0; s < kSums; ++s) {
-    for (int m = 0; m < MB; ++m) {
-      for (int v = 0; v < 2; ++v) high[s][m][v] = low[s][m][v] = Sums{};
-    }
-  }
+  Sums high[kSums][MB][2] = {}, low[kSums][MB][2] = {};
   for (size_t i = 0; i < n_parts; ++i) {
     const uint8_t* codes = TileCodes(parts[i].tile, dim) + block * kBlockBytes;
     const uint8_t* next = TileCodes(parts[i].next, dim) + block * kBlockBytes;
@@ -294,16 +318,10 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
     for (int first = 0; first < 4; first += kSums) {
       for (int s = 0; s < kSums; ++s, codes += kFourBytes, next += kFourBytes) {
         for (size_t line = 0; line < kFourBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
-        __m512i code[2] = {_mm512_loadu_si512(codes)};
-        if constexpr (kType == RowType::kQ8) {
-          code[1] = _mm512_loadu_si512(codes + 64);
-        } else {
-          const __m512i mask = _mm512_set1_epi8(15);
-          code[1] = _mm512_and_si512(_mm512_srli_epi16(code[0], 4), mask);
-          code[0] = _mm512_and_si512(code[0], mask);
-        }
+        __m512i code[2];
+        LoadFourRows<kType>(codes, code);
         for (int m = 0; m < MB; ++m) {
-          const int8_t* weight = weights[i][m][first + s];
+          const int8_t* weight = weights.bytes[i][m][first + s];
           const __m512i weight_low = Broadcast4(weight), weight_high = Broadcast4(weight + 4);
           for (int v = 0; v < 2; ++v) {
             AddProducts(high[s][m][v], code[v], weight_high);
@@ -314,7 +332,7 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
     }
   }
   for (int m = 0; m < MB; ++m) {
-    const int32_t sum = _mm512_reduce_add_epi32(total[m]);
+    const int32_t sum = _mm512_reduce_add_epi32(weights.total[m]);
     for (int v = 0; v < 2; ++v) {
       for (int s = 1; s < kSums; ++s) {
         high[0][m][v] += high[s][m][v];
@@ -322,7 +340,7 @@ inline void AddBlock(const TilePart* parts, size_t n_parts, size_t dim, size_t b
       }
       const Sums x = (high[0][m][v] << 8) + low[0][m][v] - kOffset * sum;
       float* to = out + m * Padded(dim) + v * kW;
-      Store(to, Fma(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)), Splat(unit[m]), Load(to)));
+      Store(to, Fma(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)), Splat(weights.unit[m]), Load(to)));
     }
   }
 }
