@@ -19,8 +19,8 @@ class MappedFile {
   // or device, or an empty file, kIo when mapping fails.
   static MappedFile Open(const std::string& path);
 
-  // The same bytes, read into memory of this process at once (large_pages.h): slower to open, and quicker to stream
-  // through than a file's 4 KiB pages. Throws Error as Open does, and kOutOfMemory.
+  // The same bytes, read into memory of this process at once, by all threads (large_pages.h): slower to open, and
+  // quicker to stream through than a file's 4 KiB pages. Throws Error as Open does, and kOutOfMemory.
   static MappedFile Read(const std::string& path);
 
   MappedFile(MappedFile&& other) noexcept;
