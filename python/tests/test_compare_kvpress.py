@@ -25,7 +25,7 @@ def test_the_ratio_keeps_exactly_so_many_rows():
 
 
 def test_a_head_is_sure_of_as_many_rows():
-    for kept in range(33, 1200):  # kvpress: the larger of the window and int(0.2 rows); `ada`: the window and floor(floor rows)
+    for kept in range(33, 1200):  # kvpress: the larger of window and int(0.2 rows); `ada`: window and floor(floor rows)
         assert 32 + math.floor(rows.ada_floor(kept, O) * kept + 1e-9) == max(32, int(kept * 0.2))
     assert rows.ada_floor(400, rows.Options(alpha=0)) == 0
 
@@ -39,7 +39,7 @@ def top_and_bottom(kept, tokens, window, beta):
 
 
 def test_the_pyramid_is_kvpress_s():
-    assert top_and_bottom(100, 1000, 8, rows.pyramid_beta(100, 1000, O)) == pytest.approx((20, 180))  # rows / beta, and the rest
+    assert top_and_bottom(100, 1000, 8, rows.pyramid_beta(100, 1000, O)) == pytest.approx((20, 180))  # 20: rows / beta
     flat = rows.Options(pyramid_window=200, beta=2)  # its bottom layer may hold all but the window
     assert top_and_bottom(700, 1000, 200, rows.pyramid_beta(700, 1000, flat)) == pytest.approx((600, 800))
     assert rows.pyramid_beta(30, 1000, O) is None  # the top layer would have less than the window: kvpress goes uniform
@@ -52,6 +52,7 @@ def test_specs():
     assert rows.spec_as_named("ada", 90, 900, O) == "snapkv(90,window=32,kernel=5,pool=avg)+ada(0.2)+f32"
     assert rows.spec("pyramid", 30, 900, O) == "snapkv(30,window=8,kernel=5,pool=avg)+f32"
     assert rows.spec_as_named("pyramid", 90, 900, O) == "snapkv(90,window=8,kernel=5,pool=avg)+pyramid(5)+f32"
+    assert rows.spec("kvzap", 90, 900, rows.Options(sidecar="x.gguf")) == 'kvzap(90,window=0,sinks=0,file="x.gguf")+f32'
     assert rows.spec_as_named("snapkv", 90, 900, O) is None
     with pytest.raises(ValueError, match="no method 'snap'"):
         rows.spec("snap", 90, 900, O)
@@ -79,8 +80,9 @@ def test_divergence():
 
 def test_the_program_s_rows():
     program = os.environ.get("LESSKV_PROGRAM") or pytest.skip("LESSKV_PROGRAM names no lesskv")
-    out = subprocess.run([program, "run", "-m", ROOT / "models/lesskv-small.gguf", "-f", ROOT / "docs/question.txt", "-n", "0", "--json",
-                          "--kv-stats", "--kv", rows.spec("window", 10, 0, O)], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([program, "run", "-m", ROOT / "models/lesskv-small.gguf", "-f", ROOT / "docs/question.txt",
+                          "-n", "0", "--json", "--kv-stats", "--kv", rows.spec("window", 10, 0, O)],
+                         check=True, capture_output=True, text=True).stdout
     done = json.loads(out)
     n = done["prompt_tokens"]
     assert n > 10 and rows.kept_of_runs(done["kv_runs"]) == [[{*range(4), *range(n - 6, n)}] * 2] * 4

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Do lesskv and NVIDIA's kvpress keep the same rows? Both read the same prompts with the same weights and budgets, in float32.
+"""Do lesskv and NVIDIA's kvpress keep the same rows? Both read the same prompts with the same weights and budgets.
 
     PYTHONPATH=python LESSKV_LIBRARY=build/release/src/capi/liblesskv.so
     compare.py --lesskv build/release/apps/lesskv/lesskv --checkpoint DIR --model FILE.gguf TEXT...
 
-DIR is a Hugging Face directory that kvpress supports; FILE.gguf is `lesskv convert DIR FILE.gguf --type F32` (done here where
-it does not exist). README.md beside this file says what to install. A prompt is the next --chars characters of a text.
+DIR is a Hugging Face directory of a model that kvpress supports; FILE.gguf is `lesskv convert DIR FILE.gguf --type F32`
+(done here where it does not exist). README.md beside this file says what to install. All is float32. A prompt is the next
+--chars characters of a text.
 
 Prints a Markdown table, a line a method and share of rows: how many of the kept rows are the same (mean and least over
-prompts, layers and KV heads), rows a head, the cache's bytes, seconds of the prompt (medians), and how far the distributions of the token after
-the compressed prompt lie apart. `(as named)` passes kvpress's numbers on where a parameter of the same name means something else.
+prompts, layers and KV heads), rows a head, the cache's bytes, seconds of the prompt (medians), and how far apart the next
+token is after the compressed prompt. `(as named)` passes kvpress's numbers on where a parameter of the same name means
+something else.
 """
 import argparse
 import json
@@ -45,7 +47,8 @@ class Line:
             return " | ".join(form.format(fold(side)) for side in zip(*values))
         same = f"{100 * statistics.mean(self.same):.3f} % | {100 * min(self.same):.2f} %" if self.same else "all | all"
         print(f"| {self.name} | {same} | {pair(self.rows, '{:.1f}', statistics.mean)} | "
-              f"{pair(self.bytes, '{:.2f}', lambda x: statistics.mean(x) / 2**20)} | {pair(self.seconds, '{:.2f}', statistics.median)} | "
+              f"{pair(self.bytes, '{:.2f}', lambda x: statistics.mean(x) / 2**20)} | "
+              f"{pair(self.seconds, '{:.2f}', statistics.median)} | "
               f"{max(self.kl):.1e} | {max(self.logits):.1e} | `{self.spec}` |", flush=True)
 
 
@@ -59,8 +62,8 @@ class Engine:
         self.prompt.write_text(text)
         self.session.unlink(missing_ok=True)
         done = json.loads(subprocess.run(
-            [self.args.lesskv, "run", "-m", self.args.model, "-f", self.prompt, "--kv", spec, "-n", "0", "--json", "--kv-stats",
-             "--compute", "f32", "-t", str(self.args.threads), "--session", self.session],
+            [self.args.lesskv, "run", "-m", self.args.model, "-f", self.prompt, "--kv", spec, "-n", "0", "--json",
+             "--kv-stats", "--compute", "f32", "-t", str(self.args.threads), "--session", self.session],
             check=True, stdout=subprocess.PIPE, text=True).stdout)
         return done, self.model.load(self.session, kv=spec)
 
@@ -119,15 +122,24 @@ def parsed():
     parser.add_argument("--lesskv", required=True, help="the program")
     parser.add_argument("--checkpoint", required=True, help="a Hugging Face directory")
     parser.add_argument("--model", required=True, help="the same as a GGUF of type F32; made where it does not exist")
-    parser.add_argument("--methods", type=lambda s: s.split(","), default=list(METHODS), help=f"default: {','.join(METHODS)}")
-    parser.add_argument("--shares", type=lambda s: [float(x) for x in s.split(",")], default=[0.1, 0.25, 0.5], help="of a prompt's rows")
-    parser.add_argument("--chars", type=lambda s: [int(x) for x in s.split(",")], default=[3500, 4500, 6000, 8000], help="of each prompt")
+    parser.add_argument("--methods", type=lambda s: s.split(","), help=f"default: {','.join(METHODS)}, and kvzap with --sidecar")
+    parser.add_argument("--shares", type=lambda s: [float(x) for x in s.split(",")], default=[0.1, 0.25, 0.5],
+                        help="of a prompt's rows")
+    parser.add_argument("--chars", type=lambda s: [int(x) for x in s.split(",")], default=[3500, 4500, 6000, 8000],
+                        help="of each prompt")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sidecar", default="", help="a .less.gguf with trained scores: kvzap is compared too")
     defaults = rows.Options()
     for option in ("window", "kernel", "sinks", "alpha", "pyramid_window", "beta", "channels"):
         value = getattr(defaults, option)
-        parser.add_argument("--" + option.replace("_", "-"), type=type(value), default=value, help=f"of kvpress (default: {value})")
-    return parser.parse_args()
+        parser.add_argument("--" + option.replace("_", "-"), type=type(value), default=value,
+                            help=f"of kvpress (default: {value})")
+    args = parser.parse_args()
+    args.methods = args.methods or [*METHODS, *["kvzap"] * bool(args.sidecar)]
+    unknown = set(args.methods) - {*METHODS, "kvzap"}
+    if unknown or ("kvzap" in args.methods and not args.sidecar):
+        parser.error(f"no method '{unknown.pop()}'" if unknown else "kvzap needs --sidecar")
+    return args
 
 
 def main():
@@ -143,8 +155,8 @@ def main():
             logits = model.read(ids, None)[1]
             prompts.append((text, ids, logits.index(max(logits))))  # the likeliest token is what both read next
         print(f"prompts of {', '.join(str(len(ids)) for _, ids, _ in prompts)} tokens; MiB and seconds: lesskv | kvpress\n")
-        print("| | same rows, mean | least | rows a head | kvpress | MiB | kvpress | seconds | kvpress | KL, largest | logits differ by | last spec |\n|---|"
-              + "---:|" * 10 + "---|")
+        print("| | same rows, mean | least | rows a head | kvpress | MiB | kvpress | seconds | kvpress | KL, largest "
+              "| logits differ by | last spec |\n|---|" + "---:|" * 10 + "---|")
         for method in args.methods:
             for share in args.shares[:1] if method in ALL_ROWS else args.shares:
                 for line in lines_of(method, share, prompts, model, engine, options):

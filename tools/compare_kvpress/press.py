@@ -4,6 +4,7 @@ import time
 import kvpress
 import torch
 import transformers
+from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 
 
 def make_press(method, ratio, o):
@@ -22,6 +23,8 @@ def make_press(method, ratio, o):
         return kvpress.ThinKPress(o.channels, window_size=o.window)
     if method == "think-window":
         return WindowWhole(o.channels, window_size=o.window)
+    if method == "kvzap":
+        return TrainedScores(ratio, o.sidecar)
     raise ValueError(f"no method '{method}'")
 
 
@@ -35,9 +38,27 @@ class WindowWhole(kvpress.ThinKPress):
         return pruned, values
 
 
+class TrainedScores(kvpress.KVzapPress):
+    """KVzapPress with a sidecar's scores (docs/formats.md) in place of those that NVIDIA published for other models."""
+
+    def __init__(self, ratio, sidecar):
+        import gguf  # for this press alone
+        super().__init__(ratio)
+        reader = gguf.GGUFReader(sidecar)
+        heads = reader.fields["kvzap.head_count_kv"].contents()
+        tensors = {t.name: torch.tensor(t.data) for t in reader.tensors if t.name in ("kvzap.weight", "kvzap.bias")}
+        weight, bias = tensors["kvzap.weight"], tensors["kvzap.bias"]
+        self.kvzap_model = KVzapModel(KVzapConfig(input_dim=weight.shape[1], output_dim=heads[0], n_modules=len(heads)))
+        for layer, w, b in zip(self.kvzap_model.layers, weight.split(heads), bias.split(heads)):
+            layer.weight.data, layer.bias.data = w, b
+
+    def post_init_from_model(self, model):  # KVzapPress's own loads the published ones
+        pass
+
+
 class Watch:
-    """Tells which rows a press keeps, layer by layer. A press chooses by keys and queries alone, so it is handed positions in
-    place of values: those it returns are what it kept, and the values are gathered by them."""
+    """Tells which rows a press keeps, layer by layer. A press chooses by keys and queries alone, so it is handed
+    positions in place of values: those it returns are what it kept, and the values are gathered by them."""
 
     def __init__(self, press):
         self.press, self.original, self.kept = press, press.compress, {}
@@ -61,8 +82,9 @@ class Model:
     def __init__(self, checkpoint, threads):
         torch.set_num_threads(threads)
         transformers.utils.logging.disable_progress_bar()
-        # AdaKVPress refuses eager attention. Attention of torch's own kernel, in float32, is the same but for the order of sums.
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+        # AdaKVPress refuses eager attention; torch's own kernel sums in another order, no more.
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32,
+                                                                       attn_implementation="sdpa").eval()
 
     @torch.no_grad()
     def read(self, ids, press):

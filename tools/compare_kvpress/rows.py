@@ -1,4 +1,4 @@
-"""What compare.py computes without torch: how kvpress's parameters are said in a cache spec, and how far two kept sets agree.
+"""What compare.py computes without torch: kvpress's parameters as a cache spec, and how far two kept sets agree.
 
 Where both give a parameter the same name and mean something else, `spec` says what kvpress does; `spec_as_named` passes the
 number on as it is, which shows what the difference of the definitions costs.
@@ -17,10 +17,11 @@ class Options:
     pyramid_window: int = 8  # PyramidKVPress: window_size
     beta: float = 5  # PyramidKVPress: beta
     channels: float = 0.5  # ThinKPress: key_channel_compression_ratio
+    sidecar: str = ""  # a .less.gguf with kvzap's scores, which both sides use
 
 
 def ratio_for(rows, tokens):
-    """A compression_ratio with which kvpress keeps exactly `rows` of a prompt's tokens: it computes int(tokens * (1 - ratio))."""
+    """A compression_ratio with which kvpress keeps exactly `rows` tokens: it computes int(tokens * (1 - ratio))."""
     ratio = 1 - (rows + 1e-6) / tokens
     if not 0 <= ratio < 1 or int(tokens * (1 - ratio)) != rows:
         raise ValueError(f"no compression ratio keeps {rows} of {tokens} tokens")
@@ -28,7 +29,7 @@ def ratio_for(rows, tokens):
 
 
 def ada_floor(rows, o):
-    """kvpress counts the window among the int(alpha rows) a head is sure of, `ada` guarantees its share on top of the window."""
+    """kvpress counts the window among the int(alpha rows) a head is sure of, `ada` adds its share to the window."""
     own = max(1, int(rows * o.alpha)) - o.window
     return (own + 1e-3) / rows if own > 0 and o.alpha > 0 else 0.0  # a little more, since `ada` rounds down
 
@@ -36,8 +37,8 @@ def ada_floor(rows, o):
 def pyramid_beta(rows, tokens, o):
     """`pyramid`'s beta for the top layer's rows as kvpress has them, None where kvpress falls back to equal layers.
 
-    kvpress: the layers' totals fall from 2 rows - least to least = rows / beta, the bottom one at most all tokens but the window,
-    all of them with the window inside. `pyramid` (and the authors' code) divides rows - window that way and adds the window.
+    kvpress: the layers' totals fall from 2 rows - least to least = rows / beta, the window inside; the bottom layer has at
+    most all tokens but the window. `pyramid`, and the authors' code, divides rows - window that way and adds the window.
     """
     least, most = rows / o.beta, 2 * rows - rows / o.beta
     if most >= tokens - o.pyramid_window:
@@ -67,6 +68,8 @@ def spec(method, rows, tokens, o):
         return snapkv(rows, o.pyramid_window, o) + ("" if beta is None else f"+pyramid({beta:.9f})") + "+f32"
     if method in ("think", "think-window"):
         return f"full+think({o.channels},window={o.window})+f32"
+    if method == "kvzap":  # as in kvpress's, nothing is kept but for its score
+        return f'kvzap({rows},window=0,sinks=0,file="{o.sidecar}")+f32'
     raise ValueError(f"no method '{method}'")
 
 
