@@ -26,7 +26,7 @@ ERRORS = {"full+f32": 2e-5, "h2o(10%)+f32": 2e-5, "full": 2e-4, "h2o(10%)": 2e-4
 DEEPER = 20  # SmolLM2's thirty layers make so much more of it than the bundled model's four: 1.6e-2 with q8
 # Of h2o's rows a flipped rounding seems to turn the choice where votes are almost equal: 6.2e-3 in f16 (as many of the window's
 # rows: 3.2e-4), 1.5e-6 in float32.
-TURNED = {"h2o(10%)": 5, "h2o(10%)+less": 5}
+TURNED = {"h2o(10%)": 5}
 
 
 def most(spec, n_layers):
