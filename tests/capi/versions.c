@@ -81,13 +81,13 @@ static void older_programs(lesskv_model* model) {
   OK(lesskv_sequence_params_init((lesskv_sequence_params*)&params, sizeof params.known));
   CHECK(params.known.kv_spec == NULL && params.known.ctx == 0 && all_are(params.behind, sizeof params.behind, 7));
 
-  /* What they lack is at its default, not what lies behind: 0x0707... protected spans, penalties of 1e-34. */
+  /* What they lack is at its default, not what lies behind: 0x0707... protected spans, penalties of 3e38. */
   lesskv_sequence* sequence = NULL;
   const int32_t token = 5;
   params.known.ctx = 64;
   how.known.max_tokens = 3;
   OK(lesskv_sequence_new(model, (const lesskv_sequence_params*)&params, &sequence));
-  memset(how.behind, 0x7f, sizeof how.behind); /* no number */
+  memset(how.behind, 0x7f, sizeof how.behind); /* 3e38, out of range */
   OK(lesskv_generate(sequence, &token, 1, (const lesskv_generate_params*)&how, NULL));
   GUARDED(older_stats) stats;
   memset(&stats, 7, sizeof stats);
