@@ -8,8 +8,11 @@
  * Handles may be used from any thread, by one thread at a time. A model's calls that compute take turns: steps of several
  * threads on one model wait for one another. A model lives as long as a sequence or cache of it does.
  *
- * Structures of options begin with what lesskv_*_default_params gives; later versions only add fields at their ends, and
- * `size` says which version the caller was built with.
+ * Structures begin with their `size`, the caller's sizeof, because later versions add fields at their ends; one without a
+ * size (lesskv_span) never changes. Structures of options begin with what lesskv_*_default_params gives. One that is shorter
+ * than the library's, of an older program, gets and gives the fields it has, and the others are at their defaults. Of a
+ * longer one, what the library does not know must be 0, which asks for nothing, else the call is refused; it is 0 in what
+ * the library writes. No version has a size that is no multiple of sizeof(size_t), and none has 65,536 bytes or more.
  */
 #ifndef LESSKV_LESSKV_H
 #define LESSKV_LESSKV_H
@@ -70,7 +73,15 @@ typedef struct lesskv_model_info {
   uint64_t fingerprint, identity; /* of the file; of the model, whatever its quantisation */
 } lesskv_model_info;
 
-LESSKV_API lesskv_model_params lesskv_model_default_params(void);
+/* Writes the defaults to the `size` bytes of a structure, and `size` to its first field; so do the other lesskv_*_init.
+ * What follows it is the same for a program that is built with this header. */
+LESSKV_API lesskv_status lesskv_model_params_init(lesskv_model_params* params, size_t size);
+static inline lesskv_model_params lesskv_model_default_params(void) {
+  lesskv_model_params params;
+  lesskv_model_params_init(&params, sizeof params);
+  return params;
+}
+
 /* params NULL: the defaults. */
 LESSKV_API lesskv_status lesskv_model_load(const char* path, const lesskv_model_params* params, lesskv_model** model);
 LESSKV_API void lesskv_model_free(lesskv_model* model); /* NULL and freed handles are ignored */
@@ -113,7 +124,13 @@ typedef struct lesskv_stats {
   size_t kv_bytes_full;           /* what a full f16 cache of the same tokens takes */
 } lesskv_stats;
 
-LESSKV_API lesskv_sequence_params lesskv_sequence_default_params(void);
+LESSKV_API lesskv_status lesskv_sequence_params_init(lesskv_sequence_params* params, size_t size);
+static inline lesskv_sequence_params lesskv_sequence_default_params(void) {
+  lesskv_sequence_params params;
+  lesskv_sequence_params_init(&params, sizeof params);
+  return params;
+}
+
 LESSKV_API lesskv_status lesskv_sequence_new(lesskv_model* model, const lesskv_sequence_params* params,
                                              lesskv_sequence** sequence);
 LESSKV_API lesskv_status lesskv_sequence_clone(const lesskv_sequence* sequence, lesskv_sequence** clone);
@@ -180,7 +197,13 @@ typedef struct lesskv_generate_result {
   int32_t pending_token; /* generated but not yet seen by the sequence: the next prompt begins with it; -1: none */
 } lesskv_generate_result;
 
-LESSKV_API lesskv_generate_params lesskv_generate_default_params(void);
+LESSKV_API lesskv_status lesskv_generate_params_init(lesskv_generate_params* params, size_t size);
+static inline lesskv_generate_params lesskv_generate_default_params(void) {
+  lesskv_generate_params params;
+  lesskv_generate_params_init(&params, sizeof params);
+  return params;
+}
+
 /* Reads the prompt (one token at least) and writes. params and result may be NULL. */
 LESSKV_API lesskv_status lesskv_generate(lesskv_sequence* sequence, const int32_t* prompt, size_t n_prompt,
                                          const lesskv_generate_params* params, lesskv_generate_result* result);
@@ -200,7 +223,13 @@ typedef struct lesskv_eval_params {
   bool divergence;    /* from the full cache's predictions, too */
 } lesskv_eval_params;
 
-LESSKV_API lesskv_eval_params lesskv_eval_default_params(void);
+LESSKV_API lesskv_status lesskv_eval_params_init(lesskv_eval_params* params, size_t size);
+static inline lesskv_eval_params lesskv_eval_default_params(void) {
+  lesskv_eval_params params;
+  lesskv_eval_params_init(&params, sizeof params);
+  return params;
+}
+
 /* The rows of lesskv eval perplexity or divergence -o json, to be freed by lesskv_string_free. */
 LESSKV_API lesskv_status lesskv_evaluate(lesskv_model* model, const lesskv_eval_params* params, char** json);
 LESSKV_API void lesskv_string_free(char* string);
@@ -240,7 +269,13 @@ typedef enum lesskv_step_kind {
   LESSKV_STEP_DECODE = 2  /* generated tokens */
 } lesskv_step_kind;
 
-LESSKV_API lesskv_cache_shape lesskv_cache_default_shape(void);
+LESSKV_API lesskv_status lesskv_cache_shape_init(lesskv_cache_shape* shape, size_t size);
+static inline lesskv_cache_shape lesskv_cache_default_shape(void) {
+  lesskv_cache_shape shape;
+  lesskv_cache_shape_init(&shape, sizeof shape);
+  return shape;
+}
+
 /* spec NULL: full. Methods with a sidecar need it by name: less(file="NAME.less.gguf"). With prefill(chunk=N) in the
  * spec text comes in stream steps of at most N tokens, and prompt steps are refused. n_threads 0: all CPUs. */
 LESSKV_API lesskv_status lesskv_cache_new(const lesskv_cache_shape* shape, const char* spec, int32_t n_threads,
@@ -266,7 +301,7 @@ LESSKV_API lesskv_status lesskv_cache_load(lesskv_cache* cache, const void* byte
 
 /* One KV head of a layer after a step's attention and before rows leave. Pointers are valid during the call only. */
 typedef struct lesskv_selector_rows {
-  size_t size;
+  size_t size; /* the library's: later versions tell more behind these */
   size_t layer, kv_head; /* the layer among the global ones */
   lesskv_step_kind kind;
   size_t tokens_seen, n_step; /* this step included; of this step, which are the last rows */
@@ -291,7 +326,13 @@ typedef struct lesskv_selector {
   void* user_data;
 } lesskv_selector;
 
-LESSKV_API lesskv_selector lesskv_selector_default(void);
+LESSKV_API lesskv_status lesskv_selector_init(lesskv_selector* selector, size_t size);
+static inline lesskv_selector lesskv_selector_default(void) {
+  lesskv_selector selector;
+  lesskv_selector_init(&selector, sizeof selector);
+  return selector;
+}
+
 /* From now on "NAME(rows)" and "NAME(rows, recent=N)" are terms of specs: `rows` rows a head stay (a number, or a
  * percentage of the context), the `recent` newest (4) among them whatever their votes. A name registered here before takes
  * the new selector for caches made later; those of the library's methods are refused. At most 64 names. Not while another
@@ -330,8 +371,20 @@ typedef struct lesskv_train_budgets_params {
   void* user_data;
 } lesskv_train_budgets_params;
 
-LESSKV_API lesskv_train_less_params lesskv_train_less_default_params(void);
-LESSKV_API lesskv_train_budgets_params lesskv_train_budgets_default_params(void);
+LESSKV_API lesskv_status lesskv_train_less_params_init(lesskv_train_less_params* params, size_t size);
+static inline lesskv_train_less_params lesskv_train_less_default_params(void) {
+  lesskv_train_less_params params;
+  lesskv_train_less_params_init(&params, sizeof params);
+  return params;
+}
+
+LESSKV_API lesskv_status lesskv_train_budgets_params_init(lesskv_train_budgets_params* params, size_t size);
+static inline lesskv_train_budgets_params lesskv_train_budgets_default_params(void) {
+  lesskv_train_budgets_params params;
+  lesskv_train_budgets_params_init(&params, sizeof params);
+  return params;
+}
+
 /* lesskv train less and lesskv train budgets (docs/less.md, docs/methods.md): measure a model on texts and write the
  * sidecar, or the part of it that is theirs. json: NULL, or a report to be freed by lesskv_string_free: rows of layers with the mean
  * squared errors of the selector alone and of LESS; rows of ratios with the share of each head's rows that is needed. */

@@ -108,6 +108,11 @@ class TrainBudgetsParams(Structure):
                 ("tokens", size_t), ("seed", c.c_uint64), ("on_progress", OnProgress), ("user_data", c.c_void_p)]
 
 
+OPTIONS = {"model_params": ModelParams, "sequence_params": SequenceParams, "generate_params": GenerateParams,
+           "eval_params": EvalParams, "cache_shape": CacheShape, "selector": CSelector, "train_less_params": TrainLessParams,
+           "train_budgets_params": TrainBudgetsParams}
+
+
 def _find() -> str:
     """LESSKV_LIBRARY, else the library inside the package."""
     named = os.environ.get("LESSKV_LIBRARY")
@@ -142,17 +147,15 @@ def _declare(lib: c.CDLL) -> c.CDLL:
         "train_less": [handle, c.POINTER(TrainLessParams), c.c_char_p, out],
         "train_budgets": [handle, c.POINTER(TrainBudgetsParams), c.c_char_p, out],
     }
+    functions.update({name + "_init": [c.POINTER(kind), size_t] for name, kind in OPTIONS.items()})
     for name, arguments in functions.items():
         function = getattr(lib, "lesskv_" + name)
         function.argtypes, function.restype = arguments, c.c_int
     for name in ("model_free", "sequence_free", "cache_free", "string_free"):
         function = getattr(lib, "lesskv_" + name)
         function.argtypes, function.restype = [handle], None
-    for name, restype in {"last_error": c.c_char_p, "version": c.c_char_p, "status_name": c.c_char_p,
-                          "generate_default_params": GenerateParams, "cache_default_shape": CacheShape,
-                          "eval_default_params": EvalParams, "train_less_default_params": TrainLessParams,
-                          "train_budgets_default_params": TrainBudgetsParams}.items():
-        getattr(lib, "lesskv_" + name).restype = restype
+    for name in ("last_error", "version", "status_name"):
+        getattr(lib, "lesskv_" + name).restype = c.c_char_p
     lib.lesskv_status_name.argtypes = [c.c_int]
     return lib
 
@@ -175,6 +178,13 @@ def call(name: str, *arguments) -> None:
     status = function(*arguments)
     if status != 0:
         raise Error(lib.lesskv_last_error().decode("utf-8", "replace"), lib.lesskv_status_name(status).decode())
+
+
+def defaults(name: str):
+    """A structure of options as the library begins it."""
+    options = OPTIONS[name]()
+    call(name + "_init", c.byref(options), c.sizeof(options))
+    return options
 
 
 def array_of(name: str, ctype, *arguments):

@@ -207,7 +207,7 @@ def _rows(name: str, *arguments) -> list[dict]:
 
 
 def _defaults(name: str, options: dict):
-    params = getattr(_c.lib, f"lesskv_{name}_default_params")()
+    params = _c.defaults(f"{name}_params")
     plain = [field for field, kind in params._fields_ if kind in (c.c_size_t, c.c_double, c.c_uint64)]
     known = [field for field in plain if field != "size" and not field.startswith("n_")]
     for option, value in options.items():

@@ -1,5 +1,7 @@
 """The package on the bundled model."""
+import ctypes as c
 import gc
+import inspect
 import json
 import os
 import pathlib
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import lesskv
+from lesskv import _c
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL, TEXT = ROOT / "models/lesskv-small.gguf", ROOT / "docs/sample.txt"
@@ -103,6 +106,24 @@ def test_stop_texts_and_refusals(model):
     with pytest.raises(lesskv.Error) as failure:
         lesskv.Model("/no/such/model.gguf")
     assert failure.value.status == "not found"
+
+
+def test_defaults_are_the_library_s():
+    """Also that the structures have the library's fields where it has them: a shifted one would be another number."""
+    def expect(name, function, other={}):
+        given = {k: v.default for k, v in inspect.signature(function).parameters.items() if v.default is not inspect.Parameter.empty}
+        for field, value in {**given, **other}.items():
+            if hasattr(library := _c.defaults(name), field):
+                found = getattr(library, field)
+                same = not found if value is None else found == (pytest.approx(value) if isinstance(value, float) else value)
+                assert same, f"{name}.{field}: {found} in the library, {value} here"
+
+    expect("generate_params", lesskv.Sequence.generate, {"max_tokens": 2**64 - 1, "n_stops": 0})
+    expect("cache_shape", lesskv.Cache.__init__, {"head_dim": 64, "rope_dims": 64, "ctx": 2048, "rope_halves": False,
+                                                  "rope_factors": None, "windows": None, "n_layers": 1})
+    expect("eval_params", lesskv.Model.evaluate_rows, {"max_windows": 0})
+    expect("selector", lesskv.register_selector, {"last_queries": 2**64 - 1, "summary": None})
+    assert all(_c.defaults(name).size == c.sizeof(kind) for name, kind in _c.OPTIONS.items())
 
 
 def test_sequences_clone_save_and_load(model, tmp_path):

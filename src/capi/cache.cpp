@@ -20,6 +20,8 @@ struct lesskv_cache {
 
 namespace {
 
+constexpr lesskv_cache_shape kDefaults{
+    sizeof kDefaults, 1, 1, 1, 64, 2048, 64, false, 10000.0, 1.0, 0, nullptr, 1.0, nullptr, 10000.0};
 constexpr size_t kMost = 1 << 16;       // layers, heads, coordinates
 constexpr size_t kMostCtx = 1u << 30;
 
@@ -127,14 +129,12 @@ void Hand(std::unique_ptr<lesskv_cache> made, lesskv_cache** to) {
 
 extern "C" {
 
-lesskv_cache_shape lesskv_cache_default_shape(void) {
-  return {sizeof(lesskv_cache_shape), 1, 1, 1, 64, 2048, 64, false, 10000.0, 1.0, 0, nullptr, 1.0, nullptr, 10000.0};
-}
+lesskv_status lesskv_cache_shape_init(lesskv_cache_shape* shape, size_t size) { return Init(shape, size, kDefaults); }
 
 lesskv_status lesskv_cache_new(const lesskv_cache_shape* shape, const char* spec, int32_t n_threads, lesskv_cache** cache) {
   return Guard([&] {
     Require(shape != nullptr && cache != nullptr, "a shape and a place for the cache are needed");
-    const CacheShape s = ShapeOf(Options(shape, lesskv_cache_default_shape()));
+    const CacheShape s = ShapeOf(Options(shape, kDefaults));
     if (n_threads < 0 || n_threads > ThreadPool::kMaxThreads)
       Fail(ErrorCode::kInvalidArgument, "n_threads: expected 0 (all CPUs) to {}, found {}", ThreadPool::kMaxThreads, n_threads);
     auto made = std::make_unique<lesskv_cache>();

@@ -2,6 +2,8 @@
 // nothing crashes (also under sanitizers).
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "base/rng.h"
@@ -27,7 +29,7 @@ class CApiFuzz : public testing::Test {
     shape.n_kv_heads = Below(8) == 0 ? 3 : 2;
     shape.head_dim = shape.rope_dims = 32;
     shape.ctx = 40;
-    if (Below(10) == 0) shape.size = Below(100);
+    if (Below(10) == 0) shape.size = Below(2) == 0 ? Below(100) : 8 * Below(sizeof shape / 8);
     lesskv_cache* cache = nullptr;
     if (lesskv_cache_new(&shape, kSpecs[Below(8)], static_cast<int32_t>(Below(3)) - (Below(20) == 0), &cache) == LESSKV_OK)
       handles_.push_back(cache);
@@ -92,6 +94,43 @@ TEST_F(CApiFuzz, CallsInAnyOrder) {
     handles_.clear();
   }
   EXPECT_GT(n_steps_, 500u);
+}
+
+// Every size is either the caller's, of which exactly the bytes are written, or refused, and then none is.
+template <typename Structure>
+void InitsOfAnySize(lesskv_status (*init)(Structure*, size_t)) {
+  constexpr size_t kBytes = (1 << 16) + 64;
+  union Room {
+    Structure known;
+    unsigned char bytes[kBytes];
+  };
+  const auto room = std::make_unique<Room>();
+  Rng rng(5);
+  for (int i = 0; i < 300; ++i) {
+    const size_t size = rng.Below(3) == 0 ? rng.Below(kBytes) : rng.Below(2 * sizeof(Structure));
+    std::fill_n(room->bytes, kBytes, 0xA5);
+    const bool done = init(&room->known, size) == LESSKV_OK;
+    ASSERT_EQ(done, size > 0 && size % 8 == 0 && size < 1 << 16) << size;
+    const auto are = [&](size_t from, size_t to, unsigned char value) {
+      return std::all_of(room->bytes + from, room->bytes + to, [&](unsigned char byte) { return byte == value; });
+    };
+    ASSERT_TRUE(are(done ? size : 0, kBytes, 0xA5)) << size;
+    if (!done) continue;
+    ASSERT_EQ(room->known.size, size);
+    ASSERT_TRUE(are(std::min(size, sizeof(Structure)), size, 0)) << size;
+  }
+  EXPECT_EQ(init(nullptr, sizeof(Structure)), LESSKV_INVALID_ARGUMENT);
+}
+
+TEST(CApi, StructuresOfAnySize) {
+  InitsOfAnySize(lesskv_model_params_init);
+  InitsOfAnySize(lesskv_sequence_params_init);
+  InitsOfAnySize(lesskv_generate_params_init);
+  InitsOfAnySize(lesskv_eval_params_init);
+  InitsOfAnySize(lesskv_cache_shape_init);
+  InitsOfAnySize(lesskv_selector_init);
+  InitsOfAnySize(lesskv_train_less_params_init);
+  InitsOfAnySize(lesskv_train_budgets_params_init);
 }
 
 TEST(CApi, OneKindOfHandleIsNotAnother) {

@@ -14,6 +14,14 @@ using namespace lesskv::capi;  // NOLINT
 
 namespace {
 
+lesskv_generate_params GenerateDefaults() {
+  const SamplerOptions s;
+  return {sizeof(lesskv_generate_params), s.temperature, s.top_k,   s.top_p, s.min_p, s.repeat_penalty, s.repeat_last_n, s.seed,
+          SIZE_MAX,                       nullptr,       0,         nullptr, nullptr, s.frequency_penalty, s.presence_penalty};
+}
+
+constexpr lesskv_eval_params kEvalDefaults{sizeof kEvalDefaults, nullptr, 0, nullptr, 0, 0, 0, 8, 0, false};
+
 lesskv_finish FinishOf(FinishReason reason) {
   switch (reason) {
     case FinishReason::kLength: return LESSKV_FINISH_LENGTH;
@@ -46,10 +54,8 @@ GenerateOptions OptionsOf(const lesskv_generate_params& o) {
 
 extern "C" {
 
-lesskv_generate_params lesskv_generate_default_params(void) {
-  const SamplerOptions s;
-  return {sizeof(lesskv_generate_params), s.temperature, s.top_k,   s.top_p, s.min_p, s.repeat_penalty, s.repeat_last_n, s.seed,
-          SIZE_MAX,                       nullptr,       0,         nullptr, nullptr, s.frequency_penalty, s.presence_penalty};
+lesskv_status lesskv_generate_params_init(lesskv_generate_params* params, size_t size) {
+  return Init(params, size, GenerateDefaults());
 }
 
 lesskv_status lesskv_generate(lesskv_sequence* sequence, const int32_t* prompt, size_t n_prompt,
@@ -57,7 +63,7 @@ lesskv_status lesskv_generate(lesskv_sequence* sequence, const int32_t* prompt, 
   return Guard([&] {
     lesskv_sequence& s = Live(sequence);
     Require(prompt != nullptr && n_prompt > 0, "a prompt of one token at least is needed");
-    const lesskv_generate_params o = Options(params, lesskv_generate_default_params());
+    const lesskv_generate_params o = Options(params, GenerateDefaults());
     GenerateOptions options = OptionsOf(o);
     std::atomic<bool> stop{false};
     options.stop = &stop;
@@ -71,15 +77,13 @@ lesskv_status lesskv_generate(lesskv_sequence* sequence, const int32_t* prompt, 
   });
 }
 
-lesskv_eval_params lesskv_eval_default_params(void) {
-  return {sizeof(lesskv_eval_params), nullptr, 0, nullptr, 0, 0, 0, 8, 0, false};
-}
+lesskv_status lesskv_eval_params_init(lesskv_eval_params* params, size_t size) { return Init(params, size, kEvalDefaults); }
 
 lesskv_status lesskv_evaluate(lesskv_model* model, const lesskv_eval_params* params, char** json) {
   return Guard([&] {
     LoadedModel& loaded = Loaded(model);
     Require(json != nullptr, "there is nowhere to write the rows");
-    const lesskv_eval_params o = Options(params, lesskv_eval_default_params());
+    const lesskv_eval_params o = Options(params, kEvalDefaults);
     std::vector<std::string> specs = Strings(o.kv_specs, o.n_kv_specs, "cache specs");
     if (specs.empty()) specs.emplace_back("full");
     const std::vector<std::string> texts = Strings(o.texts, o.n_texts, "texts");

@@ -2,6 +2,7 @@
 // a sentence.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <exception>
@@ -46,26 +47,51 @@ inline void Require(bool condition, const char* sentence) {
   if (!condition) Fail(ErrorCode::kInvalidArgument, "{}", sentence);
 }
 
-// Options of the caller's version: fields that it does not know keep their defaults. `given` null: the defaults.
+// Structures begin with their size, which says what version of them the caller was built with. A multiple of the largest
+// alignment, so that no field is cut in two.
+inline void RequireSize(size_t size) {
+  constexpr size_t kMost = 1 << 16;
+  if (size == 0 || size >= kMost || size % sizeof(size_t) != 0)
+    Fail(ErrorCode::kInvalidArgument, "a structure's size is {}: expected its sizeof, as the default functions set it", size);
+}
+
+// Writes what both sides know of a structure of `size` bytes, and 0 behind that.
+template <typename Structure>
+void Write(Structure* to, size_t size, Structure from) {
+  Require(to != nullptr, "there is no structure to write to");
+  RequireSize(size);
+  from.size = size;
+  std::memcpy(to, &from, std::min(size, sizeof from));
+  if (size > sizeof from) std::memset(reinterpret_cast<char*>(to) + sizeof from, 0, size - sizeof from);
+}
+
+template <typename Params>
+lesskv_status Init(Params* params, size_t size, const Params& defaults) noexcept {
+  return Guard([&] { Write(params, size, defaults); });
+}
+
+// A result, in the caller's version of its structure.
+template <typename Result>
+void Give(Result* to, const Result& from) {
+  Require(to != nullptr, "there is no structure to write to");
+  Write(to, to->size, from);
+}
+
+// Options of the caller's version: fields that it does not have keep their defaults; what it has behind those known here
+// must be 0. `given` null: the defaults.
 template <typename Params>
 Params Options(const Params* given, const Params& defaults) {
   Params result = defaults;
   if (given == nullptr) return result;
-  if (given->size < sizeof(size_t) || given->size > size_t{1} << 16)
-    Fail(ErrorCode::kInvalidArgument, "a structure's size is {}; begin with what its default function gives", given->size);
-  std::memcpy(&result, given, std::min(given->size, sizeof result));
+  const size_t size = given->size;
+  RequireSize(size);
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  if (size > sizeof result && std::any_of(bytes + sizeof result, bytes + size, [](unsigned char byte) { return byte != 0; }))
+    Fail(ErrorCode::kInvalidArgument, "a structure of {} bytes asks for something behind the {} that this library knows: "
+         "it needs a later lesskv than {}", size, sizeof result, lesskv_version());
+  std::memcpy(&result, given, std::min(size, sizeof result));
   result.size = sizeof result;
   return result;
-}
-
-// Writes as much of a result as the caller's version of the structure has.
-template <typename Result>
-void Give(Result* to, Result from) {
-  Require(to != nullptr, "there is no structure to write to");
-  if (to->size < sizeof(size_t) || to->size > size_t{1} << 16)
-    Fail(ErrorCode::kInvalidArgument, "a structure's size is {}; set it to its sizeof", to->size);
-  from.size = to->size;
-  std::memcpy(to, &from, std::min(to->size, sizeof from));
 }
 
 // As many as fit, and how many there are.

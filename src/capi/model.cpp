@@ -9,6 +9,8 @@ using namespace lesskv::capi;  // NOLINT
 
 namespace {
 
+constexpr lesskv_model_params kDefaults{sizeof kDefaults, 0, LESSKV_COMPUTE_AUTO, LESSKV_LOADING_AUTO};
+
 ComputeChoice Choice(lesskv_compute compute) {
   switch (compute) {
     case LESSKV_COMPUTE_AUTO: return ComputeChoice::kAuto;
@@ -44,14 +46,12 @@ const char* lesskv_version(void) {
   return version.c_str();
 }
 
-lesskv_model_params lesskv_model_default_params(void) {
-  return {sizeof(lesskv_model_params), 0, LESSKV_COMPUTE_AUTO, LESSKV_LOADING_AUTO};
-}
+lesskv_status lesskv_model_params_init(lesskv_model_params* params, size_t size) { return Init(params, size, kDefaults); }
 
 lesskv_status lesskv_model_load(const char* path, const lesskv_model_params* params, lesskv_model** model) {
   return Guard([&] {
     Require(path != nullptr && model != nullptr, "a path and a place for the model are needed");
-    const lesskv_model_params o = Options(params, lesskv_model_default_params());
+    const lesskv_model_params o = Options(params, kDefaults);
     if (o.n_threads < 0 || o.n_threads > 1024)
       Fail(ErrorCode::kInvalidArgument, "n_threads: expected 0 (all CPUs) to 1024, found {}", o.n_threads);
     auto loaded = std::make_shared<LoadedModel>();

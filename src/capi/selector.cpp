@@ -14,6 +14,7 @@ using namespace lesskv::capi;  // NOLINT
 namespace {
 
 constexpr size_t kMaxSelectors = 64;
+constexpr lesskv_selector kDefaults{sizeof kDefaults, nullptr, false, SIZE_MAX, nullptr, nullptr};
 
 lesskv_step_kind KindOf(StepKind kind) {
   switch (kind) {
@@ -136,15 +137,13 @@ void AddPlace(const char* name, const lesskv_selector& selector) {
 
 extern "C" {
 
-lesskv_selector lesskv_selector_default(void) {
-  return {sizeof(lesskv_selector), nullptr, false, SIZE_MAX, nullptr, nullptr};
-}
+lesskv_status lesskv_selector_init(lesskv_selector* selector, size_t size) { return Init(selector, size, kDefaults); }
 
 lesskv_status lesskv_selector_register(const char* name, const lesskv_selector* selector) {
   return Guard([&] {
     RequireName(name);
     Require(selector != nullptr, "a selector needs its structure");
-    lesskv_selector o = Options(selector, lesskv_selector_default());
+    lesskv_selector o = Options(selector, kDefaults);
     Require(o.vote != nullptr, "a selector needs its vote function");
     const std::lock_guard lock(places_mutex);
     AddPlace(name, o);

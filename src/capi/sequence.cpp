@@ -10,6 +10,8 @@ using namespace lesskv::capi;  // NOLINT
 
 namespace {
 
+constexpr lesskv_sequence_params kDefaults{sizeof kDefaults, nullptr, 0, nullptr, 0};
+
 CacheSpec SpecOf(const lesskv_sequence_params& o) { return CacheSpec::Parse(o.kv_spec == nullptr ? "full" : o.kv_spec); }
 
 std::shared_ptr<const CacheConfig> ConfigOf(const LoadedModel& loaded, const lesskv_sequence_params& o) {
@@ -64,15 +66,15 @@ lesskv_stats StatsOf(const CacheStats& s) {
 
 extern "C" {
 
-lesskv_sequence_params lesskv_sequence_default_params(void) {
-  return {sizeof(lesskv_sequence_params), nullptr, 0, nullptr, 0};
+lesskv_status lesskv_sequence_params_init(lesskv_sequence_params* params, size_t size) {
+  return Init(params, size, kDefaults);
 }
 
 lesskv_status lesskv_sequence_new(lesskv_model* model, const lesskv_sequence_params* params, lesskv_sequence** sequence) {
   return Guard([&] {
     const LoadedModel& loaded = Loaded(model);
     Require(sequence != nullptr, "there is nowhere to write the sequence");
-    auto config = ConfigOf(loaded, Options(params, lesskv_sequence_default_params()));
+    auto config = ConfigOf(loaded, Options(params, kDefaults));
     Hand(std::unique_ptr<lesskv_sequence>(new lesskv_sequence{model->loaded, Sequence(std::move(config))}), sequence);
   });
 }
@@ -136,7 +138,7 @@ lesskv_status lesskv_sequence_load(lesskv_model* model, const lesskv_sequence_pa
   return Guard([&] {
     const LoadedModel& loaded = Loaded(model);
     Require(path != nullptr && sequence != nullptr, "a path and a place for the sequence are needed");
-    const lesskv_sequence_params o = Options(params, lesskv_sequence_default_params());
+    const lesskv_sequence_params o = Options(params, kDefaults);
     Require(o.n_protected_spans == 0, "protected spans are the session's own");
     Session session = LoadSession(path, *loaded.engine, SpecOf(o), o.ctx);
     Hand(std::unique_ptr<lesskv_sequence>(new lesskv_sequence{model->loaded, std::move(session.sequence)}), sequence);
@@ -146,7 +148,7 @@ lesskv_status lesskv_sequence_load(lesskv_model* model, const lesskv_sequence_pa
 lesskv_status lesskv_plan_bytes(lesskv_model* model, const lesskv_sequence_params* params, size_t n_prompt, size_t n_decode,
                                 lesskv_plan* plan) {
   return Guard([&] {
-    const auto config = ConfigOf(Loaded(model), Options(params, lesskv_sequence_default_params()));
+    const auto config = ConfigOf(Loaded(model), Options(params, kDefaults));
     const size_t ctx = config->shape().ctx;
     if (n_prompt == 0 || n_prompt > ctx || n_decode > ctx - n_prompt)
       Fail(ErrorCode::kInvalidArgument, "a prompt of {} tokens and {} more do not fit the context of {}", n_prompt, n_decode, ctx);

@@ -13,6 +13,17 @@ using namespace lesskv::capi;  // NOLINT
 
 namespace {
 
+lesskv_train_less_params LessDefaults() {
+  const train::TrainLessOptions o;
+  return {sizeof(lesskv_train_less_params), nullptr, 0, nullptr, 0, o.ctx, o.sequences, o.rank, o.hidden, o.epochs, o.batch,
+          o.rate, o.seed, nullptr, false, nullptr, nullptr};
+}
+
+lesskv_train_budgets_params BudgetsDefaults() {
+  const train::TrainBudgetsOptions o;
+  return {sizeof(lesskv_train_budgets_params), nullptr, 0, o.sequences, o.tokens, o.seed, nullptr, nullptr};
+}
+
 // The other parts of a sidecar that is there already, of the same model; nothing where there is none.
 std::optional<Sidecar> ExistingSidecar(const std::string& path, const Model& model) {
   if (!std::filesystem::exists(path)) return std::nullopt;
@@ -87,15 +98,12 @@ Sidecar NewSidecar(const Model& model) {
 
 extern "C" {
 
-lesskv_train_less_params lesskv_train_less_default_params(void) {
-  const train::TrainLessOptions o;
-  return {sizeof(lesskv_train_less_params), nullptr, 0, nullptr, 0, o.ctx, o.sequences, o.rank, o.hidden, o.epochs, o.batch,
-          o.rate, o.seed, nullptr, false, nullptr, nullptr};
+lesskv_status lesskv_train_less_params_init(lesskv_train_less_params* params, size_t size) {
+  return Init(params, size, LessDefaults());
 }
 
-lesskv_train_budgets_params lesskv_train_budgets_default_params(void) {
-  const train::TrainBudgetsOptions o;
-  return {sizeof(lesskv_train_budgets_params), nullptr, 0, o.sequences, o.tokens, o.seed, nullptr, nullptr};
+lesskv_status lesskv_train_budgets_params_init(lesskv_train_budgets_params* params, size_t size) {
+  return Init(params, size, BudgetsDefaults());
 }
 
 lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_params* params, const char* sidecar,
@@ -103,7 +111,7 @@ lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_par
   return Guard([&] {
     LoadedModel& loaded = Loaded(model);
     Require(sidecar != nullptr, "a sidecar to write is needed");
-    const lesskv_train_less_params o = Options(params, lesskv_train_less_default_params());
+    const lesskv_train_less_params o = Options(params, LessDefaults());
     const train::TrainLessOptions options = OptionsOf(o, sidecar);
     const std::lock_guard lock(loaded.in_use);
     const std::optional<Sidecar> existing = ExistingSidecar(sidecar, *loaded.model);
@@ -123,7 +131,7 @@ lesskv_status lesskv_train_budgets(lesskv_model* model, const lesskv_train_budge
   return Guard([&] {
     LoadedModel& loaded = Loaded(model);
     Require(sidecar != nullptr, "a sidecar to write is needed");
-    const lesskv_train_budgets_params o = Options(params, lesskv_train_budgets_default_params());
+    const lesskv_train_budgets_params o = Options(params, BudgetsDefaults());
     RequireAtMost("sequences", o.sequences, kMostSequences);
     RequireAtMost("tokens", o.tokens, kMostTokens);
     train::TrainBudgetsOptions options;

@@ -1,41 +1,16 @@
-// The bodies of requests and answers, in OpenAI's form (docs/server.md). No HTTP here.
+// The bodies of answers, in OpenAI's form (docs/server.md). No HTTP here.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
-#include "chat/chat_template.h"
-#include "engine/engine.h"
+#include "server/request_reader.h"
 #include "server/scheduler.h"
-#include "tokenizer/tokenizer.h"
 
 namespace lesskv {
-
-// What the operator allows.
-struct ApiLimits {
-  size_t ctx = 0;
-  size_t max_prompt = 0;     // tokens
-  size_t max_output = 0;     // tokens; also what is generated at most where a request does not say
-  size_t max_protected = 0;  // tokens that a request may protect
-  size_t max_choices = 1;    // texts of one request; no more than may run at once
-  std::chrono::seconds max_time{600};
-  std::vector<std::string> kv = {};  // canonical specs that requests may name; the first is the default
-};
-
-// What requests are read against. All of it outlives the requests.
-struct ApiContext {
-  const Engine& engine;
-  const Tokenizer& tokenizer;
-  const ChatTemplate* chat = nullptr;  // null: the model has no template that is known
-  std::string model_name;
-  ApiLimits limits;
-};
 
 // Errors in OpenAI's form, with the status they are sent with.
 struct ApiError {
@@ -47,25 +22,6 @@ struct ApiError {
 // ends.
 ApiError ToApiError(const Error& error);
 
-enum class TextForm { kCompletion, kChat, kResponse };
-
-// A request for one text, or several of one prompt.
-struct TextRequest {
-  JobRequest job;
-  TextForm form = TextForm::kCompletion;
-  bool stream = false;
-  bool include_usage = false;  // of a stream
-};
-
-// Throw Error (kInvalidArgument) with one sentence that names the field; kNotFound for another model's name.
-TextRequest ParseChatRequest(std::string_view body, const ApiContext& context);
-TextRequest ParseCompletionRequest(std::string_view body, const ApiContext& context);
-TextRequest ParseResponseRequest(std::string_view body, const ApiContext& context);
-// The fields that such a request may have.
-std::vector<std::string> RequestFields(TextForm form);
-std::string Tokenize(std::string_view body, const ApiContext& context);
-std::string Detokenize(std::string_view body, const ApiContext& context);
-std::string ApplyTemplate(std::string_view body, const ApiContext& context);
 // What runs now, one object a text, and how many wait.
 std::string SlotsText(const Scheduler& scheduler);
 
