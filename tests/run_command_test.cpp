@@ -90,6 +90,38 @@ TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
   EXPECT_EQ(Shell("$L train kvzap -m m.gguf --text $T --sequences 1 --tokens 64 -o m.less.gguf").status, 2);
 }
 
+// The weight of the states is the best of those tried, and the same when asked again; everything else in the file stays.
+TEST_F(RunCommand, TheMassOfStatesIsChosenOnText) {
+  const std::string models = std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small";
+  std::filesystem::copy_file(models + ".gguf", Path("m.gguf"));
+  Sidecar heavy = ReadSidecar(models + ".less.gguf");
+  heavy.budgets = {{2, 2, 2, 2}, {0.5f}, std::vector<float>(8, 0.5f), 1};
+  ShiftLogMass(heavy, 3);
+  WriteSidecar(Path("m.less.gguf"), heavy);
+  const std::string command = "$L train mass -m m.gguf -o m.less.gguf -c 256 --text $T --max-windows 1 --kv 'h2o(16)' --grid 1 --json";
+  const Result result = Shell(command);
+  ASSERT_EQ(result.status, 0) << result.err;
+  const auto report = nlohmann::json::parse(result.out);
+  std::map<double, double> tried;
+  for (const auto& row : report["tried"]) tried[row["shift"]] = row["perplexity"][0];
+  const double taken = report["shift"];
+  EXPECT_LT(taken, 0);
+  for (const auto& [shift, perplexity] : tried) EXPECT_GE(perplexity, tried[taken]) << shift;
+  const Sidecar lighter = ReadSidecar(Path("m.less.gguf"));
+  EXPECT_NEAR(lighter.layers[1].psi.b2[0], heavy.layers[1].psi.b2[0] + taken, 1e-5);
+  EXPECT_EQ(lighter.budgets, heavy.budgets);
+  const auto measured = nlohmann::json::parse(Shell("$L eval perplexity -m m.gguf -c 256 --text $T --max-windows 1 --kv 'h2o(16)+less' -o json").out);
+  EXPECT_NEAR(measured[0]["perplexity"], tried[taken], 1e-6 * tried[taken]);
+  EXPECT_EQ(nlohmann::json::parse(Shell(command).out)["shift"], 0);
+  EXPECT_FALSE(Exists("m.less.gguf.part.less.gguf"));
+  ExpectOneSentence(Shell("$L train mass -m m.gguf -o none.less.gguf --text $T"), 2, "none.less.gguf");
+  Sidecar bare;
+  bare.model_fingerprint = heavy.model_fingerprint;
+  bare.budgets = heavy.budgets;
+  WriteSidecar(Path("bare.less.gguf"), bare);
+  ExpectOneSentence(Shell("$L train mass -m m.gguf -o bare.less.gguf --text $T"), 2, "holds no feature maps");
+}
+
 // The first tokens stay in every cache of an evaluation: a window without sinks that must keep six is one with six.
 TEST_F(RunCommand, EvaluationsProtectTheSameTokensForAll) {
   const auto rows = [&](const std::string& keep, const std::string& spec) {

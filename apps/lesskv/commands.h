@@ -15,6 +15,7 @@ void AddConvertCommand(CLI::App& app);
 void AddEvalCommand(CLI::App& app);
 void AddBenchCommand(CLI::App& app);
 void AddTrainCommand(CLI::App& app);
+void AddTrainMass(CLI::App& train);
 void AddMethodsCommand(CLI::App& app);
 void AddPlanCommand(CLI::App& app);
 void AddTokenizeCommand(CLI::App& app);

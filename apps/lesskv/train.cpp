@@ -394,6 +394,7 @@ void AddTrainCommand(CLI::App& app) {
   CLI::App* train = app.add_subcommand("train", "Train what belongs to a model");
   train->require_subcommand(1);
   AddLess(*train);
+  AddTrainMass(*train);
   AddBudgets(*train);
   AddKvzap(*train);
   AddCsr(*train);

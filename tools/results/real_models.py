@@ -28,9 +28,11 @@ PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "results.svg"
 MODELS = {"smollm2": "SmolLM2-135M-Instruct, Q8_0", "qwen": "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M"}
 SCORED = 192  # tokens scored one by one behind a prompt
+RULER_TASKS = ["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"]
 KEPT = ["model_fingerprint", "kv_spec", "mode", "step", "prompt", "ctx", "isa", "compute", "version", "windows", "tokens_scored", "tokens_seen",
         "tokens_resident", "kv_bytes", "kv_bytes_peak", "kv_bytes_full", "sidecar_bytes", "perplexity", "perplexity_se", "perplexity_ratio",
         "perplexity_ratio_se", "kl_mean", "kl_mean_se", "kl_p95", "kl_p99", "same_top1", "tokens_per_second", "prefill_tokens_per_second",
+        "length", "samples", "ask", *[f"score_{t}{e}" for t in RULER_TASKS for e in ("", "_se")],
         *[f"{measure}_pair_{which}" for measure in ("share", "perplexity") for which in ("new", "near", "far")]]
 
 ROWS_OF_FEW_BITS = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+mix(k=q8, v=q4)", "full+kivi(4)", "full+kivi(4, group=64)",
@@ -61,6 +63,10 @@ QWEN = ["full+q8", "full+q4(rotate=true)+recent", "full+kivi(4)", "full+kivi(k=4
 
 # What the state wins back, on three kinds of text and for three selectors.
 LESS = ["full", "h2o(2%)", "h2o(2%)+less", "h2o(5%)", "h2o(5%)+less", "window(5%)", "window(5%)+less", "tova(5%)", "tova(5%)+less"]
+
+# Needles behind a compressed document: half, a quarter and an eighth of the rows.
+NEEDLES = ["full", "full+cluster(25%)", *[f"{s}({b}){t}" for b in ("50%", "25%", "12%") for s, t in
+           (("window", ""), ("h2o", ""), ("snapkv", ""), ("snapkv", "+split"), ("kvzap", "+pooled"))], "full+kivi(2)", "h2o(25%)+less"]
 
 
 def runs():
@@ -98,6 +104,9 @@ def runs():
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
   divergence("bits", "qwen", 2048, 2, QWEN)
   divergence("bits", "smollm2", 4096, 3, LONG)
+  for spec in NEEDLES:
+    out.append(("ruler smollm2", "smollm2", ["ruler", "--task", ",".join(RULER_TASKS), "--length", "1400", "-c", "1536", "--samples", "10", "--ask", "after",
+                                             "--keep", "4", "--compute", "int8", "--text", "TEXT", "--kv", spec]))
   return out
 
 
@@ -282,6 +291,25 @@ def less_section(store) -> str:
   return "### LESS while a text streams in\n\n" + note("less") + "\n".join(out) if out else ""
 
 
+def ruler_section(store) -> str:
+  """What is found behind a compressed document, by task; tasks that `full` does not solve half of stand apart."""
+  found = [(arguments, store[run_key(model, arguments)]["rows"][0]) for name, model, arguments in runs()
+           if name.startswith("ruler") and run_key(model, arguments) in store]
+  if not found or found[0][1]["kv_spec"] != "full":
+    return ""
+  arguments, full = found[0]
+  solved = [t for t in RULER_TASKS if full[f"score_{t}"] >= 0.5]
+  cells = []
+  for _, row in found:
+    scores = [row[f"score_{t}"] for t in solved]
+    error = math.sqrt(sum(row[f"score_{t}_se"] ** 2 for t in solved)) / len(solved)
+    cells.append([f"`{short(row['kv_spec'])}`", f"{bits(row):.2f}", f"**{100 * sum(scores) / len(solved):.0f}** ± {100 * error:.0f}",
+                  *[f"{100 * row[f'score_{t}']:.0f}" for t in RULER_TASKS]])
+  head = ["cache", "bits", f"average of {len(solved)}", *[t.removeprefix("niah_").replace("_", " ") for t in RULER_TASKS]]
+  facts = f"{MODELS['smollm2']}, {full['samples']} documents of {full['length']} tokens a task, the question after the document was read and compressed, scores in %:\n\n"
+  return "## Needles\n\n" + note("needles") + facts + table(head, cells) + "\n" + command_of("smollm2", arguments)
+
+
 def command_of(model, arguments) -> str:
   return f"    lesskv eval {arguments[0]} -m {model.upper()}.gguf {shlex.join(arguments[1:])}\n"
 
@@ -314,6 +342,7 @@ def render() -> None:
       out.append(stream_section(store))
     if names[0] == "states":
       out.append(less_section(store))
+  out.append(ruler_section(store))
   out.append(note("tail"))
   PAGE.write_text("\n".join(out))
   print(f"{PAGE} written from {len(store)} runs", file=sys.stderr)

@@ -137,6 +137,24 @@ TEST_P(LessKinds, MapsEqualTheDoublePrecisionFormula) {
   ForceIsa(BestIsa());
 }
 
+// A shift of the log-mass scales every psi and nothing else.
+TEST_P(LessKinds, AShiftOfTheLogMassScalesPsi) {
+  const SidecarShape s = Shape(2, 1, 16, 4, 24, GetParam());
+  Sidecar sidecar = RandomSidecar(s, 5);
+  const auto before = FeatureMaps::Create(sidecar);
+  ShiftLogMass(sidecar, -0.7f);
+  const auto after = FeatureMaps::Create(sidecar);
+  const size_t n = 5;
+  const std::vector<float> x = RandomRows(n * 16, 3);
+  std::vector<float> was(n * s.rank), is(n * s.rank);
+  before->Psi(0, 0, x.data(), 16, n, was.data());
+  after->Psi(0, 0, x.data(), 16, n, is.data());
+  for (size_t i = 0; i < was.size(); ++i) EXPECT_NEAR(is[i], was[i] * std::exp(-0.7f), 1e-5 * (1 + was[i]));
+  before->Phi(0, 1, x.data(), 16, n, was.data());
+  after->Phi(0, 1, x.data(), 16, n, is.data());
+  EXPECT_EQ(is, was);
+}
+
 // Packing to bfloat16 and back loses nothing when the parameters are bfloat16 already.
 TEST_P(LessKinds, Bf16MapsEqualFloatMapsOfRoundedParameters) {
   const SidecarShape s = Shape(2, 1, 16, 4, 100, GetParam());

@@ -459,6 +459,16 @@ void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_
        sidecar.model_fingerprint, sidecar.model_name, model_fingerprint);
 }
 
+void ShiftLogMass(Sidecar& sidecar, float shift) {
+  for (LayerParams& layer : sidecar.layers) {
+    if (sidecar.shape.kind == FeatureKind::kExp) {
+      for (float& bias : layer.psi.b2) bias += shift;
+    } else {
+      for (float& scale : layer.d) scale *= std::exp(shift);
+    }
+  }
+}
+
 Sidecar MergeSidecars(const std::vector<std::string>& paths) {
   if (paths.empty()) Fail(ErrorCode::kInvalidArgument, "merging sidecars needs at least one file");
   Sidecar merged = ReadSidecar(paths[0]);

@@ -136,6 +136,9 @@ void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_
 // The identity that a file names, without reading its maps; nothing for other files and for sidecars without one.
 std::optional<uint64_t> SidecarIdentity(const std::string& path);
 
+// Adds `shift` to the log-mass of every state: psi times exp(shift), in the bias of its last layer (kExp) or in d (kGelu).
+void ShiftLogMass(Sidecar& sidecar, float shift);
+
 // Joins parts that were trained apart (--layers A-B): same model and shape, every layer in exactly one part.
 Sidecar MergeSidecars(const std::vector<std::string>& paths);
 
