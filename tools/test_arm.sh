@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# test_arm.sh [quick]: builds test programs for 64-bit ARM and runs them under qemu-user; `quick`: those of the kernels,
-# with dot products, alone. Wants Debian's g++-aarch64-linux-gnu and qemu-user-static; the libraries come through
-# arm_sysroot.sh.
+# test_arm.sh [quick | SUITE...]: builds test programs for 64-bit ARM and runs them under qemu-user: those below, those
+# named, or (`quick`) the kernels with dot products alone. Wants Debian's g++-aarch64-linux-gnu and qemu-user-static; the
+# libraries come through arm_sysroot.sh.
 #   JOBS   compilers and emulators at once (default: processors)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Left out: suites that start programs themselves (what they start would not be emulated), those of whole models, and
-# those of training, evaluation, conversion and the server.
-suites=(kernels_test base_test format_test tokenizer_test kvcache_test model_test engine_test chain_test)
-[ "${1:-}" != quick ] || suites=(kernels_test)
+# Suites that start programs themselves cannot be named: what they start would not be emulated.
+suites=(kernels_test base_test format_test tokenizer_test)
+case "${1:-}" in
+  '') ;;
+  quick) suites=(kernels_test) ;;
+  *) suites=("$@") ;;
+esac
 jobs=${JOBS:-$(nproc)}
 
 for program in aarch64-linux-gnu-g++ qemu-aarch64-static; do
@@ -42,4 +45,4 @@ if [ "${1:-}" = quick ]; then
 fi
 for suite in "${suites[@]}"; do test_suite "$suite"; done
 # On a processor without dot products, where an instruction that strayed out of their units would be the end.
-QEMU_CPU=cortex-a53 test_suite kernels_test --gtest_filter='*/neon'
+[ $# -gt 0 ] || QEMU_CPU=cortex-a53 test_suite kernels_test --gtest_filter='*/neon'
