@@ -3,6 +3,7 @@
 #               one) and runs it with a full and with small caches
 #   make test   installs what is missing, builds and runs all tests
 #   make model  brings the real model only
+#   make test-arm  cross-compiles for 64-bit ARM and runs the tests that fit some minutes under qemu-user
 #   make python-test  packs the library into the Python package's wheel and tests it in a clean environment (needs PyPI)
 #   make install PREFIX=DIR  puts the program, the C library and its header there (default /usr/local)
 BUILD ?= build/release
@@ -11,7 +12,7 @@ PREFIX ?= /usr/local
 
 CTEST := ctest -j 2 --output-on-failure
 
-.PHONY: run model test bench bench-check build program install python-test sanitize packages clean
+.PHONY: run model test test-arm bench bench-check build program install python-test sanitize packages clean
 
 packages:
 	@tools/install_packages.sh
@@ -37,6 +38,10 @@ model: packages
 
 test: build
 	$(CTEST) --test-dir $(BUILD)
+
+test-arm:
+	@tools/install_packages.sh g++-aarch64-linux-gnu qemu-user-static
+	@JOBS=$(JOBS) tools/test_arm.sh
 
 python-test: packages
 	cmake --preset release -B $(BUILD)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that building and testing need and that are missing. Prints what it installs. Works as
-# root or through sudo; on a system without apt it prints the list and stops.
+# Installs the Debian packages that building and testing need, and those named as arguments, where they are missing.
+# Prints what it installs. Works as root or through sudo; on a system without apt it prints the list and stops.
 set -euo pipefail
 
 packages=(
   g++ cmake ninja-build pkg-config ccache git
   libdnnl-dev libhwy-dev libpcre2-dev nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libxxhash-dev libedit-dev
   libcpp-httplib-dev libhiredis-dev libgtest-dev libbenchmark-dev python3 python3-pip python3-numpy python3-pytest ca-certificates
+  "$@"
 )
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then

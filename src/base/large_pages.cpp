@@ -1,6 +1,7 @@
 #include "base/large_pages.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <fstream>
@@ -12,13 +13,14 @@
 namespace lesskv {
 namespace {
 
-constexpr size_t kSmallPage = 4096;
+// 4 KiB, but 16 or 64 on some ARM systems.
+size_t SmallPage() { return static_cast<size_t>(::sysconf(_SC_PAGESIZE)); }
 
 }  // namespace
 
 std::byte* AllocateLargePages(size_t bytes) noexcept {
   if (bytes > std::numeric_limits<size_t>::max() - 2 * kLargePage) return nullptr;
-  const size_t used = RoundUp(bytes, kSmallPage), reserved = used + kLargePage;
+  const size_t used = RoundUp(bytes, SmallPage()), reserved = used + kLargePage;
   void* all = ::mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) return nullptr;
   auto* begin = static_cast<std::byte*>(all);
@@ -31,7 +33,7 @@ std::byte* AllocateLargePages(size_t bytes) noexcept {
   return begin + before;
 }
 
-void FreeLargePages(std::byte* data, size_t bytes) noexcept { ::munmap(data, RoundUp(bytes, kSmallPage)); }
+void FreeLargePages(std::byte* data, size_t bytes) noexcept { ::munmap(data, RoundUp(bytes, SmallPage())); }
 
 bool HasLargePages() {
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");  // such as "always [madvise] never"

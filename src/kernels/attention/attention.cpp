@@ -19,10 +19,8 @@ namespace lesskv {
 namespace {
 
 const AttentionKernels& Kernels() {
-#ifdef __x86_64__
   switch (ActiveIsa()) {
-    case Isa::kScalar:
-      return scalar::kAttentionKernels;
+#if defined(__x86_64__)
     case Isa::kAvx2:
     case Isa::kAvxVnni:
       return avx2::kAttentionKernels;
@@ -30,9 +28,15 @@ const AttentionKernels& Kernels() {
     case Isa::kAvx512Bf16:
     case Isa::kAmx:
       return avx512::kAttentionKernels;
-  }
+#elif defined(__aarch64__)
+    case Isa::kNeon:
+      return neon::kAttentionKernels;
+    case Isa::kDotprod:
+      return dotprod::kAttentionKernels;
 #endif
-  return scalar::kAttentionKernels;
+    default:
+      return scalar::kAttentionKernels;
+  }
 }
 
 // Cosines and sines of small positions, a table a rope. The read positions of a store that numbers its rows anew are

@@ -124,6 +124,12 @@ extern const AttentionKernels kAttentionKernels;
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
 }
+namespace neon {
+extern const AttentionKernels kAttentionKernels;
+}
+namespace dotprod {
+extern const AttentionKernels kAttentionKernels;
+}
 
 namespace amx {
 // A MultiplyPairsFunction that reads a and writes c up to a multiple of 16 rows; pairs must be a multiple of 16.

@@ -1,6 +1,6 @@
-// The attention kernels, written once over a vector type. Included by attention_scalar.cpp, attention_avx2.cpp and
-// attention_avx512.cpp, inside their own anonymous namespace and after they have defined
-//   V, kW (lanes: 1, 8 or 16)   Zero Splat Load Store LoadF16 LoadBF16   Fma(a, b, c) = a b + c   Mul Add Sub VMax VMin
+// The attention kernels, written once over a vector type. Included by attention_*.cpp of each instruction set, inside
+// their own anonymous namespace and after they have defined
+//   V, kW (lanes)   Zero Splat Load Store LoadF16 LoadBF16   Fma(a, b, c) = a b + c   Mul Add Sub VMax VMin
 //   (VMax and VMin give their second argument when one is NaN)   Round (to nearest)
 //   TimesPow2(y, n): y 2^n for whole n <= 127, 0 for n < -150   ReduceMax ReduceAdd   HalfToFloat(uint16_t)
 //   Field(bytes, shift, mask): (32-bit lanes >> shift) & mask

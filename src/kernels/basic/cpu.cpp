@@ -6,19 +6,31 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 
 #include "base/error.h"
 
 namespace lesskv {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+// Lowest first.
+#if defined(__aarch64__)
+constexpr Isa kIsasHere[] = {Isa::kScalar, Isa::kNeon, Isa::kDotprod};
+#elif defined(__x86_64__)
+constexpr Isa kIsasHere[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+#else
+constexpr Isa kIsasHere[] = {Isa::kScalar};
+#endif
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2,       Isa::kAvxVnni, Isa::kAvx512,
+                            Isa::kAvx512Bf16, Isa::kAmx, Isa::kNeon,    Isa::kDotprod};
 constexpr int kUnset = -1;
 std::atomic<int> g_isa{kUnset};
 
@@ -59,12 +71,19 @@ Isa DetectIsa() {
   }
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
   return HasAmx() ? Isa::kAmx : Isa::kAvx512Bf16;
+#elif defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 ? Isa::kDotprod : Isa::kNeon;
+#elif defined(__aarch64__)
+  return Isa::kNeon;
 #else
   return Isa::kScalar;
 #endif
 }
 
-bool IsAvailable(Isa isa) { return isa == Isa::kAvxVnni ? HasAvxVnni() : isa <= BestIsa(); }
+bool IsAvailable(Isa isa) {
+  if (std::find(std::begin(kIsasHere), std::end(kIsasHere), isa) == std::end(kIsasHere)) return false;
+  return isa == Isa::kAvxVnni ? HasAvxVnni() : isa <= BestIsa();
+}
 
 void CheckAvailable(Isa isa) {
   if (!IsAvailable(isa)) {
@@ -75,7 +94,7 @@ void CheckAvailable(Isa isa) {
 
 // The kernels written with Highway follow the same choice: its targets above the level are masked out. The scalar
 // level never reaches Highway.
-void LimitHighway(Isa isa) {
+void LimitHighway([[maybe_unused]] Isa isa) {
   int64_t allowed = -1;
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) allowed = ~static_cast<int64_t>(HWY_AVX2 - 1);
@@ -120,7 +139,7 @@ void ForceIsa(Isa isa) {
 
 std::vector<Isa> AvailableIsas() {
   std::vector<Isa> isas;
-  for (Isa isa : kAllIsas) {
+  for (Isa isa : kIsasHere) {
     if (IsAvailable(isa)) isas.push_back(isa);
   }
   return isas;
@@ -130,6 +149,10 @@ std::string_view IsaName(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return "scalar";
+    case Isa::kNeon:
+      return "neon";
+    case Isa::kDotprod:
+      return "dotprod";
     case Isa::kAvx2:
       return "avx2";
     case Isa::kAvxVnni:
@@ -150,7 +173,9 @@ Isa ParseIsa(std::string_view name) {
   for (Isa isa : kAllIsas) {
     if (name == IsaName(isa)) return isa;
   }
-  Fail(ErrorCode::kInvalidArgument, "instruction set \"{}\" is unknown; it can be scalar, avx2, avxvnni, avx512, avx512bf16 or amx",
+  Fail(ErrorCode::kInvalidArgument,
+       "instruction set \"{}\" is unknown; it can be scalar, avx2, avxvnni, avx512, avx512bf16 or amx, on ARM neon or "
+       "dotprod",
        name);
 }
 

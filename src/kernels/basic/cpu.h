@@ -1,6 +1,6 @@
 // What the processor can do, and which set of kernels is in use. The choice is made once, at the first kernel call; the
-// environment variable LESSKV_ISA (scalar, avx2, avxvnni, avx512, avx512bf16, amx) lowers it, so that every path can be tested on one
-// machine.
+// environment variable LESSKV_ISA (scalar; avx2, avxvnni, avx512, avx512bf16, amx; neon, dotprod) lowers it, so that
+// every path can be tested on one machine.
 #pragma once
 
 #include <string>
@@ -9,9 +9,11 @@
 
 namespace lesskv {
 
-// Each level includes the ones before it, but for kAvxVnni: processors with AVX-512 need not have it.
+// Each level of an architecture includes its ones before, but for kAvxVnni: processors with AVX-512 need not have it.
 enum class Isa {
   kScalar,      // portable C++, the reference of every kernel
+  kNeon,        // 64-bit ARM
+  kDotprod,     // and its dot products of four 8-bit numbers (the `asimddp` of /proc/cpuinfo)
   kAvx2,        // AVX2, FMA, F16C
   kAvxVnni,     // and AVX-VNNI: dot products of four 8-bit numbers
   kAvx512,      // AVX-512 F, BW, DQ, VL and VNNI
@@ -33,7 +35,7 @@ void ForceIsa(Isa isa);
 // Every level this processor can run, lowest first.
 std::vector<Isa> AvailableIsas();
 
-std::string_view IsaName(Isa isa);  // "scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx"
+std::string_view IsaName(Isa isa);  // "scalar", "neon", "dotprod", "avx2", "avxvnni", "avx512", "avx512bf16", "amx"
 std::string IsaName();              // of the active level
 
 // The level of that name; throws Error listing the names otherwise.

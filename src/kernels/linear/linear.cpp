@@ -31,8 +31,6 @@ constexpr size_t kTaskBytes = 1 << 20;    // weights a task of the few-token pat
 
 const LinearKernels& Kernels([[maybe_unused]] size_t n_in) {
   switch (ActiveIsa()) {
-    case Isa::kScalar:
-      return internal::ScalarLinearKernels();
 #if defined(__x86_64__)
     case Isa::kAvx2:
       return internal::Avx2LinearKernels();
@@ -46,12 +44,15 @@ const LinearKernels& Kernels([[maybe_unused]] size_t n_in) {
       // Rows that do not fill its tiles go the other way.
       return n_in % internal::AmxLinearKernels().shape_bf16.multiple == 0 ? internal::AmxLinearKernels()
                                                                           : internal::Avx512Bf16LinearKernels();
-#else
-    default:
-      break;
+#elif defined(__aarch64__)
+    case Isa::kNeon:
+      return internal::NeonLinearKernels();
+    case Isa::kDotprod:
+      return internal::DotprodLinearKernels();
 #endif
+    default:
+      return internal::ScalarLinearKernels();
   }
-  return internal::ScalarLinearKernels();
 }
 
 // Memory that grows to the largest size asked for and stays: products come thousands of times a second.
@@ -402,7 +403,8 @@ std::string_view ComputeTypeName(ComputeType compute) {
 ComputeType AutoCompute() {
   const Isa isa = ActiveIsa();
   if (isa >= Isa::kAvx512Bf16) return ComputeType::kBF16;
-  return isa == Isa::kAvx2 || isa == Isa::kAvxVnni ? ComputeType::kInt8 : ComputeType::kF32;
+  const bool int8 = isa == Isa::kAvx2 || isa == Isa::kAvxVnni || isa == Isa::kDotprod;
+  return int8 ? ComputeType::kInt8 : ComputeType::kF32;
 }
 
 bool IsLinearType(DType type) { return IsWeightType(type); }

@@ -137,6 +137,9 @@ void Avx512DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tok
 const Int8Kernels& Avx2Int8Kernels();
 const Int8Kernels& AvxVnniInt8Kernels();
 const Int8Kernels& Avx512Int8Kernels();
+#elif defined(__aarch64__)
+const LinearKernels& NeonLinearKernels();
+const LinearKernels& DotprodLinearKernels();  // the same but for products of 8-bit numbers
 #endif
 
 }  // namespace lesskv::internal

@@ -395,5 +395,14 @@ TEST(Cpu, NamesRoundTripAndUnknownOnesAreRefused) {
   ForceIsa(BestIsa());
 }
 
+TEST(Cpu, LevelsOfOtherArchitecturesAreRefused) {
+#if defined(__aarch64__)
+  const Isa others[] = {Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+#else
+  const Isa others[] = {Isa::kNeon, Isa::kDotprod};
+#endif
+  for (const Isa isa : others) EXPECT_THROW(ForceIsa(isa), Error) << IsaName(isa);
+}
+
 }  // namespace
 }  // namespace lesskv

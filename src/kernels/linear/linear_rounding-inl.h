@@ -1,0 +1,76 @@
+// Rows of activations to 8 bits and spikes (Int8Activations), the same for the instruction sets that keep codes in
+// natural order. Everything is in an anonymous namespace, so that each translation unit keeps its own copy, built with
+// its own flags.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/linear/linear_kernels.h"
+
+namespace lesskv::internal {
+namespace {
+
+// Each instruction set has its own: the largest size of 32 values; and 32 values rounded to 127 steps of the largest,
+// the same numbers as the scalar reference's, whose scale it returns.
+inline float LargestSize(const float* x);
+inline float Quantize32(const float* x, int8_t* q);
+
+// 32 elements but for those in `without`.
+inline void CopyBlock(const float* x, uint32_t without, float out[32]) {
+  for (size_t i = 0; i < 32; ++i) out[i] = (without >> i & 1) != 0 ? 0.0f : x[i];
+}
+
+// The largest element; of equal ones the first.
+inline size_t LargestElement(const float x[32]) {
+  size_t at = 0;
+  for (size_t i = 1; i < 32; ++i) {
+    if (__builtin_fabsf(x[i]) > __builtin_fabsf(x[at])) at = i;
+  }
+  return at;
+}
+
+// Takes out the spikes of a row, its largest elements: where they stood, ascending, and in `taken` the bits of each
+// block. `largest` is work space for n / 32 numbers.
+inline void TakeSpikes(const float* x, size_t n_blocks, size_t n_spikes, float* largest, uint32_t* taken,
+                       uint32_t* spike) {
+  for (size_t b = 0; b < n_blocks; ++b) largest[b] = LargestSize(x + b * 32), taken[b] = 0;
+  for (size_t e = 0; e < n_spikes; ++e) {
+    size_t b = 0;
+    for (size_t i = 1; i < n_blocks; ++i) b = largest[i] > largest[b] ? i : b;
+    float block[32];
+    CopyBlock(x + b * 32, taken[b], block);
+    const size_t i = LargestElement(block);
+    taken[b] |= uint32_t{1} << i;
+    block[i] = 0;
+    largest[b] = LargestSize(block);
+    size_t place = e;
+    for (; place > 0 && spike[place - 1] > b * 32 + i; --place) spike[place] = spike[place - 1];
+    spike[place] = static_cast<uint32_t>(b * 32 + i);
+  }
+  spike[n_spikes] = kNoSpike;
+}
+
+// Codes and scales of a token's row in natural order, and behind them those of its spikes. Returns the blocks of both.
+inline size_t RoundRowToInt8(const float* x, size_t n, size_t token, const Int8Activations& out) {
+  int8_t* q = out.q + token * out.n_padded;
+  float* scale = out.scale + token * out.n_padded / 16;
+  uint32_t* spike = out.spike + token * out.n_padded / 32;
+  auto* taken = reinterpret_cast<uint32_t*>(out.init + token * out.n_padded / 4);  // written later
+  const size_t n_blocks = n / 32;
+  TakeSpikes(x, n_blocks, out.n_spikes, scale, taken, spike);
+  for (size_t b = 0; b < n_blocks; ++b) {
+    float block[32];
+    if (taken[b] != 0) CopyBlock(x + b * 32, taken[b], block);
+    scale[b] = Quantize32(taken[b] != 0 ? block : x + b * 32, q + b * 32);
+  }
+  for (size_t e = 0; e < out.n_spikes; ++e) {
+    float block[32] = {};
+    block[spike[e] % 32] = x[spike[e]];
+    scale[n_blocks + e] = Quantize32(block, q + (n_blocks + e) * 32);
+  }
+  return n_blocks + out.n_spikes;
+}
+
+}  // namespace
+}  // namespace lesskv::internal
