@@ -29,8 +29,12 @@ ENTER, ESCAPE = ("Enter", 13), ("Escape", 27)
 
 
 class Server:
-    def __init__(self, program, model, *more, key=None):
+    """`slowly`: without the processor's instruction sets, so that no answer of the bundled model ends before it is stopped."""
+
+    def __init__(self, program, model, *more, key=None, slowly=False):
         environment = {name: value for name, value in os.environ.items() if name != "LESSKV_API_KEY"}
+        if slowly:
+            environment["LESSKV_ISA"] = "scalar"
         if key:
             environment["LESSKV_API_KEY"] = key
         self.process = subprocess.Popen([program, "serve", "-m", model, "--port", "0", *more], env=environment,
@@ -292,11 +296,12 @@ def run_checks(server, browser, *checks):
 
 def test(options, browser):
     chat = ["--ctx", "2048", "--chat-template", "plain"]
-    run_checks(Server(options.lesskv, options.model, *chat, "--allow-kv", "window(16)", "--allow-kv", "h2o(32)+less"), browser,
-               check_an_answer_streams, check_the_policy_changes, check_it_fits, check_stopping, check_reloading,
+    run_checks(Server(options.lesskv, options.model, *chat, "--allow-kv", "window(16)", "--allow-kv", "h2o(32)+less", slowly=True),
+               browser, check_an_answer_streams, check_the_policy_changes, check_it_fits, check_stopping, check_reloading,
                check_what_people_write_is_text, check_no_errors)
     # Without a chat format, the page continues plain text.
-    run_checks(Server(options.lesskv, options.model, "--kv", "window(64)", key="secret"), browser, check_a_key, check_a_server_that_goes)
+    run_checks(Server(options.lesskv, options.model, "--kv", "window(64)", key="secret", slowly=True), browser, check_a_key,
+               check_a_server_that_goes)
 
 
 def screenshots(page, folder, name):
