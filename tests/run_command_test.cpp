@@ -110,6 +110,10 @@ TEST_F(RunCommand, TheMassOfStatesIsChosenOnText) {
   const Sidecar lighter = ReadSidecar(Path("m.less.gguf"));
   EXPECT_NEAR(lighter.layers[1].psi.b2[0], heavy.layers[1].psi.b2[0] + taken, 1e-5);
   EXPECT_EQ(lighter.budgets, heavy.budgets);
+  std::vector<std::string> history = heavy.training.history;
+  EXPECT_FALSE(history.empty());  // of its refinement
+  history.push_back(fmt::format("train mass: {:+g} nats, chosen for h2o(16)", taken));
+  EXPECT_EQ(lighter.training.history, history);
   const auto measured = nlohmann::json::parse(Shell("$L eval perplexity -m m.gguf -c 256 --text $T --max-windows 1 --kv 'h2o(16)+less' -o json").out);
   EXPECT_NEAR(measured[0]["perplexity"], tried[taken], 1e-6 * tried[taken]);
   EXPECT_EQ(nlohmann::json::parse(Shell(command).out)["shift"], 0);

@@ -51,7 +51,9 @@ class MassSearch {
 
   Sidecar Shifted(int steps) const {
     Sidecar shifted = sidecar_;
-    ShiftLogMass(shifted, static_cast<float>(steps * command_.grid));
+    const double shift = steps * command_.grid;
+    ShiftLogMass(shifted, static_cast<float>(shift));
+    shifted.training.history.push_back(fmt::format("train mass: {:+g} nats, chosen for {}", shift, fmt::join(command_.policies, ", ")));
     return shifted;
   }
 

@@ -306,6 +306,7 @@ SidecarTraining ReadTraining(const GgufFile& file) {
   training.seed = file.GetOr<uint64_t>("less.train.seed", 0);
   training.validation = file.GetOr<std::vector<float>>("less.train.validation", {});
   training.validation_baseline = file.GetOr<std::vector<float>>("less.train.validation_baseline", {});
+  training.history = file.GetOr<std::vector<std::string>>("less.refine.history", {});
   return training;
 }
 
@@ -334,6 +335,7 @@ void AddMetadata(const Sidecar& sidecar, GgufWriter& writer) {
   writer.Add("less.train.seed", t.seed);
   writer.AddArray("less.train.validation", t.validation);
   writer.AddArray("less.train.validation_baseline", t.validation_baseline);
+  if (!t.history.empty()) writer.AddArray("less.refine.history", t.history);
 }
 
 void AddField(const std::string& name, const Field& field, DType type, GgufWriter& writer) {

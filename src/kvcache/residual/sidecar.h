@@ -62,6 +62,7 @@ struct SidecarTraining {
   uint64_t seed = 0;
   std::vector<float> validation;           // a layer: mean squared error of the validation sequences, best epoch
   std::vector<float> validation_baseline;  // a layer: the same for Baseline+ (selector with rank / 2 more rows)
+  std::vector<std::string> history;        // a line for each later change of the maps: joint refinement, train mass
 };
 
 // How the rows of a budget are best divided among the KV heads of a model's global layers (`split`): measured shares.

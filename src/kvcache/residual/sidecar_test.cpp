@@ -34,6 +34,7 @@ Sidecar Small(FeatureKind kind = FeatureKind::kGelu) {
   sidecar.training.tokens = 1u << 20;
   sidecar.training.validation = {0.5f, 0.25f, 0.125f};
   sidecar.training.validation_baseline = {1, 1, 1};
+  sidecar.training.history = {"refined", "weighed"};
   return sidecar;
 }
 
@@ -66,6 +67,7 @@ TEST(Sidecar, RoundTrip) {
     EXPECT_EQ(read.training.policies, wrote.training.policies);
     EXPECT_EQ(read.training.tokens, wrote.training.tokens);
     EXPECT_EQ(read.training.validation, wrote.training.validation);
+    EXPECT_EQ(read.training.history, wrote.training.history);
     for (size_t layer = 0; layer < 3; ++layer) {
       const LayerParams &a = read.layers[layer], &b = wrote.layers[layer];
       EXPECT_EQ(a.phi.w1, b.phi.w1);
