@@ -59,28 +59,32 @@ uint64_t Stream(size_t sequence, size_t net) { return (sequence * 4096 + net + 1
 
 }  // namespace
 
-LessLayer::LessLayer(const SidecarShape& shape, const LayerParams& p, std::vector<float> metric)
+LessLayer::LessLayer(const SidecarShape& shape, const LayerParams& initial, std::vector<float> metric)
     : shape_(shape), phi_(shape, false), psi_(shape, true), metric_(std::move(metric)) {
   const size_t q_dim = shape.n_heads * shape.head_dim;
   CHECK(metric_.size() == q_dim * q_dim, "metric of {} numbers for {} x {}", metric_.size(), q_dim, q_dim);
   parameters_.resize(shape.n_heads * phi_.total + shape.n_kv_heads * psi_.total);
+  Import(initial);
+}
+
+void LessLayer::Import(const LayerParams& p) {
   auto put = [](const std::vector<float>& from, size_t head, size_t size, float* to) {
     if (!from.empty()) std::copy_n(from.data() + head * size, size, to);
   };
-  for (size_t i = 0; i < shape.n_heads + shape.n_kv_heads; ++i) {
-    const bool is_psi = i >= shape.n_heads;
-    const size_t head = is_psi ? i - shape.n_heads : i;
+  for (size_t i = 0; i < shape_.n_heads + shape_.n_kv_heads; ++i) {
+    const bool is_psi = i >= shape_.n_heads;
+    const size_t head = is_psi ? i - shape_.n_heads : i;
     const NetParams& net = is_psi ? p.psi : p.phi;
     const NetLayout& at = is_psi ? psi_ : phi_;
     float* to = parameters_.data() + (is_psi ? PsiOffset(head) : head * phi_.total);
-    put(net.w1, head, shape.head_dim * shape.hidden, to + at.w1);
-    put(net.w2, head, shape.hidden * shape.rank, to + at.w2);
-    put(net.b1, head, shape.hidden, to + at.b1);
-    put(net.b2, head, shape.rank, to + at.b2);
+    put(net.w1, head, shape_.head_dim * shape_.hidden, to + at.w1);
+    put(net.w2, head, shape_.hidden * shape_.rank, to + at.w2);
+    put(net.b1, head, shape_.hidden, to + at.b1);
+    put(net.b2, head, shape_.rank, to + at.b2);
     if (!is_psi) continue;
-    put(p.d, head, shape.rank, to + at.d);
-    put(p.d2, head, shape.rank, to + at.d2);
-    put(p.x, head, shape.rank * shape.rank, to + at.x);
+    put(p.d, head, shape_.rank, to + at.d);
+    put(p.d2, head, shape_.rank, to + at.d2);
+    put(p.x, head, shape_.rank * shape_.rank, to + at.x);
   }
 }
 

@@ -51,6 +51,7 @@ class LessLayer {
   // Flat: n_heads phi nets, then n_kv_heads psi nets, each in NetLayout order.
   std::vector<float>& parameters() { return parameters_; }
   const std::vector<float>& parameters() const { return parameters_; }
+  void Import(const LayerParams& params);
   LayerParams Export() const;
 
   // The mean loss over all scored positions of the batch, and its gradient (overwritten, [parameters().size()]).

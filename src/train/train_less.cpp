@@ -21,6 +21,7 @@
 #include "train/capture.h"
 #include "train/capture_record.h"
 #include "train/crop_source.h"
+#include "train/input_scaling.h"
 #include "train/less_layer.h"
 #include "train/train_kernels.h"
 
@@ -290,8 +291,8 @@ class Trainer {
     size_t sequence, view;
   };
 
-  // Reads examples on all threads. plus (may be null): Baseline+'s outputs.
-  std::vector<LessExample> Load(size_t layer, std::span<const Wanted> wanted,
+  // Reads examples on all threads, and standardises them where `scaling` is given. plus (may be null): Baseline+'s outputs.
+  std::vector<LessExample> Load(size_t layer, std::span<const Wanted> wanted, const InputScaling* scaling,
                                 std::vector<std::vector<float>>* plus = nullptr) const {
     std::vector<LessExample> examples(wanted.size());
     std::vector<std::exception_ptr> failures(wanted.size());
@@ -300,6 +301,7 @@ class Trainer {
       try {
         examples[i] = ReadExample(RecordPath(o_.work_folder, wanted[i].sequence, layer), wanted[i].view, shape_.n_heads,
                                   shape_.n_kv_heads, plus == nullptr ? nullptr : &(*plus)[i]);
+        if (scaling != nullptr) scaling->Standardize(shape_, examples[i]);
       } catch (...) {
         failures[i] = std::current_exception();
       }
@@ -314,7 +316,7 @@ class Trainer {
   };
 
   // Bare and Baseline+ do not change: computed when asked for.
-  Validation Validate(size_t layer, const LessLayer& model, bool with_baselines) const {
+  Validation Validate(size_t layer, const LessLayer& model, const InputScaling* scaling, bool with_baselines) const {
     Validation sum;
     size_t scored = 0;
     std::vector<Wanted> all;
@@ -323,7 +325,7 @@ class Trainer {
     for (size_t first = 0; first < all.size(); first += o_.batch) {
       const std::span<const Wanted> some(all.data() + first, std::min(o_.batch, all.size() - first));
       std::vector<std::vector<float>> plus;
-      const std::vector<LessExample> examples = Load(layer, some, &plus);
+      const std::vector<LessExample> examples = Load(layer, some, scaling, &plus);
       std::vector<const LessExample*> batch;
       for (const LessExample& e : examples) batch.push_back(&e);
       size_t n = 0;
@@ -361,8 +363,20 @@ class Trainer {
     Adam(step, gradient.data(), gradient.size(), model.parameters().data(), adam.m.data(), adam.v.data());
   }
 
-  double TrainEpoch(size_t layer, size_t epoch, LessLayer& model, Optimizer& adam, TrainProgress& progress,
-                    Clock::time_point start, double first_done) {
+  struct LayerState {
+    size_t epoch = 0;  // epochs done
+    Optimizer adam;
+    std::vector<float> parameters, best;
+    Validation best_validation;
+    InputScaling inputs;
+  };
+
+  // The paper's features have no bias that could take a mean, and see queries and keys as they are.
+  const InputScaling* Scaling(const LayerState& state) const { return o_.kind == FeatureKind::kExp ? &state.inputs : nullptr; }
+
+  double TrainEpoch(size_t layer, LessLayer& model, LayerState& state, TrainProgress& progress, Clock::time_point start,
+                    double first_done) {
+    const size_t epoch = state.epoch;
     std::vector<size_t> order(n_training_);
     std::iota(order.begin(), order.end(), 0);
     Rng rng(MixSeed(MixSeed(o_.seed, layer), epoch));
@@ -375,12 +389,12 @@ class Trainer {
       std::vector<Wanted> wanted;
       for (size_t i = b * o_.batch; i < std::min(n_training_, (b + 1) * o_.batch); ++i)
         wanted.push_back({order[i], (epoch + order[i]) % o_.views});
-      const std::vector<LessExample> examples = Load(layer, wanted);
+      const std::vector<LessExample> examples = Load(layer, wanted, Scaling(state));
       std::vector<const LessExample*> batch;
       for (const LessExample& e : examples) batch.push_back(&e);
       const DropoutOptions dropout{static_cast<float>(o_.dropout), MixSeed(rng.Next(), b)};
       sum += model.LossAndGradient(batch, dropout, gradient);
-      Update(gradient, Rate(b, n_batches, epoch), model, adam);
+      Update(gradient, Rate(b, n_batches, epoch), model, state.adam);
       progress.loss = sum / static_cast<double>(b + 1);
       const double layers = static_cast<double>(o_.end_layer - o_.first_layer);
       const double in_layer = (static_cast<double>(epoch) + static_cast<double>(b + 1) / static_cast<double>(n_batches)) /
@@ -391,13 +405,6 @@ class Trainer {
     }
     return sum / static_cast<double>(n_batches);
   }
-
-  struct LayerState {
-    size_t epoch = 0;  // epochs done
-    Optimizer adam;
-    std::vector<float> parameters, best;
-    Validation best_validation;
-  };
 
   std::string StatePath(size_t layer) const { return fmt::format("{}/state-layer-{:03}.gguf", o_.work_folder, layer); }
 
@@ -413,6 +420,12 @@ class Trainer {
     writer.AddTensor("best", {state.best.size()}, state.best);
     writer.AddTensor("adam.m", {state.adam.m.size()}, state.adam.m);
     writer.AddTensor("adam.v", {state.adam.v.size()}, state.adam.v);
+    for (const auto& [name, channels] : {std::pair{"q", &state.inputs.q}, std::pair{"k", &state.inputs.k}}) {
+      if (channels->mean.empty()) continue;
+      writer.AddTensor(fmt::format("{}.mean", name), {channels->mean.size()}, channels->mean);
+      writer.AddTensor(fmt::format("{}.deviation", name), {channels->deviation.size()}, channels->deviation);
+    }
+    if (!state.inputs.center.empty()) writer.AddTensor("center", {state.inputs.center.size()}, state.inputs.center);
     writer.Write(StatePath(layer));
   }
 
@@ -427,17 +440,25 @@ class Trainer {
   bool LoadState(size_t layer, size_t n, LayerState& state) const {
     if (!o_.resume || !fs::exists(StatePath(layer))) return false;
     const GgufFile file = OpenState(layer);
-    auto read = [&](const char* name, std::vector<float>& values) {
+    auto read = [&](const char* name, size_t size, std::vector<float>& values) {
       const GgufTensor* tensor = file.FindTensor(name);
-      if (tensor == nullptr || tensor->type != DType::kF32 || tensor->Elements() != n)
-        Fail(ErrorCode::kBadFile, "{}: tensor {} must hold {} numbers", file.name(), name, n);
-      values.resize(n);
+      if (tensor == nullptr || tensor->type != DType::kF32 || tensor->Elements() != size)
+        Fail(ErrorCode::kBadFile, "{}: tensor {} must hold {} numbers", file.name(), name, size);
+      values.resize(size);
       std::memcpy(values.data(), tensor->data.data(), tensor->data.size());
     };
-    read("parameters", state.parameters);
-    read("best", state.best);
-    read("adam.m", state.adam.m);
-    read("adam.v", state.adam.v);
+    read("parameters", n, state.parameters);
+    read("best", n, state.best);
+    read("adam.m", n, state.adam.m);
+    read("adam.v", n, state.adam.v);
+    if (Scaling(state) != nullptr) {
+      const size_t q_dim = shape_.n_heads * shape_.head_dim, kv_dim = shape_.n_kv_heads * shape_.head_dim;
+      read("q.mean", q_dim, state.inputs.q.mean);
+      read("q.deviation", q_dim, state.inputs.q.deviation);
+      read("k.mean", kv_dim, state.inputs.k.mean);
+      read("k.deviation", kv_dim, state.inputs.k.deviation);
+      if (file.FindTensor("center") != nullptr) read("center", kv_dim, state.inputs.center);
+    }
     state.epoch = file.Get<size_t>("train.epoch");
     state.adam.steps = file.Get<size_t>("train.steps");
     const auto validation = file.Get<std::vector<double>>("train.validation");
@@ -446,17 +467,31 @@ class Trainer {
     return true;
   }
 
+  // What a layer's training begins with: the scale of its inputs, measured on the first texts, and maps for inputs of that
+  // scale. Fresh maps are meant for deviations of 1; those of --from take queries and keys as they are.
+  void Begin(size_t layer, const LayerParams& params, LessLayer& model, LayerState& state) const {
+    std::vector<Wanted> some;
+    for (size_t s = 0; s < std::min<size_t>(n_training_, 8); ++s) some.push_back({s, 0});
+    if (Scaling(state) != nullptr) {
+      std::vector<LessExample> texts = Load(layer, some, nullptr);
+      state.inputs = InputScaling::Measure(shape_, texts);
+      if (!o_.from.empty()) state.inputs.center = params.center;
+      for (LessExample& text : texts) state.inputs.Standardize(shape_, text);
+      model.Import(o_.from.empty() ? NearTheBareSelector(shape_, params, texts) : state.inputs.ToStandard(shape_, params));
+    }
+    state.adam.m.assign(model.parameters().size(), 0.0f);
+    state.adam.v = state.adam.m;
+    state.best_validation = Validate(layer, model, Scaling(state), true);
+    state.best = model.parameters();
+  }
+
   void TrainLayer(size_t layer, LayerParams& params, TrainLessReport& result) {
-    LessLayer model(shape_, params, Metric(layer));
-    const size_t n = model.parameters().size();
     LayerState state;
-    if (LoadState(layer, n, state)) {
+    LessLayer model(shape_, params, Metric(layer));
+    if (LoadState(layer, model.parameters().size(), state)) {
       model.parameters() = state.parameters;
     } else {
-      state.adam.m.assign(n, 0.0f);
-      state.adam.v.assign(n, 0.0f);
-      state.best_validation = Validate(layer, model, true);
-      state.best = model.parameters();
+      Begin(layer, params, model, state);
     }
     TrainProgress progress;
     progress.phase = "train";
@@ -470,9 +505,9 @@ class Trainer {
                                static_cast<double>(state.epoch) / static_cast<double>(o_.epochs)) / layers;
     while (state.epoch < o_.epochs) {
       progress.epoch = state.epoch;
-      TrainEpoch(layer, state.epoch, model, state.adam, progress, start, first_done);
+      TrainEpoch(layer, model, state, progress, start, first_done);
       ++state.epoch;
-      const Validation now = Validate(layer, model, false);
+      const Validation now = Validate(layer, model, Scaling(state), false);
       if (now.less < state.best_validation.less) {
         state.best_validation.less = now.less;
         state.best = model.parameters();
@@ -484,7 +519,7 @@ class Trainer {
       SaveState(layer, state);
     }
     model.parameters() = state.best;
-    params = model.Export();
+    params = Scaling(state) == nullptr ? model.Export() : state.inputs.ToPlain(shape_, model.Export(), o_.matrix_type);
     result.validation.push_back(state.best_validation.less);
     result.baseline.push_back(state.best_validation.bare);
     result.baseline_plus.push_back(state.best_validation.plus);

@@ -79,6 +79,8 @@ class FeatureMaps(torch.nn.Module):
     get = lambda key: about[f"less.{key}"][0]
     maps = FeatureMaps(get("block_count"), (get("head_count"), get("head_count_kv")), get("head_dim"), get("rank"), get("hidden"))
     maps.about = about
+    if any(t.name.endswith(".center") for t in reader.tensors):
+      sys.exit(f"{path}: its maps are relative to centres of the keys (version 2), which only the engine reads")
     for t in reader.tensors:
       values = np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32)
       maps.weights["_".join(t.name.split(".")[1:])] = torch.nn.Parameter(torch.from_numpy(values))

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/error.h"
+#include "kernels/basic/basic.h"
 
 namespace lesskv {
 namespace {
@@ -92,6 +93,7 @@ std::shared_ptr<const FeatureMaps> FeatureMaps::Create(const Sidecar& sidecar, c
     if (params.empty())
       Fail(ErrorCode::kMismatch, "{}: layer {} is missing; merge the parts of a layer-wise training first", name, layer);
     Layer& out = maps->layers_[layer];
+    out.center = params.center;
     for (size_t h = 0; h < s.n_heads; ++h) out.phi.push_back(PackMap(s, sidecar.matrix_type, params.phi, h));
     for (size_t h = 0; h < s.n_kv_heads; ++h) {
       out.psi.push_back(PackMap(s, sidecar.matrix_type, params.psi, h));
@@ -116,6 +118,7 @@ size_t FeatureMaps::bytes() const {
     for (const std::vector<Map>* maps : {&layer.phi, &layer.psi})
       for (const Map& map : *maps)
         bytes += map.storage.size() + (map.b1.size() + map.b2.size() + map.w3.size()) * sizeof(float);
+    bytes += layer.center.size() * sizeof(float);
   }
   return bytes;
 }
@@ -128,6 +131,13 @@ void FeatureMaps::Phi(size_t layer, size_t head, const float* x, size_t x_stride
 void FeatureMaps::Psi(size_t layer, size_t kv_head, const float* x, size_t x_stride, size_t n, float* out) const {
   DCHECK(layer < layers_.size() && kv_head < shape_.n_kv_heads);
   Run(layers_[layer].psi[kv_head], x, x_stride, n, out);
+}
+
+float FeatureMaps::LogMassOffset(size_t layer, size_t head, const float* q) const {
+  const std::vector<float>& center = layers_[layer].center;
+  if (center.empty()) return 0;
+  const size_t kv_head = head / (shape_.n_heads / shape_.n_kv_heads);
+  return Dot(q, center.data() + kv_head * shape_.head_dim, shape_.head_dim);
 }
 
 void FeatureMaps::Run(const Map& map, const float* x, size_t x_stride, size_t n, float* out) const {

@@ -32,6 +32,9 @@ class FeatureMaps {
   void Phi(size_t layer, size_t head, const float* x, size_t x_stride, size_t n, float* out) const;
   void Psi(size_t layer, size_t kv_head, const float* x, size_t x_stride, size_t n, float* out) const;
 
+  // What is added to the log-mass that the rotated query q [head_dim] of a query head reads: see LayerParams::center.
+  float LogMassOffset(size_t layer, size_t head, const float* q) const;
+
  private:
   struct Map {
     std::vector<std::byte> storage;
@@ -40,6 +43,7 @@ class FeatureMaps {
   };
   struct Layer {
     std::vector<Map> phi, psi;
+    std::vector<float> center;  // as in LayerParams
   };
 
   FeatureMaps() = default;

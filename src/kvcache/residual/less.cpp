@@ -74,6 +74,7 @@ class LessResidual final : public Residual {
       const size_t row = (first + m) * n_heads + head;
       float* o = query.out + row * head_dim();
       query.lse[row] = is_empty && !clamp_ ? Empty(o) : ReadQuery(phi + m * rank(), state, z, o);
+      query.lse[row] += maps_->LogMassOffset(layer, head, query.queries + row * head_dim());
     }
   }
 

@@ -292,6 +292,40 @@ TEST(Less, WeightedRowsAreAbsorbedAsOften) {
   EXPECT_GT(MaxDifference(weighted, plain), 1e-2);
 }
 
+// Relative to a centre c of the keys the log-mass of a query q is q.c more, and the output is the same: exponents that
+// no feature could reach.
+TEST(Less, ACenterOfTheKeysIsAddedToTheLogMass) {
+  const SidecarShape s = Shape(4, 2, 20, 6, 48, FeatureKind::kExp);
+  Sidecar sidecar = RandomSidecar(s, 5);
+  const auto plain = Make(sidecar);
+  sidecar.layers[0].center = RandomRows(s.n_kv_heads * s.head_dim, 8);
+  for (float& c : sidecar.layers[0].center) c *= 100;
+  const auto centered = Make(sidecar);
+  const std::vector<float> keys = RandomRows(9 * s.head_dim, 1), values = RandomRows(9 * s.head_dim, 2), q = RandomRows(3 * s.n_heads * s.head_dim, 3);
+  std::vector<float> state(s.n_kv_heads * plain->StateFloats());
+  for (size_t h = 0; h < s.n_kv_heads; ++h) {
+    const EvictedRows rows{h, 9, keys.data(), values.data(), state.data() + h * plain->StateFloats()};
+    plain->Absorb(0, {&rows, 1});
+  }
+  auto read = [&](const Residual& residual, const float* states) {
+    std::pair<std::vector<float>, std::vector<float>> result{std::vector<float>(q.size()), std::vector<float>(3 * s.n_heads)};
+    const ResidualQuery query{q.data(), 3, states, result.first.data(), result.second.data()};
+    residual.Attend(0, {&query, 1});
+    return result;
+  };
+  const auto [want_out, want_lse] = read(*plain, state.data());
+  const auto [out, lse] = read(*centered, state.data());
+  EXPECT_EQ(out, want_out);
+  for (size_t row = 0; row < lse.size(); ++row) {
+    double offset = 0;
+    for (size_t d = 0; d < s.head_dim; ++d)
+      offset += double(q[row * s.head_dim + d]) * sidecar.layers[0].center[row % s.n_heads / 2 * s.head_dim + d];
+    EXPECT_NEAR(lse[row] - want_lse[row], offset, 1e-4 * (1 + std::fabs(offset))) << row;
+  }
+  const std::vector<float> empty(state.size());
+  for (const float mass : read(*centered, empty.data()).second) EXPECT_EQ(mass, -std::numeric_limits<float>::infinity());
+}
+
 TEST(Less, ScaleOfPsiScalesTheStateExactly) {
   const SidecarShape s = Shape(2, 2, 16, 8, 32, FeatureKind::kGelu);
   Sidecar sidecar = RandomSidecar(s, 4);

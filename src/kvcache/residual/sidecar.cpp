@@ -17,7 +17,7 @@ namespace lesskv {
 namespace {
 
 constexpr const char* kArchitecture = "lesskv-sidecar";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;          // the latest; files without centres of keys are of version 1
 constexpr float kWarmStart = 1e-4f;  // the paper's initial scale of psi: training starts at the bare selector
 constexpr float kLargestParameter = 1e6f;
 
@@ -27,6 +27,7 @@ struct Field {
   std::vector<float>* values;
   std::vector<size_t> ne;
   bool is_matrix;  // stored in the file's matrix type
+  bool is_optional = false;
 };
 
 std::vector<Field> Fields(const SidecarShape& s, LayerParams& p) {
@@ -46,6 +47,7 @@ std::vector<Field> Fields(const SidecarShape& s, LayerParams& p) {
     fields.push_back({"psi.b1", &p.psi.b1, {s.hidden, s.n_kv_heads}, false});
     fields.push_back({"psi.b2", &p.psi.b2, {s.rank, s.n_kv_heads}, false});
   }
+  fields.push_back({"center", &p.center, {s.head_dim, s.n_kv_heads}, false, true});
   return fields;
 }
 
@@ -143,6 +145,7 @@ void ReadLayer(const GgufFile& file, size_t layer, Sidecar& sidecar) {
   for (const Field& field : fields) {
     const std::string name = TensorName(layer, field.name);
     const GgufTensor* tensor = file.FindTensor(name);
+    if (tensor == nullptr && field.is_optional) continue;
     if (tensor == nullptr) Fail(ErrorCode::kBadFile, "{}: tensor {} is missing", file.name(), name);
     ReadTensor(file, *tensor, field, field.is_matrix ? sidecar.matrix_type : DType::kF32);
   }
@@ -314,7 +317,8 @@ void AddMetadata(const Sidecar& sidecar, GgufWriter& writer) {
   const SidecarShape& s = sidecar.shape;
   writer.Add("general.architecture", kArchitecture);
   writer.Add("general.name", sidecar.model_name + " LESS feature maps");
-  writer.Add("lesskv.sidecar.version", kVersion);
+  const bool has_centers = std::any_of(sidecar.layers.begin(), sidecar.layers.end(), [](const LayerParams& p) { return !p.center.empty(); });
+  writer.Add("lesskv.sidecar.version", has_centers ? kVersion : 1);
   writer.Add("lesskv.model.fingerprint", fmt::format("{:016x}", sidecar.model_fingerprint));
   if (sidecar.model_identity != 0) writer.Add("lesskv.model.identity", FingerprintString(sidecar.model_identity));
   writer.Add("lesskv.model.name", sidecar.model_name);
@@ -410,8 +414,8 @@ Sidecar ReadSidecar(const std::string& path) {
     Fail(ErrorCode::kBadFile, "{}: not a sidecar: general.architecture must be {}, found {}", path, kArchitecture,
          Quoted(architecture));
   const uint32_t version = file.Get<uint32_t>("lesskv.sidecar.version");
-  if (version != kVersion)
-    Fail(ErrorCode::kBadFile, "{}: sidecar version must be {}, found {}", path, kVersion, version);
+  if (version < 1 || version > kVersion)
+    Fail(ErrorCode::kBadFile, "{}: sidecar version must be 1 to {}, found {}", path, kVersion, version);
   Sidecar sidecar;
   sidecar.model_fingerprint = ReadFingerprint(file);
   sidecar.model_identity = ReadIdentity(file);
@@ -439,7 +443,7 @@ void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
   for (size_t layer = 0; layer < copy.shape.n_layers; ++layer) {
     if (copy.layers[layer].empty()) continue;
     for (const Field& field : Fields(copy.shape, copy.layers[layer]))
-      AddField(TensorName(layer, field.name), field, copy.matrix_type, writer);
+      if (!field.is_optional || !field.values->empty()) AddField(TensorName(layer, field.name), field, copy.matrix_type, writer);
   }
   writer.Write(path);
 }

@@ -49,6 +49,9 @@ struct LayerParams {
   // kGelu only; psi = |u + (u X) * d2|, u = |d| * g.
   std::vector<float> d, d2;  // [n_kv_heads, R]
   std::vector<float> x;      // [n_kv_heads, R, R]
+  // What psi takes the keys to be spread around, times the softmax scale; empty: 0. As exp(q.k) = exp(q.c) exp(q.(k - c)), the
+  // log-mass of what a query q reads is ln(phi(q) z) + q.c: where keys carry large biases, exponents too large for features.
+  std::vector<float> center;  // [n_kv_heads, D]
 
   bool empty() const { return phi.w1.empty(); }
 };

@@ -57,7 +57,8 @@ std::string Refusal(ErrorCode code, const std::function<void()>& run) {
 
 TEST(Sidecar, RoundTrip) {
   for (FeatureKind kind : {FeatureKind::kGelu, FeatureKind::kExp}) {
-    const Sidecar wrote = Small(kind);
+    Sidecar wrote = Small(kind);
+    wrote.layers[1].center.assign(wrote.shape.n_kv_heads * wrote.shape.head_dim, 0.25f);
     const std::string path = TempPath("round.less.gguf");
     WriteSidecar(path, wrote);
     const Sidecar read = ReadSidecar(path);
@@ -78,8 +79,22 @@ TEST(Sidecar, RoundTrip) {
       EXPECT_EQ(a.d, b.d);
       EXPECT_EQ(a.x, b.x);
       EXPECT_EQ(a.d2, b.d2);
+      EXPECT_EQ(a.center, b.center);
     }
   }
+}
+
+// A program that knows nothing of centres must not run maps that have them.
+TEST(Sidecar, CentersMakeItANewerFile) {
+  Sidecar sidecar = Small();
+  auto version = [&] {
+    WriteSidecar(TempPath("v.less.gguf"), sidecar);
+    return GgufFile::Open(TempPath("v.less.gguf")).Get<uint32_t>("lesskv.sidecar.version");
+  };
+  EXPECT_EQ(version(), 1u);
+  sidecar.layers[2].center.assign(sidecar.shape.n_kv_heads * sidecar.shape.head_dim, 1.0f);
+  EXPECT_EQ(version(), 2u);
+  EXPECT_EQ(FeatureMaps::Create(sidecar)->bytes(), FeatureMaps::Create(Small())->bytes() + sidecar.layers[2].center.size() * 4);
 }
 
 TEST(Sidecar, Bf16RoundsOnceAndThenStays) {
@@ -138,7 +153,7 @@ TEST(Sidecar, RefusesWrongShapesNamingWantedAndFound) {
   EXPECT_NE(rewrite("less.head_count", uint32_t{3}).find("multiple"), std::string::npos);
   EXPECT_NE(rewrite("less.hidden", uint32_t{4000000000u}).find("less.hidden"), std::string::npos);
   EXPECT_NE(rewrite("lesskv.model.fingerprint", "xyz").find("hexadecimal"), std::string::npos);
-  EXPECT_NE(rewrite("lesskv.sidecar.version", uint32_t{2}).find("version"), std::string::npos);
+  EXPECT_NE(rewrite("lesskv.sidecar.version", uint32_t{3}).find("version"), std::string::npos);
   EXPECT_NE(rewrite("general.architecture", "llama").find("not a sidecar"), std::string::npos);
 }
 
