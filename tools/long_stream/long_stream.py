@@ -63,18 +63,19 @@ def main() -> None:
     joined.flush()
     for spec in args.kv:
       ctx = str(args.tokens)
-      plan = json.loads(subprocess.run([args.lesskv, "plan", "-m", args.model, "--ctx", ctx, "--kv", spec, "-o", "json"], check=True, capture_output=True,
-                                       text=True).stdout)
+      plan = json.loads(subprocess.run([args.lesskv, "plan", "-m", args.model, "--ctx", ctx, "-p", str(args.step), "-n", str(args.tokens - args.step),
+                                        "--kv", spec, "-o", "json"], check=True, capture_output=True, text=True).stdout)
       rows, memory = run([args.lesskv, "eval", "perplexity", "-m", args.model, "-t", str(args.threads), "-c", ctx, "--max-windows", "1", "--mode", "stream",
                           "--step", str(args.step), "--by-block", str(args.block), "--text", joined.name, "--kv", spec, "-o", "json"])
       row = rows[0]
       if row["tokens_scored"] < args.tokens - 2:
         print(f"note: the texts have {row['tokens_scored']} tokens only", file=sys.stderr)
       settled = memory[len(memory) // 10:]  # behind loading
-      promised = plan[0]["weight_bytes"] + plan[0]["work_bytes"] + plan[0]["kv_bytes_peak"]
+      promised = plan[0]["weight_bytes"] + plan[0]["work_bytes"] + plan[0]["kv_bytes_peak"]  # without the program itself and its text
       print(f"`{row['kv_spec']}`: perplexity {row['perplexity']:.3f} over {row['tokens_scored']} tokens, {row['isa']}, {row['compute']}; cache "
             f"{mib(row['kv_bytes'])} (plan: {mib(plan[0]['kv_bytes'])}; a full f16 cache: {mib(row['kv_bytes_full'])}); resident memory of the process "
-            f"{mib(min(settled))} to {mib(max(settled))} behind the first tenth of the time (plan of a run that reads all at once: {mib(promised)})\n")
+            f"{mib(min(settled))} to {mib(max(settled))} behind the first tenth of the time, of which the plan names {mib(promised)} (weights, work, "
+            "cache); the rest is the program and the text\n")
       print("| tokens from | perplexity | µs a token |\n|---:|---:|---:|")
       for i, (perplexity, micros) in enumerate(zip(row["perplexity_by_block"], row["microseconds_by_block"])):
         print(f"| {i * args.block} | {perplexity:.2f} | {micros:.0f} |")

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "base/check.h"
+#include "base/checked.h"
 #include "base/error.h"
 #include "base/threads.h"
 #include "kernels/basic/basic.h"
@@ -29,22 +29,24 @@ class LessResidual final : public Residual {
     ParallelFor(evicted.size(), [&](size_t i) { AbsorbHead(layer, evicted[i]); });
   }
 
+  // Queries of different sequences go through a head's map together: its weights are read once for all of them.
   void Attend(size_t layer, std::span<const ResidualQuery> queries) const override {
-    const size_t n_heads = maps_->shape().n_heads;
-    struct Block {
-      const ResidualQuery* query;
-      size_t first;
-    };
-    std::vector<Block> blocks;
+    std::vector<Reader> readers;
     for (const ResidualQuery& query : queries)
-      for (size_t first = 0; first < query.n_queries; first += kReadBlock) blocks.push_back({&query, first});
-    ParallelFor(n_heads * blocks.size(), [&](size_t task) {
-      const Block& block = blocks[task / n_heads];
-      ReadHead(layer, task % n_heads, *block.query, block.first, std::min(block.query->n_queries - block.first, kReadBlock));
+      for (size_t m = 0; m < query.n_queries; ++m) readers.push_back({&query, m});
+    const size_t n_heads = maps_->shape().n_heads;
+    ParallelFor(n_heads * CeilDiv(readers.size(), kReadBlock), [&](size_t task) {
+      const size_t first = task / n_heads * kReadBlock;
+      ReadHead(layer, task % n_heads, std::span(readers).subspan(first, std::min(readers.size() - first, kReadBlock)));
     });
   }
 
  private:
+  struct Reader {
+    const ResidualQuery* query;
+    size_t m;  // its query
+  };
+
   size_t rank() const { return maps_->shape().rank; }
   size_t head_dim() const { return maps_->shape().head_dim; }
 
@@ -61,21 +63,38 @@ class LessResidual final : public Residual {
     }
   }
 
-  void ReadHead(size_t layer, size_t head, const ResidualQuery& query, size_t first, size_t n) const {
-    const size_t n_heads = maps_->shape().n_heads, group = n_heads / maps_->shape().n_kv_heads;
-    const float* state = query.states + head / group * StateFloats();
-    const float* z = state + rank() * head_dim();
-    // psi >= 0: z is zero exactly while nothing with mass was absorbed, and then there is nothing to compute.
-    const bool is_empty = std::all_of(z, z + rank(), [](float mass) { return mass == 0; });
-    float phi[kReadBlock * internal::kMaxRank];
-    if (!is_empty || clamp_)
-      maps_->Phi(layer, head, query.queries + (first * n_heads + head) * head_dim(), n_heads * head_dim(), n, phi);
-    for (size_t m = 0; m < n; ++m) {
-      const size_t row = (first + m) * n_heads + head;
-      float* o = query.out + row * head_dim();
-      query.lse[row] = is_empty && !clamp_ ? Empty(o) : ReadQuery(phi + m * rank(), state, z, o);
-      query.lse[row] += maps_->LogMassOffset(layer, head, query.queries + row * head_dim());
+  // One head's states read by at most kReadBlock queries.
+  void ReadHead(size_t layer, size_t head, std::span<const Reader> readers) const {
+    const size_t n_heads = maps_->shape().n_heads, group = n_heads / maps_->shape().n_kv_heads, dim = head_dim();
+    thread_local std::vector<float> rows;  // of those with something to read
+    rows.clear();
+    for (const Reader& reader : readers) {
+      if (IsEmpty(State(reader, head / group))) continue;
+      const float* q = reader.query->queries + (reader.m * n_heads + head) * dim;
+      rows.insert(rows.end(), q, q + dim);
     }
+    float phi[kReadBlock * internal::kMaxRank];
+    maps_->Phi(layer, head, rows.data(), dim, rows.size() / dim, phi);
+    size_t next = 0;
+    for (const Reader& reader : readers) {
+      const float* state = State(reader, head / group);
+      const size_t row = reader.m * n_heads + head;
+      float *out = reader.query->out + row * dim, *lse = reader.query->lse + row;
+      if (IsEmpty(state)) {
+        *lse = Empty(out);
+        continue;
+      }
+      *lse = ReadQuery(phi + next * rank(), state, state + rank() * dim, out) + maps_->LogMassOffset(layer, head, &rows[next * dim]);
+      ++next;
+    }
+  }
+
+  const float* State(const Reader& reader, size_t kv_head) const { return reader.query->states + kv_head * StateFloats(); }
+
+  // psi >= 0: z is zero exactly while nothing with mass was absorbed, and then there is nothing to compute.
+  bool IsEmpty(const float* state) const {
+    const float* z = state + rank() * head_dim();
+    return !clamp_ && std::all_of(z, z + rank(), [](float mass) { return mass == 0; });
   }
 
   float Empty(float* out) const {
