@@ -10,6 +10,7 @@
 #include "base/threads.h"
 #include "kernels/basic/basic.h"
 #include "kernels/quants/half.h"
+#include "kvcache/codec/head_job.h"
 
 namespace lesskv {
 namespace {
@@ -288,7 +289,7 @@ AttentionJob CsrStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
   const LayerShape& layer = Layer(query.layer);
   const Head& head = At(query.layer, kv_head);
   const Formats& f = *head.formats;
-  const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
+  const size_t n_step = query.first_query + query.n_queries;
   const size_t straight = std::min(head.n_exact, head.window.rows - head.first_exact);
   std::vector<RowSpan>* sides[] = {&list.NewSpans(), &list.NewSpans()};
   for (const RowSide side : kSides) {
@@ -299,22 +300,10 @@ AttentionJob CsrStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
     spans.push_back({format, head.window.Region(f.exact, side), 0, head.n_exact - straight});
     spans.push_back({format, staging_[kv_head].Region(f.exact, side), 0, n_step});
   }
-  AttentionJob job;
+  AttentionJob job = HeadJob(query, layer, kv_head, shape_.compute);
   job.keys = *sides[0];
   job.values = *sides[1];
   job.n_past = head.n_rows() + query.first_query;
-  job.n_queries = query.n_queries;
-  job.q = query.queries + kv_head * group * d;
-  job.q_stride = job.out_stride = layer.q_dim();
-  job.group = group;
-  job.scale = layer.scale;
-  if (!query.read_positions.empty() && layer.rope->n_dims() > 0) {
-    job.rope = layer.rope.get();
-    job.read_positions = query.read_positions[kv_head];
-  }
-  job.compute = shape_.compute;
-  job.out = query.out + kv_head * group * d;
-  job.lse = query.lse + kv_head * query.n_queries * group;
   return job;
 }
 

@@ -8,6 +8,7 @@
 #include "base/threads.h"
 #include "kernels/quants/half.h"
 #include "kernels/rows/hadamard.h"
+#include "kvcache/codec/head_job.h"
 
 namespace lesskv {
 
@@ -272,7 +273,7 @@ AttentionJob KiviStore::Job(const StoreQuery& query, size_t kv_head, JobList& li
   const Head& head = At(query.layer, kv_head);
   const Formats& f = *head.formats;
   const ExactRows &window = head.window, &staging = Staging(query.layer, kv_head);
-  const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
+  const size_t n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   keys.push_back({f.exact.keys, nullptr, 0, head.coded_keys, &head});
   keys.push_back({f.exact.keys, window.Region(f.exact, RowSide::kKeys), 0, head.n_rows - head.coded_keys});
@@ -282,22 +283,10 @@ AttentionJob KiviStore::Job(const StoreQuery& query, size_t kv_head, JobList& li
   values.push_back({f.exact.values, window.Region(f.exact, RowSide::kValues), head.first_value, straight});
   values.push_back({f.exact.values, window.Region(f.exact, RowSide::kValues), 0, exact - straight});
   values.push_back({f.exact.values, staging.Region(f.exact, RowSide::kValues), 0, n_step});
-  AttentionJob job;
+  AttentionJob job = HeadJob(query, layer, kv_head, shape_.compute);
   job.keys = keys;
   job.values = values;
   job.n_past = head.n_rows + query.first_query;
-  job.n_queries = query.n_queries;
-  job.q = query.queries + kv_head * group * d;
-  job.q_stride = job.out_stride = layer.q_dim();
-  job.group = group;
-  job.scale = layer.scale;
-  if (!query.read_positions.empty() && layer.rope->n_dims() > 0) {
-    job.rope = layer.rope.get();
-    job.read_positions = query.read_positions[kv_head];
-  }
-  job.compute = shape_.compute;
-  job.out = query.out + kv_head * group * d;
-  job.lse = query.lse + kv_head * query.n_queries * group;
   return job;
 }
 

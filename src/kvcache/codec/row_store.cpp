@@ -11,6 +11,7 @@
 #include "base/threads.h"
 #include "kernels/basic/basic.h"
 #include "kernels/rows/hadamard.h"
+#include "kvcache/codec/head_job.h"
 
 namespace lesskv {
 
@@ -305,27 +306,14 @@ AttentionJob RowStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
   const LayerShape& layer = Layer(query.layer);
   const Formats& formats = formats_[query.layer];
   const Head& head = At(query.layer, kv_head);
-  const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
+  const size_t n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   AddSpans(query.layer, kv_head, 0, head.n_rows + n_step, keys, values);
-  AttentionJob job;
+  AttentionJob job = HeadJob(query, layer, kv_head, shape_.compute);
   job.keys = keys;
   job.values = values;
   job.n_past = head.n_rows + query.first_query;
-  job.n_queries = query.n_queries;
-  job.q = query.queries + kv_head * group * d;
-  job.q_stride = layer.q_dim();
-  job.group = group;
-  job.scale = layer.scale;
-  if (ReadsAtPositions(query)) {
-    job.rope = layer.rope.get();
-    job.read_positions = query.read_positions[kv_head];
-    job.key_hadamard_block = formats.hadamard_block;
-  }
-  job.compute = shape_.compute;
-  job.out = query.out + kv_head * group * d;
-  job.out_stride = job.q_stride;
-  job.lse = query.lse + kv_head * query.n_queries * group;
+  if (job.rope != nullptr) job.key_hadamard_block = formats.hadamard_block;
   return job;
 }
 

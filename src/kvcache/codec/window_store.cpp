@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/threads.h"
+#include "kvcache/codec/head_job.h"
 
 namespace lesskv {
 namespace {
@@ -237,7 +238,7 @@ AttentionJob WindowStore::Job(const StoreQuery& query, size_t kv_head, JobList& 
   const Head& head = heads_[table_(query.layer, kv_head)];
   const ExactFormats& f = formats_[query.layer];
   const ExactRows& staging = Staging(query.layer, kv_head);
-  const size_t group = layer.group(), d = layer.head_dim, n_step = query.first_query + query.n_queries;
+  const size_t n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   old_->AddSpans(query.layer, kv_head, keys, values);
   MarkOldSpans(query.layer, kv_head, keys);
@@ -249,18 +250,10 @@ AttentionJob WindowStore::Job(const StoreQuery& query, size_t kv_head, JobList& 
   }
   keys.push_back({f.keys, staging.Region(f, RowSide::kKeys), 0, n_step});
   values.push_back({f.values, staging.Region(f, RowSide::kValues), 0, n_step});
-  AttentionJob job;
+  AttentionJob job = HeadJob(query, layer, kv_head, shape_.compute);
   job.keys = keys;
   job.values = values;
   job.n_past = n_rows(query.layer, kv_head) + query.first_query;
-  job.n_queries = query.n_queries;
-  job.q = query.queries + kv_head * group * d;
-  job.q_stride = job.out_stride = layer.q_dim();
-  job.group = group;
-  job.scale = layer.scale;
-  job.compute = shape_.compute;
-  job.out = query.out + kv_head * group * d;
-  job.lse = query.lse + kv_head * query.n_queries * group;
   return job;
 }
 

@@ -11,6 +11,7 @@
 #include "kernels/basic/basic.h"
 #include "kernels/linear/linear.h"
 #include "kernels/rows/hadamard.h"
+#include "kvcache/codec/head_job.h"
 
 namespace lesskv {
 namespace {
@@ -294,24 +295,14 @@ ClusterStore::Read ClusterStore::ReadAll(const StoreQuery& query, size_t kv_head
 }
 
 void ClusterStore::AddJob(const StoreQuery& query, const Read& read, JobList& list) const {
-  const LayerShape& layer = Layer(query.layer);
-  const size_t head = read.kv_head * layer.group() + read.first;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   keys = read.keys;
   values = read.values;
-  AttentionJob job;
+  AttentionJob job = GroupJob(query, Layer(query.layer), read.kv_head, read.first, read.n, shape_.compute);
   job.keys = keys;
   job.values = values;
   for (const RowSpan& span : keys) job.n_past += span.n_rows;
   job.n_past -= query.n_queries;
-  job.n_queries = query.n_queries;
-  job.q = query.queries + head * layer.head_dim;
-  job.q_stride = job.out_stride = layer.q_dim();
-  job.group = read.n;
-  job.scale = layer.scale;
-  job.compute = shape_.compute;
-  job.out = query.out + head * layer.head_dim;
-  job.lse = query.lse + read.kv_head * query.n_queries * layer.group() + read.first;
   list.jobs.push_back(job);
 }
 
