@@ -35,7 +35,9 @@ ChannelScaling MeasureChannels(std::span<const LessExample> texts, Member input,
 
 void StandardizeChannels(const ChannelScaling& scaling, std::vector<float>& x) {
   const size_t n = scaling.mean.size();
-  for (size_t i = 0; i < x.size(); ++i) x[i] = (x[i] - scaling.mean[i % n]) / scaling.deviation[i % n];
+  const float *mean = scaling.mean.data(), *deviation = scaling.deviation.data();
+  for (float* row = x.data(); row < x.data() + x.size(); row += n)
+    for (size_t c = 0; c < n; ++c) row[c] = (row[c] - mean[c]) / deviation[c];
 }
 
 // One channel's row of w1: multiplied, and what it makes of the channel's mean added to the biases.

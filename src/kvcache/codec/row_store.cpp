@@ -163,17 +163,22 @@ void RowStore::Pack(size_t first_head, std::span<const size_t> rows) {
   }
 }
 
-// Where budgets come later a layer's sum is known, and SetBudgets divides it; across layers nothing is known yet.
-void RowStore::ReserveShares(const StepRoom& room) {
+// Where budgets come later a layer's sum is known, and SetBudgets divides it; across layers nothing is known yet. A store that
+// grows needs no room for rows that a short prompt does not have.
+void RowStore::ReserveShares(const StepRoom& room, std::span<const size_t> entering) {
   if (!room.evicts || (room.budgets_later && room.defers)) return;
+  std::vector<size_t> rows(room.budgets.begin(), room.budgets.end());
   bool same = !room.budgets_later;
-  for (size_t i = 0; i < heads_.size(); ++i) same &= heads_[i].share.rows == room.budgets[i];
-  if (!same) Pack(0, room.budgets);
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    if (shape_.grows && !room.budgets_later) rows[i] = std::min(rows[i], heads_[i].n_rows + entering[i]);
+    same &= heads_[i].share.rows == rows[i];
+  }
+  if (!same) Pack(0, rows);
 }
 
 void RowStore::ReserveHeads(const StepRoom& room, std::span<const size_t> entering) {
   for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
-  if (shape_.packs) ReserveShares(room);
+  if (shape_.packs) ReserveShares(room, entering);
   std::vector<size_t> grown(heads_.size());
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];

@@ -141,7 +141,7 @@ class RowStore final : public KvStore {
   void ResizeArena(const Formats& formats, Head& head, size_t rows);
   void TakeBackArena(const Formats& formats, Head& head);
   void ReserveStaging(const StepRoom& room);
-  void ReserveShares(const StepRoom& room);
+  void ReserveShares(const StepRoom& room, std::span<const size_t> entering);
   void Pack(size_t first_head, std::span<const size_t> rows);
   void Move(Head& head, size_t layer, size_t kv_head, const SlotMap& map, const WriteRow* write);
   void Bring(size_t layer, size_t kv_head, size_t row, const Region& to, size_t to_rows, size_t slot,
