@@ -40,7 +40,8 @@ const char* const kSpecs[] = {"full",
                               "window(40, sinks=4)",
                               "window(40, sinks=4, positions=cache)",
                               "snapkv(40, window=8)",
-                              "snapkv(40, window=8)+q4"};
+                              "snapkv(40, window=8)+q4",
+                              "snapkv(40, window=8)+pyramid"};
 
 TEST(FillRandom, BytesAndRowsAreThePlans) {
   for (const char* spec : kSpecs) {
@@ -60,6 +61,14 @@ TEST(FillRandom, BytesAndRowsAreThePlans) {
       EXPECT_DOUBLE_EQ(cache.Stats().tokens_resident, end.rows_end);
     }
   }
+}
+
+// Budgets are what may stay, not what a short prompt has: where rows pile up behind them, room comes with the rows.
+TEST(Plan, PackedBudgetsOfAShortPromptTakeNoMoreThanItsRows) {
+  const size_t full = Config("full")->Plan(60, 5).bytes_end;
+  const size_t tiles = kLayers * kKvHeads * kTileRows * 2 * kDim * sizeof(uint16_t);
+  for (const char* spec : {"snapkv(200, window=8)", "snapkv(200, window=8)+pyramid"})
+    EXPECT_LE(Config(spec)->Plan(60, 5).bytes_end, full + 2 * tiles) << spec;
 }
 
 TEST(FillRandom, ProtectedTokensAndWindowsStay) {
