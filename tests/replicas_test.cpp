@@ -147,7 +147,7 @@ TEST_F(ReplicasTest, AConversationOutlivesAReplica) {
 
 TEST_F(ReplicasTest, StreamsComeInPieces) {
   const Connection connection(port_);
-  const Json body = {{"prompt", "The sea was"}, {"max_tokens", 16}, {"temperature", 0}, {"stream", true}};
+  const Json body = {{"prompt", "The sea was"}, {"max_tokens", 100}, {"temperature", 0}, {"stream", true}};
   connection.Send(server_test::RequestText("POST", "/v1/completions", body.dump()));
   std::string text;
   size_t pieces = 0;

@@ -183,7 +183,7 @@ TEST_F(ChoicesTest, AClientThatVanishesEndsAll) {
                        {"temperature", 0},    {"stream", true}};
     connection.Send(RequestText("POST", "/v1/completions", body.dump()));
     EXPECT_NE(connection.Some().find("200"), std::string::npos);
-    EXPECT_EQ(scheduler_->Metrics().running, 3u);
+    EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().running == 3u; }));
     EXPECT_EQ(Get("/slots").json()["free"], 0);
     EXPECT_EQ(Get("/slots").json()["running"].size(), 3u);
   }
