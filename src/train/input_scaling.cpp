@@ -91,7 +91,7 @@ void DropUselessCenters(const SidecarShape& shape, std::span<const LessExample> 
       with += MeasureLogMasses(shape, texts, head, center).variance;
       without += MeasureLogMasses(shape, texts, head, nullptr).variance;
     }
-    if (with > without / 2) std::fill_n(center, shape.head_dim, 0.0f);
+    if (with >= without / 2) std::fill_n(center, shape.head_dim, 0.0f);
   }
 }
 
