@@ -71,6 +71,31 @@ TEST(Plan, PackedBudgetsOfAShortPromptTakeNoMoreThanItsRows) {
     EXPECT_LE(Config(spec)->Plan(60, 5).bytes_end, full + 2 * tiles) << spec;
 }
 
+// Two prompts that are together shorter than the budgets: the second finds room behind the first, and all is read.
+TEST(Plan, PackedBudgetsHaveRoomForTheRowsOfTwoPrompts) {
+  const auto outputs = [](const char* spec) {
+    SequenceCache cache(Config(spec));
+    Rng rng(3);
+    std::vector<float> all;
+    for (const size_t n : {30, 45}) {
+      std::vector<float> kv(n * kKvHeads * kDim), q(n * kHeads * kDim), out(q.size());
+      cache.BeginStep(n, StepKind::kPrompt);
+      for (size_t layer = 0; layer < kLayers; ++layer) {
+        for (float& x : kv) x = rng.Normal();
+        for (float& x : q) x = rng.Normal();
+        cache.Append(layer, kv.data(), kv.data());
+        cache.Attend(layer, q.data(), out.data());
+        all.insert(all.end(), out.begin(), out.end());
+      }
+      cache.EndStep();
+    }
+    EXPECT_EQ(cache.Stats().tokens_resident, 75) << spec;
+    return all;
+  };
+  const std::vector<float> want = outputs("full"), found = outputs("snapkv(200, window=8)+pyramid");
+  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(found[i], want[i], 1e-5) << i;
+}
+
 TEST(FillRandom, ProtectedTokensAndWindowsStay) {
   const auto config = Config("h2o(40)", {{10, 15}});
   SequenceCache cache(config);

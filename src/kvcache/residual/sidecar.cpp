@@ -1,7 +1,6 @@
 #include "kvcache/residual/sidecar.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -63,11 +62,6 @@ std::string NeString(const std::vector<size_t>& ne) {
   std::string text = "[";
   for (size_t i = 0; i < ne.size(); ++i) text += (i ? ", " : "") + std::to_string(ne[i]);
   return text + "]";
-}
-
-uint16_t ToBf16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 size_t ReadSize(const GgufFile& file, const char* key, size_t low, size_t high) {
@@ -133,7 +127,7 @@ void ReadTensor(const GgufFile& file, const GgufTensor& tensor, const Field& fie
     for (size_t i = 0; i < field.values->size(); ++i) {
       uint16_t half;
       std::memcpy(&half, tensor.data.data() + 2 * i, 2);
-      (*field.values)[i] = std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
+      (*field.values)[i] = Bf16ToFloat(half);
     }
   }
   CheckFinite(file, tensor.name, *field.values);
@@ -350,7 +344,7 @@ void AddField(const std::string& name, const Field& field, DType type, GgufWrite
   const std::vector<float>* values = field.values;
   writer.AddTensor(name, DType::kBF16, std::span<const size_t>(field.ne), [values](ByteSink& sink) {
     std::vector<uint16_t> halves(values->size());
-    for (size_t i = 0; i < halves.size(); ++i) halves[i] = ToBf16((*values)[i]);
+    for (size_t i = 0; i < halves.size(); ++i) halves[i] = FloatToBf16((*values)[i]);
     sink.Write(std::as_bytes(std::span(halves)));
   });
 }
