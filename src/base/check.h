@@ -2,7 +2,7 @@
 // DCHECK is for hot loops and vanishes in release builds. Neither is for input: input errors are lesskv::Error.
 #pragma once
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <string>
 

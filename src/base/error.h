@@ -2,7 +2,7 @@
 // Our own mistakes are CHECK failures (check.h), never Errors.
 #pragma once
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <stdexcept>
 #include <string>

@@ -1,5 +1,6 @@
 #include "format/gguf.h"
 
+#include <fmt/format.h>
 #include <xxhash.h>
 
 #include <algorithm>

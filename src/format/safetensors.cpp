@@ -1,5 +1,7 @@
 #include "format/safetensors.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
