@@ -311,7 +311,7 @@ void ManyTokens(Call call) {
 // --- Many tokens, 8-bit products ---
 
 constexpr size_t kInt8PanelBytes = 192 << 10;  // codes that all tokens of a call pass by: a share of the L2
-constexpr size_t kInt8DepthBlocks = 32;        // blocks of 32 codes a group of rows goes on with: a share of the L1
+constexpr size_t kInt8DepthBlocks = 64;        // blocks of 32 codes a group of rows goes on with before the next group
 constexpr size_t kInt8TokenBlock = 64;         // tokens that stay in the L2 while the groups of a panel pass by
 
 // What a call of at most kMaxPackedTokens works in; panels are a thread's.

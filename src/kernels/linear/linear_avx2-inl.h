@@ -254,6 +254,18 @@ struct Reader {
   inline Codes32 At(const uint8_t* row, size_t b) { return Format<kType>::At(row, b); }
 };
 
+// The eight scales and minima of a Q4_K or Q5_K block, 0 to 63, a byte each.
+struct PackedScales {
+  uint64_t scales, minima;
+};
+
+inline PackedScales UnpackScales(const uint8_t* block) {
+  const uint32_t a = Load32(block + 4), b = Load32(block + 8), c = Load32(block + 12);
+  const uint32_t scales_high = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
+  const uint32_t minima_high = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
+  return {(a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32, (b & 0x3f3f3f3fu) | uint64_t{minima_high} << 32};
+}
+
 // The scales of Q4_K and Q5_K are unpacked eight at a time.
 template <DType kType>
 struct K45Reader {
@@ -266,13 +278,9 @@ struct K45Reader {
 
  private:
   inline void UnpackScales(const uint8_t* block) {
-    const uint32_t a = Load32(block + 4), b = Load32(block + 8), c = Load32(block + 12);
-    const uint32_t scales_high = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
-    const uint32_t minima_high = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
-    const uint64_t scales = (a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32;
-    const uint64_t minima = (b & 0x3f3f3f3fu) | uint64_t{minima_high} << 32;
-    _mm256_store_ps(scale, _mm256_mul_ps(EightBytes(scales), _mm256_set1_ps(HalfAt(block))));
-    _mm256_store_ps(minimum, _mm256_mul_ps(EightBytes(minima), _mm256_set1_ps(-HalfAt(block + 2))));
+    const PackedScales packed = internal::UnpackScales(block);
+    _mm256_store_ps(scale, _mm256_mul_ps(EightBytes(packed.scales), _mm256_set1_ps(HalfAt(block))));
+    _mm256_store_ps(minimum, _mm256_mul_ps(EightBytes(packed.minima), _mm256_set1_ps(-HalfAt(block + 2))));
   }
   static inline __m256 EightBytes(uint64_t bytes) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));

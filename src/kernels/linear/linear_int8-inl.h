@@ -8,13 +8,14 @@
 //   kLanes                   32-bit numbers in a vector, and rows of weights
 //   kSignedOffset            what is added to signed codes to make them unsigned; 0: AddProducts takes them signed
 //   Int, Float               vectors, and a few functions that are named after what they do
-//   Byte<kSigned>(v, at)     byte `at` of each 32-bit number
+//   EveryFourthRow(rows, at) sixteen bytes of rows 0, 4, 8, ...; LowWords, LowPairs and the like: unpack 32 and 64 bits
+//   WordOfRows(rows, at)     four bytes of every row
 //   AddProducts<kBits, kVectors, kTokens, kFours>
 //                            total[v][t] += the products of 4 kFours codes with as many activations; unsigned codes of
 //                            kBits bits, or signed ones where kBits is 8 and kSignedOffset 0
 #pragma once
 
-#include "kernels/linear/linear_avx2-inl.h"
+#include "kernels/linear/linear_columns-inl.h"
 
 namespace lesskv::internal {
 namespace {
@@ -47,82 +48,130 @@ constexpr int PanelOffset(DType type) {
   return HasSignedCodes(type) ? Simd::kSignedOffset : CodeOffset(type);
 }
 
+// What AVX2 and AVX-VNNI have in common.
+struct Simd256 {
+  using Int = __m256i;
+  using Float = __m256;
+  static constexpr size_t kLanes = 8;
+  static constexpr int kSignedOffset = 0;
+
+  static inline Float Zero() { return _mm256_setzero_ps(); }
+  static inline Int ZeroInt() { return _mm256_setzero_si256(); }
+  static inline Int Broadcast(int32_t v) { return _mm256_set1_epi32(v); }
+  static inline Float Broadcast(float v) { return _mm256_set1_ps(v); }
+  static inline Int BroadcastFour(const int8_t* p) {
+    return _mm256_set1_epi32(static_cast<int>(Load32(reinterpret_cast<const uint8_t*>(p))));
+  }
+  static inline Int LoadInt(const uint8_t* p) { return Load32Bytes(p); }
+  static inline Float Load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline void Store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static inline Float Add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static inline Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static inline Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline Float ToFloat(Int v) { return _mm256_cvtepi32_ps(v); }
+
+  static inline Int EveryFourthRow(const uint8_t* const* rows, size_t at) {
+    return _mm256_set_m128i(Load16Bytes(rows[4] + at), Load16Bytes(rows[0] + at));
+  }
+  static inline Int WordOfRows(const uint8_t* const* rows, size_t at) {
+    uint32_t words[kLanes];
+    for (size_t r = 0; r < kLanes; ++r) words[r] = Load32(rows[r] + at);
+    return LoadInt(reinterpret_cast<const uint8_t*>(words));
+  }
+  static inline Int LowWords(Int a, Int b) { return _mm256_unpacklo_epi32(a, b); }
+  static inline Int HighWords(Int a, Int b) { return _mm256_unpackhi_epi32(a, b); }
+  static inline Int LowPairs(Int a, Int b) { return _mm256_unpacklo_epi64(a, b); }
+  static inline Int HighPairs(Int a, Int b) { return _mm256_unpackhi_epi64(a, b); }
+  static inline Int And(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static inline Int Or(Int a, Int b) { return _mm256_or_si256(a, b); }
+  static inline Int Xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
+  static inline Int ShiftRight(Int v, int bits) { return _mm256_srl_epi16(v, _mm_cvtsi32_si128(bits)); }
+  static inline Int ShiftRight32(Int v, int bits) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+  static inline Int ShiftLeft32(Int v, int bits) { return _mm256_sll_epi32(v, _mm_cvtsi32_si128(bits)); }
+  static inline Int LookUp(const int8_t table[16], Int at) {
+    const __m128i entries = Load16Bytes(reinterpret_cast<const uint8_t*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), at);
+  }
+  static inline void StoreInt(uint8_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+};
+
 // --- Weights ---
 
-// Eight rows of eight 32-bit numbers become eight columns, `stride` bytes apart.
-inline void StoreTransposed(const __m256i rows[8], uint8_t* out, size_t stride) {
-  __m256i a[8], b[8];
-#pragma GCC unroll 4
-  for (size_t i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (size_t i = 0; i < 8; i += 4) {  // b[i + j]: columns j and j + 4 of four rows
-    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (size_t j = 0; j < 4; ++j) {
-    const __m256i low = _mm256_permute2x128_si256(b[j], b[j + 4], 0x20);
-    const __m256i high = _mm256_permute2x128_si256(b[j], b[j + 4], 0x31);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j * stride), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (j + 4) * stride), high);
+// The scales of block b of as many rows as a vector has lanes, the first of them row `row` of its group; those of blocks of
+// 256 all at once, with the first of their eight.
+template <typename Simd, DType kType>
+inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b, const Int8Panel& out) {
+  constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
+  float* scale = out.scale + b * kGroups * kRows + row;
+  float* minimum = out.minimum + b * kGroups * kRows + row;
+  if constexpr (IsSuperBlock(kType)) {
+    if (b % 8 != 0) return;
+    for (size_t r = 0; r < kLanes; r += 8) {
+      float scales[8][16], minima[8][16];
+      for (size_t i = 0; i < 8; ++i)
+        SuperBlockScales<kType>(rows[r + i] + b / 8 * SuperBlockBytes(kType), scales[i], minima[i]);
+      for (size_t g = 0; g < 8 * kGroups; g += 8) {
+        StoreTransposed(scales, g, scale + g * kRows + r, kRows);
+        if constexpr (HasMinimum(kType)) StoreTransposed(minima, g, minimum + g * kRows + r, kRows);
+      }
+    }
+  } else {
+    Reader<kType> reader;
+    for (size_t r = 0; r < kLanes; ++r) {
+      const Codes32 c = reader.At(rows[r], b);
+      scale[r] = c.scale[0];
+      if constexpr (HasMinimum(kType)) minimum[r] = c.minimum[0];
+    }
   }
 }
 
-// Eight rows, the first of them row `row` of its group.
+// As many rows as a vector has lanes, the first of them row `row` of its group. So many streams are more than a processor
+// fetches ahead by itself: the rows behind these, at `next`, are fetched meanwhile, one line after the other.
 template <typename Simd, DType kType>
-inline void UnpackEight(const uint8_t* const* rows, size_t row, size_t n_blocks, const Int8Panel& out) {
-  constexpr size_t kRows = kGroupVectors * Simd::kLanes, kGroups = ScaleGroups(kType);
-  const __m256i flip = _mm256_set1_epi8(static_cast<char>(HasSignedCodes(kType) ? Simd::kSignedOffset : 0));
-  Reader<kType> readers[8];
-  for (size_t b = 0; b < n_blocks; ++b) {
-    __m256i codes[8];
-    float* scale = out.scale + b * kGroups * kRows + row;
-    float* minimum = out.minimum + b * kGroups * kRows + row;
+inline void UnpackRows(const uint8_t* const* rows, size_t row, size_t n_blocks, const uint8_t* next, size_t next_bytes,
+                       const Int8Panel& out) {
+  constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
+  constexpr size_t kBlocks = BlocksAtOnce(kType);
+  const auto flip = Simd::Broadcast(static_cast<int32_t>(HasSignedCodes(kType) ? Simd::kSignedOffset * 0x01010101u : 0));
+  const size_t ahead = next_bytes / (n_blocks / kBlocks) + 1;
+  for (size_t b = 0; b < n_blocks; b += kBlocks) {
+    for (size_t i = 0; i < ahead; i += 64) __builtin_prefetch(next + b / kBlocks * ahead + i, 0, 2);
+    typename Simd::Int codes[kBlocks][kFoursInBlock];
+    ReadColumns<Simd, kType>(rows, b, codes);
+    for (size_t i = 0; i < kBlocks; ++i) {
+      uint8_t* to = out.codes + ((b + i) * 32 * kRows + row * 4);
 #pragma GCC unroll 8
-    for (size_t r = 0; r < 8; ++r) {
-      const Codes32 c = readers[r].At(rows[r], b);
-      codes[r] = _mm256_xor_si256(c.codes, flip);
-      for (size_t g = 0; g < kGroups; ++g) {
-        scale[g * kRows + r] = c.scale[g];
-        if constexpr (HasMinimum(kType)) minimum[g * kRows + r] = c.minimum[g];
-      }
+      for (size_t f = 0; f < kFoursInBlock; ++f) Simd::StoreInt(to + f * kRows * 4, Simd::Xor(codes[i][f], flip));
     }
-    StoreTransposed(codes, out.codes + b * 32 * kRows + row * 4, kRows * 4);
+    UnpackScalesOfRows<Simd, kType>(rows, row, b, out);
   }
 }
 
 template <typename Simd>
 void UnpackInt8(const RowBlock& block, const Int8Panel& out) {
-  constexpr size_t kRows = kGroupVectors * Simd::kLanes;
+  constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
   SwitchQuantized(block.type, [&]<DType kType>() {
-    for (size_t row = 0; row < kRows; row += 8) {
-      const uint8_t* rows[8];
-      for (size_t r = 0; r < 8; ++r) {
+    for (size_t row = 0; row < kRows; row += kLanes) {
+      const uint8_t* rows[kLanes];
+      for (size_t r = 0; r < kLanes; ++r) {
         const size_t at = row + r < block.n_rows ? row + r : block.n_rows - 1;
         rows[r] = block.rows + at * block.row_bytes;
       }
-      UnpackEight<Simd, kType>(rows, row, block.n / 32, out);
+      UnpackRows<Simd, kType>(rows, row, block.n / 32, block.rows + (row + kLanes) * block.row_bytes,
+                              kLanes * block.row_bytes, out);
     }
   });
 }
 
 // --- Activations ---
 
-// A token's row in natural order. init and sum have one entry for each scale of the weights: what integer sums start
-// from, and what a minimum is multiplied with. Behind the scales stand the spikes themselves.
+// A token's row in natural order, its spikes behind it. init and sum have one entry for each scale of the weights: what
+// integer sums start from, and what a minimum is multiplied with.
 template <typename Simd>
 void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
-  const size_t n_blocks = n / 32;
-  RoundRowToInt8(x, n, token, out);
+  const size_t n_blocks = RoundRowToInt8(x, n, token, out);
   const int8_t* q = out.q + token * out.n_padded;
-  float* scale = out.scale + token * out.n_padded / 16;
-  const uint32_t* spike = out.spike + token * out.n_padded / 32;
-  for (size_t e = 0; e < out.n_spikes; ++e) scale[n_blocks + e] = x[spike[e]];
+  const float* scale = out.scale + token * out.n_padded / 16;
   int32_t* init = out.init + token * out.n_padded / 4;
   float* sum = out.sum + token * out.n_padded / 16;
   const int offset = PanelOffset<Simd>(type);
@@ -141,66 +190,52 @@ void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const I
 
 // --- Products ---
 
-// Adds to the sums of kTokens tokens kFours fours of the range's codes, from `four` of block `b`, which share a scale.
+// Adds to the sums of kTokens tokens kFours fours of codes, from `four` of block `b`, which share a scale, times the same
+// fours of block `x_block` of the activations.
 template <typename Simd, DType kType, size_t kTokens, size_t kFours>
 __attribute__((always_inline)) inline void AddFours(const Int8Panel& panel, size_t b, size_t four,
-                                                    const Int8Activations& x, size_t token,
+                                                    const Int8Activations& x, size_t token, size_t x_block,
                                                     typename Simd::Float acc[][kTokens]) {
   using Int = typename Simd::Int;
   using Float = typename Simd::Float;
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
-  const size_t apart = x.n_padded / 16, part = b * kGroups + four * kGroups / kFoursInBlock;
+  const size_t apart = x.n_padded / 16, group = four * kGroups / kFoursInBlock;
+  const size_t part = b * kGroups + group, x_part = x_block * kGroups + group;
   Int total[kGroupVectors][kTokens];
   Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-    const int32_t* first = x.init + (token + t) * x.n_padded / 4 + part;
+    const int32_t* first = x.init + (token + t) * x.n_padded / 4 + x_part;
     const Int start = PanelOffset<Simd>(kType) == 0 ? Simd::ZeroInt() : Simd::Broadcast(*first);
     Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { total[v][t] = start; });
   });
-  const size_t at = b * 32 + four * 4;
   Simd::template AddProducts<CodeBits(kType), kGroupVectors, kTokens, kFours>(
-      panel.codes + at * kRows, x.q + token * x.n_padded + at, x.n_padded, total);
+      panel.codes + (b * 32 + four * 4) * kRows, x.q + token * x.n_padded + x_block * 32 + four * 4, x.n_padded, total);
   Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) {
     const Float scale = Simd::Load(panel.scale + part * kRows + v * kLanes);
     Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-      const Float both = Simd::Mul(scale, Simd::Broadcast(x.scale[(token + t) * apart + b]));
+      const Float both = Simd::Mul(scale, Simd::Broadcast(x.scale[(token + t) * apart + x_block]));
       acc[v][t] = Simd::MulAdd(Simd::ToFloat(total[v][t]), both, acc[v][t]);
     });
     if constexpr (HasMinimum(kType)) {
       const Float minimum = Simd::Load(panel.minimum + part * kRows + v * kLanes);
       Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-        acc[v][t] = Simd::MulAdd(minimum, Simd::Broadcast(x.sum[(token + t) * apart + part]), acc[v][t]);
+        acc[v][t] = Simd::MulAdd(minimum, Simd::Broadcast(x.sum[(token + t) * apart + x_part]), acc[v][t]);
       });
     }
   });
 }
 
-// A token's spikes within the range, each times its column of weights.
+// A token's spikes within the range: of each the four that it is in, where its block is otherwise zero.
 template <typename Simd, DType kType>
 inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const Int8Range& range, size_t token,
-                      typename Simd::Float sums[kGroupVectors]) {
-  using Float = typename Simd::Float;
-  constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroupElements = 32 / ScaleGroups(kType);
-  constexpr bool kSigned = HasSignedCodes(kType) && Simd::kSignedOffset == 0;
-  const Float offset = Simd::Broadcast(static_cast<float>(-PanelOffset<Simd>(kType)));
+                      typename Simd::Float sums[kGroupVectors][1]) {
   const uint32_t* spike = x.spike + token * x.n_padded / 32;
-  const float* value = x.scale + token * x.n_padded / 16 + range.all_blocks;
   size_t e = 0;
   while (spike[e] < range.first_block * 32) ++e;
-  Float acc[kGroupVectors];
-  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { acc[v] = sums[v]; });
-  for (; spike[e] < (range.first_block + range.n_blocks) * 32; ++e) {
-    const size_t at = spike[e], part = at / kGroupElements;
-    const Float factor = Simd::Broadcast(value[e]);
-    Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) {
-      const auto codes = Simd::LoadInt(panel.codes + (at / 4 * kRows + v * kLanes) * 4);
-      const Float code = Simd::Add(Simd::ToFloat(Simd::template Byte<kSigned>(codes, at % 4)), offset);
-      Float weight = Simd::Mul(code, Simd::Load(panel.scale + part * kRows + v * kLanes));
-      if constexpr (HasMinimum(kType))
-        weight = Simd::Add(weight, Simd::Load(panel.minimum + part * kRows + v * kLanes));
-      acc[v] = Simd::MulAdd(weight, factor, acc[v]);
-    });
-  }
-  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[v] = acc[v]; });
+  typename Simd::Float acc[kGroupVectors][1];
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { acc[v][0] = sums[v][0]; });
+  for (; spike[e] < (range.first_block + range.n_blocks) * 32; ++e)
+    AddFours<Simd, kType, 1, 1>(panel, spike[e] / 32, spike[e] % 32 / 4, x, token, range.all_blocks + e, acc);
+  Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[v][0] = acc[v][0]; });
 }
 
 template <typename Simd, DType kType, size_t kTokens>
@@ -218,11 +253,11 @@ void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& 
   for (size_t b = range.first_block; b < range.first_block + range.n_blocks; ++b) {
 #pragma GCC unroll 2
     for (size_t four = 0; four < kFoursInBlock; four += kFours)
-      AddFours<Simd, kType, kTokens, kFours>(panel, b, four, x, token, acc);
+      AddFours<Simd, kType, kTokens, kFours>(panel, b, four, x, token, b, acc);
   }
-  Float sums[kTokens][kGroupVectors];  // in memory
+  Float sums[kTokens][kGroupVectors][1];  // in memory
   Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-    Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[t][v] = acc[v][t]; });
+    Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[t][v][0] = acc[v][t]; });
   });
   const bool add = range.first_block > 0;
   for (size_t t = 0; t < kTokens; ++t) {
@@ -233,7 +268,7 @@ void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& 
     if (add && out == last) __builtin_memcpy(last, row, n_rows * sizeof(float));
 #pragma GCC unroll 2
     for (size_t v = 0; v < kGroupVectors; ++v) {
-      const Float sum = add ? Simd::Add(Simd::Load(out + v * kLanes), sums[t][v]) : sums[t][v];
+      const Float sum = add ? Simd::Add(Simd::Load(out + v * kLanes), sums[t][v][0]) : sums[t][v][0];
       Simd::Store(out + v * kLanes, sum);
     }
     if (out == last) __builtin_memcpy(row, last, n_rows * sizeof(float));

@@ -26,11 +26,32 @@ struct Avx512Simd {
   static inline Float Mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm512_cvtepi32_ps(v); }
-  template <bool kSigned>
-  static inline Int Byte(Int v, size_t at) {
-    const Int up = _mm512_sll_epi32(v, _mm_cvtsi32_si128(static_cast<int>(24 - 8 * at)));
-    return kSigned ? _mm512_srai_epi32(up, 24) : _mm512_srli_epi32(up, 24);
+  static inline Int EveryFourthRow(const uint8_t* const* rows, size_t at) {
+    Int v = _mm512_castsi128_si512(Load16Bytes(rows[0] + at));
+    v = _mm512_inserti32x4(v, Load16Bytes(rows[4] + at), 1);
+    v = _mm512_inserti32x4(v, Load16Bytes(rows[8] + at), 2);
+    return _mm512_inserti32x4(v, Load16Bytes(rows[12] + at), 3);
   }
+  static inline Int WordOfRows(const uint8_t* const* rows, size_t at) {
+    uint32_t words[kLanes];
+    for (size_t r = 0; r < kLanes; ++r) words[r] = Load32(rows[r] + at);
+    return LoadInt(reinterpret_cast<const uint8_t*>(words));
+  }
+  static inline Int LowWords(Int a, Int b) { return _mm512_unpacklo_epi32(a, b); }
+  static inline Int HighWords(Int a, Int b) { return _mm512_unpackhi_epi32(a, b); }
+  static inline Int LowPairs(Int a, Int b) { return _mm512_unpacklo_epi64(a, b); }
+  static inline Int HighPairs(Int a, Int b) { return _mm512_unpackhi_epi64(a, b); }
+  static inline Int And(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static inline Int Or(Int a, Int b) { return _mm512_or_si512(a, b); }
+  static inline Int Xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
+  static inline Int ShiftRight(Int v, int bits) { return _mm512_srl_epi16(v, _mm_cvtsi32_si128(bits)); }
+  static inline Int ShiftRight32(Int v, int bits) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+  static inline Int ShiftLeft32(Int v, int bits) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(bits)); }
+  static inline Int LookUp(const int8_t table[16], Int at) {
+    const __m128i entries = Load16Bytes(reinterpret_cast<const uint8_t*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), at);
+  }
+  static inline void StoreInt(uint8_t* p, Int v) { _mm512_storeu_si512(p, v); }
   static inline Int Dot(Int total, Int w, Int x) { return _mm512_dpbusd_epi32(total, w, x); }
 
   template <size_t, size_t kVectors, size_t kTokens, size_t kFours>

@@ -30,20 +30,37 @@ inline size_t LargestElement(const float x[32]) {
   return at;
 }
 
+inline float LargestOf(const float* sizes, size_t n) {
+  float most = 0;
+  for (size_t i = 0; i < n; ++i) most = sizes[i] > most ? sizes[i] : most;
+  return most;
+}
+
+inline size_t FirstLargest(const float* sizes, size_t n) {
+  size_t at = 0;
+  for (size_t i = 1; i < n; ++i) at = sizes[i] > sizes[at] ? i : at;
+  return at;
+}
+
 // Takes out the spikes of a row, its largest elements: where they stood, ascending, and in `taken` the bits of each
-// block. `largest` is work space for n / 32 numbers.
-inline void TakeSpikes(const float* x, size_t n_blocks, size_t n_spikes, float* largest, uint32_t* taken,
+// block. `largest` is work space for a number a block, `run` for one of every 16 blocks, so that a spike is not looked
+// for in all of a long row.
+inline void TakeSpikes(const float* x, size_t n_blocks, size_t n_spikes, float* largest, float* run, uint32_t* taken,
                        uint32_t* spike) {
+  constexpr size_t kRun = 16;
+  const size_t n_runs = (n_blocks + kRun - 1) / kRun;
+  const auto blocks = [&](size_t r) { return n_blocks - r * kRun < kRun ? n_blocks - r * kRun : kRun; };
   for (size_t b = 0; b < n_blocks; ++b) largest[b] = LargestSize(x + b * 32), taken[b] = 0;
+  for (size_t r = 0; r < n_runs; ++r) run[r] = LargestOf(largest + r * kRun, blocks(r));
   for (size_t e = 0; e < n_spikes; ++e) {
-    size_t b = 0;
-    for (size_t i = 1; i < n_blocks; ++i) b = largest[i] > largest[b] ? i : b;
+    const size_t r = FirstLargest(run, n_runs), b = r * kRun + FirstLargest(largest + r * kRun, blocks(r));
     float block[32];
     CopyBlock(x + b * 32, taken[b], block);
     const size_t i = LargestElement(block);
     taken[b] |= uint32_t{1} << i;
     block[i] = 0;
     largest[b] = LargestSize(block);
+    run[r] = LargestOf(largest + r * kRun, blocks(r));
     size_t place = e;
     for (; place > 0 && spike[place - 1] > b * 32 + i; --place) spike[place] = spike[place - 1];
     spike[place] = static_cast<uint32_t>(b * 32 + i);
@@ -56,9 +73,9 @@ inline size_t RoundRowToInt8(const float* x, size_t n, size_t token, const Int8A
   int8_t* q = out.q + token * out.n_padded;
   float* scale = out.scale + token * out.n_padded / 16;
   uint32_t* spike = out.spike + token * out.n_padded / 32;
-  auto* taken = reinterpret_cast<uint32_t*>(out.init + token * out.n_padded / 4);  // written later
+  auto* taken = reinterpret_cast<uint32_t*>(out.init + token * out.n_padded / 4);  // written later, as is sum
   const size_t n_blocks = n / 32;
-  TakeSpikes(x, n_blocks, out.n_spikes, scale, taken, spike);
+  TakeSpikes(x, n_blocks, out.n_spikes, scale, out.sum + token * out.n_padded / 16, taken, spike);
   for (size_t b = 0; b < n_blocks; ++b) {
     float block[32];
     if (taken[b] != 0) CopyBlock(x + b * 32, taken[b], block);

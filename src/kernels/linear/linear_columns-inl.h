@@ -1,0 +1,223 @@
+// Codes of quantised rows, side by side: of as many rows as a vector has 32-bit lanes, four codes of each, as the panels of
+// 8-bit products want them (linear_int8-inl.h, which describes Simd). Packed bytes are transposed before they are taken
+// apart, half or a quarter as many as there are codes. Everything is in an anonymous namespace, so that each translation
+// unit keeps its own copy, built with its own flags. Block layouts are described in quants.h.
+#pragma once
+
+#include "kernels/linear/linear_avx2-inl.h"
+
+namespace lesskv::internal {
+namespace {
+
+// v[j]: bytes 4 j .. 4 j + 3 of the sixteen at `at` of every row.
+template <typename Simd>
+inline void LoadSixteens(const uint8_t* const* rows, size_t at, typename Simd::Int v[4]) {
+  typename Simd::Int a[4], b[4];
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) a[i] = Simd::EveryFourthRow(rows + i, at);
+#pragma GCC unroll 2
+  for (size_t i = 0; i < 4; i += 2) {
+    b[i] = Simd::LowWords(a[i], a[i + 1]);
+    b[i + 1] = Simd::HighWords(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (size_t i = 0; i < 2; ++i) {
+    v[2 * i] = Simd::LowPairs(b[i], b[i + 2]);
+    v[2 * i + 1] = Simd::HighPairs(b[i], b[i + 2]);
+  }
+}
+
+// `bits` bits of every byte, from bit `from`.
+template <typename Simd>
+inline typename Simd::Int Bits(typename Simd::Int v, size_t from, int bits) {
+  const auto mask = Simd::Broadcast(((1 << bits) - 1) * 0x01010101);
+  return Simd::And(from == 0 ? v : Simd::ShiftRight(v, static_cast<int>(from)), mask);
+}
+
+// Sixteen in the bytes of four f whose bit of `bits` is set.
+template <typename Simd>
+inline typename Simd::Int FifthBitsOfFour(typename Simd::Int bits, size_t f) {
+  const auto four = Simd::ShiftRight32(bits, static_cast<int>(4 * f));
+  auto out = Simd::And(Simd::ShiftLeft32(four, 4), Simd::Broadcast(0x10));
+#pragma GCC unroll 3
+  for (int i = 1; i < 4; ++i)
+    out = Simd::Or(out, Simd::And(Simd::ShiftLeft32(four, 4 + 7 * i), Simd::Broadcast(0x10 << (8 * i))));
+  return out;
+}
+
+// How many blocks of 32 share packed bytes, and are read at once.
+constexpr size_t BlocksAtOnce(DType type) {
+  switch (type) {
+    case DType::kQ4_K:
+    case DType::kQ5_K:
+      return 2;
+    case DType::kQ2_K:
+    case DType::kQ3_K:
+    case DType::kQ6_K:
+      return 4;
+    default:
+      return 1;
+  }
+}
+
+constexpr bool IsSuperBlock(DType type) { return BlocksAtOnce(type) > 1; }
+
+constexpr size_t SuperBlockBytes(DType type) {
+  switch (type) {
+    case DType::kQ2_K:
+      return 84;
+    case DType::kQ3_K:
+      return 110;
+    case DType::kQ4_K:
+      return 144;
+    case DType::kQ5_K:
+      return 176;
+    default:  // kQ6_K
+      return 210;
+  }
+}
+
+// Where the sixteen bytes of nibbles of block b of 32 elements begin, low ones first.
+constexpr size_t NibblesAt(DType type, size_t b) {
+  switch (type) {
+    case DType::kQ4_0:
+    case DType::kIQ4_NL:
+      return b * 18 + 2;
+    case DType::kQ4_1:
+      return b * 20 + 4;
+    case DType::kQ5_0:
+      return b * 22 + 6;
+    case DType::kQ5_1:
+      return b * 24 + 8;
+    case DType::kMXFP4:
+      return b * 17 + 1;
+    default:  // kIQ4_XS
+      return b / 8 * 136 + 8 + 16 * (b % 8);
+  }
+}
+
+// out[i][f]: codes 4 f .. 4 f + 3 of block b + i, of BlocksAtOnce(kType), b a multiple of it.
+template <typename Simd, DType kType>
+inline void ReadColumns(const uint8_t* const* rows, size_t b, typename Simd::Int out[][8]) {
+  using Int = typename Simd::Int;
+  Int packed[4];
+  if constexpr (kType == DType::kQ8_0) {
+    LoadSixteens<Simd>(rows, b * 34 + 2, out[0]);
+    LoadSixteens<Simd>(rows, b * 34 + 18, out[0] + 4);
+  } else if constexpr (BlocksAtOnce(kType) == 1) {
+    LoadSixteens<Simd>(rows, NibblesAt(kType, b), packed);
+#pragma GCC unroll 8
+    for (size_t f = 0; f < 8; ++f) out[0][f] = Bits<Simd>(packed[f % 4], f / 4 * 4, 4);
+    if constexpr (kType == DType::kIQ4_NL || kType == DType::kIQ4_XS || kType == DType::kMXFP4) {
+      const int8_t* table = kType == DType::kMXFP4 ? kShiftedMxfp4Codes : kIq4Codes;
+#pragma GCC unroll 8
+      for (size_t f = 0; f < 8; ++f) out[0][f] = Simd::LookUp(table, out[0][f]);
+    } else if constexpr (kType == DType::kQ5_0 || kType == DType::kQ5_1) {
+      const Int fifth = Simd::WordOfRows(rows, NibblesAt(kType, b) - 4);
+#pragma GCC unroll 8
+      for (size_t f = 0; f < 8; ++f) out[0][f] = Simd::Or(out[0][f], FifthBitsOfFour<Simd>(fifth, f));
+    }
+  } else {
+    const size_t within = b % 8;
+#pragma GCC unroll 2
+    for (size_t half = 0; half < 2; ++half) {  // of 32 bytes, each of which serves all the blocks
+      const auto each = [&](auto&& codes) __attribute__((always_inline)) {
+        Unrolled<BlocksAtOnce(kType)>([&](auto i) __attribute__((always_inline)) {
+          Unrolled<4>([&](auto j) __attribute__((always_inline)) { out[i][4 * half + j] = codes(i, j); });
+        });
+      };
+      if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
+        const size_t block = b / 8 * SuperBlockBytes(kType) + 16 * half;
+        LoadSixteens<Simd>(rows, block + (kType == DType::kQ4_K ? 16 : 48) + 16 * within, packed);
+        each([&](size_t i, size_t j) { return Bits<Simd>(packed[j], 4 * i, 4); });
+        if constexpr (kType == DType::kQ5_K) {
+          Int fifth[4];
+          LoadSixteens<Simd>(rows, block + 16, fifth);
+          each([&](size_t i, size_t j) {
+            return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(fifth[j], within + i, 1), 4));
+          });
+        }
+      } else if constexpr (kType == DType::kQ6_K) {
+        const size_t block = b / 8 * SuperBlockBytes(kType) + 16 * half;
+        Int more[4], high[4];
+        LoadSixteens<Simd>(rows, block + 16 * within, packed);  // 64 bytes of nibbles for 128 elements,
+        LoadSixteens<Simd>(rows, block + 16 * within + 32, more);
+        LoadSixteens<Simd>(rows, block + 128 + 8 * within, high);  // 32 of their high bits
+        each([&](size_t i, size_t j) {
+          const Int nibbles = Bits<Simd>(i % 2 == 0 ? packed[j] : more[j], i / 2 * 4, 4);
+          return Simd::Or(nibbles, Simd::ShiftLeft32(Bits<Simd>(high[j], 2 * i, 2), 4));
+        });
+      } else {  // kQ2_K, kQ3_K
+        const size_t block = b / 8 * SuperBlockBytes(kType) + 16 * half;
+        LoadSixteens<Simd>(rows, block + (kType == DType::kQ2_K ? 16 : 32) + 8 * within, packed);
+        each([&](size_t i, size_t j) { return Bits<Simd>(packed[j], 2 * i, 2); });
+        if constexpr (kType == DType::kQ3_K) {
+          Int third[4];
+          LoadSixteens<Simd>(rows, block, third);
+          each([&](size_t i, size_t j) {
+            return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(third[j], within + i, 1), 2));
+          });
+        }
+      }
+    }
+  }
+}
+
+// --- Scales ---
+
+// Eight floats of eight rows, from float `first`, become eight columns, `stride` floats apart.
+inline void StoreTransposed(const float (*rows)[16], size_t first, float* out, size_t stride) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 8; i += 2) {
+    const __m256 even = _mm256_loadu_ps(rows[i] + first), odd = _mm256_loadu_ps(rows[i + 1] + first);
+    a[i] = _mm256_unpacklo_ps(even, odd);
+    a[i + 1] = _mm256_unpackhi_ps(even, odd);
+  }
+#pragma GCC unroll 2
+  for (size_t i = 0; i < 8; i += 4) {  // b[i + j]: columns j and j + 4 of four rows
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (size_t j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(out + j * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x20));
+    _mm256_storeu_ps(out + (j + 4) * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x31));
+  }
+}
+
+// The scales of a block of 256, and what is added to their elements: eight of each, or sixteen.
+template <DType kType>
+inline void SuperBlockScales(const uint8_t* block, float* scale, [[maybe_unused]] float* minimum) {
+  const auto store = [](float* out, uint64_t bytes, int subtract, float factor) {
+    const __m256i numbers = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+    const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(subtract)));
+    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(factor)));
+  };
+  const auto load = [&](size_t at) { return Load32(block + at) | uint64_t{Load32(block + at + 4)} << 32; };
+  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
+    const PackedScales packed = UnpackScales(block);
+    store(scale, packed.scales, 0, HalfAt(block));
+    store(minimum, packed.minima, 0, -HalfAt(block + 2));
+  } else if constexpr (kType == DType::kQ6_K) {
+    for (size_t i = 0; i < 2; ++i) store(scale + 8 * i, load(192 + 8 * i), 0, HalfAt(block + 208));
+  } else if constexpr (kType == DType::kQ2_K) {
+    constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
+    for (size_t i = 0; i < 2; ++i) {
+      store(scale + 8 * i, load(8 * i) & kNibbles, 0, HalfAt(block + 80));
+      store(minimum + 8 * i, load(8 * i) >> 4 & kNibbles, 0, -HalfAt(block + 82));
+    }
+  } else {  // kQ3_K
+    const uint64_t low = load(96);
+    const uint32_t high = Load32(block + 104);
+    for (size_t i = 0; i < 2; ++i) {
+      const uint64_t two_bits = (high >> (4 * i) & 0x03030303) | uint64_t{high >> (4 * i + 2) & 0x03030303} << 32;
+      store(scale + 8 * i, (low >> (4 * i) & 0x0f0f0f0f0f0f0f0f) | two_bits << 4, 32, HalfAt(block + 108));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lesskv::internal
