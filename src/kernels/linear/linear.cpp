@@ -401,10 +401,18 @@ std::string_view ComputeTypeName(ComputeType compute) {
 }
 
 ComputeType AutoCompute() {
-  const Isa isa = ActiveIsa();
-  if (isa >= Isa::kAvx512Bf16) return ComputeType::kBF16;
-  const bool int8 = isa == Isa::kAvx2 || isa == Isa::kAvxVnni || isa == Isa::kDotprod;
-  return int8 ? ComputeType::kInt8 : ComputeType::kF32;
+  switch (ActiveIsa()) {
+    case Isa::kAvx2:
+    case Isa::kAvxVnni:
+    case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
+    case Isa::kDotprod:
+      return ComputeType::kInt8;
+    case Isa::kAmx:
+      return ComputeType::kBF16;
+    default:
+      return ComputeType::kF32;
+  }
 }
 
 bool IsLinearType(DType type) { return IsWeightType(type); }

@@ -33,8 +33,8 @@ enum class ComputeType { kF32, kBF16, kInt8 };
 
 std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16", "int8"
 
-// What `--compute auto` means: kBF16 where the active instruction set multiplies bfloat16 pairs, kInt8 with AVX2,
-// AVX-VNNI and ARM's dot products, kF32 elsewhere.
+// What `--compute auto` means: kBF16 with AMX, kInt8 with all other instruction sets of x86 and ARM's dot products, kF32
+// elsewhere.
 ComputeType AutoCompute();
 
 // Up to this many tokens a product reads each weight once for all of them and is bound by memory; beyond, tiles of the
