@@ -198,7 +198,7 @@ constexpr Parameter kParameters[] = {
      .help = "what a score keeps from one query to the next", .min = 0, .max = 1},
     {.name = "block", .kind = Parameter::Kind::kCount, .default_value = "512",
      .help = "tokens of a prompt that are read together, each block attending what the one before left; 0 reads it in one "
-             "step, attended in full; a prefill(chunk) term says it instead",
+             "step, attended in full; a prefill(chunk) term comes first",
      .max = 1 << 20},
 };
 
