@@ -655,16 +655,14 @@ TEST(Contract, CascadeOfOneLevelIsAWindow) {
   for (const TinyShape& shape : kTinyShapes) {
     const TempSidecar sidecar(shape);
     const Text text = RandomText(shape, 120, 28);
-    for (const auto& [options, steps, rest] :
-         {std::tuple<std::string, std::string, std::string>{", block=0", "", "+f32"},
-          {", block=0", "", "+bf16+pyramid(3)"},
-          {"", "+prefill(chunk=7)", "+f16+prefill(chunk=7)"},
-          {", block=16", "+prefill(chunk=16)", "+f32"},
-          {"", "+prefill(chunk=512)", "+f32"}}) {
-      SCOPED_TRACE(options + rest + ", " + shape.Name());
-      const bool given = rest.find("prefill") != std::string::npos;
-      SequenceCache window(MakeConfig("window(12, sinks=2, positions=cache)" + rest + (given ? "" : steps), shape, sidecar)),
-          cascade(MakeConfig("cascade(12, levels=1, sinks=2" + options + ")" + rest, shape, sidecar));
+    for (const auto& [one_level, rest] : {std::pair<std::string, std::string>{", block=0)+f32", "+f32"},
+                                          {", block=0)+bf16+pyramid(3)", "+bf16+pyramid(3)"},
+                                          {")+f16+prefill(chunk=7)", "+f16+prefill(chunk=7)"},
+                                          {", block=16)+f32", "+f32+prefill(chunk=16)"},
+                                          {")+f32", "+f32+prefill(chunk=512)"}}) {
+      SCOPED_TRACE(rest + ", " + shape.Name());
+      SequenceCache window(MakeConfig("window(12, sinks=2, positions=cache)" + rest, shape, sidecar)),
+          cascade(MakeConfig("cascade(12, levels=1, sinks=2" + one_level, shape, sidecar));
       ExpectSameLives(LiveAll(cascade, text, UsualLife()), LiveAll(window, text, UsualLife()));
       EXPECT_EQ(cascade.Stats().kv_bytes_peak, window.Stats().kv_bytes_peak);
     }
@@ -680,7 +678,8 @@ TEST(Contract, CascadeReadsAPromptInBlocks) {
   const auto config = [&](const std::string& options, const std::string& rest = "") {
     return MakeConfig("cascade(38, levels=3, sinks=2, positions=true" + options + ")+f32" + rest, shape, sidecar);
   };
-  const std::vector<LifeStep> life = {{1300, StepKind::kPrompt}, {1, StepKind::kDecode}, {60, StepKind::kPrompt}, {1, StepKind::kDecode}};
+  const std::vector<LifeStep> life = {
+      {1300, StepKind::kPrompt}, {1, StepKind::kDecode}, {60, StepKind::kPrompt}, {1, StepKind::kDecode}};
   const auto lived = [&](const std::shared_ptr<const CacheConfig>& c) {
     SequenceCache cache(c);
     return LiveAll(cache, text, life);
@@ -693,7 +692,7 @@ TEST(Contract, CascadeReadsAPromptInBlocks) {
   EXPECT_FALSE(Same(blocks[0], full[0]));
   const size_t first = 512 * shape.n_heads * shape.head_dim;
   for (size_t l = 0; l < shape.n_layers; ++l)
-    EXPECT_TRUE(std::equal(blocks[0][l].begin(), blocks[0][l].begin() + static_cast<ptrdiff_t>(first), full[0][l].begin()));
+    EXPECT_TRUE(std::equal(full[0][l].begin(), full[0][l].begin() + static_cast<ptrdiff_t>(first), blocks[0][l].begin()));
   // One step: no block, or one that holds the prompt.
   EXPECT_EQ(config(", block=0")->prefill_chunk(), 0u);
   const auto whole = lived(config(", block=0"));
