@@ -1,5 +1,6 @@
 // lesskv bench as a user calls it, on the bundled model: the rows asked for, at the depth asked for, with the bytes that
 // plan foretells, and one sentence for what cannot be measured.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -51,14 +52,15 @@ class BenchCommand : public testing::Test {
 };
 
 TEST_F(BenchCommand, RowsHaveTheirDepthAndThePlansBytes) {
-  const std::string specs = " --kv full --kv 'h2o(5%)+less' --kv 'window(64)+prefill(chunk=128)' --kv 'snapkv(128)' ";
+  const std::string specs = " --kv full --kv 'h2o(5%)+less' --kv 'window(64)+prefill(chunk=128)' --kv 'snapkv(128)' "
+                            "--kv 'cascade(64)' ";
   const Result bench = Shell("$L bench -m $M -c 2048 -p 20 -n 4 -d 0,1000 -r 2 --batch 1,3 -o json" + specs);
   ASSERT_EQ(bench.status, 0) << bench.err;
   EXPECT_EQ(bench.err, "");
   const Result plan = Shell("$L plan -m $M -c 2048 -p 1000 -n 4 -o json" + specs);
   ASSERT_EQ(plan.status, 0) << plan.err;
   const Json rows = Json::parse(bench.out), plans = Json::parse(plan.out);
-  ASSERT_EQ(rows.size(), 4u * 2 * 2 * 2);
+  ASSERT_EQ(rows.size(), 5u * 2 * 2 * 2);
   size_t compared = 0;
   for (const Json& row : rows) {
     const size_t tokens = row["n_prompt"].get<size_t>() + row["n_predict"].get<size_t>(), batch = row["batch"];
@@ -78,7 +80,20 @@ TEST_F(BenchCommand, RowsHaveTheirDepthAndThePlansBytes) {
       EXPECT_EQ(row["tokens_resident"], planned["tokens_resident"]) << row["kv_spec"];
     }
   }
-  EXPECT_EQ(compared, 8u);
+  EXPECT_EQ(compared, 10u);
+}
+
+// A prompt's work memory is that of its longest step.
+TEST_F(BenchCommand, PlannedWorkIsThatOfABlock) {
+  const auto work = [this](size_t prompt, const std::string& spec) {
+    const Result plan = Shell(fmt::format("$L plan -m $M -c 2048 -p {} -n 4 -o json --kv '{}'", prompt, spec));
+    return plan.status == 0 ? Json::parse(plan.out)[0]["work_bytes"].get<size_t>() : 0;
+  };
+  EXPECT_GT(work(100, "cascade(64)"), 0u);
+  EXPECT_EQ(work(100, "cascade(64)"), work(100, "full"));
+  EXPECT_EQ(work(1000, "cascade(64)"), work(512, "full"));
+  EXPECT_EQ(work(2000, "cascade(64)"), work(512, "full"));
+  EXPECT_EQ(work(2000, "cascade(64, block=0)"), work(2000, "full"));
 }
 
 TEST_F(BenchCommand, AsManySequencesAsFitTheMemory) {

@@ -186,7 +186,7 @@ TEST(Chain, SequencesOfABatchBehaveAsEachAlone) {
   const Golden golden = LoadGolden("llama-gqa-tied");
   const std::span<const int32_t> text = golden.tokens;
   const std::vector<std::span<const int32_t>> prompts = {text.subspan(0, 20), text.subspan(5, 9), text.subspan(2, 14)};
-  for (const char* spec : {"full", "h2o(12)", "window(10)+prefill(chunk=9)"}) {
+  for (const char* spec : {"full", "h2o(12)", "window(10)+prefill(chunk=9)", "cascade(14, levels=3, sinks=2, block=9)"}) {
     const auto config = engine.MakeCacheConfig(CacheSpec::Parse(spec), 64);
     const auto run = [&](std::vector<size_t> which) {
       std::vector<Sequence> sequences;

@@ -655,13 +655,66 @@ TEST(Contract, CascadeOfOneLevelIsAWindow) {
   for (const TinyShape& shape : kTinyShapes) {
     const TempSidecar sidecar(shape);
     const Text text = RandomText(shape, 120, 28);
-    for (const std::string rest : {"+f32", "+f16+prefill(chunk=7)", "+bf16+pyramid(3)"}) {
+    for (const auto& [one_level, rest] : {std::pair<std::string, std::string>{", block=0)+f32", "+f32"},
+                                          {", block=0)+bf16+pyramid(3)", "+bf16+pyramid(3)"},
+                                          {")+f16+prefill(chunk=7)", "+f16+prefill(chunk=7)"},
+                                          {", block=16)+f32", "+f32+prefill(chunk=16)"},
+                                          {")+f32", "+f32+prefill(chunk=512)"}}) {
+      SCOPED_TRACE(rest + ", " + shape.Name());
       SequenceCache window(MakeConfig("window(12, sinks=2, positions=cache)" + rest, shape, sidecar)),
-          cascade(MakeConfig("cascade(12, levels=1, sinks=2)" + rest, shape, sidecar));
+          cascade(MakeConfig("cascade(12, levels=1, sinks=2" + one_level, shape, sidecar));
       ExpectSameLives(LiveAll(cascade, text, UsualLife()), LiveAll(window, text, UsualLife()));
       EXPECT_EQ(cascade.Stats().kv_bytes_peak, window.Stats().kv_bytes_peak);
     }
   }
+}
+
+// The cascade reads prompts in blocks of its own, as prefill(chunk) would feed them; that term comes first.
+TEST(Contract, CascadeReadsAPromptInBlocks) {
+  TinyShape shape = kTinyShapes[1];
+  shape.ctx = 70000;
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 1400, 32);
+  const auto config = [&](const std::string& options, const std::string& rest = "") {
+    return MakeConfig("cascade(38, levels=3, sinks=2, positions=true" + options + ")+f32" + rest, shape, sidecar);
+  };
+  const std::vector<LifeStep> life = {
+      {1300, StepKind::kPrompt}, {1, StepKind::kDecode}, {60, StepKind::kPrompt}, {1, StepKind::kDecode}};
+  const auto lived = [&](const std::shared_ptr<const CacheConfig>& c) {
+    SequenceCache cache(c);
+    return LiveAll(cache, text, life);
+  };
+  const auto full = lived(MakeConfig("full+f32", shape, sidecar));
+  const auto blocks = lived(config(""));
+  ExpectSameLives(blocks, lived(config("", "+prefill(chunk=512)")));
+  ExpectSameLives(lived(config(", block=100")), lived(config(", block=9", "+prefill(chunk=100)")));
+  // The first block sees all of its own tokens; the next ones see what is left of the others.
+  EXPECT_FALSE(Same(blocks[0], full[0]));
+  const size_t first = 512 * shape.n_heads * shape.head_dim;
+  for (size_t l = 0; l < shape.n_layers; ++l)
+    EXPECT_TRUE(std::equal(full[0][l].begin(), full[0][l].begin() + static_cast<ptrdiff_t>(first), blocks[0][l].begin()));
+  // One step: no block, or one that holds the prompt.
+  EXPECT_EQ(config(", block=0")->prefill_chunk(), 0u);
+  const auto whole = lived(config(", block=0"));
+  EXPECT_TRUE(Same(whole[0], full[0]));
+  ExpectSameLives(lived(config(", block=1300")), whole);
+  // Blocks of one token are decoding.
+  SequenceCache ones(config(", block=1")), decoded(config(""));
+  Outputs steps(shape.n_layers);
+  for (size_t t = 0; t < 300; ++t) {
+    const Outputs step = Feed(decoded, text, t, 1, StepKind::kDecode);
+    for (size_t l = 0; l < shape.n_layers; ++l) steps[l].insert(steps[l].end(), step[l].begin(), step[l].end());
+  }
+  EXPECT_TRUE(Same(Live(ones, text, 0, {300, StepKind::kPrompt}), steps));
+  // The length of a prompt does not matter to memory.
+  EXPECT_EQ(config("")->Plan(65536, 1).bytes_peak, config("")->Plan(2048, 1).bytes_peak);
+  EXPECT_GT(config(", block=0")->Plan(65536, 1).bytes_peak, 10 * config("")->Plan(65536, 1).bytes_peak);
+}
+
+TEST(Contract, WhatActsAtAPromptsEndTakesNoBlocks) {
+  EXPECT_THROW(CacheSpec::Parse("cascade(64, positions=true)+think(generated=full)"), Error);
+  EXPECT_NO_THROW(CacheSpec::Parse("cascade(64, positions=true, block=0)+think(generated=full)"));
+  EXPECT_THROW(CacheSpec::Parse("cascade(64, positions=true, block=0)+think(generated=full)+prefill(chunk=9)"), Error);
 }
 
 // Blocks of one token are decoding.

@@ -1,6 +1,7 @@
 // lesskv plan: the bytes that caches will take, before anything is loaded or computed.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "base/error.h"
@@ -43,7 +44,8 @@ Json RowJson(const PlanRow& row, const PlanOptions& options, const Engine& engin
   json["generated_tokens"] = options.predict;
   json["parallel"] = n;
   json["weight_bytes"] = engine.model().weight_bytes();
-  json["work_bytes"] = engine.WorkBytes(row.config->prefill_chunk() > 0 ? row.config->prefill_chunk() : options.prompt);
+  const size_t chunk = row.config->prefill_chunk();
+  json["work_bytes"] = engine.WorkBytes(chunk > 0 ? std::min(chunk, options.prompt) : options.prompt);
   AddRunInfo(json, engine, *row.config, 0);
   return json;
 }

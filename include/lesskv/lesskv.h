@@ -277,7 +277,8 @@ static inline lesskv_cache_shape lesskv_cache_default_shape(void) {
 }
 
 /* spec NULL: full. Methods with a sidecar need it by name: less(file="NAME.less.gguf"). With prefill(chunk=N) in the
- * spec text comes in stream steps of at most N tokens, and prompt steps are refused. n_threads 0: all CPUs. */
+ * spec text comes in stream steps of at most N tokens, and prompt steps are refused; cascade's block is the caller's to
+ * heed. n_threads 0: all CPUs. */
 LESSKV_API lesskv_status lesskv_cache_new(const lesskv_cache_shape* shape, const char* spec, int32_t n_threads,
                                           lesskv_cache** cache);
 LESSKV_API lesskv_status lesskv_cache_clone(const lesskv_cache* cache, lesskv_cache** clone); /* between steps */

@@ -106,8 +106,9 @@ StepKind KindOf(lesskv_step_kind kind) {
 }
 
 void RequireChunk(const CacheConfig& config, size_t n_tokens, StepKind kind) {
+  // The blocks that a selector would read a prompt in are the caller's to choose.
+  if (config.spec().Find(Stage::kPrefill) == nullptr || kind == StepKind::kDecode) return;
   const size_t chunk = config.prefill_chunk();
-  if (chunk == 0 || kind == StepKind::kDecode) return;
   if (kind == StepKind::kPrompt || n_tokens > chunk)
     Fail(ErrorCode::kInvalidArgument, "'{}' reads text in stream steps of at most {} tokens, found a {} step of {}",
          config.spec_text(), chunk, kind == StepKind::kPrompt ? "prompt" : "stream", n_tokens);

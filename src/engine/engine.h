@@ -127,7 +127,7 @@ class Engine {
   bool Step(StepItems items, const LogitsSink& sink = {}, const StepControl& control = {});
 
   // A whole prompt (or turn) for every item, then EndPrompt: in one step (kPrompt), or, where the sequence's spec says
-  // prefill(chunk=N), N tokens a step (kStream). A stop between chunks leaves the sequences sound, with the chunks so
+  // so (CacheConfig::prefill_chunk), N tokens a step (kStream). A stop between chunks leaves the sequences sound, with the chunks so
   // far seen and the prompt not ended.
   bool Prefill(StepItems items, const LogitsSink& sink = {}, const StepControl& control = {});
 

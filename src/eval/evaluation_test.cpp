@@ -397,5 +397,15 @@ TEST(MatchBytesTest, NothingIsAddedTwice) {
   EXPECT_TRUE(setup.subjects[2].config->spec().ToString().starts_with("window("));
 }
 
+TEST(MatchBytesTest, RivalsReadAPromptInTheSameBlocks) {
+  for (const auto& [n_prompt, blocks] : {std::pair<size_t, bool>{400, true}, {32, false}, {0, false}}) {
+    EvalSetup setup = Bundled().Setup({"cascade(64, block=32)"}, 512);
+    AddRivals(setup, n_prompt, 512 - n_prompt);
+    ASSERT_EQ(setup.subjects.size(), 4u);  // full, the subject, window, h2o
+    for (size_t i = 2; i < 4; ++i)
+      EXPECT_EQ(setup.subjects[i].config->spec().ToString().ends_with(")+prefill(chunk=32)"), blocks) << n_prompt;
+  }
+}
+
 }  // namespace
 }  // namespace lesskv

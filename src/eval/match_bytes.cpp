@@ -90,7 +90,9 @@ class RivalMaker {
     std::vector<Subject> rivals;
     const CacheSpec& spec = config_->spec();
     const SpecTerm* prefill = spec.Find(Stage::kPrefill);
-    const std::string tail = prefill == nullptr ? "" : "+" + ToString(*prefill);
+    std::string tail = prefill == nullptr ? "" : "+" + ToString(*prefill);
+    if (const size_t block = config_->prefill_chunk(); prefill == nullptr && block > 0 && block < n_prompt_)
+      tail = fmt::format("+prefill(chunk={})", block);  // the rival reads the prompt in the same blocks
     for (const Method* method : Methods()) {
       if (method->stage != Stage::kSelect || !TraitsOf(ParseTerm(method->Example())).is_rival) continue;
       if (spec.Find(method->name) != nullptr && spec.terms().size() == (tail.empty() ? 1u : 2u)) continue;  // itself

@@ -99,8 +99,8 @@ std::shared_ptr<const CacheConfig> CacheConfig::Create(const CacheSpec& spec, co
   config->DivideLayers();
   config->policies_[0].protect = ProtectedSet(std::move(protected_spans));
   config->MakeMethods(sidecar);
-  if (const SpecTerm* prefill = spec.Find(Stage::kPrefill))
-    config->prefill_chunk_ = Arguments(FindMethod(prefill->name)->parameters, *prefill).Count("chunk");
+  const SpecTerm* prefill = spec.Find(Stage::kPrefill);
+  config->prefill_chunk_ = TraitsOf(prefill != nullptr ? *prefill : *spec.Find(Stage::kSelect)).prompt_block;
   config->Budgets(shape.ctx);  // refuses what cannot fit before any text is seen
   return config;
 }

@@ -94,7 +94,8 @@ class CacheConfig {
   // The canonical spec as results and sessions name it: a trained artefact appears as its fingerprint, never as a path.
   const std::string& spec_text() const { return spec_text_; }
   const CacheShape& shape() const { return shape_; }
-  // prefill(chunk=N): prompts are fed N tokens a step (StepKind::kStream). 0: a prompt is one step (kPrompt).
+  // Prompts are fed so many tokens a step (StepKind::kStream): the N of prefill(chunk=N), else the selector's own blocks.
+  // 0: a prompt is one step (kPrompt).
   size_t prefill_chunk() const { return prefill_chunk_; }
   const ProtectedSet& protect() const { return global().protect; }
 

@@ -31,6 +31,7 @@ extern const Method kPrefillMethod{
     .summary = "a prompt streams in, chunk by chunk, with eviction in between; memory is bounded by budget + chunk",
     .reference = "",
     .parameters = kPrefillParameters,
+    .traits = [](const Arguments& arguments) { return MethodTraits{.prompt_block = arguments.Count("chunk")}; },
     .validate = [](const Arguments& a) { RequireGiven(a, "prefill", "chunk", "prefill(chunk=512)"); },
     .example = "prefill(chunk=512)",
 };

@@ -121,8 +121,6 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' lets no token leave, so '{}' has nothing to do", x.name, y.name);
     if (x.stage == Stage::kSelect && !tx.votes_by_head && ty.needs_votes_by_head)
       return fmt::format("'{}' has no votes of each head's own, by which '{}' divides rows", x.name, y.name);
-    if (x.stage == Stage::kPrefill && !ty.acts_in_stream)
-      return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'", y.name, x.name);
     if (!tx.gives_full_keys && ty.needs_full_keys)
       return fmt::format("'{}' does not give back whole keys, which '{}' needs", x.name, y.name);
     if (tx.needs_known_rows && !ty.acts_in_stream && (y.stage == Stage::kBudget || y.stage == Stage::kShare))
@@ -141,6 +139,9 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' moves single rows, but those of '{}' do not lie by themselves", x.name, y.name);
     if (!tx.rewrites_rows && ty.needs_rewrites)
       return fmt::format("'{}' cannot change a row that is stored, which '{}' needs", x.name, y.name);
+    if (tx.prompt_block > 0 && !ty.acts_in_stream)
+      return fmt::format("'{}' acts at the end of a prompt only, so it cannot be used with '{}'{}", y.name, x.name,
+                         x.stage == Stage::kSelect ? ", which reads it in blocks (block=0: in one step)" : "");
     return std::nullopt;
   };
   if (auto reason = one_way(a, a_traits, b, b_traits)) return reason;

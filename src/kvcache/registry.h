@@ -77,7 +77,8 @@ struct MethodTraits {
   bool needs_true_positions = false;  // residual: is trained on keys rotated to their true positions
   bool evicts = false;                // select: tokens leave at all
   bool needs_eviction = false;        // budget, residual: makes no sense when no token leaves
-  bool acts_in_stream = true;         // select, budget: defined while text streams in (prefill(chunk))
+  bool acts_in_stream = true;         // select, budget, wrap: defined while text streams in, so that a prompt may, too
+  size_t prompt_block = 0;            // select, prefill: tokens a step of a prompt; 0: all in one
   bool gives_full_keys = true;        // codec, wrap: rows can be read back with all their channels
   bool needs_full_keys = false;       // residual
   bool rewrites_rows = true;          // codec, wrap: a row can be changed after it was written

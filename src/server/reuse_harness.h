@@ -11,7 +11,7 @@ namespace lesskv::server_test {
 
 namespace fs = std::filesystem;
 inline const std::vector<std::string> kSpecs = {"full", "h2o(24)", "window(24)", "window(24)+prefill(chunk=8)",
-                                                "tova(24)"};
+                                                "tova(24)", "cascade(24, block=8)"};
 
 inline std::vector<int32_t> Joined(std::vector<int32_t> a, const std::vector<int32_t>& b) {
   a.insert(a.end(), b.begin(), b.end());

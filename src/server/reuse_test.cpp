@@ -61,7 +61,7 @@ TEST_F(ReuseTest, OtherTextsAndOtherCachesShareNothing) {
 TEST_F(ReuseTest, ABeginningThatSeveralShareIsKept) {
   Start({.kv = kSpecs});
   const std::string system = "You are a ship's cook who speaks of nothing but the sea and tea.";
-  for (const std::string spec : {"full", "window(24)+prefill(chunk=8)"}) {
+  for (const std::string spec : {"full", "window(24)+prefill(chunk=8)", "cascade(24, block=8)"}) {
     std::vector<size_t> cached;
     for (const char* const question : {" a?", " b?", " c?", " d?", " e?"}) {
       const std::vector<int32_t> prompt = Ids(system + question);

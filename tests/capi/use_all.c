@@ -366,6 +366,9 @@ static void shapes_of_models(void) {
   REFUSES(lesskv_cache_begin_step(cache, 5, LESSKV_STEP_STREAM), "at most 4");
   OK(lesskv_cache_begin_step(cache, 4, LESSKV_STEP_STREAM));
   lesskv_cache_free(cache);
+  OK(lesskv_cache_new(&shape, "cascade(8, levels=2, block=4)", 1, &cache)); /* whose blocks are the caller's steps */
+  OK(lesskv_cache_begin_step(cache, 5, LESSKV_STEP_PROMPT));
+  lesskv_cache_free(cache);
 }
 
 /* The latest tokens stay, as under window(rows, sinks=0); from the 12th token on it fails where user_data says so. */

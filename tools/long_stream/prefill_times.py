@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times prompts of growing length through caches: a table of microseconds a token and a picture of both logarithms.
 
-  prefill_times.py --model FILE.gguf --kv "full+prefill(chunk=512)" --kv "cascade(1024)+prefill(chunk=512)" [--length 1024 ...] [--rounds 2] [--most SECONDS]
+  prefill_times.py --model FILE.gguf --kv "full+prefill(chunk=512)" --kv "cascade(1024)" [--length 1024 ...] [--rounds 2] [--most SECONDS]
                    [--picture OUT.svg]
 
 Each time is a run of `lesskv bench` of its own, the rounds in turns; the table has medians. Lengths that would take a cache longer than --most

@@ -46,7 +46,7 @@ SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o"
 BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + ["h2o(10%)+split"]
 TRAINED_SCORES = ["kvzap(10%)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
 RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(10%, share=group)"]
-MERGING = ["elastic(0.9)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%)", "window(10%, positions=cache)"]
+MERGING = ["elastic(0.9)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%, block=0)", "window(10%, positions=cache)"]
 MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv") for t in ("", "+match")]
 STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%")]
 TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent", "h2o(20%)+kivi(4)", "snapkv(20%)+split+q8", "snapkv(20%)+think(0.5)+q8",

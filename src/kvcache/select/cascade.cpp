@@ -196,6 +196,10 @@ constexpr Parameter kParameters[] = {
      .help = "how the scores of a group's query heads become one", .choices = "max|mean|median"},
     {.name = "decay", .kind = Parameter::Kind::kReal, .default_value = "0.9999999",
      .help = "what a score keeps from one query to the next", .min = 0, .max = 1},
+    {.name = "block", .kind = Parameter::Kind::kCount, .default_value = "512",
+     .help = "tokens of a prompt that are read together, each block attending what the one before left; 0 reads it in one "
+             "step, attended in full; a prefill(chunk) term comes first",
+     .max = 1 << 20},
 };
 
 }  // namespace
@@ -210,6 +214,7 @@ extern const Method kCascadeMethod{
         [](const Arguments& arguments) {
           return MethodTraits{.renumbers_positions = arguments.Text("positions") == "cache",
                               .evicts = true,
+                              .prompt_block = arguments.Count("block"),
                               .needs_single_rows = true,
                               .needs_known_rows = true,
                               .takes_no_fit = true};
