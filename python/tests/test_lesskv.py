@@ -71,7 +71,8 @@ def test_penalties_are_the_program_s(model):
         assert json.loads(said.stdout)["text"] == weakened
 
 
-def test_turns_go_on_where_the_last_ended(model):
+def test_turns_go_on_where_the_last_ended():
+    model = lesskv.Model(MODEL, threads=2, compute="f32")  # one token and many are rounded alike
     whole = model.sequence()
     a = "".join(whole.generate("The sea was", max_tokens=8, temperature=0))
     b = "".join(whole.generate(" and then", max_tokens=8, temperature=0))
@@ -80,7 +81,7 @@ def test_turns_go_on_where_the_last_ended(model):
     logits = other.prefill(prompt)
     again = model.sequence()
     again.prefill(prompt[:-1])
-    assert np.allclose(again.decode(prompt[-1]), logits, atol=2e-2) and a and b
+    assert np.allclose(again.decode(prompt[-1]), logits, atol=1e-3) and a and b
     assert whole.tokens[: len(model.tokenize("The sea was"))] == model.tokenize("The sea was")
 
 
