@@ -52,7 +52,7 @@ void Fill(llama_context* context, int depth) {
   const size_t size = llama_state_seq_get_data(context, state.data(), state.size(), 0);
   for (int i = 1; i < depth / kPiece; ++i) {
     if (llama_state_seq_set_data(context, state.data(), size, i) == 0) Fail("a state could not be loaded");
-    llama_kv_cache_seq_cp(context, i, 0, -1, -1);
+    llama_memory_seq_cp(llama_get_memory(context), i, 0, -1, -1);
   }
 }
 
@@ -68,11 +68,13 @@ int main(int argc, char** argv) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(depth + n * (repeat + 1) + kPiece);
   params.n_seq_max = static_cast<uint32_t>(depth / kPiece + 1);
+  params.kv_unified = true;
   params.n_threads = params.n_threads_batch = threads;
   if (argc > 8) {
     params.type_k = TypeNamed(argv[6]);
     params.type_v = TypeNamed(argv[7]);
-    params.flash_attn = std::atoi(argv[8]) != 0;
+    params.flash_attn_type =
+        std::atoi(argv[8]) != 0 ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   }
   llama_context* context = llama_init_from_model(model, params);
   if (context == nullptr) Fail("no context");

@@ -96,70 +96,79 @@ constexpr size_t NibblesAt(DType type, size_t b) {
   }
 }
 
+// out[i][4 half + j] = codes(i, j) for the four words j of that half of each block i.
+template <size_t kBlocks, typename Int, typename F>
+__attribute__((always_inline)) inline void EachWord(size_t half, Int out[][8], F&& codes) {
+  Unrolled<kBlocks>([&](auto i) __attribute__((always_inline)) {
+    Unrolled<4>([&](auto j) __attribute__((always_inline)) { out[i][4 * half + j] = codes(i, j); });
+  });
+}
+
+// Blocks of 32 of their own.
+template <typename Simd, DType kType>
+inline void ReadBlock(const uint8_t* const* rows, size_t b, typename Simd::Int out[8]) {
+  using Int = typename Simd::Int;
+  Int packed[4];
+  LoadSixteens<Simd>(rows, NibblesAt(kType, b), packed);
+#pragma GCC unroll 8
+  for (size_t f = 0; f < 8; ++f) out[f] = Bits<Simd>(packed[f % 4], f / 4 * 4, 4);
+  if constexpr (kType == DType::kIQ4_NL || kType == DType::kIQ4_XS || kType == DType::kMXFP4) {
+    const int8_t* table = kType == DType::kMXFP4 ? kShiftedMxfp4Codes : kIq4Codes;
+#pragma GCC unroll 8
+    for (size_t f = 0; f < 8; ++f) out[f] = Simd::LookUp(table, out[f]);
+  } else if constexpr (kType == DType::kQ5_0 || kType == DType::kQ5_1) {
+    const Int fifth = Simd::WordOfRows(rows, NibblesAt(kType, b) - 4);
+#pragma GCC unroll 8
+    for (size_t f = 0; f < 8; ++f) out[f] = Simd::Or(out[f], FifthBitsOfFour<Simd>(fifth, f));
+  }
+}
+
+// Parts of blocks of 256, whose elements 32 apart share bytes: sixteen of the 32 bytes at a time, `half` of them.
+template <typename Simd, DType kType>
+inline void ReadHalf(const uint8_t* const* rows, size_t b, size_t half, typename Simd::Int out[][8]) {
+  using Int = typename Simd::Int;
+  constexpr size_t kBlocks = BlocksAtOnce(kType);
+  const size_t within = b % 8, block = b / 8 * SuperBlockBytes(kType) + 16 * half;
+  Int packed[4], more[4], high[4];
+  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
+    LoadSixteens<Simd>(rows, block + (kType == DType::kQ4_K ? 16 : 48) + 16 * within, packed);
+    EachWord<kBlocks>(half, out, [&](size_t i, size_t j) { return Bits<Simd>(packed[j], 4 * i, 4); });
+    if constexpr (kType == DType::kQ5_K) {
+      LoadSixteens<Simd>(rows, block + 16, high);
+      EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
+        return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(high[j], within + i, 1), 4));
+      });
+    }
+  } else if constexpr (kType == DType::kQ6_K) {
+    LoadSixteens<Simd>(rows, block + 16 * within, packed);  // 64 bytes of nibbles for 128 elements,
+    LoadSixteens<Simd>(rows, block + 16 * within + 32, more);
+    LoadSixteens<Simd>(rows, block + 128 + 8 * within, high);  // 32 of their high bits
+    EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
+      const Int nibbles = Bits<Simd>(i % 2 == 0 ? packed[j] : more[j], i / 2 * 4, 4);
+      return Simd::Or(nibbles, Simd::ShiftLeft32(Bits<Simd>(high[j], 2 * i, 2), 4));
+    });
+  } else {  // kQ2_K, kQ3_K
+    LoadSixteens<Simd>(rows, block + (kType == DType::kQ2_K ? 16 : 32) + 8 * within, packed);
+    EachWord<kBlocks>(half, out, [&](size_t i, size_t j) { return Bits<Simd>(packed[j], 2 * i, 2); });
+    if constexpr (kType == DType::kQ3_K) {
+      LoadSixteens<Simd>(rows, block, high);
+      EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
+        return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(high[j], within + i, 1), 2));
+      });
+    }
+  }
+}
+
 // out[i][f]: codes 4 f .. 4 f + 3 of block b + i, of BlocksAtOnce(kType), b a multiple of it.
 template <typename Simd, DType kType>
 inline void ReadColumns(const uint8_t* const* rows, size_t b, typename Simd::Int out[][8]) {
-  using Int = typename Simd::Int;
-  Int packed[4];
   if constexpr (kType == DType::kQ8_0) {
     LoadSixteens<Simd>(rows, b * 34 + 2, out[0]);
     LoadSixteens<Simd>(rows, b * 34 + 18, out[0] + 4);
-  } else if constexpr (BlocksAtOnce(kType) == 1) {
-    LoadSixteens<Simd>(rows, NibblesAt(kType, b), packed);
-#pragma GCC unroll 8
-    for (size_t f = 0; f < 8; ++f) out[0][f] = Bits<Simd>(packed[f % 4], f / 4 * 4, 4);
-    if constexpr (kType == DType::kIQ4_NL || kType == DType::kIQ4_XS || kType == DType::kMXFP4) {
-      const int8_t* table = kType == DType::kMXFP4 ? kShiftedMxfp4Codes : kIq4Codes;
-#pragma GCC unroll 8
-      for (size_t f = 0; f < 8; ++f) out[0][f] = Simd::LookUp(table, out[0][f]);
-    } else if constexpr (kType == DType::kQ5_0 || kType == DType::kQ5_1) {
-      const Int fifth = Simd::WordOfRows(rows, NibblesAt(kType, b) - 4);
-#pragma GCC unroll 8
-      for (size_t f = 0; f < 8; ++f) out[0][f] = Simd::Or(out[0][f], FifthBitsOfFour<Simd>(fifth, f));
-    }
+  } else if constexpr (!IsSuperBlock(kType)) {
+    ReadBlock<Simd, kType>(rows, b, out[0]);
   } else {
-    const size_t within = b % 8;
-#pragma GCC unroll 2
-    for (size_t half = 0; half < 2; ++half) {  // of 32 bytes, each of which serves all the blocks
-      const auto each = [&](auto&& codes) __attribute__((always_inline)) {
-        Unrolled<BlocksAtOnce(kType)>([&](auto i) __attribute__((always_inline)) {
-          Unrolled<4>([&](auto j) __attribute__((always_inline)) { out[i][4 * half + j] = codes(i, j); });
-        });
-      };
-      if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
-        const size_t block = b / 8 * SuperBlockBytes(kType) + 16 * half;
-        LoadSixteens<Simd>(rows, block + (kType == DType::kQ4_K ? 16 : 48) + 16 * within, packed);
-        each([&](size_t i, size_t j) { return Bits<Simd>(packed[j], 4 * i, 4); });
-        if constexpr (kType == DType::kQ5_K) {
-          Int fifth[4];
-          LoadSixteens<Simd>(rows, block + 16, fifth);
-          each([&](size_t i, size_t j) {
-            return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(fifth[j], within + i, 1), 4));
-          });
-        }
-      } else if constexpr (kType == DType::kQ6_K) {
-        const size_t block = b / 8 * SuperBlockBytes(kType) + 16 * half;
-        Int more[4], high[4];
-        LoadSixteens<Simd>(rows, block + 16 * within, packed);  // 64 bytes of nibbles for 128 elements,
-        LoadSixteens<Simd>(rows, block + 16 * within + 32, more);
-        LoadSixteens<Simd>(rows, block + 128 + 8 * within, high);  // 32 of their high bits
-        each([&](size_t i, size_t j) {
-          const Int nibbles = Bits<Simd>(i % 2 == 0 ? packed[j] : more[j], i / 2 * 4, 4);
-          return Simd::Or(nibbles, Simd::ShiftLeft32(Bits<Simd>(high[j], 2 * i, 2), 4));
-        });
-      } else {  // kQ2_K, kQ3_K
-        const size_t block = b / 8 * SuperBlockBytes(kType) + 16 * half;
-        LoadSixteens<Simd>(rows, block + (kType == DType::kQ2_K ? 16 : 32) + 8 * within, packed);
-        each([&](size_t i, size_t j) { return Bits<Simd>(packed[j], 2 * i, 2); });
-        if constexpr (kType == DType::kQ3_K) {
-          Int third[4];
-          LoadSixteens<Simd>(rows, block, third);
-          each([&](size_t i, size_t j) {
-            return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(third[j], within + i, 1), 2));
-          });
-        }
-      }
-    }
+    for (size_t half = 0; half < 2; ++half) ReadHalf<Simd, kType>(rows, b, half, out);
   }
 }
 
