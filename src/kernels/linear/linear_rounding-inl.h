@@ -21,25 +21,22 @@ inline void CopyBlock(const float* x, uint32_t without, float out[32]) {
   for (size_t i = 0; i < 32; ++i) out[i] = (without >> i & 1) != 0 ? 0.0f : x[i];
 }
 
-// The largest element; of equal ones the first.
-inline size_t LargestElement(const float x[32]) {
-  size_t at = 0;
-  for (size_t i = 1; i < 32; ++i) {
-    if (__builtin_fabsf(x[i]) > __builtin_fabsf(x[at])) at = i;
-  }
-  return at;
+// Where the first element of that size stands, which one of the n has; the last one where none is (NaN).
+inline size_t FirstOfSize(const float* x, size_t n, float size) {
+  size_t i = 0;
+  while (i + 1 < n && __builtin_fabsf(x[i]) != size) ++i;
+  return i;
 }
 
 inline float LargestOf(const float* sizes, size_t n) {
-  float most = 0;
-  for (size_t i = 0; i < n; ++i) most = sizes[i] > most ? sizes[i] : most;
-  return most;
-}
-
-inline size_t FirstLargest(const float* sizes, size_t n) {
-  size_t at = 0;
-  for (size_t i = 1; i < n; ++i) at = sizes[i] > sizes[at] ? i : at;
-  return at;
+  float most[4] = {};  // one would wait for itself
+  size_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    for (size_t j = 0; j < 4; ++j) most[j] = sizes[i + j] > most[j] ? sizes[i + j] : most[j];
+  }
+  for (; i < n; ++i) most[0] = sizes[i] > most[0] ? sizes[i] : most[0];
+  for (size_t j = 1; j < 4; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+  return most[0];
 }
 
 // Takes out the spikes of a row, its largest elements: where they stood, ascending, and in `taken` the bits of each
@@ -53,10 +50,11 @@ inline void TakeSpikes(const float* x, size_t n_blocks, size_t n_spikes, float* 
   for (size_t b = 0; b < n_blocks; ++b) largest[b] = LargestSize(x + b * 32), taken[b] = 0;
   for (size_t r = 0; r < n_runs; ++r) run[r] = LargestOf(largest + r * kRun, blocks(r));
   for (size_t e = 0; e < n_spikes; ++e) {
-    const size_t r = FirstLargest(run, n_runs), b = r * kRun + FirstLargest(largest + r * kRun, blocks(r));
+    const size_t r = FirstOfSize(run, n_runs, LargestOf(run, n_runs));
+    const size_t b = r * kRun + FirstOfSize(largest + r * kRun, blocks(r), run[r]);
     float block[32];
     CopyBlock(x + b * 32, taken[b], block);
-    const size_t i = LargestElement(block);
+    const size_t i = FirstOfSize(block, 32, largest[b]);
     taken[b] |= uint32_t{1} << i;
     block[i] = 0;
     largest[b] = LargestSize(block);
