@@ -292,6 +292,38 @@ struct Reader<DType::kQ4_K> : K45Reader<DType::kQ4_K> {};
 template <>
 struct Reader<DType::kQ5_K> : K45Reader<DType::kQ5_K> {};
 
+// How many blocks of 32 share packed bytes, and are read at once.
+constexpr size_t BlocksAtOnce(DType type) {
+  switch (type) {
+    case DType::kQ4_K:
+    case DType::kQ5_K:
+      return 2;
+    case DType::kQ2_K:
+    case DType::kQ3_K:
+    case DType::kQ6_K:
+      return 4;
+    default:
+      return 1;
+  }
+}
+
+constexpr bool IsSuperBlock(DType type) { return BlocksAtOnce(type) > 1; }
+
+constexpr size_t SuperBlockBytes(DType type) {
+  switch (type) {
+    case DType::kQ2_K:
+      return 84;
+    case DType::kQ3_K:
+      return 110;
+    case DType::kQ4_K:
+      return 144;
+    case DType::kQ5_K:
+      return 176;
+    default:  // kQ6_K
+      return 210;
+  }
+}
+
 constexpr bool HasSignedCodes(DType type) {
   return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;
 }
@@ -319,6 +351,11 @@ constexpr int CodeOffset(DType type) {
     default:
       return 0;
   }
+}
+
+// Scales in 32 elements.
+constexpr size_t ScaleGroups(DType type) {
+  return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K ? 2 : 1;
 }
 
 // Calls f.template operator()<type>() for a quantised type.

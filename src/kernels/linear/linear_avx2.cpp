@@ -240,7 +240,6 @@ __attribute__((always_inline)) inline void AddInt8Block(const Codes32& c, const 
                          float& min_acc) {
   const size_t at = token * x.n_padded;
   const __m256i codes = HasSignedCodes(kType) ? _mm256_abs_epi8(c.codes) : c.codes;
-  const __m256 d = _mm256_set_m128(_mm_set1_ps(c.scale[1]), _mm_set1_ps(c.scale[0]));
   __m256i q = Load32Bytes(reinterpret_cast<const uint8_t*>(x.q + at + x_block * 32));
   if constexpr (HasSignedCodes(kType)) q = _mm256_sign_epi8(q, c.codes);
   __m256i total = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), _mm256_set1_epi16(1));
@@ -248,7 +247,10 @@ __attribute__((always_inline)) inline void AddInt8Block(const Codes32& c, const 
     const int32_t* init = x.init + at / 4 + x_block * 8;
     total = _mm256_add_epi32(total, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(init)));
   }
-  const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[at / 16 + x_block]));
+  const float x_scale = x.scale[at / 16 + x_block];
+  __m256 scale = _mm256_set1_ps(c.scale[0] * x_scale);
+  if constexpr (ScaleGroups(kType) == 2)
+    scale = _mm256_insertf128_ps(scale, _mm_set1_ps(c.scale[1] * x_scale), 1);
   acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc);
   if constexpr (HasTwoMinima(kType)) {
     min_acc += c.minimum[0] * x.sum[at / 16 + 2 * x_block] + c.minimum[1] * x.sum[at / 16 + 2 * x_block + 1];
@@ -271,20 +273,30 @@ inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, siz
   const size_t n_blocks = n / 32;
   const uint32_t* spike[kTokens];  // of each token the next one
   Unrolled<kTokens>([&](auto t) { spike[t] = x.spike + (token + t) * x.n_padded / 32; });
+  // Blocks whose places are known when this is compiled, where registers allow.
+  constexpr bool kSuper = IsSuperBlock(kType) && (kTokens == 1 || ScaleGroups(kType) == 1 || kType == DType::kQ6_K);
+  constexpr size_t kUnit = kSuper ? 8 : 1;
+  constexpr size_t kUnitBytes = kSuper ? SuperBlockBytes(kType) : 0;
   Reader<kType> readers[kRows];
-  for (size_t b = 0; b < n_blocks; ++b) {
-    Codes32 c[kRows];
-    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-      c[r] = readers[r].At(first + r * apart * row_bytes, b);
-      Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-        AddInt8Block<kType>(c[r], x, token + t, b, acc[r][t], min_acc[r][t]);
+  for (size_t unit = 0; unit < n_blocks; unit += kUnit) {
+    const auto codes_of = [&](auto r, size_t b) __attribute__((always_inline)) {
+      const uint8_t* row = first + r * apart * row_bytes;
+      return kSuper ? readers[r].At(row + unit / kUnit * kUnitBytes, b) : readers[r].At(row, unit + b);
+    };
+    Unrolled<kUnit>([&](auto b) __attribute__((always_inline)) {
+      Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        const Codes32 c = codes_of(r, b);
+        Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
+          AddInt8Block<kType>(c, x, token + t, unit + b, acc[r][t], min_acc[r][t]);
+        });
       });
     });
     Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-      for (; *spike[t] / 32 == b; ++spike[t]) {
+      for (; *spike[t] / (32 * kUnit) == unit / kUnit; ++spike[t]) {
         const size_t at = n_blocks + static_cast<size_t>(spike[t] - (x.spike + (token + t) * x.n_padded / 32));
         Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-          AddInt8Block<kType>(c[r], x, token + t, at, acc[r][t], min_acc[r][t]);
+          const Codes32 c = codes_of(r, *spike[t] / 32 % kUnit);
+          AddInt8Block<kType>(c, x, token + t, at, acc[r][t], min_acc[r][t]);
         });
       }
     });

@@ -45,38 +45,6 @@ inline typename Simd::Int FifthBitsOfFour(typename Simd::Int bits, size_t f) {
   return out;
 }
 
-// How many blocks of 32 share packed bytes, and are read at once.
-constexpr size_t BlocksAtOnce(DType type) {
-  switch (type) {
-    case DType::kQ4_K:
-    case DType::kQ5_K:
-      return 2;
-    case DType::kQ2_K:
-    case DType::kQ3_K:
-    case DType::kQ6_K:
-      return 4;
-    default:
-      return 1;
-  }
-}
-
-constexpr bool IsSuperBlock(DType type) { return BlocksAtOnce(type) > 1; }
-
-constexpr size_t SuperBlockBytes(DType type) {
-  switch (type) {
-    case DType::kQ2_K:
-      return 84;
-    case DType::kQ3_K:
-      return 110;
-    case DType::kQ4_K:
-      return 144;
-    case DType::kQ5_K:
-      return 176;
-    default:  // kQ6_K
-      return 210;
-  }
-}
-
 // Where the sixteen bytes of nibbles of block b of 32 elements begin, low ones first.
 constexpr size_t NibblesAt(DType type, size_t b) {
   switch (type) {

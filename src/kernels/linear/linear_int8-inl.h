@@ -38,11 +38,6 @@ constexpr size_t CodeBits(DType type) {
   }
 }
 
-// Scales in 32 elements.
-constexpr size_t ScaleGroups(DType type) {
-  return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K ? 2 : 1;
-}
-
 template <typename Simd>
 constexpr int PanelOffset(DType type) {
   return HasSignedCodes(type) ? Simd::kSignedOffset : CodeOffset(type);
