@@ -13,7 +13,7 @@ import statistics
 import subprocess
 
 DEPTH_MODEL = "q4_0"  # the file whose decoding at depth is compared
-LLAMA_CACHES = [("f16", "f16", 0), ("q8_0", "f16", 0), ("q4_0", "f16", 0), ("f16", "f16", 1), ("q4_0", "q4_0", 1)]
+LLAMA_CACHES = [("f16", "f16", 0), ("f16", "f16", 1), ("q8_0", "q8_0", 1), ("q4_0", "q4_0", 1)]
 SPECS = ["full", "full+q8", "full+q4", "h2o(5%)", "h2o(5%)+less"]
 
 
