@@ -78,6 +78,46 @@ TEST(RaggedBudgets, SlackOfEvenBudgetsIsTold) {
   }
 }
 
+// Rows that a threshold lets go are freed as each layer ends: a prompt takes what stays and one layer in full, and what
+// stays is rounded up to small blocks, head by head.
+TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
+  constexpr size_t kRowBytes = 4 * kShape.head_dim, kHeads = kShape.n_layers * kShape.n_kv_heads;
+  const Text text = UnevenText(400, 36);
+  const TempSidecar sidecar(kShape);
+  for (const std::string spec : {"kvzap(threshold=0, window=20)", "kvzap(threshold=3, window=20)", "kvzap(threshold=-3, max=90)"}) {
+    SCOPED_TRACE(spec);
+    SequenceCache cache(MakeConfig(spec, kShape, sidecar));
+    const auto bytes = [&] {
+      size_t rows = 0, ledgers = 0;
+      for (const auto& head : AllResident(cache, kShape)) {
+        rows += (head.size() + 31) / 32 * 32 * kRowBytes;
+        ledgers += (head.size() + 127) / 128 * 128 * 8;
+      }
+      return rows + ledgers;
+    };
+    Live(cache, text, 0, {300, StepKind::kPrompt});
+    std::set<size_t> sizes;
+    for (const auto& head : AllResident(cache, kShape)) sizes.insert(head.size());
+    EXPECT_EQ(sizes.size() > 1, spec.find("max") == std::string::npos);
+    const CacheStats stats = cache.Stats();
+    EXPECT_EQ(stats.kv_bytes, bytes());
+    EXPECT_EQ(stats.kv_bytes_peak, stats.kv_bytes + 304 * kShape.n_kv_heads * kRowBytes);
+    size_t slack = 0;
+    for (const auto& head : AllResident(cache, kShape)) slack += (32 - head.size() % 32) % 32 * kRowBytes;
+    EXPECT_EQ(stats.kv_bytes_slack, slack);
+    EXPECT_EQ(stats.tokens_resident, static_cast<double>(TotalRows(cache)) / kHeads);
+    EXPECT_EQ(stats.tokens_resident + stats.tokens_dropped, 300);
+    // The same while decoding, beside a tile for the new token.
+    for (size_t t = 300; t < 340; ++t) {
+      Feed(cache, text, t, 1, StepKind::kDecode);
+      ASSERT_EQ(cache.Stats().kv_bytes, bytes() + 16 * kShape.n_kv_heads * kRowBytes);
+    }
+    if (spec.find("max") != std::string::npos) {
+      EXPECT_EQ(TotalRows(cache), 90 * kHeads);
+    }
+  }
+}
+
 // While decoding a head that is over its budget evicts one of its own.
 TEST(RaggedBudgets, HeadsKeepTheirBudgetsWhileDecoding) {
   const Text text = UnevenText(200, 33);

@@ -31,7 +31,7 @@ RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes
   }
   staging_.resize(most_heads_);
   if (!shape.grows) return;
-  for (Head& head : heads_) head.region_rows = shape.packs ? kPackedBlockRows : kBlockRows;
+  for (Head& head : heads_) head.region_rows = shape.packs || shape.exact_growth ? kPackedBlockRows : kBlockRows;
 }
 
 std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
@@ -188,7 +188,7 @@ void RowStore::ReserveHeads(const StepRoom& room, std::span<const size_t> enteri
     else if (shape_.packs)
       continue;
     else if (shape_.grows)
-      grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
+      grown[i] = room.budgets_later ? head.n_rows : std::max(head.n_rows, std::min(all, room.budgets[i]));
     else if (head.capacity() < room.budgets[i])
       ResizeArena(FormatsOf(i), head, RoundUp(room.budgets[i], kTileRows));
   }
@@ -223,8 +223,13 @@ void RowStore::ReserveRows(const StepRoom& room, std::span<const size_t> enterin
 }
 
 void RowStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
-  CHECK(shape_.packs, "budgets that come later are those of a packed store");
+  CHECK(shape_.packs || shape_.exact_growth, "budgets that come later are those of a packed store, or one that grows by them");
   const size_t first_head = table_(first_layer, 0);
+  if (shape_.exact_growth) {
+    std::vector<size_t> rows(heads_.size());
+    std::copy(budgets.begin(), budgets.end(), rows.begin() + static_cast<ptrdiff_t>(first_head));
+    return Grow(rows);
+  }
   std::copy(budgets.begin(), budgets.end(), budgets_.begin() + static_cast<ptrdiff_t>(first_head));
   if (defers_) return Pack(first_head, budgets);
   size_t next = heads_[first_head].next.first;

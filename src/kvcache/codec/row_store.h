@@ -5,7 +5,8 @@
 // can hold them. Where budgets differ between heads (StoreShape::packs) all heads share one region, in which each has
 // exactly its budget side by side with the others', so that only the whole is rounded up; rows that a growing head
 // takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
-// when their head is closed. Where rows may leave after a step, the step's own rows wait in a staging area that all
+// when their head is closed. Where a selector says how many rows stay (StoreShape::exact_growth) heads grow a layer at a
+// time, in the same small blocks, to what its close leaves. Where rows may leave after a step, the step's own rows wait in a staging area that all
 // layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk. Only where
 // budgets wait for all layers does each have an area of its own.
 //

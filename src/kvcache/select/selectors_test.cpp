@@ -1,6 +1,8 @@
 // Selectors alone, on attention given by hand.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "kvcache/cache_config.h"
 #include "kvcache/registry.h"
 #include "kvcache/select/selection.h"
