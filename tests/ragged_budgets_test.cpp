@@ -118,6 +118,23 @@ TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
   }
 }
 
+// While a text streams in, too: nothing that a chunk could have kept stays allocated behind what it kept.
+TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeepsOfAStream) {
+  constexpr size_t kRowBytes = 4 * kShape.head_dim;
+  const Text text = UnevenText(400, 36);
+  const TempSidecar sidecar(kShape);
+  SequenceCache cache(MakeConfig("kvzap(threshold=2, window=20)+prefill(chunk=50)", kShape, sidecar));
+  for (size_t seen = 0; seen < 400; seen += 50) {
+    Live(cache, text, seen, {50, StepKind::kPrompt});
+    size_t bytes = 64 * kShape.n_kv_heads * kRowBytes;  // where the next chunk waits
+    for (const auto& head : AllResident(cache, kShape))
+      bytes += (head.size() + 31) / 32 * 32 * kRowBytes + (head.size() + 127) / 128 * 128 * 8;
+    ASSERT_EQ(cache.Stats().kv_bytes, bytes) << "after " << seen + 50;
+  }
+  EXPECT_LT(cache.Stats().tokens_resident, 150);
+  EXPECT_LT(cache.Stats().kv_bytes_peak, cache.Stats().kv_bytes + 8 * 8 * 128);
+}
+
 // While decoding a head that is over its budget evicts one of its own.
 TEST(RaggedBudgets, HeadsKeepTheirBudgetsWhileDecoding) {
   const Text text = UnevenText(200, 33);

@@ -193,7 +193,7 @@ TEST_F(Kvzap, AThresholdKeepsTheSameWhateverTheSteps) {
   };
   feed("kvzap(threshold=0.25, window=5, sinks=2)+f32", .25f, 2, 5, {});
   feed("kvzap(threshold=-0.5, window=0, sinks=0)", -.5f, 0, 0, {});
-  feed("kvzap(threshold=0.25, window=17)+q8(rotate=true)", .25f, 4, 17, {});
+  feed("kvzap(threshold=0.25, window=17)+bf16", .25f, 4, 17, {});
   feed("kvzap(threshold=1, window=3, sinks=0)+f32", 1, 0, 3, {{7, 9}, {30, 31}});
   feed("kvzap(threshold=0.25)", .25f, 4, 128, {});
 }
@@ -241,6 +241,24 @@ TEST_F(Kvzap, PlansOfAThresholdAreARange) {
   const CachePlan few = Config("kvzap(threshold=0, window=30)")->Plan(20, 3);
   EXPECT_EQ(few.rows_end_least, 23);
   EXPECT_EQ(few.bytes_end_least, few.bytes_end);
+}
+
+// A cache that is filled without a text holds the most that a text could leave.
+TEST_F(Kvzap, FilledWithoutATextAThresholdKeepsTheMost) {
+  for (const char* spec : {"kvzap(threshold=-1, window=30)", "kvzap(threshold=-1, max=50)+prefill(chunk=16)"})
+    for (const size_t n : {20, 150}) {
+      SCOPED_TRACE(fmt::format("{} at {}", spec, n));
+      const auto config = Config(spec);
+      SequenceCache cache(config), restored(config);
+      cache.FillRandom(n, 1);
+      const CachePlan plan = config->Plan(n, 0);
+      EXPECT_EQ(cache.Stats().kv_bytes, plan.bytes_after_prompt);
+      EXPECT_LE(cache.Stats().kv_bytes_peak, plan.bytes_peak);
+      EXPECT_EQ(cache.Stats().tokens_resident, plan.rows_end);
+      const std::vector<std::byte> saved = cache.Serialize();
+      restored.Restore(saved.data(), saved.size());
+      EXPECT_EQ(restored.Serialize(), saved);
+    }
 }
 
 TEST_F(Kvzap, ScoresAreASidecarAndBelongToAModel) {
