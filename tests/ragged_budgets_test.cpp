@@ -79,7 +79,7 @@ TEST(RaggedBudgets, SlackOfEvenBudgetsIsTold) {
 }
 
 // Rows that a threshold lets go are freed as each layer ends: a prompt takes what stays and one layer in full, and what
-// stays is rounded up to small blocks, head by head.
+// stays is rounded up to tiles, head by head.
 TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
   constexpr size_t kRowBytes = 4 * kShape.head_dim, kHeads = kShape.n_layers * kShape.n_kv_heads;
   const Text text = UnevenText(400, 36);
@@ -90,7 +90,7 @@ TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
     const auto bytes = [&] {
       size_t rows = 0, ledgers = 0;
       for (const auto& head : AllResident(cache, kShape)) {
-        rows += (head.size() + 31) / 32 * 32 * kRowBytes;
+        rows += (head.size() + 15) / 16 * 16 * kRowBytes;
         ledgers += (head.size() + 127) / 128 * 128 * 8;
       }
       return rows + ledgers;
@@ -103,7 +103,7 @@ TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
     EXPECT_EQ(stats.kv_bytes, bytes());
     EXPECT_EQ(stats.kv_bytes_peak, stats.kv_bytes + 304 * kShape.n_kv_heads * kRowBytes);
     size_t slack = 0;
-    for (const auto& head : AllResident(cache, kShape)) slack += (32 - head.size() % 32) % 32 * kRowBytes;
+    for (const auto& head : AllResident(cache, kShape)) slack += (16 - head.size() % 16) % 16 * kRowBytes;
     EXPECT_EQ(stats.kv_bytes_slack, slack);
     EXPECT_EQ(stats.tokens_resident, static_cast<double>(TotalRows(cache)) / kHeads);
     EXPECT_EQ(stats.tokens_resident + stats.tokens_dropped, 300);
@@ -128,11 +128,11 @@ TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeepsOfAStream) {
     Live(cache, text, seen, {50, StepKind::kPrompt});
     size_t bytes = 64 * kShape.n_kv_heads * kRowBytes;  // where the next chunk waits
     for (const auto& head : AllResident(cache, kShape))
-      bytes += (head.size() + 31) / 32 * 32 * kRowBytes + (head.size() + 127) / 128 * 128 * 8;
+      bytes += (head.size() + 15) / 16 * 16 * kRowBytes + (head.size() + 127) / 128 * 128 * 8;
     ASSERT_EQ(cache.Stats().kv_bytes, bytes) << "after " << seen + 50;
   }
   EXPECT_LT(cache.Stats().tokens_resident, 150);
-  EXPECT_LT(cache.Stats().kv_bytes_peak, cache.Stats().kv_bytes + 8 * 8 * 128);
+  EXPECT_LE(cache.Stats().kv_bytes_peak, cache.Stats().kv_bytes + 112 * kRowBytes);  // a last block that moves
 }
 
 // While decoding a head that is over its budget evicts one of its own.

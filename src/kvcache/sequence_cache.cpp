@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "kvcache/cache_batch.h"
+#include "kvcache/codec/row_store.h"
 #include "kvcache/sequence_cache_impl.h"
 
 namespace lesskv {
@@ -15,6 +16,16 @@ namespace {
 CacheBatch& OwnBatch() {
   thread_local CacheBatch batch;
   return batch;
+}
+
+// Bytes of a block of rows, of the layer that has the largest.
+size_t LargestBlock(const LayerPolicy& policy) {
+  const RowTypes& types = *policy.codec->row_types();
+  size_t bytes = 0;
+  for (const LayerShape& layer : policy.layers)
+    bytes = std::max(bytes, RegionBytes({types.keys, RowSide::kKeys, layer.head_dim}, kBlockRows) +
+                                RegionBytes({types.values, RowSide::kValues, layer.head_dim}, kBlockRows));
+  return bytes;
 }
 
 template <typename Body>
@@ -167,8 +178,9 @@ CachePlan CacheConfig::Count(size_t n_prompt, size_t n_decode, bool least) const
   plan.bytes_peak = cache.counter.peak;
   for (const auto& part : cache.parts) plan.bytes_slack += part->SlackBytes();
   const PolicyCache& global = cache.global();
-  // Where rows come as the text asks, a ledger may move to more room at another moment than here.
-  if (global.policy.selector->SaysHowMany() && !global.ledgers.empty()) plan.bytes_peak += global.ledgers[0].bytes();
+  // Where rows come as the text asks, a head's ledger or last block may move to more room at another moment than here.
+  if (global.policy.selector->SaysHowMany() && !global.ledgers.empty())
+    plan.bytes_peak += std::max(global.ledgers[0].bytes(), LargestBlock(global.policy));
   size_t rows = global.Rows();
   for (size_t i = 0; n_decode > n_first && i < global.ledgers.size(); ++i) {
     const size_t held = global.ledgers[i].n_rows;
