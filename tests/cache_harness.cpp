@@ -241,6 +241,9 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
       add((selects ? "" : evicts ? "h2o(5%)+" : "full+") + Example(*a) + "+" + Example(*b));
     }
   }
+  const SpecTerm threshold = ParseTerm("kvzap(threshold=0.2, window=5, sinks=2)");
+  for (const Method* b : Methods())
+    if (!Conflict(threshold, ParseTerm(Example(*b)))) add(ToString(threshold) + "+" + Example(*b));
   for (const char* more :
        {"window(12, sinks=2, positions=cache)", "window(12, sinks=2, positions=cache)+f32+prefill(chunk=5)",
         "window(12, sinks=0)+less+f32", "h2o(heavy=9, recent=3)+less+f32", "h2o(heavy=0, recent=11)+f32",
@@ -271,6 +274,8 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
         "kvzap(14, window=3)+pooled+f32", "kvzap(14)+pooled(0.3)+less+q8", "kvzap(12, sinks=0)+f32+prefill(chunk=5)",
         "kvzap(13)+split(2)+f32", "h2o(16)+pooled+f32", "snapkv(24, window=4)+pooled+f32", "kvzap(20)+ada+f32",
+        "kvzap(threshold=-0.5, max=20, window=4)+f32", "kvzap(threshold=0, max=24, window=3)+less+q8(rotate=true)+prefill(chunk=7)",
+        "kvzap(threshold=0.5, window=0, sinks=0)+less+f32", "kvzap(threshold=-1000)+f32", "kvzap(threshold=1000, window=7)+f32",
         "full+cluster(14, sinks=3, size=4, every=9, add=3, skip=1, offload=\"/tmp\", cache=32)+f32",
         "full+cluster(9, share=group, sinks=0, size=5, every=7, add=2, skip=0, offload=\"/tmp\", cache=5)+f16+prefill(chunk=9)",
         "full+cluster(9, share=group, sinks=0, size=3, every=7, add=3, skip=0)+f32",

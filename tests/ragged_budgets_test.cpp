@@ -78,6 +78,63 @@ TEST(RaggedBudgets, SlackOfEvenBudgetsIsTold) {
   }
 }
 
+// Rows that a threshold lets go are freed as each layer ends: a prompt takes what stays and one layer in full, and what
+// stays is rounded up to tiles, head by head.
+TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
+  constexpr size_t kRowBytes = 4 * kShape.head_dim, kHeads = kShape.n_layers * kShape.n_kv_heads;
+  const Text text = UnevenText(400, 36);
+  const TempSidecar sidecar(kShape);
+  for (const std::string spec : {"kvzap(threshold=0, window=20)", "kvzap(threshold=3, window=20)", "kvzap(threshold=-3, max=90)"}) {
+    SCOPED_TRACE(spec);
+    SequenceCache cache(MakeConfig(spec, kShape, sidecar));
+    const auto bytes = [&] {
+      size_t rows = 0, ledgers = 0;
+      for (const auto& head : AllResident(cache, kShape)) {
+        rows += (head.size() + 15) / 16 * 16 * kRowBytes;
+        ledgers += (head.size() + 127) / 128 * 128 * 8;
+      }
+      return rows + ledgers;
+    };
+    Live(cache, text, 0, {300, StepKind::kPrompt});
+    std::set<size_t> sizes;
+    for (const auto& head : AllResident(cache, kShape)) sizes.insert(head.size());
+    EXPECT_EQ(sizes.size() > 1, spec.find("max") == std::string::npos);
+    const CacheStats stats = cache.Stats();
+    EXPECT_EQ(stats.kv_bytes, bytes());
+    EXPECT_EQ(stats.kv_bytes_peak, stats.kv_bytes + 304 * kShape.n_kv_heads * kRowBytes);
+    size_t slack = 0;
+    for (const auto& head : AllResident(cache, kShape)) slack += (16 - head.size() % 16) % 16 * kRowBytes;
+    EXPECT_EQ(stats.kv_bytes_slack, slack);
+    EXPECT_EQ(stats.tokens_resident, static_cast<double>(TotalRows(cache)) / kHeads);
+    EXPECT_EQ(stats.tokens_resident + stats.tokens_dropped, 300);
+    // The same while decoding, beside a tile for the new token.
+    for (size_t t = 300; t < 340; ++t) {
+      Feed(cache, text, t, 1, StepKind::kDecode);
+      ASSERT_EQ(cache.Stats().kv_bytes, bytes() + 16 * kShape.n_kv_heads * kRowBytes);
+    }
+    if (spec.find("max") != std::string::npos) {
+      EXPECT_EQ(TotalRows(cache), 90 * kHeads);
+    }
+  }
+}
+
+// While a text streams in, too: nothing that a chunk could have kept stays allocated behind what it kept.
+TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeepsOfAStream) {
+  constexpr size_t kRowBytes = 4 * kShape.head_dim;
+  const Text text = UnevenText(400, 36);
+  const TempSidecar sidecar(kShape);
+  SequenceCache cache(MakeConfig("kvzap(threshold=2, window=20)+prefill(chunk=50)", kShape, sidecar));
+  for (size_t seen = 0; seen < 400; seen += 50) {
+    Live(cache, text, seen, {50, StepKind::kPrompt});
+    size_t bytes = 64 * kShape.n_kv_heads * kRowBytes;  // where the next chunk waits
+    for (const auto& head : AllResident(cache, kShape))
+      bytes += (head.size() + 15) / 16 * 16 * kRowBytes + (head.size() + 127) / 128 * 128 * 8;
+    ASSERT_EQ(cache.Stats().kv_bytes, bytes) << "after " << seen + 50;
+  }
+  EXPECT_LT(cache.Stats().tokens_resident, 150);
+  EXPECT_LE(cache.Stats().kv_bytes_peak, cache.Stats().kv_bytes + 112 * kRowBytes);  // a last block that moves
+}
+
 // While decoding a head that is over its budget evicts one of its own.
 TEST(RaggedBudgets, HeadsKeepTheirBudgetsWhileDecoding) {
   const Text text = UnevenText(200, 33);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 
 #include "command_harness.h"
@@ -87,6 +88,24 @@ TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
     ASSERT_EQ(result.status, 0) << spec << "\n" << result.err;
     EXPECT_NEAR(nlohmann::json::parse(result.out)["tokens_resident"].get<double>(), 30, 1e-9) << spec;
   }
+  // By a threshold each head has rows of its own number, within what the plan says of the same tokens.
+  const Result result = Shell("$L run -m m.gguf -f $T -n 5 --temp 0 --json --kv-stats --kv 'kvzap(threshold=-4, window=16)'");
+  ASSERT_EQ(result.status, 0) << result.err;
+  const auto run = nlohmann::json::parse(result.out);
+  std::set<size_t> sizes;
+  for (const auto& layer : run["kv_rows"])
+    for (const size_t rows : layer) sizes.insert(rows);
+  EXPECT_GT(sizes.size(), 1u) << run["kv_rows"];
+  const Result planned = Shell(fmt::format("$L plan -m m.gguf -p {} -n 4 -o json --kv 'kvzap(threshold=-4, window=16)'",
+                                           run["prompt_tokens"].get<size_t>()));
+  ASSERT_EQ(planned.status, 0) << planned.err;
+  const auto plan = nlohmann::json::parse(planned.out)[0];
+  EXPECT_EQ(plan["tokens_resident_least"], 20);
+  EXPECT_EQ(plan["tokens_resident"], run["tokens_seen"]);
+  EXPECT_GE(run["kv_bytes"], plan["kv_bytes_least"]);
+  EXPECT_LE(run["kv_bytes"], plan["kv_bytes"]);
+  EXPECT_LE(run["kv_bytes_peak"], plan["kv_bytes_peak"]);
+  EXPECT_LT(run["kv_bytes"], run["kv_bytes_full"]);
   EXPECT_EQ(Shell("$L train kvzap -m m.gguf --text $T --sequences 1 --tokens 64 -o m.less.gguf").status, 2);
 }
 

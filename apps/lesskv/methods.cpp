@@ -28,14 +28,26 @@ std::string Signature(const Method& method) {
 
 bool IsDefault(const Method& method) { return method.name == DefaultTerm(method.stage); }
 
-// Pairs of different stages that cannot be combined, each once, in registry order.
-template <typename Visit>
-void ForEachConflict(Visit&& visit) {
+struct ConflictingTerms {
+  std::string a, b, reason;
+};
+
+// Pairs of terms of different stages that cannot be combined, each once, in registry order: the methods' examples, then
+// variants of one with what its example can be combined with.
+std::vector<ConflictingTerms> Conflicts() {
+  std::vector<ConflictingTerms> all;
   const auto methods = Methods();
   for (size_t i = 0; i < methods.size(); ++i)
     for (size_t j = i + 1; j < methods.size(); ++j)
       if (methods[i]->stage != methods[j]->stage)
-        if (const auto reason = Conflict(*methods[i], *methods[j])) visit(*methods[i], *methods[j], *reason);
+        if (const auto reason = Conflict(*methods[i], *methods[j]))
+          all.push_back({std::string(methods[i]->Example()), std::string(methods[j]->Example()), *reason});
+  for (const Method* a : methods)
+    for (const Method* b : methods)
+      if (!a->variant.empty() && !Conflict(*a, *b))
+        if (const auto reason = Conflict(ParseTerm(a->variant), ParseTerm(b->Example())))
+          all.push_back({std::string(a->variant), std::string(b->Example()), *reason});
+  return all;
 }
 
 bool HasMethods(Stage stage) {
@@ -44,11 +56,12 @@ bool HasMethods(Stage stage) {
 }
 
 // What a selector's growth law says of the rows of a head.
-std::string RowsText(const Method& method) {
-  const SpecTerm term = ParseTerm(method.Example());
+std::string RowsText(const Method& method, std::string_view example) {
+  const SpecTerm term = ParseTerm(example);
   const SidecarSource no_sidecar;
   const auto selector = method.make_selector(Arguments(method.parameters, term), {{}, 4096, ComputeType::kF32, no_sidecar});
   if (!selector->Evicts()) return "all tokens seen";
+  if (selector->SaysHowMany()) return "a number of each head's own that depends on the text";
   if (selector->Bounded()) return "a fixed number";
   return selector->EvictsIn(StepKind::kDecode) ? "a number that grows with the text" : "a fixed number of a prompt, and all generated ones";
 }
@@ -78,13 +91,16 @@ std::string MarkdownText() {
     }
   }
   text += "\n## How many rows a head keeps\n\n";
-  for (const Method* method : Methods())
-    if (method->stage == Stage::kSelect) text += fmt::format("- `{}`: {}\n", method->name, RowsText(*method));
+  for (const Method* method : Methods()) {
+    if (method->stage != Stage::kSelect) continue;
+    const std::string rows = RowsText(*method, method->Example());
+    text += fmt::format("- `{}`: {}\n", method->name, rows);
+    if (method->variant.empty()) continue;
+    const std::string other = RowsText(*method, method->variant);
+    if (other != rows) text += fmt::format("- `{}`: {}\n", method->variant, other);
+  }
   text += "\n## What cannot be combined\n\nTwo terms of one stage, and:\n\n";
-  ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
-    text += fmt::format("- `{}` + `{}`: {}\n", a.Example(), b.Example(), reason);
-  });
-  text += "\n`window(positions=cache)` re-numbers positions and cannot be combined with `less`, `match`, `think` or `recent` either.\n";
+  for (const auto& [a, b, reason] : Conflicts()) text += fmt::format("- `{}` + `{}`: {}\n", a, b, reason);
   return text;
 }
 
@@ -98,9 +114,7 @@ std::string PlainText() {
         text += fmt::format("  {:<52} {}{}\n", Signature(*method), method->summary, IsDefault(*method) ? " (default)" : "");
   }
   text += "\nCannot be combined (besides two terms of one stage)\n";
-  ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
-    text += fmt::format("  {} + {}: {}\n", a.Example(), b.Example(), reason);
-  });
+  for (const auto& [a, b, reason] : Conflicts()) text += fmt::format("  {} + {}: {}\n", a, b, reason);
   text += fmt::format("\n{}\n", kLocalLayers);
   return text;
 }
@@ -122,11 +136,10 @@ std::string JsonText() {
     methods.push_back({{"name", method->name}, {"stage", Name(method->stage)}, {"default", IsDefault(*method)},
                        {"summary", method->summary}, {"reference", method->reference},
                        {"example", method->Example()}, {"parameters", parameters}});
-    if (method->stage == Stage::kSelect) methods.back()["rows"] = RowsText(*method);
+    if (method->stage == Stage::kSelect) methods.back()["rows"] = RowsText(*method, method->Example());
+    if (!method->variant.empty()) methods.back()["variant"] = method->variant;
   }
-  ForEachConflict([&](const Method& a, const Method& b, const std::string& reason) {
-    conflicts.push_back({{"a", a.name}, {"b", b.name}, {"reason", reason}});
-  });
+  for (const auto& [a, b, reason] : Conflicts()) conflicts.push_back({{"a", a}, {"b", b}, {"reason", reason}});
   return Dump({{"methods", methods}, {"conflicts", conflicts}, {"version", Version()}}) + "\n";
 }
 

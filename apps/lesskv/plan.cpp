@@ -39,6 +39,10 @@ Json RowJson(const PlanRow& row, const PlanOptions& options, const Engine& engin
   json["kv_bytes_full"] = full_bytes * n;
   if (row.plan.bytes_local > 0) json["kv_bytes_local"] = row.plan.bytes_local * n;
   json["tokens_resident"] = row.plan.rows_end;
+  if (row.config->global().selector->SaysHowMany()) {  // the others are the most that a text can make of it
+    json["kv_bytes_least"] = row.plan.bytes_end_least * n;
+    json["tokens_resident_least"] = row.plan.rows_end_least;
+  }
   json["sidecar_bytes"] = row.config->sidecar_bytes();
   json["prompt_tokens"] = options.prompt;
   json["generated_tokens"] = options.predict;
@@ -56,11 +60,22 @@ void PrintTable(const std::vector<Json>& rows) {
   for (const Json& row : rows) {
     const auto bytes = [&](const char* key) { return HumanBytes(row[key].get<size_t>()); };
     const double share = row["kv_bytes"].get<double>() / std::max(1.0, row["kv_bytes_full"].get<double>());
-    WriteResult(fmt::format("{:<44} {:>10.0f} {:>12} {:>12} {:>12} {:>7.1f}% {:>12} {:>12}\n",
-                            row["kv_spec"].get<std::string>(), row["tokens_resident"].get<double>(),
+    const double most = row["tokens_resident"].get<double>();
+    const std::string n_rows = row.contains("tokens_resident_least")
+                                   ? fmt::format("{:.0f}-{:.0f}", row["tokens_resident_least"].get<double>(), most)
+                                   : fmt::format("{:.0f}", most);
+    WriteResult(fmt::format("{:<44} {:>10} {:>12} {:>12} {:>12} {:>7.1f}% {:>12} {:>12}\n",
+                            row["kv_spec"].get<std::string>(), n_rows,
                             bytes("kv_bytes_after_prompt"), bytes("kv_bytes"), bytes("kv_bytes_peak"), 100 * share,
                             bytes("sidecar_bytes"), bytes("work_bytes")));
   }
+}
+
+void PrintRanges(const std::vector<Json>& rows) {
+  for (const Json& row : rows)
+    if (row.contains("kv_bytes_least"))
+      WriteResult(fmt::format("\n{}: how many rows stay depends on the text; sizes are the most, the least at the end is {}\n",
+                              row["kv_spec"].get<std::string>(), HumanBytes(row["kv_bytes_least"].get<size_t>())));
 }
 
 void PrintLocalLayers(const Json& row) {
@@ -100,6 +115,7 @@ void Plan(PlanOptions& options) {
                             options.prompt, options.predict, options.parallel, options.parallel == 1 ? "" : "s",
                             HumanBytes(opened.model->weight_bytes()), HumanBytes(full_bytes * options.parallel)));
     PrintTable(rows);
+    PrintRanges(rows);
     PrintLocalLayers(rows[0]);
   }
   FlushResults();
@@ -109,7 +125,7 @@ void Plan(PlanOptions& options) {
 
 void AddPlanCommand(CLI::App& app) {
   CLI::App* command =
-      app.add_subcommand("plan", "Tell the bytes that caches will take, exactly, before anything is computed");
+      app.add_subcommand("plan", "Tell the bytes that caches will take, exactly or at most, before anything is computed");
   auto options = std::make_shared<PlanOptions>();
   AddModelOptions(*command, options->model);
   command->add_option("--kv", options->specs, "Cache spec; may be repeated (default: full)")

@@ -157,7 +157,8 @@ typedef struct lesskv_plan {
   double rows_end;
 } lesskv_plan;
 
-/* What a sequence will take for a prompt of n_prompt tokens and n_decode more, without running it. */
+/* What a sequence will take for a prompt of n_prompt tokens and n_decode more, without running it; at most, where a spec
+   lets the text say how many rows stay (kvzap with a threshold). */
 LESSKV_API lesskv_status lesskv_plan_bytes(lesskv_model* model, const lesskv_sequence_params* params, size_t n_prompt,
                                            size_t n_decode, lesskv_plan* plan);
 

@@ -125,6 +125,9 @@ void AddRivals(EvalSetup& setup, size_t n_prompt, size_t n_decode) {
   for (const Subject& subject : asked) {
     setup.subjects.push_back(subject);
     if (subject.config->spec().ToString() == full.config->spec().ToString()) continue;
+    if (subject.config->global().selector->SaysHowMany())
+      Fail(ErrorCode::kInvalidArgument, "--match-bytes: the bytes of '{}' depend on the text, so that no rival has as many",
+           subject.config->spec_text());
     for (const Subject& rival : RivalMaker(setup, subject.config, n_prompt, n_decode).Make()) {
       if (!known(asked, rival) && !known(setup.subjects, rival)) setup.subjects.push_back(rival);
     }

@@ -17,7 +17,8 @@ namespace lesskv {
 //                   state's real bytes buy ("equal bytes"), the rounding up of arenas never to its disadvantage
 //   anything else   window and h2o in f16 with as many rows as its bytes buy ("equal bytes")
 //
-// The last two of +less are left out for a selector without the parameter `extra`.
+// The last two of +less are left out for a selector without the parameter `extra`. Throws Error for a subject whose bytes
+// depend on the text.
 void AddRivals(EvalSetup& setup, size_t n_prompt, size_t n_decode);
 
 }  // namespace lesskv

@@ -122,6 +122,9 @@ class Bench {
     }
     RequireMemory(test.batch * plan.bytes_end, fmt::format("the cache of {} sequences of {} at {} tokens", test.batch,
                                                           config->spec_text(), test.depth + test.tokens()));
+    if (test.depth > 0 && config->global().selector->SaysHowMany())
+      report_.notes.push_back(fmt::format("{}, {}: how many rows stay depends on the text; the cache is filled with the most",
+                                          config->spec_text(), test.Name()));
     Samples samples;
     for (size_t i = 0; i <= options_.repeat; ++i) {
       RunOnce(config, test, i == 0, samples);

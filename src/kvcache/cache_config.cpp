@@ -66,6 +66,13 @@ size_t LayerPolicy::RowsThatStay(size_t n, size_t budget) const {
   return n > budget ? n - CeilDiv(n - budget, group) * group : n;
 }
 
+size_t LayerPolicy::RowsThatAlwaysStay(size_t tokens_seen) const {
+  const size_t own = selector->Window(ctx), sinks = selector->Sinks();
+  if (tokens_seen <= own) return tokens_seen;
+  const auto between = static_cast<int32_t>(sinks), end = static_cast<int32_t>(tokens_seen + std::min(own, sinks) - own);
+  return own + protect.CountFrom(between) - protect.CountFrom(std::max(between, end));
+}
+
 // Beside the codec's window and the groups of tokens that must stay there is always a group that may leave.
 void LayerPolicy::CheckGroups(size_t head, size_t budget) const {
   const CodecTraits traits = codec->traits();

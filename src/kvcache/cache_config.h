@@ -53,10 +53,13 @@ struct LayerPolicy {
            (selector->KeepsOneSetALayer() && budgeter->differ() != BudgetsDiffer::kBetweenHeads);
   }
   StoreShape store_shape() const {
-    return {layers, compute, unrotated_keys(), !selector->Bounded(), budgeter->differ() != BudgetsDiffer::kNowhere};
+    return {layers, compute, unrotated_keys(), !selector->Bounded(), budgeter->differ() != BudgetsDiffer::kNowhere,
+            selector->SaysHowMany()};
   }
   // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such.
   size_t RowsThatStay(size_t n, size_t budget) const;
+  // Rows of a head that stay whatever their scores after so many tokens: the selector's window and protected tokens.
+  size_t RowsThatAlwaysStay(size_t tokens_seen) const;
   BudgetRequest Request(size_t rows, size_t n_tokens) const;
   // Rows that may stay after a step whose growth law says `rows`, [heads], for a prompt (or, while text streams in, a
   // context) of n_tokens. Throws Error when the protected tokens do not fit, or the codec's groups.
@@ -80,6 +83,10 @@ struct CachePlan {
   size_t bytes_local = 0;  // of bytes_end, those of the local layers
   size_t bytes_slack = 0;  // of bytes_end, what rounding to tiles and blocks costs
   double rows_end = 0;  // mean rows a (global layer, KV head)
+  // Where the selector says how many rows stay (Selector::SaysHowMany) all of these are the most that the life can take,
+  // and this is the least; else the same.
+  size_t bytes_end_least = 0;
+  double rows_end_least = 0;
 };
 
 class CacheConfig {
@@ -111,13 +118,15 @@ class CacheConfig {
   // What an f16 full cache of so many tokens takes, without slack or metadata; local layers hold their window.
   size_t FullBytes(size_t n_tokens) const;
 
-  // Exact bytes for one sequence that sees a prompt of n_prompt tokens and then n_decode single tokens.
+  // Bytes for one sequence that sees a prompt of n_prompt tokens and then n_decode single tokens: exact ones, or, where
+  // they depend on the text, the most and the least.
   CachePlan Plan(size_t n_prompt, size_t n_decode) const;
 
  private:
   CacheConfig(const CacheSpec& spec, const CacheShape& shape) : spec_(spec), shape_(shape) {}
   void DivideLayers();
   void MakeMethods(const SidecarSource& sidecar);
+  CachePlan Count(size_t n_prompt, size_t n_decode, bool least) const;
 
   CacheSpec spec_;
   std::string spec_text_;

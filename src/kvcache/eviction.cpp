@@ -136,7 +136,7 @@ struct GroupedHead {
 // The rows that leave one head, after Observe.
 void ChooseHead(const PolicyCache& cache, size_t layer, LayerStep& work, size_t h) {
   const Selector& selector = *cache.policy.selector;
-  if (work.heads[h].n_leaving() == 0) return;
+  if (work.heads[h].n_leaving() == 0 && !selector.SaysHowMany()) return;
   const size_t group = cache.policy.codec->traits().group_rows;
   if (group == 1) return selector.Choose(work.rows, h, work.victims[h]);
   const GroupedHead grouped(cache, work.heads[h], cache.store->GroupedRows(layer, h), group);
@@ -178,6 +178,13 @@ void Choose(PolicyCache& cache, size_t layer, LayerStep& work) {
   ShareVictims(cache, work);
 }
 
+// Room for what the selector leaves in each head.
+void MakeRoom(PolicyCache& cache, size_t layer, const LayerStep& work) {
+  std::vector<size_t> rows;
+  for (size_t h = 0; h < work.victims.size(); ++h) rows.push_back(work.heads[h].n_rows() - work.victims[h].size());
+  cache.MakeRoom(layer, rows);
+}
+
 // What the selector let go becomes departures, with the fate that the residual gives them.
 void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
   const Residual* residual = cache.policy.residual.get();
@@ -185,8 +192,9 @@ void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
   work.departures.resize(work.victims.size());
   for (size_t h = 0; h < work.victims.size(); ++h) {
     const HeadRows& head = work.heads[h];
-    CHECK(work.victims[h].size() == head.n_leaving() || cache.policy.codec->traits().group_rows > 1,
-          "{} rows leave where {} must", work.victims[h].size(), head.n_leaving());
+    const size_t n = work.victims[h].size(), must = head.n_leaving();
+    CHECK(n == must || (n > must && cache.policy.selector->SaysHowMany()) || cache.policy.codec->traits().group_rows > 1,
+          "{} rows leave where {} must", n, must);
     work.departures[h].clear();
     for (const uint32_t row : work.victims[h]) work.departures[h].push_back({row, usual});
   }
@@ -275,6 +283,7 @@ void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
       ChooseHead(cache, layer, work, h);
     });
     ShareVictims(cache, work);
+    if (selector.SaysHowMany()) MakeRoom(cache, layer, work);
     return Close(cache, layer, work);
   }
   ForDecidingHeads(cache, layer, [&](size_t h) { selector.Observe(work.rows, h); });

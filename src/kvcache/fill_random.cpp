@@ -168,7 +168,7 @@ struct SequenceCache::RandomFill {
   void Run() {
     for (size_t done = 0; done < most_rows; done += step_rows) Step(done, std::min(step_rows, most_rows - done));
     if (evicts && kind == StepKind::kStream) {  // a chunk's staging area stays until the next step
-      part.store->Reserve({last_chunk, true, false, false, part.budgets, false});
+      part.store->Reserve({last_chunk, true, false, false, part.budgets, policy.selector->SaysHowMany()});
       part.store->EndStep();
     }
     for (size_t layer = 0; layer < policy.layers.size() && evicts; ++layer) Absorb(layer);

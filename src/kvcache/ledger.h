@@ -42,6 +42,7 @@ struct HeadLedger {
   size_t n_rows = 0;
 
   size_t capacity() const { return positions_.size() / sizeof(Position); }
+  size_t bytes() const { return positions_.size() + votes_.size() + weights_.size(); }
   std::span<const Position> Positions() const { return positions_.As<Position>().first(n_rows); }
   std::span<const float> Weights() const {
     const std::span<const float> all = weights_.As<float>();

@@ -25,7 +25,8 @@ PolicyCache::PolicyCache(const LayerPolicy& of, ByteCounter& count)
       has_absorbed(of.layers.size()),
       tracks_(of.selector->Evicts()),
       bounded_(of.selector->Bounded()),
-      packs_(of.store_shape().packs) {}
+      packs_(of.store_shape().packs),
+      says_how_many_(of.selector->SaysHowMany()) {}
 
 std::unique_ptr<PolicyCache> PolicyCache::Clone(ByteCounter& into) const {
   auto copy = std::make_unique<PolicyCache>(policy, into);
@@ -60,12 +61,13 @@ void PolicyCache::Begin(const StepInfo& info) {
   const AllocationScope scope = policy.budgeter->scope();
   const bool later = growth.evicts && is_prompt && scope != AllocationScope::kGiven;
   step = info;
-  store->Reserve({info.n, growth.evicts, is_prompt, later && scope == AllocationScope::kModel, new_budgets, later});
+  store->Reserve({info.n, growth.evicts, is_prompt, later && scope == AllocationScope::kModel, new_budgets,
+                  later || says_how_many_});
   evicts = growth.evicts;
   decides_budgets = later;
   defers = later && scope == AllocationScope::kModel;
   try {
-    ReserveLedgers(new_budgets, !later);
+    ReserveLedgers(new_budgets, !later && !says_how_many_);
     if (StateFloats() > 0 && states.size() == 0)
       states = CountedBuffer(counter, policy.heads.size() * StateFloats() * sizeof(float));
     deferred.clear();
@@ -106,7 +108,17 @@ void PolicyCache::SetBudgets(size_t first_layer, std::span<const size_t> new_bud
   }
 }
 
+void PolicyCache::MakeRoom(size_t layer, std::span<const size_t> rows) {
+  store->SetBudgets(layer, rows);
+  for (size_t h = 0; h < rows.size(); ++h) Ledger(layer, h).Reserve(counter, rows[h], LedgerRoom{0, true}, columns());
+}
+
+size_t PolicyCache::SlackBytes() const {
+  return store->SlackBytes(says_how_many_ ? std::span<const size_t>() : budgets);
+}
+
 void PolicyCache::KeepBudgets(size_t layer) {
+  if (says_how_many_) return MakeRoom(layer, RowsLeft(layer, false));
   if (!decides_budgets || (defers && layer > 0)) return;
   const std::vector<size_t> even = budgets;
   const size_t n = defers ? even.size() : policy.heads.n_heads(layer);
@@ -148,7 +160,19 @@ size_t PolicyCache::FitQueryFloats(size_t layer) const {
   return most == 0 ? 0 : CeilDiv(step.n, CeilDiv(step.n, most)) * policy.layers[layer].q_dim();
 }
 
-void PolicyCache::CountLayers() {
+// Rows of a layer's heads after a step in which as many leave as must, or as may.
+std::vector<size_t> PolicyCache::RowsLeft(size_t layer, bool least) const {
+  std::vector<size_t> rows;
+  for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) {
+    const size_t all = store->n_rows(layer, h) + step.n;
+    rows.push_back(!evicts ? all
+                   : least ? std::min(all, policy.RowsThatAlwaysStay(step.seen + step.n))
+                           : policy.RowsThatStay(all, budgets[policy.heads(layer, h)]));
+  }
+  return rows;
+}
+
+void PolicyCache::CountLayers(bool least) {
   CHECK(counter.only_counts);
   CountedBytes waiting;
   if (defers) {
@@ -165,12 +189,16 @@ void PolicyCache::CountLayers() {
   }
   std::vector<Departure> leaving;
   for (size_t layer = 0; layer < policy.layers.size(); ++layer) {
-    KeepBudgets(layer);
+    const std::vector<size_t> staying = RowsLeft(layer, least && says_how_many_);
+    if (says_how_many_)
+      MakeRoom(layer, staying);
+    else
+      KeepBudgets(layer);
     for (size_t h = 0; h < policy.heads.n_heads(layer); ++h) {
       HeadLedger& ledger = Ledger(layer, h);
       const size_t all = store->n_rows(layer, h) + step.n;
       leaving.clear();
-      for (size_t row = evicts ? policy.RowsThatStay(all, budgets[policy.heads(layer, h)]) : all; row < all; ++row)
+      for (size_t row = staying[h]; row < all; ++row)
         leaving.push_back({static_cast<uint32_t>(row), Fate::kDrop});
       const SlotMap map = store->Close(layer, h, leaving);
       if (tracks_) ledger.n_rows = map.n_rows;

@@ -75,13 +75,17 @@ class PolicyCache {
   void SetBudgets(size_t first_layer, std::span<const size_t> new_budgets);
   // The same where nothing decides and the even ones stay: called before each layer is closed.
   void KeepBudgets(size_t layer);
+  // Where the selector says how many rows stay: room for them, [n_kv_heads of the layer], before the layer is closed.
+  void MakeRoom(size_t layer, std::span<const size_t> rows);
+  // Rows beyond the budgets' and the resident ones' needs (KvStore::SlackBytes).
+  size_t SlackBytes() const;
   // The room that a head's ledger has under these budgets ([heads], or none yet).
   LedgerRoom Room(const std::vector<size_t>& of, size_t head) const;
   // Budgets were restored: they hold until the growth law changes or a prompt comes, as where they were saved.
   void TakeRestoredBudgets(size_t tokens_seen);
   // The layers of a step of a plan, which has no text and no memory, between Begin and the store's EndStep: allocates and
-  // frees what real ones do; as many rows leave as must.
-  void CountLayers();
+  // frees what real ones do; as many rows leave as must, or as may where the `least` is asked for.
+  void CountLayers(bool least);
 
   const LayerPolicy& policy;
   ByteCounter& counter;
@@ -101,6 +105,7 @@ class PolicyCache {
   std::vector<float> input_scores;  // [n_kv_heads, n] of the layer that comes next: Selector::ReadsInputs
 
  private:
+  std::vector<size_t> RowsLeft(size_t layer, bool least) const;
   void ReserveLedgers(const std::vector<size_t>& new_budgets, bool budgets_known);
   void TakeBackRoom(const std::vector<size_t>& old_budgets);
 
@@ -109,7 +114,7 @@ class PolicyCache {
   size_t FitQueryFloats(size_t layer) const;
 
   bool tracks_ = false;
-  bool bounded_ = false, packs_ = false;
+  bool bounded_ = false, packs_ = false, says_how_many_ = false;
   size_t budget_rows_ = 0;
   std::vector<size_t> previous_budgets_;
   size_t previous_budget_rows_ = 0;

@@ -127,7 +127,14 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' divides rows at the end of a prompt, but '{}' must know its rows before", y.name, x.name);
     if (tx.groups_rows && ty.needs_single_rows)
       return fmt::format("rows of '{}' leave in groups, those of '{}' one by one", x.name, y.name);
-    if (tx.same_rows && (y.stage == Stage::kShare || (y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget))))
+    const bool divides =
+        y.stage == Stage::kShare || (y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget));
+    if (tx.says_how_many && divides)
+      return fmt::format("'{}' says itself how many rows each head keeps, which '{}' would divide", x.name, y.name);
+    if (tx.says_how_many && (y.stage == Stage::kCodec || y.stage == Stage::kWrap) && !ty.movable_rows)
+      return fmt::format("how many rows '{}' keeps is known only when they are chosen, but '{}' must know before", x.name,
+                         y.name);
+    if (tx.same_rows && divides)
       return fmt::format("'{}' keeps as many rows in all layers and heads, which '{}' would divide", x.name, y.name);
     if (tx.takes_no_fit && ty.fits_rows)
       return fmt::format("rows of '{}' are replaced or merged one by one, which a fit by '{}' does not outlive", x.name, y.name);
@@ -148,10 +155,13 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
   return one_way(b, b_traits, a, a_traits);
 }
 
+std::optional<std::string> Conflict(const SpecTerm& a, const SpecTerm& b) {
+  return Conflict(*FindMethod(a.name), TraitsOf(a), *FindMethod(b.name), TraitsOf(b));
+}
+
 std::optional<std::string> Conflict(const Method& a, const Method& b) {
   if (a.stage == b.stage) return Conflict(a, {}, b, {});
-  const auto example = [](const Method& method) { return TraitsOf(ParseTerm(method.Example())); };
-  return Conflict(a, example(a), b, example(b));
+  return Conflict(ParseTerm(a.Example()), ParseTerm(b.Example()));
 }
 
 void RequireGiven(const Arguments& arguments, std::string_view method, std::string_view parameter,

@@ -90,6 +90,7 @@ struct MethodTraits {
   bool needs_single_rows = false;     // select: rows leave one by one
   bool needs_known_rows = false;      // select, codec: budgets must be known before a prompt, not divided at its end
   bool fits_rows = false;             // residual: changes weights and values of rows that stay
+  bool says_how_many = false;         // select: how many rows stay is known only when they are chosen, a head at a time
   bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
   bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them
   bool recalls_all = false;           // recall: chooses among all tokens, so that none may leave
@@ -139,6 +140,8 @@ struct Method {
 
   // An example of the term for shared tests and tables, such as "h2o(5%)"; the name itself when empty.
   std::string_view example = {};
+  // Another one where arguments change what the term can be combined with, such as "window(5%, positions=cache)".
+  std::string_view variant = {};
 
   std::string_view Example() const { return example.empty() ? name : example; }
 };
@@ -156,7 +159,9 @@ MethodTraits TraitsOf(const SpecTerm& term);
 // Why two methods (as used in one spec) cannot be combined, or nothing when they can.
 std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_traits, const Method& b,
                                     const MethodTraits& b_traits);
-// The same for the two methods' example terms: the table of legal pairs.
+// The same for two terms, such as methods' examples and variants: the table of legal pairs.
+std::optional<std::string> Conflict(const SpecTerm& a, const SpecTerm& b);
+// The same for the two methods' example terms.
 std::optional<std::string> Conflict(const Method& a, const Method& b);
 
 }  // namespace lesskv

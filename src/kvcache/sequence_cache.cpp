@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "kvcache/cache_batch.h"
+#include "kvcache/codec/row_store.h"
 #include "kvcache/sequence_cache_impl.h"
 
 namespace lesskv {
@@ -15,6 +16,16 @@ namespace {
 CacheBatch& OwnBatch() {
   thread_local CacheBatch batch;
   return batch;
+}
+
+// Bytes of a block of rows, of the layer that has the largest.
+size_t LargestBlock(const LayerPolicy& policy) {
+  const RowTypes& types = *policy.codec->row_types();
+  size_t bytes = 0;
+  for (const LayerShape& layer : policy.layers)
+    bytes = std::max(bytes, RegionBytes({types.keys, RowSide::kKeys, layer.head_dim}, kBlockRows) +
+                                RegionBytes({types.values, RowSide::kValues, layer.head_dim}, kBlockRows));
+  return bytes;
 }
 
 template <typename Body>
@@ -110,7 +121,7 @@ CacheStats SequenceCache::Stats() const {
   stats.tokens_offloaded = mean(global.departed[static_cast<size_t>(Fate::kOffload)]);
   stats.kv_bytes = impl_->counter.now;
   stats.kv_bytes_peak = impl_->counter.peak;
-  for (const auto& part : impl_->parts) stats.kv_bytes_slack += part->store->SlackBytes(part->budgets);
+  for (const auto& part : impl_->parts) stats.kv_bytes_slack += part->SlackBytes();
   stats.kv_bytes_full = impl_->config->FullBytes(stats.tokens_seen);
   stats.recall = global.store->recall();
   stats.tokens_resident -= mean(stats.recall.rows_offloaded);
@@ -133,13 +144,22 @@ std::vector<Position> SequenceCache::ResidentPositions(size_t layer, size_t kv_h
   return positions;
 }
 
-// A step that allocates and frees what a real one does, without memory or text.
 CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
+  CachePlan plan = Count(n_prompt, n_decode, false);
+  const bool varies = global().selector->SaysHowMany();
+  const CachePlan least = varies ? Count(n_prompt, n_decode, true) : plan;
+  plan.bytes_end_least = least.bytes_end;
+  plan.rows_end_least = least.rows_end;
+  return plan;
+}
+
+// Steps that allocate and free what real ones do, without memory or text.
+CachePlan CacheConfig::Count(size_t n_prompt, size_t n_decode, bool least) const {
   SequenceCache::Impl cache({std::shared_ptr<void>(), this});  // does not own the configuration
   cache.counter.only_counts = true;
   const auto count = [&](size_t n, StepKind kind) {
     for (auto& part : cache.parts) part->Begin({n, cache.tokens_seen, kind});
-    for (auto& part : cache.parts) part->CountLayers();
+    for (auto& part : cache.parts) part->CountLayers(least);
     for (auto& part : cache.parts) part->store->EndStep();
     cache.tokens_seen += n;
   };
@@ -156,8 +176,11 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
   for (size_t done = 0; done < n_first; ++done) count(1, StepKind::kDecode);
   plan.bytes_end = cache.counter.now;
   plan.bytes_peak = cache.counter.peak;
-  for (const auto& part : cache.parts) plan.bytes_slack += part->store->SlackBytes(part->budgets);
+  for (const auto& part : cache.parts) plan.bytes_slack += part->SlackBytes();
   const PolicyCache& global = cache.global();
+  // Where rows come as the text asks, a head's ledger or last block may move to more room at another moment than here.
+  if (global.policy.selector->SaysHowMany() && !global.ledgers.empty())
+    plan.bytes_peak += std::max(global.ledgers[0].bytes(), LargestBlock(global.policy));
   size_t rows = global.Rows();
   for (size_t i = 0; n_decode > n_first && i < global.ledgers.size(); ++i) {
     const size_t held = global.ledgers[i].n_rows;

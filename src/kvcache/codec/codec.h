@@ -34,6 +34,7 @@ struct StoreShape {
   bool unrotated_keys = false;  // keys come unrotated, and queries with read positions
   bool grows = false;           // no bound on the rows of a head while decoding
   bool packs = false;           // budgets differ between heads: they share memory of exactly so many rows
+  bool exact_growth = false;    // room for the rows that stay is made when they are known (StepRoom::budgets_later)
 };
 
 struct RowTypes;  // row_store.h

@@ -60,7 +60,7 @@ struct StepRoom {
   bool defers = false;
   // Rows that stay at most, a head; empty when nothing leaves in any step. Where budgets are decided during the step
   // SetBudgets says them before a layer is closed: of all layers together where the step defers, else a layer at a
-  // time, whose sum is then that of these.
+  // time, whose sum is then that of these (StoreShape::exact_growth: at most these).
   std::span<const size_t> budgets;
   bool budgets_later = false;
 };

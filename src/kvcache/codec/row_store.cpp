@@ -51,12 +51,16 @@ std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
     to.region_rows = from.region_rows;
     to.n_rows = from.n_rows;
     const std::vector<const Formats*> all(from.regions.size(), &formats);
-    to.regions = Allocate(counter, all, std::vector<size_t>(from.regions.size(), from.region_rows));
+    if (to.regions.empty()) to.regions = Allocate(counter, all, std::vector<size_t>(from.regions.size(), from.region_rows));
     for (size_t r = 0; r < to.regions.size(); ++r)
       if (from.regions[r].data != nullptr)
-        std::memcpy(to.regions[r].data, from.regions[r].data, formats.Bytes(from.region_rows));
+        std::memcpy(to.regions[r].data, from.regions[r].data, formats.Bytes(from.RowsOf(r)));
   };
-  for (size_t i = 0; i < heads_.size(); ++i) clone(FormatsOf(i), heads_[i], copy->heads_[i]);
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    const size_t rows = heads_[i].capacity();
+    if (shape_.exact_growth) copy->GrowExactly(i, {&rows, 1});
+    clone(FormatsOf(i), heads_[i], copy->heads_[i]);
+  }
   for (size_t i = 0; i < staging_.size(); ++i) clone(StagingFormats(i), staging_[i], copy->staging_[i]);
   return copy;
 }
@@ -110,6 +114,45 @@ void RowStore::Grow(std::span<const size_t> rows) {
     for (size_t n = missing(i); n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
 }
 
+void RowStore::LengthenLast(const Formats& formats, Head& head, size_t rows) {
+  const size_t had = head.RowsOf(head.regions.size() - 1);
+  const Formats* const one[] = {&formats};
+  const Region from = head.regions.back(), to = Allocate(*counter_, one, {&rows, 1})[0];
+  if (to.data != nullptr) {
+    std::memcpy(to.data, from.data, RegionBytes(formats.keys, had));
+    std::memcpy(Values(formats, to, rows), Values(formats, from, had), RegionBytes(formats.values, had));
+  }
+  head.regions.back() = to;
+  head.last_short = static_cast<uint32_t>(head.region_rows - rows);
+}
+
+// Whole blocks of one call share an allocation; a short one, which does not last, has its own.
+void RowStore::GrowExactly(size_t first_head, std::span<const size_t> rows) {
+  const size_t block = kBlockRows;
+  std::vector<const Formats*> formats;
+  std::vector<size_t> missing(rows.size()), tail(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    Head& head = heads_[first_head + i];
+    const size_t needed = RoundUp(rows[i], kTileRows);
+    if (needed <= head.capacity()) continue;
+    if (head.last_short > 0)
+      LengthenLast(FormatsOf(first_head + i), head, std::min(block, needed - (head.regions.size() - 1) * block));
+    const size_t beyond = needed - head.capacity();
+    missing[i] = beyond / block;
+    tail[i] = beyond % block;
+    formats.insert(formats.end(), missing[i], &FormatsOf(first_head + i));
+  }
+  const std::vector<Region> whole = Allocate(*counter_, formats, std::vector<size_t>(formats.size(), block));
+  for (size_t i = 0, next = 0; i < rows.size(); ++i) {
+    Head& head = heads_[first_head + i];
+    for (size_t n = missing[i]; n > 0; --n) head.regions.push_back(whole[next++]);
+    if (tail[i] == 0) continue;
+    const Formats* const one[] = {&FormatsOf(first_head + i)};
+    head.regions.push_back(Allocate(*counter_, one, {&tail[i], 1})[0]);
+    head.last_short = static_cast<uint32_t>(block - tail[i]);
+  }
+}
+
 // The arena as it was before Reserve. Without memory for a smaller copy the larger one stays, which the next step uses.
 void RowStore::TakeBackArena(const Formats& formats, Head& head) {
   if (head.rows_before == 0) {
@@ -125,7 +168,10 @@ void RowStore::TakeBackArena(const Formats& formats, Head& head) {
 
 // Gives back blocks beyond the resident rows.
 void RowStore::Trim(Head& head) {
-  while (!head.regions.empty() && head.capacity() - head.region_rows >= head.n_rows) head.regions.pop_back();
+  while (!head.regions.empty() && head.capacity() - head.RowsOf(head.regions.size() - 1) >= head.n_rows) {
+    head.regions.pop_back();
+    head.last_short = 0;
+  }
 }
 
 void RowStore::ReserveStaging(const StepRoom& room) {
@@ -188,7 +234,7 @@ void RowStore::ReserveHeads(const StepRoom& room, std::span<const size_t> enteri
     else if (shape_.packs)
       continue;
     else if (shape_.grows)
-      grown[i] = std::max(head.n_rows, std::min(all, room.budgets[i]));
+      grown[i] = room.budgets_later ? head.n_rows : std::max(head.n_rows, std::min(all, room.budgets[i]));
     else if (head.capacity() < room.budgets[i])
       ResizeArena(FormatsOf(i), head, RoundUp(room.budgets[i], kTileRows));
   }
@@ -223,8 +269,9 @@ void RowStore::ReserveRows(const StepRoom& room, std::span<const size_t> enterin
 }
 
 void RowStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
-  CHECK(shape_.packs, "budgets that come later are those of a packed store");
+  CHECK(shape_.packs || shape_.exact_growth, "budgets that come later are those of a packed store, or one that grows by them");
   const size_t first_head = table_(first_layer, 0);
+  if (shape_.exact_growth) return GrowExactly(first_head, budgets);
   std::copy(budgets.begin(), budgets.end(), budgets_.begin() + static_cast<ptrdiff_t>(first_head));
   if (defers_) return Pack(first_head, budgets);
   size_t next = heads_[first_head].next.first;
@@ -356,8 +403,9 @@ void RowStore::Finish(const StoreQuery& query) const {
 RowStore::Place RowStore::FindIn(const Head& head, size_t row) {
   const Share& share = head.share;
   if (row < share.rows) return {&share.region, share.region_rows, share.first + row, share.rows - row};
-  const size_t behind = row - share.rows, slot = behind % head.region_rows;
-  return {&head.regions[behind / head.region_rows], head.region_rows, slot, head.region_rows - slot};
+  const size_t behind = row - share.rows, region = behind / head.region_rows, slot = behind % head.region_rows;
+  const size_t rows = head.RowsOf(region);
+  return {&head.regions[region], rows, slot, rows - slot};
 }
 
 RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const {
@@ -617,7 +665,9 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
     const size_t n_rows = in.Count(shape_.grows ? max_rows : budgets[i], "a head's number of rows");
     head.share = std::exchange(head.next, Share{});
     head.moves = false;
-    if (shape_.grows) {
+    if (shape_.exact_growth) {
+      GrowExactly(i, {&n_rows, 1});
+    } else if (shape_.grows) {
       const size_t beyond = n_rows - std::min(n_rows, head.share.rows);
       const std::vector<const Formats*> all(CeilDiv(beyond, head.region_rows), &formats);
       head.regions = Allocate(*counter_, all, std::vector<size_t>(all.size(), head.region_rows));

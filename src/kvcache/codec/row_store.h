@@ -5,7 +5,9 @@
 // can hold them. Where budgets differ between heads (StoreShape::packs) all heads share one region, in which each has
 // exactly its budget side by side with the others', so that only the whole is rounded up; rows that a growing head
 // takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
-// when their head is closed. Where rows may leave after a step, the step's own rows wait in a staging area that all
+// when their head is closed. Where a selector says how many rows stay (StoreShape::exact_growth) heads grow a layer at a
+// time to what its close leaves: whole blocks, and a last one of no more tiles than that needs, which a longer one
+// replaces. What a head takes then depends on its rows alone. Where rows may leave after a step, the step's own rows wait in a staging area that all
 // layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk. Only where
 // budgets wait for all layers does each have an area of its own.
 //
@@ -104,9 +106,11 @@ class RowStore final : public KvStore {
     size_t rows_before = 0;  // an arena's size before the step: what CancelStep goes back to
     // A packed head whose budget changes in the step moves when it is closed; what it leaves is freed after the step.
     bool moves = false;
+    uint32_t last_short = 0;  // rows that the last region has fewer (StoreShape::exact_growth)
     Share next;
     std::vector<Region> left;
-    size_t capacity() const { return share.rows + regions.size() * region_rows; }
+    size_t RowsOf(size_t region) const { return region_rows - (region + 1 == regions.size() ? last_short : 0); }
+    size_t capacity() const { return share.rows + regions.size() * region_rows - last_short; }
   };
   struct Place {  // where a row lies
     const Region* region;
@@ -149,6 +153,9 @@ class RowStore final : public KvStore {
   SlotMap Compact(size_t layer, size_t kv_head, std::span<const Departure> leaving, size_t n_new, const WriteRow* write);
   void ReserveHeads(const StepRoom& room, std::span<const size_t> entering);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
+  // The same for heads from first_head on, with last blocks as long as they must be.
+  void GrowExactly(size_t first_head, std::span<const size_t> rows);
+  void LengthenLast(const Formats& formats, Head& head, size_t rows);
   void Trim(Head& head);
   static std::byte* DataAt(const Formats& formats, RowSide side, const Place& at);
   // The tile of the rows from `row` on where they lie as one; null where they are scattered or fewer.

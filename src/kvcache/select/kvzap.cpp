@@ -4,7 +4,9 @@
 //   score_h(t) = b_h + w_h x_t,  x_t: what enters the key projection, after the layer's norm
 //
 // It needs no attention statistics, never changes, and is the same for a prompt, a text that streams in and what is
-// generated. The first `sinks` tokens and the newest `window` always stay; of the others those with the best scores.
+// generated. The first `sinks` tokens and the newest `window` always stay. Of the others those with the best scores do
+// (`rows`), or, however many they are, those that reach `threshold` as they leave the window: dense text then keeps
+// more rows, and each head its own number. With `max` beside it the best ones of them.
 #include <algorithm>
 
 #include "base/error.h"
@@ -17,15 +19,30 @@
 namespace lesskv {
 namespace {
 
+struct KvzapOptions {
+  size_t rows;  // at most; 0: as many as the threshold lets stay
+  size_t window, sinks;
+  float threshold;
+  bool by_threshold;  // else `threshold` means nothing
+};
+
 class KvzapSelector final : public Selector {
  public:
-  KvzapSelector(size_t rows, size_t window, size_t sinks, SidecarScores scores, std::string artefact)
-      : rows_(rows), window_(window), sinks_(sinks), scores_(std::move(scores)), artefact_(std::move(artefact)) {
+  KvzapSelector(const KvzapOptions& options, SidecarScores scores, std::string artefact)
+      : rows_(options.rows),
+        window_(options.window),
+        sinks_(options.sinks),
+        threshold_(options.threshold),
+        by_threshold_(options.by_threshold),
+        scores_(std::move(scores)),
+        artefact_(std::move(artefact)) {
     first_.push_back(0);
     for (const size_t n : scores_.n_kv_heads) first_.push_back(first_.back() + n);
   }
 
-  Growth After(StepKind, size_t) const override { return {true, rows_}; }
+  Growth After(StepKind, size_t tokens_seen) const override { return {true, rows_ > 0 ? rows_ : tokens_seen}; }
+  bool SaysHowMany() const override { return by_threshold_; }
+  bool KeepsAShare() const override { return rows_ == 0; }
   size_t Window(size_t budget) const override { return std::min(sinks_ + window_, budget); }
   size_t Sinks() const override { return sinks_; }
   Votes votes() const override { return Votes::kKept; }
@@ -43,11 +60,27 @@ class KvzapSelector final : public Selector {
     const HeadRows& head = layer.heads[h];
     const size_t window = Window(head.budget), recent = window - std::min(window, sinks_);
     const auto recent_from = static_cast<int32_t>(layer.tokens_seen) - static_cast<int32_t>(recent);
-    ChooseWorst(head, head.votes, {static_cast<int32_t>(sinks_), recent_from}, *layer.protect, head.n_leaving(), victims);
+    const PositionRange old{static_cast<int32_t>(sinks_), recent_from};
+    if (by_threshold_) ChooseBelow(head, old, *layer.protect, victims);
+    if (victims.size() >= head.n_leaving()) return;
+    victims.clear();  // those below the threshold are the worst, too
+    ChooseWorst(head, head.votes, old, *layer.protect, head.n_leaving(), victims);
   }
 
  private:
+  // Not-a-number reaches no threshold.
+  void ChooseBelow(const HeadRows& head, PositionRange old, const ProtectedSet& protect,
+                   std::vector<uint32_t>& victims) const {
+    for (uint32_t r = 0; r < head.n_rows(); ++r) {
+      if (head.votes[r] >= threshold_) continue;
+      const Position p = head.positions[r];
+      if (ToInt(p) >= old.begin && ToInt(p) < old.end && !protect.Contains(p)) victims.push_back(r);
+    }
+  }
+
   size_t rows_, window_, sinks_;
+  float threshold_;
+  bool by_threshold_;
   SidecarScores scores_;
   std::string artefact_;
   std::vector<size_t> first_;  // heads before each layer
@@ -63,28 +96,55 @@ void CheckShape(const SidecarScores& scores, const MethodContext& context, const
          path, scores.n_kv_heads.size(), scores.width, heads.size(), context.input_width);
 }
 
-std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
-  const size_t rows = arguments.Rows("rows", context.ctx), sinks = arguments.Count("sinks");
-  const size_t window = arguments.Has("window") ? arguments.Count("window") : std::min<size_t>(128, rows / 4);
-  if (rows <= sinks + window)
+// What is given instead of rows: a threshold, and a cap or none.
+KvzapOptions ReadOptions(const Arguments& arguments, size_t ctx) {
+  const bool by_threshold = arguments.Has("threshold"), capped = !by_threshold || arguments.Has("max");
+  KvzapOptions options{0, 128, arguments.Count("sinks"), 0, by_threshold};
+  if (by_threshold) options.threshold = static_cast<float>(arguments.Real("threshold"));
+  if (capped) options.rows = arguments.Rows(by_threshold ? "max" : "rows", ctx);
+  if (arguments.Has("window"))
+    options.window = arguments.Count("window");
+  else if (capped)
+    options.window = std::min<size_t>(128, options.rows / 4);
+  if (capped && options.rows <= options.sinks + options.window)
     Fail(ErrorCode::kInvalidArgument, "kvzap: a budget of {} rows must exceed its {} sinks and window of {} (context {})",
-         rows, sinks, window, context.ctx);
+         options.rows, options.sinks, options.window, ctx);
+  return options;
+}
+
+std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
+  const KvzapOptions options = ReadOptions(arguments, context.ctx);
   if (context.layers.empty())  // no model: who only asks for the growth law needs no scores
-    return std::make_unique<KvzapSelector>(rows, window, sinks, SidecarScores(), "");
+    return std::make_unique<KvzapSelector>(options, SidecarScores(), "");
   const FoundSidecar found = FindSidecar(arguments, context.sidecar, "kvzap", "scores", "kvzap");
   Sidecar sidecar = ReadSidecar(found.path);
   CheckModel(sidecar, found.path, context.sidecar.model_fingerprint, context.sidecar.model_identity);
   if (sidecar.scores.empty())
     Fail(ErrorCode::kNotFound, "{}: holds no scores (train them with 'lesskv train kvzap')", found.path);
   CheckShape(sidecar.scores, context, found.path);
-  return std::make_unique<KvzapSelector>(rows, window, sinks, std::move(sidecar.scores), found.fingerprint);
+  return std::make_unique<KvzapSelector>(options, std::move(sidecar.scores), found.fingerprint);
+}
+
+void Validate(const Arguments& arguments) {
+  if (!arguments.Has("threshold")) RequireGiven(arguments, "kvzap", "rows", "kvzap(1024) or kvzap(5%), or a threshold");
+  if (arguments.Has("threshold") && arguments.Has("rows"))
+    Fail(ErrorCode::kInvalidArgument,
+         "cache spec: kvzap keeps a number of rows or those that reach a threshold, not both; the most of these is its max");
+  if (arguments.Has("max") && !arguments.Has("threshold"))
+    Fail(ErrorCode::kInvalidArgument,
+         "cache spec: kvzap's max bounds what a threshold keeps; its rows are a bound already");
 }
 
 constexpr Parameter kParameters[] = {
     {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "", .help = "rows kept, sinks and window included",
      .min = 1, .positional = true},
+    {.name = "threshold", .kind = Parameter::Kind::kReal, .default_value = "",
+     .help = "instead of rows: the score, in the model's own units, that a token must reach to stay when it leaves the window",
+     .min = -1e9},
+    {.name = "max", .kind = Parameter::Kind::kRows, .default_value = "",
+     .help = "most rows that a threshold keeps, sinks and window included: the best ones", .min = 1},
     {.name = "window", .kind = Parameter::Kind::kCount, .default_value = "",
-     .help = "most recent tokens that stay; min(128, rows / 4) when not given"},
+     .help = "most recent tokens that stay; 128, or a quarter of rows or max where that is less, when not given"},
     {.name = "sinks", .kind = Parameter::Kind::kCount, .default_value = "4", .help = "first tokens that stay"},
     {.name = "file", .kind = Parameter::Kind::kText, .default_value = "",
      .help = "the sidecar with the trained scores; when not given it is found as that of less"},
@@ -97,13 +157,19 @@ constexpr Parameter kParameters[] = {
 extern const Method kKvzapMethod{
     .name = "kvzap",
     .stage = Stage::kSelect,
-    .summary = "the tokens whose layer input has the best trained score stay, and the most recent ones",
+    .summary = "the tokens whose layer input has the best trained score, or one that reaches a threshold, stay, and the "
+               "most recent ones",
     .reference = "arXiv 2601.07891, 2505.23416",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.evicts = true, .reads_sidecar = true, .votes_by_head = true}; },
-    .validate = [](const Arguments& arguments) { RequireGiven(arguments, "kvzap", "rows", "kvzap(1024) or kvzap(5%)"); },
+    .traits =
+        [](const Arguments& arguments) {
+          return MethodTraits{.evicts = true, .says_how_many = arguments.Has("threshold"), .reads_sidecar = true,
+                              .votes_by_head = true};
+        },
+    .validate = Validate,
     .make_selector = Make,
     .example = "kvzap(5%)",
+    .variant = "kvzap(threshold=-4)",
 };
 
 }  // namespace lesskv

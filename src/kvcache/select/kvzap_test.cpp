@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 
 #include "base/error.h"
+#include "base/rng.h"
 #include "kvcache/cache_batch.h"
 #include "kvcache/registry.h"
 #include "kvcache/residual/sidecar.h"
@@ -35,11 +37,15 @@ class Kvzap : public testing::Test {
     return CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, {path_, fingerprint, 0});
   }
 
-  // Feeds inputs [n][3] in steps of these sizes; what head h of layer l then holds.
-  static std::vector<std::vector<int32_t>> Held(std::shared_ptr<const CacheConfig> config, const std::vector<float>& x,
-                                                const std::vector<size_t>& steps, StepKind kind) {
+  using Heads = std::vector<std::vector<int32_t>>;
+
+  // Feeds inputs [n][3] in steps of these sizes; what head h of layer l then holds. `check` sees it after every step.
+  static Heads Held(std::shared_ptr<const CacheConfig> config, const std::vector<float>& x,
+                    const std::vector<size_t>& steps, StepKind kind,
+                    const std::function<void(size_t seen, const Heads&)>& check = nullptr) {
     SequenceCache cache(std::move(config));
     size_t seen = 0;
+    Heads held;
     for (const size_t n : steps) {
       cache.BeginStep(n, kind);
       const std::vector<float> zeros(n * 16);
@@ -54,14 +60,31 @@ class Kvzap : public testing::Test {
       }
       cache.EndStep();
       seen += n;
+      held.clear();
+      for (size_t layer = 0; layer < 2; ++layer)
+        for (size_t h = 0; h < 2; ++h) {
+          held.emplace_back();
+          for (const Position p : cache.ResidentPositions(layer, h)) held.back().push_back(ToInt(p));
+        }
+      if (check) check(seen, held);
     }
-    std::vector<std::vector<int32_t>> held;
-    for (size_t layer = 0; layer < 2; ++layer)
-      for (size_t h = 0; h < 2; ++h) {
-        held.emplace_back();
-        for (const Position p : cache.ResidentPositions(layer, h)) held.back().push_back(ToInt(p));
-      }
     return held;
+  }
+
+  // What head h of layer l gives a token.
+  float Score(const std::vector<float>& x, size_t token, size_t head) const {
+    float score = sidecar_.scores.bias[head];
+    for (size_t c = 0; c < 3; ++c) score += sidecar_.scores.weight[head * 3 + c] * x[token * 3 + c];
+    return score;
+  }
+
+  static std::string Refusal(const std::function<void()>& make) {
+    try {
+      make();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
   }
 
   Sidecar sidecar_;
@@ -129,6 +152,115 @@ TEST_F(Kvzap, PooledRowsGoToTheBestScoresOfTheModel) {
   EXPECT_EQ(held[3], (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 7}));
 }
 
+const std::vector<std::vector<size_t>> kFeedings = {{8}, {4, 4}, {1, 1, 1, 1, 1, 1, 1, 1}, {7, 1}, {3, 5}};
+constexpr StepKind kKinds[] = {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode};
+
+// By hand: a score that equals the threshold stays, and heads hold as many rows as reach it.
+TEST_F(Kvzap, AThresholdKeepsWhatReachesIt) {
+  for (const std::vector<size_t>& steps : kFeedings)
+    for (const StepKind kind : kKinds) {
+      EXPECT_EQ(Held(Config("kvzap(threshold=-4, window=3, sinks=0)+f32"), kInputs, steps, kind)[0],
+                (std::vector<int32_t>{0, 2, 4, 5, 6, 7}));
+      EXPECT_EQ(Held(Config("kvzap(threshold=4, window=3, sinks=0)+f32"), kInputs, steps, kind),
+                (Rows{{5, 6, 7}, {3, 4, 5, 6, 7}, {3, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7}}));
+    }
+}
+
+// After t tokens: the sinks, the window and what reaches the threshold, whatever the steps; protected tokens, too.
+TEST_F(Kvzap, AThresholdKeepsTheSameWhateverTheSteps) {
+  Rng rng(5);
+  std::vector<float> x(60 * 3);
+  for (float& value : x) value = rng.Normal();
+  const auto feed = [&](const char* spec, float threshold, size_t sinks, size_t window, std::vector<ProtectedSpan> protect) {
+    SCOPED_TRACE(spec);
+    CacheShape shape = CacheShape::Uniform(2, 2, 2, 8, 200, {.n_dims = 8, .frequency_factors = {}});
+    shape.input_width = 3;
+    const auto config = CacheConfig::Create(CacheSpec::Parse(spec), shape, protect, {path_, 0x1234, 0});
+    const ProtectedSet always(protect);
+    const auto check = [&](size_t seen, const Heads& held) {
+      for (size_t head = 0; head < 4; ++head) {
+        std::vector<int32_t> want;
+        for (size_t t = 0; t < seen; ++t)
+          if (t < sinks || t + window >= seen || Score(x, t, head) >= threshold ||
+              always.Contains(Position(static_cast<int32_t>(t))))
+            want.push_back(static_cast<int32_t>(t));
+        ASSERT_EQ(held[head], want) << "head " << head << " after " << seen;
+      }
+    };
+    const std::vector<size_t> ones(60, 1);
+    for (const std::vector<size_t>& steps : {std::vector<size_t>{60}, {16, 16, 16, 12}, {45, 1, 1, 1, 7, 5}, {1, 2, 57}, ones})
+      for (const StepKind kind : kKinds) Held(config, x, steps, kind, check);
+  };
+  feed("kvzap(threshold=0.25, window=5, sinks=2)+f32", .25f, 2, 5, {});
+  feed("kvzap(threshold=-0.5, window=0, sinks=0)", -.5f, 0, 0, {});
+  feed("kvzap(threshold=0.25, window=17)+bf16", .25f, 4, 17, {});
+  feed("kvzap(threshold=1, window=3, sinks=0)+f32", 1, 0, 3, {{7, 9}, {30, 31}});
+  feed("kvzap(threshold=0.25)", .25f, 4, 128, {});
+}
+
+// What reaches the threshold competes for the most rows as for a fixed number.
+TEST_F(Kvzap, AThresholdKeepsAtMostItsMax) {
+  for (const std::vector<size_t>& steps : kFeedings)
+    for (const StepKind kind : kKinds) {
+      EXPECT_EQ(Held(Config("kvzap(threshold=-100, max=6, window=3, sinks=0)+f32"), kInputs, steps, kind),
+                Held(Config("kvzap(6, window=3, sinks=0)+f32"), kInputs, steps, kind));
+      EXPECT_EQ(Held(Config("kvzap(threshold=4, max=6, window=3, sinks=0)+f32"), kInputs, steps, kind),
+                (Rows{{5, 6, 7}, {3, 4, 5, 6, 7}, {3, 4, 5, 6, 7}, {0, 1, 2, 5, 6, 7}}));
+    }
+}
+
+TEST_F(Kvzap, AThresholdIsInsteadOfRowsAndDividesThemItself) {
+  const auto refused = [&](const char* spec, const char* why) {
+    const std::string message = Refusal([&] { Config(spec); });
+    EXPECT_NE(message.find(why), std::string::npos) << spec << ": " << message;
+  };
+  refused("kvzap", "needs its rows");
+  refused("kvzap(6, threshold=-4)", "not both");
+  refused("kvzap(6, max=9)", "bounds what a threshold keeps");
+  refused("kvzap(threshold=-4, max=9, window=5)", "must exceed");
+  refused("kvzap(threshold=x)", "must be a number");
+  for (const char* divides : {"ada", "pooled", "pyramid", "zigzag", "split"})
+    refused(fmt::format("kvzap(threshold=-4)+{}", divides).c_str(), "says itself how many rows");
+  for (const char* codec : {"kivi(4)", "csr", "think(0.4)", "q8+recent(4)"})
+    refused(fmt::format("kvzap(threshold=-4)+{}", codec).c_str(), "known only when they are chosen");
+  // Only where it is given: a fixed number is divided as before.
+  EXPECT_NO_THROW(CacheSpec::Parse("kvzap(40)+ada"));
+  EXPECT_EQ(CacheSpec::Parse("kvzap(window=9, threshold=-4.50, max=20%)").ToString(),
+            "kvzap(threshold=-4.5, max=20%, window=9)");
+}
+
+// The most is every token, or max; the least what always stays.
+TEST_F(Kvzap, PlansOfAThresholdAreARange) {
+  const CachePlan plan = Config("kvzap(threshold=0, window=30)")->Plan(100, 10);
+  EXPECT_EQ(plan.rows_end, 110);
+  EXPECT_EQ(plan.rows_end_least, 34);
+  EXPECT_LT(plan.bytes_end_least, plan.bytes_end);
+  const CachePlan capped = Config("kvzap(threshold=0, max=50, window=30)")->Plan(100, 10);
+  EXPECT_EQ(capped.rows_end, 50);
+  EXPECT_EQ(capped.rows_end_least, 34);
+  const CachePlan few = Config("kvzap(threshold=0, window=30)")->Plan(20, 3);
+  EXPECT_EQ(few.rows_end_least, 23);
+  EXPECT_EQ(few.bytes_end_least, few.bytes_end);
+}
+
+// A cache that is filled without a text holds the most that a text could leave.
+TEST_F(Kvzap, FilledWithoutATextAThresholdKeepsTheMost) {
+  for (const char* spec : {"kvzap(threshold=-1, window=30)", "kvzap(threshold=-1, max=50)+prefill(chunk=16)"})
+    for (const size_t n : {20, 150}) {
+      SCOPED_TRACE(fmt::format("{} at {}", spec, n));
+      const auto config = Config(spec);
+      SequenceCache cache(config), restored(config);
+      cache.FillRandom(n, 1);
+      const CachePlan plan = config->Plan(n, 0);
+      EXPECT_EQ(cache.Stats().kv_bytes, plan.bytes_after_prompt);
+      EXPECT_LE(cache.Stats().kv_bytes_peak, plan.bytes_peak);
+      EXPECT_EQ(cache.Stats().tokens_resident, plan.rows_end);
+      const std::vector<std::byte> saved = cache.Serialize();
+      restored.Restore(saved.data(), saved.size());
+      EXPECT_EQ(restored.Serialize(), saved);
+    }
+}
+
 TEST_F(Kvzap, ScoresAreASidecarAndBelongToAModel) {
   const Sidecar read = ReadSidecar(path_);
   EXPECT_EQ(read.scores, sidecar_.scores);
@@ -138,18 +270,10 @@ TEST_F(Kvzap, ScoresAreASidecarAndBelongToAModel) {
   // With the fingerprint behind what has no name, so that it can be read again.
   EXPECT_NE(config->spec_text().find("kvzap(6, sidecar=\""), std::string::npos) << config->spec_text();
   EXPECT_NO_THROW(CacheSpec::Parse(config->spec_text()));
-  const auto refusal = [&](auto&& make) {
-    try {
-      make();
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string();
-  };
-  EXPECT_NE(refusal([&] { Config("kvzap(6, window=1)", 4); }).find("width 3"), std::string::npos);
-  EXPECT_NE(refusal([&] { Config("kvzap(6, window=1)", 0); }).find("without its model"), std::string::npos);
-  EXPECT_NE(refusal([&] { Config("kvzap(6, window=1)", 3, 0x99); }).find("belongs to the model"), std::string::npos);
-  EXPECT_NE(refusal([&] { Config("kvzap(6, window=2)"); }).find("must exceed"), std::string::npos);
+  EXPECT_NE(Refusal([&] { Config("kvzap(6, window=1)", 4); }).find("width 3"), std::string::npos);
+  EXPECT_NE(Refusal([&] { Config("kvzap(6, window=1)", 0); }).find("without its model"), std::string::npos);
+  EXPECT_NE(Refusal([&] { Config("kvzap(6, window=1)", 3, 0x99); }).find("belongs to the model"), std::string::npos);
+  EXPECT_NE(Refusal([&] { Config("kvzap(6, window=2)"); }).find("must exceed"), std::string::npos);
   sidecar_.scores.weight.resize(9);
   EXPECT_ANY_THROW({ WriteSidecar(path_, sidecar_); ReadSidecar(path_); });
 }

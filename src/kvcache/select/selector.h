@@ -113,6 +113,9 @@ class Selector {
   virtual bool UsesCachePositions() const { return false; }
   // Keys are to be kept unrotated though they are read at their true positions.
   virtual bool WantsUnrotatedKeys() const { return false; }
+  // The law is only a bound: Choose says itself how many rows of each head leave, n_leaving() at least, and is asked after
+  // every step. Room for those that stay is made once they are known, so that memory follows them.
+  virtual bool SaysHowMany() const { return false; }
   // The law is a share of the text, which at first is less than what always stays (the window and protected tokens): that
   // stays all the same, where a fixed number of rows would be refused.
   virtual bool KeepsAShare() const { return false; }
@@ -122,8 +125,8 @@ class Selector {
   // parallel for different heads.
   virtual void Observe(const LayerRows&, size_t /*kv_head*/) const {}
 
-  // Appends the rows of one KV head that leave: exactly n_leaving() of them, ascending, never protected ones; ties: the
-  // lower position stays. In parallel for different heads, after Observe.
+  // Appends the rows of one KV head that leave: exactly n_leaving() of them (SaysHowMany: or more), ascending, never
+  // protected ones; ties: the lower position stays. In parallel for different heads, after Observe.
   virtual void Choose(const LayerRows& layer, size_t kv_head, std::vector<uint32_t>& victims) const = 0;
 
   // For selectors that merge: what becomes of chosen rows, before the residual is asked (Residual::Decide). What is a
@@ -135,8 +138,9 @@ class Selector {
   bool Evicts() const {
     return EvictsIn(StepKind::kPrompt) || EvictsIn(StepKind::kStream) || EvictsIn(StepKind::kDecode);
   }
-  // No head ever holds more rows than a number known from the start.
+  // Every head has room for a number of rows known from the start, and never holds more.
   bool Bounded() const {
+    if (SaysHowMany()) return false;
     constexpr size_t kFar = size_t{1} << 40;
     const size_t rows = After(StepKind::kDecode, kFar).rows;
     for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})

@@ -86,6 +86,7 @@ extern const Method kWindowMethod{
       return std::make_unique<WindowSelector>(rows, sinks, arguments.Text("positions") == "cache");
     },
     .example = "window(5%)",
+    .variant = "window(5%, positions=cache)",
 };
 
 }  // namespace lesskv
