@@ -9,13 +9,14 @@ Each time is a run of `lesskv bench` of its own, the rounds in turns; the table 
 """
 import argparse
 import json
-import math
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd"]
+sys.path.insert(0, str(ROOT / "tools"))
+from log_picture import log_picture  # noqa: E402
 
 
 def seconds(args, spec, length):
@@ -37,29 +38,6 @@ def measure(args):
   return times
 
 
-def picture(times) -> str:
-  width, height, left, top = 560, 360, 70, 34
-  points = {spec: [(n, statistics.median(t)) for n, t in of.items()] for spec, of in times.items()}
-  every = [p for of in points.values() for p in of]
-  x0, x1 = (f(math.log2(n) for n, _ in every) for f in (min, max))
-  y0, y1 = (rounding(f(math.log10(t) for _, t in every)) for f, rounding in ((min, math.floor), (max, math.ceil)))
-  x_of = lambda n: left + (math.log2(n) - x0) / (x1 - x0) * (width - left - 20)
-  y_of = lambda t: top + (y1 - math.log10(t)) / (y1 - y0) * (height - top - 44)
-  parts = [f'<text x="{left}" y="20" font-weight="bold">Seconds of a prompt by its tokens</text>']
-  for n in sorted({n for n, _ in every}):
-    parts.append(f'<line x1="{x_of(n):.1f}" y1="{top}" x2="{x_of(n):.1f}" y2="{height - 44}" stroke="#ddd"/><text x="{x_of(n):.1f}" y="{height - 28}" '
-                 f'text-anchor="middle">{n}</text>')
-  for d in range(y0, y1 + 1):
-    y = y_of(10 ** d)
-    parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - 20}" y2="{y:.1f}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0 ** d:g}</text>')
-  for i, (spec, of) in enumerate(points.items()):
-    line = " ".join(f"{x_of(n):.1f},{y_of(t):.1f}" for n, t in of)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2"/>'
-                 f'<text x="{left + 10}" y="{top + 16 + 15 * i}" fill="{COLOURS[i % len(COLOURS)]}">{spec}</text>')
-  return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">'
-          f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--lesskv", type=Path, default=ROOT / "build/release/apps/lesskv/lesskv")
@@ -77,7 +55,8 @@ def main() -> None:
     cells = [f"{1e6 * statistics.median(of[n]) / n:.0f}" if n in of else "" for of in times.values()]
     print(f"| {n} | " + " | ".join(cells) + " |")
   if args.picture:
-    args.picture.write_text(picture(times))
+    medians = {spec: [(n, statistics.median(t)) for n, t in of.items()] for spec, of in times.items()}
+    args.picture.write_text(log_picture("Seconds of a prompt by its tokens", medians))
 
 
 if __name__ == "__main__":
