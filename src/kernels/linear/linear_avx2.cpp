@@ -405,7 +405,7 @@ const LinearKernels& Avx2LinearKernels() {
       .int8 = &Avx2Int8Kernels(),
       .dots_take_spikes = true,
       .store = ScalarStore,
-      .few_panel = 1,
+      .few_panel = 3,
   };
   return kKernels;
 }
