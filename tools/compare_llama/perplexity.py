@@ -29,7 +29,10 @@ def first_bytes(path, count):
 
 def llama_perplexity(args, model, ctx, text):
     said = output([args.llama / "llama-perplexity", "-m", model, "-f", text, "-c", ctx, "-b", ctx, "-t", args.threads])
-    return float(re.search(r"PPL = ([0-9.]+)", said).group(1))
+    found = re.search(r"PPL = ([0-9.]+)", said)
+    if found is None:
+        raise SystemExit(f"llama-perplexity says nothing of {model.name} at a context of {ctx}: it wants a text of two contexts (--bytes)")
+    return float(found.group(1))
 
 
 def lesskv_perplexity(args, model, ctx, text):
