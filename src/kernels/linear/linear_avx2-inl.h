@@ -70,6 +70,38 @@ inline __m256i K45Nibbles(const uint8_t* codes, size_t g) {
   return _mm256_and_si256(g % 2 == 0 ? v : _mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
 }
 
+// How many blocks of 32 share packed bytes, and are read at once.
+constexpr size_t BlocksAtOnce(DType type) {
+  switch (type) {
+    case DType::kQ4_K:
+    case DType::kQ5_K:
+      return 2;
+    case DType::kQ2_K:
+    case DType::kQ3_K:
+    case DType::kQ6_K:
+      return 4;
+    default:
+      return 1;
+  }
+}
+
+constexpr bool IsSuperBlock(DType type) { return BlocksAtOnce(type) > 1; }
+
+constexpr size_t SuperBlockBytes(DType type) {
+  switch (type) {
+    case DType::kQ2_K:
+      return 84;
+    case DType::kQ3_K:
+      return 110;
+    case DType::kQ4_K:
+      return 144;
+    case DType::kQ5_K:
+      return 176;
+    default:  // kQ6_K
+      return 210;
+  }
+}
+
 template <DType kType>
 struct Format;  // kOffset is subtracted from every code; At(row, b) gives the b-th 32 elements of a row (Codes of the
                 // types that Reader has scales of)
@@ -161,18 +193,16 @@ struct Format<DType::kQ5_1> {
 template <>
 struct Format<DType::kQ4_K> {
   static constexpr int kOffset = 0;
-  static constexpr size_t kBlockBytes = 144;
   static inline __m256i Codes(const uint8_t* row, size_t b) {
-    return K45Nibbles(row + b / 8 * kBlockBytes + 16, b % 8);
+    return K45Nibbles(row + b / 8 * SuperBlockBytes(DType::kQ4_K) + 16, b % 8);
   }
 };
 
 template <>
 struct Format<DType::kQ5_K> {
   static constexpr int kOffset = 0;
-  static constexpr size_t kBlockBytes = 176;
   static inline __m256i Codes(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * kBlockBytes;
+    const uint8_t* block = row + b / 8 * SuperBlockBytes(DType::kQ5_K);
     const size_t g = b % 8;
     const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(Load32Bytes(block + 16), bit), bit);
@@ -239,7 +269,6 @@ struct Format<DType::kQ6_K> {
   }
 };
 
-// Reads a row 32 elements after the other, from its first.
 // Calls f with 0, 1, ... kN - 1 as constants, so that arrays they index stay in registers whatever f holds.
 template <size_t kN, typename F>
 __attribute__((always_inline)) inline void Unrolled(F&& f) {
@@ -249,6 +278,7 @@ __attribute__((always_inline)) inline void Unrolled(F&& f) {
   (std::make_index_sequence<kN>{});
 }
 
+// Reads a row 32 elements after the other, from its first.
 template <DType kType>
 struct Reader {
   inline Codes32 At(const uint8_t* row, size_t b) { return Format<kType>::At(row, b); }
@@ -266,24 +296,45 @@ inline PackedScales UnpackScales(const uint8_t* block) {
   return {(a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32, (b & 0x3f3f3f3fu) | uint64_t{minima_high} << 32};
 }
 
+// The scales of a block of 256, and what is added to their elements: eight of each, or sixteen.
+template <DType kType>
+inline void SuperBlockScales(const uint8_t* block, float* scale, [[maybe_unused]] float* minimum) {
+  const auto store = [](float* out, uint64_t bytes, int subtract, float factor) {
+    const __m256i numbers = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+    const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(subtract)));
+    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(factor)));
+  };
+  const auto load = [&](size_t at) { return Load32(block + at) | uint64_t{Load32(block + at + 4)} << 32; };
+  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
+    const PackedScales packed = UnpackScales(block);
+    store(scale, packed.scales, 0, HalfAt(block));
+    store(minimum, packed.minima, 0, -HalfAt(block + 2));
+  } else if constexpr (kType == DType::kQ6_K) {
+    for (size_t i = 0; i < 2; ++i) store(scale + 8 * i, load(192 + 8 * i), 0, HalfAt(block + 208));
+  } else if constexpr (kType == DType::kQ2_K) {
+    constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
+    for (size_t i = 0; i < 2; ++i) {
+      store(scale + 8 * i, load(8 * i) & kNibbles, 0, HalfAt(block + 80));
+      store(minimum + 8 * i, load(8 * i) >> 4 & kNibbles, 0, -HalfAt(block + 82));
+    }
+  } else {  // kQ3_K
+    const uint64_t low = load(96);
+    const uint32_t high = Load32(block + 104);
+    for (size_t i = 0; i < 2; ++i) {
+      const uint64_t two_bits = (high >> (4 * i) & 0x03030303) | uint64_t{high >> (4 * i + 2) & 0x03030303} << 32;
+      store(scale + 8 * i, (low >> (4 * i) & 0x0f0f0f0f0f0f0f0f) | two_bits << 4, 32, HalfAt(block + 108));
+    }
+  }
+}
+
 // The scales of Q4_K and Q5_K are unpacked eight at a time.
 template <DType kType>
 struct K45Reader {
   alignas(32) float scale[8], minimum[8];
 
   inline Codes32 At(const uint8_t* row, size_t b) {
-    if (b % 8 == 0) UnpackScales(row + b / 8 * Format<kType>::kBlockBytes);
+    if (b % 8 == 0) SuperBlockScales<kType>(row + b / 8 * SuperBlockBytes(kType), scale, minimum);
     return OneScale(Format<kType>::Codes(row, b), scale[b % 8], minimum[b % 8]);
-  }
-
- private:
-  inline void UnpackScales(const uint8_t* block) {
-    const PackedScales packed = internal::UnpackScales(block);
-    _mm256_store_ps(scale, _mm256_mul_ps(EightBytes(packed.scales), _mm256_set1_ps(HalfAt(block))));
-    _mm256_store_ps(minimum, _mm256_mul_ps(EightBytes(packed.minima), _mm256_set1_ps(-HalfAt(block + 2))));
-  }
-  static inline __m256 EightBytes(uint64_t bytes) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
   }
 };
 
@@ -291,38 +342,6 @@ template <>
 struct Reader<DType::kQ4_K> : K45Reader<DType::kQ4_K> {};
 template <>
 struct Reader<DType::kQ5_K> : K45Reader<DType::kQ5_K> {};
-
-// How many blocks of 32 share packed bytes, and are read at once.
-constexpr size_t BlocksAtOnce(DType type) {
-  switch (type) {
-    case DType::kQ4_K:
-    case DType::kQ5_K:
-      return 2;
-    case DType::kQ2_K:
-    case DType::kQ3_K:
-    case DType::kQ6_K:
-      return 4;
-    default:
-      return 1;
-  }
-}
-
-constexpr bool IsSuperBlock(DType type) { return BlocksAtOnce(type) > 1; }
-
-constexpr size_t SuperBlockBytes(DType type) {
-  switch (type) {
-    case DType::kQ2_K:
-      return 84;
-    case DType::kQ3_K:
-      return 110;
-    case DType::kQ4_K:
-      return 144;
-    case DType::kQ5_K:
-      return 176;
-    default:  // kQ6_K
-      return 210;
-  }
-}
 
 constexpr bool HasSignedCodes(DType type) {
   return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;

@@ -27,6 +27,14 @@ inline void LoadSixteens(const uint8_t* const* rows, size_t at, typename Simd::I
   }
 }
 
+// Four bytes of every row.
+template <typename Simd>
+inline typename Simd::Int LoadWords(const uint8_t* const* rows, size_t at) {
+  uint32_t words[Simd::kLanes];
+  for (size_t r = 0; r < Simd::kLanes; ++r) words[r] = Load32(rows[r] + at);
+  return Simd::LoadInt(reinterpret_cast<const uint8_t*>(words));
+}
+
 // `bits` bits of every byte, from bit `from`.
 template <typename Simd>
 inline typename Simd::Int Bits(typename Simd::Int v, size_t from, int bits) {
@@ -85,7 +93,7 @@ inline void ReadBlock(const uint8_t* const* rows, size_t b, typename Simd::Int o
 #pragma GCC unroll 8
     for (size_t f = 0; f < 8; ++f) out[f] = Simd::LookUp(table, out[f]);
   } else if constexpr (kType == DType::kQ5_0 || kType == DType::kQ5_1) {
-    const Int fifth = Simd::WordOfRows(rows, NibblesAt(kType, b) - 4);
+    const Int fifth = LoadWords<Simd>(rows, NibblesAt(kType, b) - 4);
 #pragma GCC unroll 8
     for (size_t f = 0; f < 8; ++f) out[f] = Simd::Or(out[f], FifthBitsOfFour<Simd>(fifth, f));
   }
@@ -162,37 +170,6 @@ inline void StoreTransposed(const float (*rows)[16], size_t first, float* out, s
   for (size_t j = 0; j < 4; ++j) {
     _mm256_storeu_ps(out + j * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x20));
     _mm256_storeu_ps(out + (j + 4) * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x31));
-  }
-}
-
-// The scales of a block of 256, and what is added to their elements: eight of each, or sixteen.
-template <DType kType>
-inline void SuperBlockScales(const uint8_t* block, float* scale, [[maybe_unused]] float* minimum) {
-  const auto store = [](float* out, uint64_t bytes, int subtract, float factor) {
-    const __m256i numbers = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
-    const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(subtract)));
-    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(factor)));
-  };
-  const auto load = [&](size_t at) { return Load32(block + at) | uint64_t{Load32(block + at + 4)} << 32; };
-  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
-    const PackedScales packed = UnpackScales(block);
-    store(scale, packed.scales, 0, HalfAt(block));
-    store(minimum, packed.minima, 0, -HalfAt(block + 2));
-  } else if constexpr (kType == DType::kQ6_K) {
-    for (size_t i = 0; i < 2; ++i) store(scale + 8 * i, load(192 + 8 * i), 0, HalfAt(block + 208));
-  } else if constexpr (kType == DType::kQ2_K) {
-    constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
-    for (size_t i = 0; i < 2; ++i) {
-      store(scale + 8 * i, load(8 * i) & kNibbles, 0, HalfAt(block + 80));
-      store(minimum + 8 * i, load(8 * i) >> 4 & kNibbles, 0, -HalfAt(block + 82));
-    }
-  } else {  // kQ3_K
-    const uint64_t low = load(96);
-    const uint32_t high = Load32(block + 104);
-    for (size_t i = 0; i < 2; ++i) {
-      const uint64_t two_bits = (high >> (4 * i) & 0x03030303) | uint64_t{high >> (4 * i + 2) & 0x03030303} << 32;
-      store(scale + 8 * i, (low >> (4 * i) & 0x0f0f0f0f0f0f0f0f) | two_bits << 4, 32, HalfAt(block + 108));
-    }
   }
 }
 

@@ -9,7 +9,6 @@
 //   kSignedOffset            what is added to signed codes to make them unsigned; 0: AddProducts takes them signed
 //   Int, Float               vectors, and a few functions that are named after what they do
 //   EveryFourthRow(rows, at) sixteen bytes of rows 0, 4, 8, ...; LowWords, LowPairs and the like: unpack 32 and 64 bits
-//   WordOfRows(rows, at)     four bytes of every row
 //   AddProducts<kBits, kVectors, kTokens, kFours>
 //                            total[v][t] += the products of 4 kFours codes with as many activations; unsigned codes of
 //                            kBits bits, or signed ones where kBits is 8 and kSignedOffset 0
@@ -67,11 +66,6 @@ struct Simd256 {
 
   static inline Int EveryFourthRow(const uint8_t* const* rows, size_t at) {
     return _mm256_set_m128i(Load16Bytes(rows[4] + at), Load16Bytes(rows[0] + at));
-  }
-  static inline Int WordOfRows(const uint8_t* const* rows, size_t at) {
-    uint32_t words[kLanes];
-    for (size_t r = 0; r < kLanes; ++r) words[r] = Load32(rows[r] + at);
-    return LoadInt(reinterpret_cast<const uint8_t*>(words));
   }
   static inline Int LowWords(Int a, Int b) { return _mm256_unpacklo_epi32(a, b); }
   static inline Int HighWords(Int a, Int b) { return _mm256_unpackhi_epi32(a, b); }

@@ -32,11 +32,6 @@ struct Avx512Simd {
     v = _mm512_inserti32x4(v, Load16Bytes(rows[8] + at), 2);
     return _mm512_inserti32x4(v, Load16Bytes(rows[12] + at), 3);
   }
-  static inline Int WordOfRows(const uint8_t* const* rows, size_t at) {
-    uint32_t words[kLanes];
-    for (size_t r = 0; r < kLanes; ++r) words[r] = Load32(rows[r] + at);
-    return LoadInt(reinterpret_cast<const uint8_t*>(words));
-  }
   static inline Int LowWords(Int a, Int b) { return _mm512_unpacklo_epi32(a, b); }
   static inline Int HighWords(Int a, Int b) { return _mm512_unpackhi_epi32(a, b); }
   static inline Int LowPairs(Int a, Int b) { return _mm512_unpacklo_epi64(a, b); }
