@@ -35,7 +35,11 @@ ComputeChoice ParseComputeChoice(const std::string& text) {
 }
 
 Sequence::Sequence(std::shared_ptr<const CacheConfig> config)
-    : cache_(std::make_unique<SequenceCache>(std::move(config))) {}
+    : cache_(std::make_unique<SequenceCache>(std::move(config))) {
+  // Room that is not touched takes no memory; growing would, as a vector grows into new room and leaves holes behind.
+  constexpr size_t kMaxRoom = size_t{1} << 20;
+  tokens_.reserve(std::min(cache_->config().shape().ctx, kMaxRoom));
+}
 
 Sequence::Sequence(std::unique_ptr<SequenceCache> cache, std::vector<int32_t> tokens)
     : cache_(std::move(cache)), tokens_(std::move(tokens)) {
