@@ -13,7 +13,7 @@
 
 namespace lesskv {
 
-constexpr uint32_t kSessionVersion = 2;  // of the layout; 1: values of q8 and q4 lay row by row
+constexpr uint32_t kSessionVersion = 3;  // of the layout; 1: values of q8 and q4 lay row by row; 2: codes of kivi in pairs
 
 struct Session {
   Sequence sequence;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <span>
+#include <type_traits>
 
 #include "base/check.h"
 #include "kernels/basic/cpu.h"
@@ -18,7 +19,6 @@
 #define HWY_TARGET_INCLUDE "kernels/rows/group_codes.cpp"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
-#include "hwy/cache_control.h"
 // clang-format on
 
 #ifndef LESSKV_GROUP_CODES_LAYOUT
@@ -29,12 +29,18 @@ namespace {
 constexpr size_t kMostChannels = kMostGroupedChannels;
 constexpr size_t kMostRows = 256;  // of a group of keys
 constexpr size_t kWeightRows = 128;  // whose weights are rounded relative to their largest
-constexpr float kLargestCode16 = 32767;
+constexpr size_t kQuad = 4;  // codes that a byte each of a lane holds
 
 // Codes along the summed-up side that share a word (and, of 3 bits, its tail).
-constexpr size_t CodesAWord(size_t bits) { return bits == 3 ? 16 : 32 / bits; }
-// Pairs of codes that lie in the word whole; of 3 bits there are three more.
-constexpr size_t PairsAWord(size_t bits) { return 16 / bits; }
+constexpr size_t CodesAWord(size_t bits) { return bits == 4 ? 8 : 16; }
+constexpr size_t QuadsAWord(size_t bits) { return CodesAWord(bits) / kQuad; }
+constexpr size_t WordBits(size_t bits) { return bits == 4 ? 4 : 2; }  // of a code: the third bit is in the tail
+
+// Queries and weights are rounded to one signed byte relative to the largest, or to two of them: high * 128 + low.
+constexpr float kMostOfOne = 127, kMostOfTwo = 127 * 128;
+
+constexpr size_t QueryParts(size_t bits) { return bits == 4 ? 2 : 1; }
+constexpr size_t kWeightParts = 2;
 
 // The parts of a unit.
 struct Unit {
@@ -43,19 +49,19 @@ struct Unit {
   const uint16_t* scales;
   const uint16_t* minima;
 };
-inline Unit Parts(const GroupFormat& f, const std::byte* unit) {
-  const size_t words = f.unit_rows() * f.head_dim / CodesAWord(f.bits);
-  const size_t parameters = f.side == RowSide::kKeys ? f.head_dim : f.head_dim / f.group * kTileRows;
-  const auto* tails = reinterpret_cast<const uint16_t*>(unit + words * 4);
-  const uint16_t* scales = tails + (f.bits == 3 ? words : 0);
-  return {reinterpret_cast<const uint32_t*>(unit), tails, scales, scales + parameters};
-}
 
-// What the kernels of a target are called with.
+// Units of one format and where their parts lie, worked out once a call: divisions cost as much as a unit's products.
 struct UnitRun {
   const std::byte* units;
   size_t unit_bytes;
   size_t bits, group, dim;
+  size_t n_parameters, n_words;
+
+  Unit At(size_t index) const {
+    const auto* scales = reinterpret_cast<const uint16_t*>(units + index * unit_bytes);
+    const auto* words = reinterpret_cast<const uint32_t*>(scales + 2 * n_parameters);
+    return {words, reinterpret_cast<const uint16_t*>(words + n_words), scales, scales + n_parameters};
+  }
 };
 
 }  // namespace
@@ -75,111 +81,275 @@ using VI = hn::Vec<DI>;
 using DU = hn::Rebind<uint32_t, D>;
 using VU = hn::Vec<DU>;
 using DHalf = hn::Rebind<hwy::float16_t, D>;
-using D16 = hn::Rebind<int16_t, D>;
 
 constexpr size_t kLanes = hn::MaxLanes(D());
-constexpr size_t kVectors = kLanes < 16 ? 16 / kLanes : 1;  // of 16 outputs
 static_assert(kLanes <= 16);
 
 HWY_INLINE V LoadHalf(const uint16_t* p) {
   return hn::PromoteTo(D(), hn::LoadU(DHalf(), reinterpret_cast<const hwy::float16_t*>(p)));
 }
 
-// Sums of 32-bit integers. On x86 a type of the compiler's own, because GCC 12 copies sums of Highway's from one register
-// to another around each addition in a loop.
-#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
-using Sums = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+// Sums of products of codes with lists of signed bytes, four neighbours in a 32-bit lane. Without an instruction for that
+// x86 adds them up in 16 bits, which hold the products of WordsAFlush words, and then in 32.
+#undef LESSKV_QUAD_TARGET
+#if HWY_TARGET == HWY_AVX3
+#define LESSKV_QUAD_TARGET __attribute__((target(HWY_TARGET_STR ",avx512vnni")))
+using Sums = int32_t __attribute__((vector_size(64)));
+constexpr bool kSumsIn16 = false;
 
-HWY_INLINE Sums NoSums() { return Sums{}; }
-HWY_INLINE VI Total(Sums sums) { return VI{__builtin_bit_cast(decltype(VI::raw), sums)}; }
+// The instruction set level promises VNNI where it lets Highway have AVX-512 (cpu.h).
+HWY_INLINE LESSKV_QUAD_TARGET void AddQuads(VU codes, VI list, Sums& sums) {
+  sums = __builtin_bit_cast(Sums, _mm512_dpbusd_epi32(__builtin_bit_cast(__m512i, sums), codes.raw, list.raw));
+}
+HWY_INLINE VI Total(Sums sums) { return VI{__builtin_bit_cast(__m512i, sums)}; }
+#elif HWY_TARGET == HWY_AVX2
+#define LESSKV_QUAD_TARGET
+using Sums = int16_t __attribute__((vector_size(32)));
+constexpr bool kSumsIn16 = true;
 
-// sums + low halves' products + high halves' products, lane by lane.
-HWY_INLINE void AddPairs(VU codes, VI pairs, Sums& sums) {
-  const hn::Repartition<int16_t, D> d16;
-  VI unused = hn::Zero(DI());
-  const VI both = hn::ReorderWidenMulAccumulate(DI(), hn::BitCast(d16, codes), hn::BitCast(d16, pairs), hn::Zero(DI()),
-                                                unused);
-  sums += __builtin_bit_cast(Sums, both.raw);
+HWY_INLINE void AddQuads(VU codes, VI list, Sums& sums) {
+  sums += __builtin_bit_cast(Sums, _mm256_maddubs_epi16(codes.raw, list.raw));
+}
+HWY_INLINE VI Total(Sums sums) {
+  return VI{_mm256_madd_epi16(__builtin_bit_cast(__m256i, sums), _mm256_set1_epi16(1))};
 }
 #else
+#define LESSKV_QUAD_TARGET
 using Sums = VI;
+constexpr bool kSumsIn16 = false;
 
-HWY_INLINE Sums NoSums() { return hn::Zero(DI()); }
-HWY_INLINE VI Total(Sums sums) { return sums; }
-
-HWY_INLINE void AddPairs(VU codes, VI pairs, Sums& sums) {
+HWY_INLINE void AddQuads(VU codes, VI list, Sums& sums) {
+#if HWY_ARCH_ARM_A64
+  const int8x16_t c = vreinterpretq_s8_u32(codes.raw), x = vreinterpretq_s8_s32(list.raw);
+  sums.raw = vpadalq_s16(sums.raw, vpaddq_s16(vmull_s8(vget_low_s8(c), vget_low_s8(x)), vmull_high_s8(c, x)));
+#else
   const DU du;
   const DI di;
-  const VI low = hn::BitCast(di, hn::And(codes, hn::Set(du, 0xffffu)));
-  const VI high = hn::BitCast(di, hn::ShiftRight<16>(codes));
-  sums = hn::Add(sums, hn::Mul(low, hn::ShiftRight<16>(hn::ShiftLeft<16>(pairs))));
-  sums = hn::Add(sums, hn::Mul(high, hn::ShiftRight<16>(pairs)));
+  for (int shift = 0; shift < 32; shift += 8) {
+    const VI code = hn::BitCast(di, hn::And(hn::ShiftRightSame(codes, shift), hn::Set(du, 0xffu)));
+    sums = hn::Add(sums, hn::Mul(code, hn::ShiftRight<24>(hn::ShiftLeftSame(list, 24 - shift))));
+  }
+#endif
 }
+HWY_INLINE VI Total(Sums sums) { return sums; }
 #endif
 
-// Adds the products of MB lists of pairs with the lowest kPairs pairs of codes in each word, and shifts those out.
-template <size_t kBits, size_t kPairs, int MB>
-HWY_INLINE void AddWord(VU (&word)[kVectors], const int16_t*& pairs, size_t pair_stride, Sums (&sum)[MB][kVectors]) {
-  const VU mask = hn::Set(DU(), ((1u << kBits) - 1) * 0x10001u);
-  // Not unrolled: GCC 12 would add the unrolled products up in another order, keep them all and run out of registers.
-  HWY_UNROLL(1)
-  for (size_t j = 0; j < kPairs; ++j, pairs += 2) {
-    VU code[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) {
-      code[v] = hn::And(word[v], mask);
-      word[v] = hn::ShiftRight<kBits>(word[v]);
-    }
-    for (int m = 0; m < MB; ++m) {
-      int32_t both;
-      hwy::CopyBytes<4>(pairs + static_cast<size_t>(m) * pair_stride, &both);
-      const VI pair = hn::Set(DI(), both);
-      for (size_t v = 0; v < kVectors; ++v) AddPairs(code[v], pair, sum[m][v]);
-    }
-  }
+HWY_INLINE Sums NoSums() { return __builtin_bit_cast(Sums, hn::Zero(DI()).raw); }
+
+// Words whose products 16 bits hold: 2 * 127 * the largest code a quad.
+constexpr size_t WordsAFlush(size_t bits) {
+  return 32767 / (2 * 127 * ((size_t{1} << bits) - 1)) / QuadsAWord(bits);
+}
+// What is multiplied at once: as many sums as registers hold, of lists and of columns.
+constexpr size_t kMostLists = kLanes == 16 ? 8 : 4;
+constexpr size_t kMostColumns = kLanes == 16 ? 32 : 16;
+
+// Calls f(first, how many at compile time) for pieces of n columns, a multiple of 16.
+template <typename F>
+HWY_INLINE void ForColumns(size_t n, F&& f) {
+  size_t c = 0;
+  for (; c + kMostColumns <= n; c += kMostColumns) f(c, std::integral_constant<size_t, kMostColumns>());
+  if (c < n) f(c, std::integral_constant<size_t, 16>());
 }
 
-// The other three pairs of 3 bits: a byte of the tail in each half, above it the bit that five codes left of the word.
-HWY_INLINE VU Rest(VU left, const uint16_t* tails) {
+// The third bits of the 16 codes of a word: bit 2 of the bytes of the first quad, bit 3 of the second's, and so on.
+HWY_INLINE VU HighBits(const uint16_t* tails) {
   const DU du;
   const VU tail = hn::PromoteTo(du, hn::LoadU(hn::Rebind<uint16_t, DU>(), tails));
   const VU bytes = hn::And(hn::Or(tail, hn::ShiftLeft<8>(tail)), hn::Set(du, 0x00ff00ffu));
-  return hn::Or(bytes, hn::ShiftLeft<8>(hn::And(left, hn::Set(du, 0x00010001u))));
+  return hn::ShiftLeft<2>(hn::And(hn::Or(bytes, hn::ShiftLeft<4>(bytes)), hn::Set(du, 0x0f0f0f0fu)));
 }
 
-// sums[m * 16 + i] = products of MB lists of pairs with the codes of column i of 16: n_units times n_words words (and
-// their tails), those of a column `columns` apart, units unit_bytes; the lists are pair_stride numbers apart.
-template <size_t kBits, int MB>
-HWY_NOINLINE void SumPairs(const uint32_t* words, const uint16_t* tails, size_t columns, size_t n_words,
-                           size_t unit_bytes, size_t n_units, const int16_t* pairs, size_t pair_stride,
-                           int32_t* HWY_RESTRICT sums) {
+// Adds the products of the lists, which are list_stride bytes apart, with the codes of one word (and its tail) in each lane.
+template <size_t kBits, size_t kLists, size_t kVectors>
+HWY_INLINE LESSKV_QUAD_TARGET void AddWord(const uint32_t* words, const uint16_t* tails, const int8_t* lists,
+                                           size_t list_stride, Sums (&sum)[kLists][kVectors]) {
   const DU du;
-  const DI di;
-  Sums sum[MB][kVectors];
-  for (int m = 0; m < MB; ++m)
-    for (size_t v = 0; v < kVectors; ++v) sum[m][v] = NoSums();
-  for (size_t u = 0; u < n_units; ++u, words += unit_bytes / 4, tails += unit_bytes / 2) {
-    for (size_t w = 0; w < n_words; ++w) {
-      VU word[kVectors];
-      for (size_t v = 0; v < kVectors; ++v) word[v] = hn::LoadU(du, words + w * columns + v * kLanes);
-      AddWord<kBits, PairsAWord(kBits), MB>(word, pairs, pair_stride, sum);
+  constexpr uint32_t kMask = ((1u << WordBits(kBits)) - 1) * 0x01010101u;
+  VU word[kVectors], high[kVectors];
+  for (size_t v = 0; v < kVectors; ++v) {
+    word[v] = hn::LoadU(du, words + v * kLanes);
+    if constexpr (kBits == 3) high[v] = HighBits(tails + v * kLanes);
+  }
+  for (size_t quad = 0; quad < QuadsAWord(kBits); ++quad) {
+    VU code[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) {
+      code[v] = hn::And(word[v], hn::Set(du, kMask));
+      word[v] = hn::ShiftRight<static_cast<int>(WordBits(kBits))>(word[v]);
       if constexpr (kBits == 3) {
-        for (size_t v = 0; v < kVectors; ++v) word[v] = Rest(word[v], tails + w * columns + v * kLanes);
-        AddWord<kBits, 3, MB>(word, pairs, pair_stride, sum);
+        code[v] = hn::OrAnd(code[v], high[v], hn::Set(du, 0x04040404u));
+        high[v] = hn::ShiftRight<1>(high[v]);
       }
     }
+    for (size_t l = 0; l < kLists; ++l) {
+      int32_t four;
+      hwy::CopyBytes<4>(lists + l * list_stride + quad * kQuad, &four);
+      const VI list = hn::Set(DI(), four);
+      for (size_t v = 0; v < kVectors; ++v) AddQuads(code[v], list, sum[l][v]);
+    }
   }
-  for (int m = 0; m < MB; ++m)
-    for (size_t v = 0; v < kVectors; ++v) hn::StoreU(Total(sum[m][v]), di, sums + static_cast<size_t>(m) * 16 + v * kLanes);
 }
 
-// Rounds n floats (whole vectors) to 16 bits relative to the largest; returns what a code is worth.
-HWY_INLINE float RoundTo16(const float* x, size_t n, V largest, int16_t* out) {
+// sums[l * columns + i] += products of list l with the codes of column i: n_units times n_words words (and their tails), those
+// of a column `pitch` apart, units unit_bytes; of the lists, which are list_stride apart, the first kLists.
+template <size_t kBits, size_t kLists, size_t kColumns>
+HWY_NOINLINE LESSKV_QUAD_TARGET void SumQuads(const uint32_t* words, const uint16_t* tails, size_t pitch, size_t n_words,
+                                              size_t unit_bytes, size_t n_units, const int8_t* lists, size_t list_stride,
+                                              int32_t* HWY_RESTRICT sums) {
+  const DI di;
+  constexpr size_t kVectors = kColumns / kLanes;
+  Sums sum[kLists][kVectors];
+  for (size_t l = 0; l < kLists; ++l)
+    for (size_t v = 0; v < kVectors; ++v) sum[l][v] = NoSums();
+  size_t left = WordsAFlush(kBits);
+  for (size_t u = 0; u < n_units; ++u, words += unit_bytes / 4, tails += unit_bytes / 2)
+    for (size_t w = 0; w < n_words; ++w, lists += CodesAWord(kBits)) {
+      if (kSumsIn16 && left-- == 0) {
+        for (size_t l = 0; l < kLists; ++l)
+          for (size_t v = 0; v < kVectors; ++v) {
+            int32_t* to = sums + l * kColumns + v * kLanes;
+            hn::Store(hn::Add(hn::Load(di, to), Total(sum[l][v])), di, to);
+            sum[l][v] = NoSums();
+          }
+        left = WordsAFlush(kBits) - 1;
+      }
+      AddWord<kBits, kLists, kVectors>(words + w * pitch, tails + w * pitch, lists, list_stride, sum);
+    }
+  for (size_t l = 0; l < kLists; ++l)
+    for (size_t v = 0; v < kVectors; ++v) {
+      int32_t* to = sums + l * kColumns + v * kLanes;
+      hn::Store(kSumsIn16 ? hn::Add(hn::Load(di, to), Total(sum[l][v])) : Total(sum[l][v]), di, to);
+    }
+}
+
+// The same for any number of lists, into sums that hold nothing yet.
+template <size_t kBits, size_t kLists, size_t kColumns>
+HWY_INLINE void SumLists(const uint32_t* words, const uint16_t* tails, size_t pitch, size_t n_words, size_t unit_bytes,
+                         size_t n_units, const int8_t* lists, size_t list_stride, int32_t* HWY_RESTRICT sums) {
+  constexpr size_t kNow = kLists < kMostLists ? kLists : kMostLists;
+  for (size_t i = 0; kSumsIn16 && i < kLists * kColumns; i += kLanes) hn::Store(hn::Zero(DI()), DI(), sums + i);
+  for (size_t l = 0; l < kLists; l += kNow)
+    SumQuads<kBits, kNow, kColumns>(words, tails, pitch, n_words, unit_bytes, n_units, lists + l * list_stride, list_stride,
+                                    sums + l * kColumns);
+}
+
+struct MaxOf {
+  template <class DV>
+  HWY_INLINE hn::Vec<DV> operator()(DV, hn::Vec<DV> a, hn::Vec<DV> b) const { return hn::Max(a, b); }
+};
+struct SumOf {
+  template <class DV>
+  HWY_INLINE hn::Vec<DV> operator()(DV, hn::Vec<DV> a, hn::Vec<DV> b) const { return hn::Add(a, b); }
+};
+
+// out[m] = Op over the lanes of v[m].
+#if HWY_TARGET == HWY_SCALAR
+template <class Op>
+HWY_INLINE void OverLanes(const V (&v)[4], float* HWY_RESTRICT out) {
+  for (size_t m = 0; m < 4; ++m) out[m] = hn::GetLane(v[m]);
+}
+#else
+using D4 = hn::CappedTag<float, 4>;
+
+template <class Op, class DV>
+HWY_INLINE hn::Vec<D4> ToFour(DV d, hn::Vec<DV> v) {
+  if constexpr (hn::MaxLanes(DV()) == 4) {
+    return v;
+  } else {
+    const hn::Half<DV> half;
+    return ToFour<Op>(half, Op()(half, hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+template <class Op>
+HWY_INLINE void OverLanes(const V (&v)[4], float* HWY_RESTRICT out) {
+  const D4 d;
+  const Op op;
+  const auto a = ToFour<Op>(D(), v[0]), b = ToFour<Op>(D(), v[1]), c = ToFour<Op>(D(), v[2]), e = ToFour<Op>(D(), v[3]);
+  const auto ab = op(d, hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+  const auto ce = op(d, hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+  hn::Store(op(d, hn::ConcatLowerLower(d, ce, ab), hn::ConcatUpperUpper(d, ce, ab)), d, out);
+}
+#endif
+
+// Numbers rounded, [query][part][kRoom].
+template <size_t kRoom>
+struct Rounded {
+  HWY_ALIGN int8_t codes[4 * 2][kRoom];
+  HWY_ALIGN float worth[4];  // of a code
+  HWY_ALIGN float start[4];  // what is added to a sum: the minima's part of it
+};
+
+constexpr float kRounding = 12582912;
+
+// The lowest byte of each lane.
+HWY_INLINE void StoreBytes(VU lanes, int8_t* to) {
+  const hn::Rebind<uint8_t, D> d8;
+  hn::StoreU(hn::TruncateTo(d8, lanes), d8, reinterpret_cast<uint8_t*>(to));
+}
+
+// MB lists of n numbers (whole vectors), `stride` apart, times scales and rounded relative to the largest of each list. To
+// `start` goes what meets the minima; where there is one part, the middles of the codes count as minima, so that what was
+// rounded off is missing from the rest of a code only.
+template <size_t kBits, size_t kParts, size_t MB, size_t kRoom>
+HWY_INLINE void Round(const float* numbers, size_t stride, const float* scales, const float* minima, size_t n,
+                      Rounded<kRoom>& out) {
   const D d;
-  const float most = hn::GetLane(hn::MaxOfLanes(d, largest));
-  const V inverse = hn::Set(d, most > 0 ? kLargestCode16 / most : 0.0f);
-  for (size_t i = 0; i < n; i += kLanes)
-    hn::StoreU(hn::DemoteTo(D16(), hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse))), D16(), out + i);
-  return most / kLargestCode16;
+  const DU du;
+  constexpr float kMost = kParts == 1 ? kMostOfOne : kMostOfTwo;
+  constexpr float kMiddle = kParts == 1 ? static_cast<float>((1u << kBits) - 1) / 2 : 0;
+  HWY_ALIGN float scaled[MB][kRoom];
+  V largest[4], start[4];
+  for (size_t m = 0; m < 4; ++m) largest[m] = start[m] = hn::Zero(d);
+  for (size_t i = 0; i < n; i += kLanes) {
+    const V scale = hn::Load(d, scales + i);
+    V base = hn::Load(d, minima + i);
+    if constexpr (kMiddle > 0) base = hn::MulAdd(scale, hn::Set(d, kMiddle), base);
+    for (size_t m = 0; m < MB; ++m) {
+      const V number = hn::LoadU(d, numbers + m * stride + i), x = hn::Mul(number, scale);
+      start[m] = hn::MulAdd(number, base, start[m]);
+      largest[m] = hn::Max(largest[m], hn::Abs(x));
+      hn::Store(x, d, scaled[m] + i);
+    }
+  }
+  HWY_ALIGN float most[4];
+  OverLanes<MaxOf>(largest, most);
+  for (size_t m = 0; m < MB; ++m) {
+    out.worth[m] = most[m] / kMost;
+    const V inverse = hn::Set(d, most[m] > 0 ? kMost / most[m] : 0.0f);
+    VU codes = hn::Zero(du);
+    int8_t* to = out.codes[m * kParts];
+    for (size_t i = 0; i < n; i += kLanes) {
+      // Added to 1.5 * 2^23 a number is rounded to a whole one, which lies in the lowest bits.
+      const VU code = hn::BitCast(du, hn::MulAdd(hn::Load(d, scaled[m] + i), inverse, hn::Set(d, kRounding)));
+      if constexpr (kParts == 1) {
+        codes = hn::Add(codes, code);
+        StoreBytes(code, to + i);
+      } else {
+        StoreBytes(hn::ShiftRight<7>(code), to + i);
+        StoreBytes(hn::And(code, hn::Set(du, 127u)), to + kRoom + i);
+      }
+    }
+    if constexpr (kParts == 1) {
+      const VU rounding = hn::Set(du, static_cast<uint32_t>(n / kLanes) * __builtin_bit_cast(uint32_t, kRounding));
+      start[m] = hn::NegMulAdd(hn::ConvertTo(d, hn::BitCast(DI(), hn::Sub(codes, rounding))),
+                               hn::Set(d, kMiddle * out.worth[m]), start[m]);
+    }
+  }
+  OverLanes<SumOf>(start, out.start);
+}
+
+// n halves at a time, whole vectors.
+HWY_INLINE void LoadHalves(const uint16_t* from, size_t n, float* to) {
+  for (size_t i = 0; i < n; i += kLanes) hn::Store(LoadHalf(from + i), D(), to + i);
+}
+
+// The sums of query m in the columns from i on, as floats.
+template <size_t kParts, size_t kColumns>
+HWY_INLINE V Products(const int32_t* sums, size_t m, size_t i, float worth) {
+  const DI di;
+  VI sum = hn::Load(di, sums + m * kParts * kColumns + i);
+  if constexpr (kParts == 2) sum = hn::Add(hn::ShiftLeft<7>(sum), hn::Load(di, sums + (m * kParts + 1) * kColumns + i));
+  return hn::Mul(hn::ConvertTo(D(), sum), hn::Set(D(), worth));
 }
 
 // Of so many that are left: there are kernels for 4, 2 and 1.
@@ -187,195 +357,161 @@ constexpr size_t QueriesAtOnce(size_t left) { return left >= 4 ? 4 : left >= 2 ?
 
 // ---- Keys
 
-struct CodedQueries {
-  HWY_ALIGN int16_t codes[4][kMostChannels];
-  float worth[4];
-  float start[4];  // the minima's part of the scores
-};
-
-void CodeQuery(const float* query, const float* scales, const float* minima, size_t dim, size_t m, CodedQueries& out) {
-  const D d;
-  HWY_ALIGN float scaled[kMostChannels];
-  V largest = hn::Zero(d), start = hn::Zero(d);
-  for (size_t c = 0; c < dim; c += kLanes) {
-    const V q = hn::Load(d, query + c), x = hn::Mul(q, hn::Load(d, scales + c));
-    start = hn::MulAdd(q, hn::Load(d, minima + c), start);
-    largest = hn::Max(largest, hn::Abs(x));
-    hn::Store(x, d, scaled + c);
-  }
-  out.worth[m] = RoundTo16(scaled, dim, largest, out.codes[m]);
-  out.start[m] = hn::GetLane(hn::SumOfLanes(d, start));
-}
-
-template <int MB>
-void CodeQueries(const float* queries, const Unit& unit, size_t dim, CodedQueries& out) {
-  const D d;
-  HWY_ALIGN float scales[kMostChannels], minima[kMostChannels];
-  for (size_t c = 0; c < dim; c += kLanes) {
-    hn::Store(LoadHalf(unit.scales + c), d, scales + c);
-    hn::Store(LoadHalf(unit.minima + c), d, minima + c);
-  }
-  for (size_t m = 0; m < MB; ++m) CodeQuery(queries + m * kMostChannels, scales, minima, dim, m, out);
-}
+using RoundedQueries = Rounded<kMostChannels>;
 
 // Scores of one whole group, [m * stride + row].
-template <size_t kBits, int MB>
-void ScoreGroup(const Unit& unit, size_t group, size_t dim, const CodedQueries& q, float* scores, size_t stride) {
+template <size_t kBits, size_t MB>
+void ScoreGroup(const Unit& unit, size_t group, size_t dim, const RoundedQueries& q, float* scores, size_t stride) {
   const D d;
-  HWY_ALIGN int32_t sums[MB * 16];
-  for (size_t t = 0; t < group; t += 16) {
-    SumPairs<kBits, MB>(unit.words + t, unit.tails + t, group, dim / CodesAWord(kBits), 0, 1, q.codes[0], kMostChannels,
-                        sums);
+  constexpr size_t kParts = QueryParts(kBits);
+  HWY_ALIGN int32_t sums[MB * kParts * kMostColumns];
+  ForColumns(group, [&](size_t t, auto columns) {
+    SumLists<kBits, MB * kParts, columns>(unit.words + t, unit.tails + t, group, dim / CodesAWord(kBits), 0, 1, q.codes[0],
+                                          kMostChannels, sums);
     for (size_t m = 0; m < MB; ++m)
-      for (size_t i = 0; i < 16; i += kLanes)
-        hn::StoreU(hn::MulAdd(hn::ConvertTo(d, hn::Load(DI(), sums + m * 16 + i)), hn::Set(d, q.worth[m]),
-                              hn::Set(d, q.start[m])),
-                   d, scores + m * stride + t + i);
-  }
+      for (size_t i = 0; i < columns; i += kLanes)
+        hn::StoreU(hn::Add(Products<kParts, columns>(sums, m, i, q.worth[m]), hn::Set(d, q.start[m])), d,
+                   scores + m * stride + t + i);
+  });
 }
 
-template <size_t kBits, int MB>
-void ScoreRows(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* queries,
-                          float* scores, size_t stride) {
-  CodedQueries coded;
+template <size_t kBits, size_t MB>
+void ScoreRows(const UnitRun& run, size_t first, size_t n, const float* queries, float* scores,
+               size_t stride) {
+  RoundedQueries rounded;
+  HWY_ALIGN float scales[kMostChannels], minima[kMostChannels];
   HWY_ALIGN float apart[4 * kMostRows];
-  for (size_t row = first; row < first + n;) {
-    const size_t unit_row = row / run.group * run.group;
-    const std::byte* at = run.units + row / run.group * run.unit_bytes;
-    for (size_t i = 0; i < run.unit_bytes; i += 64) hwy::Prefetch(at + 2 * run.unit_bytes + i);
-    const Unit unit = Parts(f, at);
-    CodeQueries<MB>(queries, unit, run.dim, coded);
+  size_t index = first / run.group, unit_row = index * run.group;
+  for (size_t row = first; row < first + n; ++index, unit_row += run.group) {
+    const Unit unit = run.At(index);
+    LoadHalves(unit.scales, run.dim, scales);
+    LoadHalves(unit.minima, run.dim, minima);
+    Round<kBits, QueryParts(kBits), MB>(queries, kMostChannels, scales, minima, run.dim, rounded);
     const size_t end = std::min(first + n, unit_row + run.group);
     if (row == unit_row && end == unit_row + run.group) {
-      ScoreGroup<kBits, MB>(unit, run.group, run.dim, coded, scores + (row - first), stride);
+      ScoreGroup<kBits, MB>(unit, run.group, run.dim, rounded, scores + (row - first), stride);
     } else {
-      ScoreGroup<kBits, MB>(unit, run.group, run.dim, coded, apart, run.group);
-      for (int m = 0; m < MB; ++m)
-        for (size_t r = row; r < end; ++r)
-          scores[static_cast<size_t>(m) * stride + r - first] =
-              apart[static_cast<size_t>(m) * run.group + r - unit_row];
+      ScoreGroup<kBits, MB>(unit, run.group, run.dim, rounded, apart, run.group);
+      for (size_t m = 0; m < MB; ++m)
+        for (size_t r = row; r < end; ++r) scores[m * stride + r - first] = apart[m * run.group + r - unit_row];
     }
     row = end;
   }
 }
 
+// Four queries whose channels alternate, one behind the other.
+void Unstack(const float* q, size_t dim, float* out) {
+  const D d;
+  for (size_t c = 0; c < dim; c += kLanes) {
+    V query[4];
+    hn::LoadInterleaved4(d, q + c * 4, query[0], query[1], query[2], query[3]);
+    for (size_t m = 0; m < 4; ++m) hn::Store(query[m], d, out + m * kMostChannels + c);
+  }
+}
+
 template <size_t kBits>
-void ScoreAll(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* q,
-                         size_t stacked, float* scores, size_t stride) {
+void ScoreAll(const UnitRun& run, size_t first, size_t n, const float* q, size_t stacked,
+              float* scores, size_t stride) {
   HWY_ALIGN float queries[4 * kMostChannels];
   for (size_t m = 0, count; m < stacked; m += count) {
     count = QueriesAtOnce(stacked - m);
-    for (size_t i = 0; i < count; ++i)
-      for (size_t c = 0; c < run.dim; ++c) queries[i * kMostChannels + c] = q[c * stacked + m + i];
+    if (stacked == 4) {
+      Unstack(q, run.dim, queries);
+    } else {
+      for (size_t i = 0; i < count; ++i)
+        for (size_t c = 0; c < run.dim; ++c) queries[i * kMostChannels + c] = q[c * stacked + m + i];
+    }
     float* to = scores + m * stride;
     switch (count) {
-      case 1: ScoreRows<kBits, 1>(run, f, first, n, queries, to, stride); break;
-      case 2: ScoreRows<kBits, 2>(run, f, first, n, queries, to, stride); break;
-      default: ScoreRows<kBits, 4>(run, f, first, n, queries, to, stride); break;
+      case 1: ScoreRows<kBits, 1>(run, first, n, queries, to, stride); break;
+      case 2: ScoreRows<kBits, 2>(run, first, n, queries, to, stride); break;
+      default: ScoreRows<kBits, 4>(run, first, n, queries, to, stride); break;
     }
   }
 }
 
-void SimdScores(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* q, size_t stacked,
+void SimdScores(const UnitRun& run, size_t first, size_t n, const float* q, size_t stacked,
                 float* scores, size_t stride) {
   switch (run.bits) {
-    case 2: return ScoreAll<2>(run, f, first, n, q, stacked, scores, stride);
-    case 3: return ScoreAll<3>(run, f, first, n, q, stacked, scores, stride);
-    default: return ScoreAll<4>(run, f, first, n, q, stacked, scores, stride);
+    case 2: return ScoreAll<2>(run, first, n, q, stacked, scores, stride);
+    case 3: return ScoreAll<3>(run, first, n, q, stacked, scores, stride);
+    default: return ScoreAll<4>(run, first, n, q, stacked, scores, stride);
   }
 }
 
 // ---- Values
 
-// The weights of up to kWeightRows rows and MB queries for one group of channels.
-struct CodedWeights {
-  HWY_ALIGN int16_t codes[4][kWeightRows];
-  float worth[4];
-  float start[4];  // the minima's part of each channel
-};
-
-// Weights of query m for the rows of n_units units, whole units; w is 0 where a unit has other rows.
-void CodeWeight(const UnitRun& run, const GroupFormat& f, const std::byte* first, size_t n_units, size_t channel_group,
-                const float* w, size_t m, CodedWeights& out) {
-  const D d;
-  HWY_ALIGN float scaled[kWeightRows];
-  V largest = hn::Zero(d), start = hn::Zero(d);
-  for (size_t u = 0; u < n_units; ++u) {
-    const Unit unit = Parts(f, first + u * run.unit_bytes);
-    for (size_t i = 0; i < kTileRows; i += kLanes) {
-      const size_t at = channel_group * kTileRows + i;
-      const V a = hn::LoadU(d, w + u * kTileRows + i), x = hn::Mul(a, LoadHalf(unit.scales + at));
-      start = hn::MulAdd(a, LoadHalf(unit.minima + at), start);
-      largest = hn::Max(largest, hn::Abs(x));
-      hn::Store(x, d, scaled + u * kTileRows + i);
-    }
-  }
-  out.worth[m] = RoundTo16(scaled, n_units * kTileRows, largest, out.codes[m]);
-  out.start[m] = hn::GetLane(hn::SumOfLanes(d, start));
-}
+using RoundedWeights = Rounded<kWeightRows>;
 
 // Up to kWeightRows rows that lie in the same aligned block of as many.
-template <size_t kBits, int MB>
-void AddBlock(const UnitRun& run, const GroupFormat& f, size_t row, size_t n, const float* weights, size_t stride,
+template <size_t kBits, size_t MB>
+void AddBlock(const UnitRun& run, size_t row, size_t n, const float* weights, size_t stride,
               float* out, size_t out_stride) {
   const D d;
-  const std::byte* first = run.units + row / kTileRows * run.unit_bytes;
-  const size_t lane = row % kTileRows, n_units = (lane + n + kTileRows - 1) / kTileRows;
-  for (size_t i = 0; i < n_units * run.unit_bytes; i += 64) hwy::Prefetch(first + n_units * run.unit_bytes + i);
-  HWY_ALIGN float padded[MB][kWeightRows] = {};
-  const bool whole = lane == 0 && n == n_units * kTileRows;
-  for (size_t m = 0; m < MB && !whole; ++m) std::copy_n(weights + m * stride, n, padded[m] + lane);
-  const Unit unit = Parts(f, first);
-  CodedWeights coded;
-  HWY_ALIGN int32_t sums[MB * 16];
+  const size_t first = row / kTileRows, lane = row % kTileRows, n_units = (lane + n + kTileRows - 1) / kTileRows;
+  HWY_ALIGN float padded[MB * kWeightRows];
+  if (lane > 0 || n < n_units * kTileRows) {
+    std::fill_n(padded, MB * kWeightRows, 0.0f);
+    for (size_t m = 0; m < MB; ++m) std::copy_n(weights + m * stride, n, padded + m * kWeightRows + lane);
+    weights = padded;
+    stride = kWeightRows;
+  }
+  const Unit unit = run.At(first);
+  RoundedWeights rounded;
+  HWY_ALIGN float scales[kWeightRows], minima[kWeightRows];
+  HWY_ALIGN int32_t sums[MB * kWeightParts * kMostColumns];
   for (size_t g = 0; g < run.dim / run.group; ++g) {
-    for (size_t m = 0; m < MB; ++m)
-      CodeWeight(run, f, first, n_units, g, whole ? weights + m * stride : padded[m], m, coded);
-    for (size_t c = g * run.group; c < (g + 1) * run.group; c += 16) {
-      SumPairs<kBits, MB>(unit.words + c, unit.tails + c, run.dim, kTileRows / CodesAWord(kBits), run.unit_bytes,
-                          n_units, coded.codes[0], kWeightRows, sums);
-      for (size_t m = 0; m < MB; ++m)
-        for (size_t i = 0; i < 16; i += kLanes) {
-          float* to = out + m * out_stride + c + i;
-          const V old = hn::Add(hn::LoadU(d, to), hn::Set(d, coded.start[m]));
-          hn::StoreU(hn::MulAdd(hn::ConvertTo(d, hn::Load(DI(), sums + m * 16 + i)), hn::Set(d, coded.worth[m]), old), d,
-                     to);
-        }
+    for (size_t u = 0; u < n_units; ++u) {
+      const Unit at = run.At(first + u);
+      LoadHalves(at.scales + g * kTileRows, kTileRows, scales + u * kTileRows);
+      LoadHalves(at.minima + g * kTileRows, kTileRows, minima + u * kTileRows);
     }
+    Round<kBits, kWeightParts, MB>(weights, stride, scales, minima, n_units * kTileRows, rounded);
+    ForColumns(run.group, [&](size_t in_group, auto columns) {
+      const size_t c = g * run.group + in_group;
+      SumLists<kBits, MB * kWeightParts, columns>(unit.words + c, unit.tails + c, run.dim, kTileRows / CodesAWord(kBits),
+                                                  run.unit_bytes, n_units, rounded.codes[0], kWeightRows, sums);
+      for (size_t m = 0; m < MB; ++m)
+        for (size_t i = 0; i < columns; i += kLanes) {
+          float* to = out + m * out_stride + c + i;
+          const V old = hn::Add(hn::LoadU(d, to), hn::Set(d, rounded.start[m]));
+          hn::StoreU(hn::Add(Products<kWeightParts, columns>(sums, m, i, rounded.worth[m]), old), d, to);
+        }
+    });
   }
 }
 
-template <size_t kBits, int MB>
-void AddRows(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* weights,
-                        size_t stride, float* out, size_t out_stride) {
+template <size_t kBits, size_t MB>
+void AddRows(const UnitRun& run, size_t first, size_t n, const float* weights, size_t stride,
+             float* out, size_t out_stride) {
   for (size_t row = first; row < first + n;) {
     const size_t count = std::min(first + n, (row / kWeightRows + 1) * kWeightRows) - row;
-    AddBlock<kBits, MB>(run, f, row, count, weights + (row - first), stride, out, out_stride);
+    AddBlock<kBits, MB>(run, row, count, weights + (row - first), stride, out, out_stride);
     row += count;
   }
 }
 
 template <size_t kBits>
-void AddAll(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* weights,
-                       size_t stride, size_t stacked, float* out, size_t out_stride) {
+void AddAll(const UnitRun& run, size_t first, size_t n, const float* weights, size_t stride,
+            size_t stacked, float* out, size_t out_stride) {
   for (size_t m = 0, count; m < stacked; m += count) {
     count = QueriesAtOnce(stacked - m);
     const float* w = weights + m * stride;
     float* to = out + m * out_stride;
     switch (count) {
-      case 1: AddRows<kBits, 1>(run, f, first, n, w, stride, to, out_stride); break;
-      case 2: AddRows<kBits, 2>(run, f, first, n, w, stride, to, out_stride); break;
-      default: AddRows<kBits, 4>(run, f, first, n, w, stride, to, out_stride); break;
+      case 1: AddRows<kBits, 1>(run, first, n, w, stride, to, out_stride); break;
+      case 2: AddRows<kBits, 2>(run, first, n, w, stride, to, out_stride); break;
+      default: AddRows<kBits, 4>(run, first, n, w, stride, to, out_stride); break;
     }
   }
 }
 
-void SimdAddValues(const UnitRun& run, const GroupFormat& f, size_t first, size_t n, const float* weights,
-                   size_t stride, size_t stacked, float* out, size_t out_stride) {
+void SimdAddValues(const UnitRun& run, size_t first, size_t n, const float* weights, size_t stride,
+                   size_t stacked, float* out, size_t out_stride) {
   switch (run.bits) {
-    case 2: return AddAll<2>(run, f, first, n, weights, stride, stacked, out, out_stride);
-    case 3: return AddAll<3>(run, f, first, n, weights, stride, stacked, out, out_stride);
-    default: return AddAll<4>(run, f, first, n, weights, stride, stacked, out, out_stride);
+    case 2: return AddAll<2>(run, first, n, weights, stride, stacked, out, out_stride);
+    case 3: return AddAll<3>(run, first, n, weights, stride, stacked, out, out_stride);
+    default: return AddAll<4>(run, first, n, weights, stride, stacked, out, out_stride);
   }
 }
 
@@ -384,11 +520,11 @@ void SimdAddValues(const UnitRun& run, const GroupFormat& f, size_t first, size_
 // The codes at one place of the words from `words` on.
 HWY_INLINE VU CodesAt(const UnitRun& run, const uint32_t* words, const uint16_t* tails, size_t place) {
   const DU du;
-  const size_t half = place % 2 * 16, pair = place / 2, whole = PairsAWord(run.bits);
-  const VU word = hn::LoadU(du, words), mask = hn::Set(du, (1u << run.bits) - 1);
-  if (pair < whole) return hn::And(hn::ShiftRightSame(word, static_cast<int>(half + pair * run.bits)), mask);
-  const VU rest = Rest(hn::ShiftRight<15>(word), tails);
-  return hn::And(hn::ShiftRightSame(rest, static_cast<int>(half + (pair - whole) * run.bits)), mask);
+  const size_t byte = place % kQuad * 8, quad = place / kQuad, bits = WordBits(run.bits);
+  const VU mask = hn::Set(du, (1u << bits) - 1);
+  const VU code = hn::And(hn::ShiftRightSame(hn::LoadU(du, words), static_cast<int>(byte + quad * bits)), mask);
+  if (run.bits != 3) return code;
+  return hn::OrAnd(code, hn::ShiftRightSame(HighBits(tails), static_cast<int>(byte + quad)), hn::Set(du, 4u));
 }
 
 HWY_INLINE V Decode(VU codes, V scale, V minimum) {
@@ -396,10 +532,9 @@ HWY_INLINE V Decode(VU codes, V scale, V minimum) {
 }
 
 // Whole tiles of 16 rows of one unit.
-void SimdExpandKeys(const UnitRun& run, const GroupFormat& f, const std::byte* at, size_t row, size_t n, float* out,
-                    size_t stride) {
+void SimdExpandKeys(const UnitRun& run, size_t index, size_t row, size_t n, float* out, size_t stride) {
   const D d;
-  const Unit unit = Parts(f, at);
+  const Unit unit = run.At(index);
   const size_t codes = CodesAWord(run.bits);
   for (size_t c = 0; c < run.dim; ++c) {
     const V scale = hn::Set(d, HalfToFloat(unit.scales[c])), minimum = hn::Set(d, HalfToFloat(unit.minima[c]));
@@ -410,9 +545,9 @@ void SimdExpandKeys(const UnitRun& run, const GroupFormat& f, const std::byte* a
   }
 }
 
-void SimdExpandValue(const UnitRun& run, const GroupFormat& f, const std::byte* at, size_t lane, float* out) {
+void SimdExpandValue(const UnitRun& run, size_t index, size_t lane, float* out) {
   const D d;
-  const Unit unit = Parts(f, at);
+  const Unit unit = run.At(index);
   const size_t codes = CodesAWord(run.bits), word = lane / codes * run.dim;
   for (size_t c = 0; c < run.dim; c += kLanes) {
     const size_t parameter = c / run.group * kTileRows + lane;
@@ -436,28 +571,28 @@ HWY_EXPORT(SimdAddValues);
 HWY_EXPORT(SimdExpandKeys);
 HWY_EXPORT(SimdExpandValue);
 
-UnitRun Run(const GroupFormat& f, const std::byte* units) { return {units, UnitBytes(f), f.bits, f.group, f.head_dim}; }
+UnitRun Run(const GroupFormat& f, const std::byte* units) {
+  return {units, UnitBytes(f), f.bits, f.group, f.head_dim, f.side == RowSide::kKeys ? f.head_dim : f.head_dim / f.group * kTileRows,
+          f.unit_rows() * f.head_dim / CodesAWord(f.bits)};
+}
 
 // ---- The scalar reference: one number at a time
 
 uint32_t CodeAt(const GroupFormat& f, const Unit& unit, size_t word, size_t place) {
-  const size_t half = place % 2, pair = place / 2, whole = PairsAWord(f.bits);
-  const uint32_t mask = (1u << f.bits) - 1;
-  if (pair < whole) return unit.words[word] >> (half * 16 + pair * f.bits) & mask;
-  const uint32_t last = unit.words[word] >> (half * 16 + 15) & 1;
-  const uint32_t rest = (unit.tails[word] >> half * 8 & 0xffu) | last << 8;
-  return rest >> (pair - whole) * f.bits & mask;
+  const size_t byte = place % kQuad, quad = place / kQuad, bits = WordBits(f.bits);
+  const uint32_t code = unit.words[word] >> (byte * 8 + quad * bits) & ((1u << bits) - 1);
+  return f.bits == 3 ? code | (unit.tails[word] >> (byte * 4 + quad) & 1u) << 2 : code;
 }
 
 float KeyAt(const GroupFormat& f, const std::byte* units, size_t row, size_t c) {
-  const Unit unit = Parts(f, units + row / f.group * UnitBytes(f));
+  const Unit unit = Run(f, units).At(row / f.group);
   const size_t codes = CodesAWord(f.bits);
   const uint32_t code = CodeAt(f, unit, c / codes * f.group + row % f.group, c % codes);
   return static_cast<float>(code) * HalfToFloat(unit.scales[c]) + HalfToFloat(unit.minima[c]);
 }
 
 float ValueAt(const GroupFormat& f, const std::byte* units, size_t row, size_t c) {
-  const Unit unit = Parts(f, units + row / kTileRows * UnitBytes(f));
+  const Unit unit = Run(f, units).At(row / kTileRows);
   const size_t codes = CodesAWord(f.bits), lane = row % kTileRows, parameter = c / f.group * kTileRows + lane;
   const uint32_t code = CodeAt(f, unit, lane / codes * f.head_dim + c, lane % codes);
   return static_cast<float>(code) * HalfToFloat(unit.scales[parameter]) + HalfToFloat(unit.minima[parameter]);
@@ -556,11 +691,9 @@ void PutBits(const T& word, size_t bit, size_t n, uint32_t bits) {
 }
 
 void PutCode(const GroupFormat& f, const Unit& unit, size_t word, size_t place, uint32_t code) {
-  const size_t half = place % 2, pair = place / 2, whole = PairsAWord(f.bits);
-  if (pair < whole) return PutBits(unit.words[word], half * 16 + pair * f.bits, f.bits, code);
-  if (pair < 7) return PutBits(unit.tails[word], half * 8 + (pair - whole) * f.bits, f.bits, code);
-  PutBits(unit.tails[word], half * 8 + 6, 2, code & 3);
-  PutBits(unit.words[word], half * 16 + 15, 1, code >> 2);
+  const size_t byte = place % kQuad, quad = place / kQuad, bits = WordBits(f.bits);
+  PutBits(unit.words[word], byte * 8 + quad * bits, bits, code & ((1u << bits) - 1));
+  if (f.bits == 3) PutBits(unit.tails[word], byte * 4 + quad, 1, code >> 2);
 }
 
 }  // namespace
@@ -576,7 +709,7 @@ size_t UnitBytes(const GroupFormat& f) {
 }
 
 void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
-  const Unit unit = Parts(f, at);
+  const Unit unit = Run(f, at).At(0);
   const size_t codes = CodesAWord(f.bits);
   std::memset(at, 0, UnitBytes(f));
   float channel[kMostRows];
@@ -592,7 +725,7 @@ void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
 
 void WriteValueRow(const GroupFormat& f, std::byte* at, size_t lane, const float* value) {
   if (lane == 0) std::memset(at, 0, UnitBytes(f));
-  const Unit unit = Parts(f, at);
+  const Unit unit = Run(f, at).At(0);
   const size_t codes = CodesAWord(f.bits);
   for (size_t g = 0; g < f.head_dim / f.group; ++g) {
     const Encoder encoder({value + g * f.group, f.group}, f.bits, f.fit);
@@ -611,7 +744,7 @@ void ExpandKeyUnits(const GroupFormat& f, const std::byte* units, size_t first, 
     // Whole tiles inside one unit go to the vector kernel.
     const size_t tiles = simd && lane % kTileRows == 0 ? std::min(n - i, f.group - lane) / kTileRows * kTileRows : 0;
     if (tiles > 0) {
-      HWY_DYNAMIC_DISPATCH(SimdExpandKeys)(run, f, units + row / f.group * run.unit_bytes, lane, tiles, out + i, stride);
+      HWY_DYNAMIC_DISPATCH(SimdExpandKeys)(run, row / f.group, lane, tiles, out + i, stride);
       i += tiles;
       continue;
     }
@@ -626,8 +759,7 @@ void ExpandValueUnits(const GroupFormat& f, const std::byte* units, size_t first
   for (size_t i = 0; i < n; ++i) {
     const size_t row = first + i;
     if (simd) {
-      HWY_DYNAMIC_DISPATCH(SimdExpandValue)(run, f, units + row / kTileRows * run.unit_bytes, row % kTileRows,
-                                            out + i * stride);
+      HWY_DYNAMIC_DISPATCH(SimdExpandValue)(run, row / kTileRows, row % kTileRows, out + i * stride);
       continue;
     }
     for (size_t c = 0; c < f.head_dim; ++c) out[i * stride + c] = ValueAt(f, units, row, c);
@@ -637,13 +769,13 @@ void ExpandValueUnits(const GroupFormat& f, const std::byte* units, size_t first
 void ScoreKeyUnits(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* q, size_t stacked,
                    float* scores, size_t stride) {
   if (ActiveIsa() == Isa::kScalar) return ScalarScores(f, units, first, n, q, stacked, scores, stride);
-  HWY_DYNAMIC_DISPATCH(SimdScores)(Run(f, units), f, first, n, q, stacked, scores, stride);
+  HWY_DYNAMIC_DISPATCH(SimdScores)(Run(f, units), first, n, q, stacked, scores, stride);
 }
 
 void AddValueUnits(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* weights,
                    size_t stride, size_t stacked, float* out, size_t out_stride) {
   if (ActiveIsa() == Isa::kScalar) return ScalarAddValues(f, units, first, n, weights, stride, stacked, out, out_stride);
-  HWY_DYNAMIC_DISPATCH(SimdAddValues)(Run(f, units), f, first, n, weights, stride, stacked, out, out_stride);
+  HWY_DYNAMIC_DISPATCH(SimdAddValues)(Run(f, units), first, n, weights, stride, stacked, out, out_stride);
 }
 
 }  // namespace lesskv

@@ -6,22 +6,21 @@
 // Rows lie in units: a unit of keys is a whole group of tokens, one of values a tile of 16 tokens. Units of one side
 // follow one another; every kernel takes the first one and counts rows from it.
 //
-//   unit of keys     words [head_dim / n][group], scales [head_dim], minima [head_dim]
-//   unit of values   words [16 / n][head_dim], scales [head_dim / group][16], minima [head_dim / group][16]
+//   unit of keys     scales [head_dim], minima [head_dim], words [head_dim / n][group]
+//   unit of values   scales [head_dim / group][16], minima [head_dim / group][16], words [16 / n][head_dim]
 //
-// A word of 32 bits holds n = 32 / bits codes along the side that a product sums up (a key's channels, a value's
-// tokens): the even ones in its low half, the odd ones in its high half, from the lowest bits up. So one mask leaves a
-// pair of 16-bit numbers, which one instruction multiplies with a pair of 16-bit queries or weights and adds up.
+// A word of 32 bits holds n codes along the side that a product sums up (a key's channels, a value's tokens): 16 of 2 or 3
+// bits, 8 of 4. They come in quads: one mask leaves four neighbours in the four bytes, which one instruction multiplies with
+// four signed bytes and adds up. The first quad has the lowest bits of each byte, and so on. Of 3 bits the words hold the
+// lower two, as they do of 2 bits, and behind all words lie the third ones, 16 bits a word: a nibble for each byte, its
+// lowest bit for the first quad.
 //
-// Of 3 bits n = 16 codes take a word and a tail of 16 bits, the tails lie behind all words: [.. / 16][group, head_dim].
-// A half of the word holds five codes and one bit more; its byte of the tail (the low one for even codes) with that bit
-// on top holds the other three. Two instructions unpack a pair as they do with 2 and 4 bits, and six in eight pairs put
-// byte and bit together; a plane of 2 bits beside one of 1 would need five for every pair.
-//
-// Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded to 16 bits
-// relative to the largest of the (query, group), weights times scales relative to the largest of a (query, channel
-// group) and 128 tokens: an error of at most half of a 32767th of that largest, times the code, in each part of a sum.
-// The scalar kernels (ForceIsa) round nothing.
+// Products are summed up as whole numbers. Weights times scales are rounded to two bytes relative to the largest of a (query,
+// channel group) and 128 tokens: an error of at most half of a 16,256th of that largest, times the code, in each part of a
+// sum. Queries times the scales of a group of keys are rounded in the same way for codes of 4 bits. For 2 and 3 bits one byte
+// is enough: half of a 127th of the largest, times the code's distance from the middle one, which adds to the square of the
+// error that the codes themselves make a hundredth at 2 bits and three at 3 where one of 128 channels outweighs the others,
+// and less elsewhere. The scalar kernels (ForceIsa) round nothing.
 #pragma once
 
 #include <cstddef>
