@@ -49,6 +49,8 @@ RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(10%, share=grou
 MERGING = ["elastic(0.9)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%, block=0)", "window(10%, positions=cache)"]
 MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv") for t in ("", "+match")]
 STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%")]
+# Rows instead: those that lie in the same tiles of 16 as a budget's own (what `match` adds is a fraction of a row), and a tile more (about a state).
+EXTRA_ROWS = ["h2o(20%)+less", "h2o(20%)+match", *[f"h2o({n})" for n in (48, 64, 112, 128, 208, 224, 416, 432)]]
 TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent", "h2o(20%)+kivi(4)", "snapkv(20%)+split+q8", "snapkv(20%)+think(0.5)+q8",
             "h2o(10%)+less+q8"]
 COMBINED = ["h2o(10%)+less+q4(rotate=true)+recent", "h2o(20%)+less+q4(rotate=true)+recent", "h2o(20%)+split+less+q4(rotate=true)+recent",
@@ -102,6 +104,8 @@ def runs():
   divergence("together", "qwen", 2048, 2, QWEN_TOGETHER)
   divergence("recall", "smollm2", 2048, 4, RECALL + MERGING + TRAINED_SCORES)
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
+  divergence("states", "smollm2", 2048, 4, EXTRA_ROWS, 5)
+  divergence("recall", "smollm2", 2048, 4, ["cascade(10%)"])
   divergence("bits", "qwen", 2048, 2, QWEN)
   divergence("bits", "smollm2", 4096, 3, LONG)
   for spec in NEEDLES:
@@ -201,10 +205,12 @@ def collect(store):
 
 
 def row_cells(row):
-  return [f"`{short(row['kv_spec'])}`", f"{bits(row):.2f}", f"{row['kv_bytes'] / 1024:.0f}", with_error(row, "kl_mean", 4), f"{row['kl_p95']:.3f}",
+  mark = "" if row["isa"] == FIRST_ISA else " †"
+  return [f"`{short(row['kv_spec'])}`{mark}", f"{bits(row):.2f}", f"{row['kv_bytes'] / 1024:.0f}", with_error(row, "kl_mean", 4), f"{row['kl_p95']:.3f}",
           f"{row['kl_p99']:.2f}", f"{100 * row['same_top1']:.1f}", with_error(row, "perplexity_ratio", 3), f"{row['tokens_resident']:.0f}"]
 
 
+FIRST_ISA = "avx2"  # of the first runs; the page marks the rows of others
 HEAD = ["cache", "bits", "KiB", "KL mean", "95 %", "99 %", "same top 1 %", "perplexity ratio", "rows"]
 
 
@@ -325,8 +331,10 @@ def render() -> None:
   if not tables:
     sys.exit("nothing has been measured yet")
   PICTURE.write_text(picture(tables))
-  row = next(iter(next(iter(tables.values())).values()))[0]
-  facts = f"lesskv {row['version']}, {row['compute']} products on {row['isa']}; {next(iter(store.values()))['machine']}."
+  measured = [r for sections in tables.values() for rows in sections.values() for r in rows]
+  others = sorted({r["isa"] for r in measured} - {FIRST_ISA})
+  facts = (f"lesskv {measured[0]['version']}, {measured[0]['compute']} products on {FIRST_ISA}; {next(iter(store.values()))['machine']}." +
+           (f" Rows with † were measured later, on {' and '.join(others)}." if others else ""))
   out = [note("head").replace("{{facts}}", facts)]
   out.append("## The best at each size\n\n" + note("best"))
   for (model, ctx), sections in tables.items():

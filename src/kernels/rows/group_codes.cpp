@@ -36,11 +36,9 @@ constexpr size_t CodesAWord(size_t bits) { return bits == 4 ? 8 : 16; }
 constexpr size_t QuadsAWord(size_t bits) { return CodesAWord(bits) / kQuad; }
 constexpr size_t WordBits(size_t bits) { return bits == 4 ? 4 : 2; }  // of a code: the third bit is in the tail
 
-// Queries and weights are rounded to one signed byte relative to the largest, or to two of them: high * 128 + low.
-constexpr float kMostOfOne = 127, kMostOfTwo = 127 * 128;
-
-constexpr size_t QueryParts(size_t bits) { return bits == 4 ? 2 : 1; }
-constexpr size_t kWeightParts = 2;
+// Queries and weights are rounded relative to the largest to two signed bytes, high * 128 + low.
+constexpr size_t kParts = 2;
+constexpr float kMost = 127 * 128;
 
 // The parts of a unit.
 struct Unit {
@@ -287,55 +285,38 @@ HWY_INLINE void StoreBytes(VU lanes, int8_t* to) {
   hn::StoreU(hn::TruncateTo(d8, lanes), d8, reinterpret_cast<uint8_t*>(to));
 }
 
-// MB lists of n numbers (whole vectors), `stride` apart, times scales and rounded relative to the largest of each list. To
-// `start` goes what meets the minima; where there is one part, the middles of the codes count as minima, so that what was
-// rounded off is missing from the rest of a code only.
-template <size_t kBits, size_t kParts, size_t MB, size_t kRoom>
+// MB lists of n numbers (whole vectors), `stride` apart, times scales and rounded relative to the largest of each list.
+template <size_t MB, size_t kRoom>
 HWY_INLINE void Round(const float* numbers, size_t stride, const float* scales, const float* minima, size_t n,
                       Rounded<kRoom>& out) {
   const D d;
-  const DU du;
-  constexpr float kMost = kParts == 1 ? kMostOfOne : kMostOfTwo;
-  constexpr float kMiddle = kParts == 1 ? static_cast<float>((1u << kBits) - 1) / 2 : 0;
   HWY_ALIGN float scaled[MB][kRoom];
   V largest[4], start[4];
   for (size_t m = 0; m < 4; ++m) largest[m] = start[m] = hn::Zero(d);
   for (size_t i = 0; i < n; i += kLanes) {
-    const V scale = hn::Load(d, scales + i);
-    V base = hn::Load(d, minima + i);
-    if constexpr (kMiddle > 0) base = hn::MulAdd(scale, hn::Set(d, kMiddle), base);
+    const V scale = hn::Load(d, scales + i), minimum = hn::Load(d, minima + i);
     for (size_t m = 0; m < MB; ++m) {
       const V number = hn::LoadU(d, numbers + m * stride + i), x = hn::Mul(number, scale);
-      start[m] = hn::MulAdd(number, base, start[m]);
+      start[m] = hn::MulAdd(number, minimum, start[m]);
       largest[m] = hn::Max(largest[m], hn::Abs(x));
       hn::Store(x, d, scaled[m] + i);
     }
   }
   HWY_ALIGN float most[4];
   OverLanes<MaxOf>(largest, most);
+  OverLanes<SumOf>(start, out.start);
   for (size_t m = 0; m < MB; ++m) {
     out.worth[m] = most[m] / kMost;
     const V inverse = hn::Set(d, most[m] > 0 ? kMost / most[m] : 0.0f);
-    VU codes = hn::Zero(du);
-    int8_t* to = out.codes[m * kParts];
+    int8_t* high = out.codes[m * kParts];
+    int8_t* low = out.codes[m * kParts + 1];
     for (size_t i = 0; i < n; i += kLanes) {
       // Added to 1.5 * 2^23 a number is rounded to a whole one, which lies in the lowest bits.
-      const VU code = hn::BitCast(du, hn::MulAdd(hn::Load(d, scaled[m] + i), inverse, hn::Set(d, kRounding)));
-      if constexpr (kParts == 1) {
-        codes = hn::Add(codes, code);
-        StoreBytes(code, to + i);
-      } else {
-        StoreBytes(hn::ShiftRight<7>(code), to + i);
-        StoreBytes(hn::And(code, hn::Set(du, 127u)), to + kRoom + i);
-      }
-    }
-    if constexpr (kParts == 1) {
-      const VU rounding = hn::Set(du, static_cast<uint32_t>(n / kLanes) * __builtin_bit_cast(uint32_t, kRounding));
-      start[m] = hn::NegMulAdd(hn::ConvertTo(d, hn::BitCast(DI(), hn::Sub(codes, rounding))),
-                               hn::Set(d, kMiddle * out.worth[m]), start[m]);
+      const VU code = hn::BitCast(DU(), hn::MulAdd(hn::Load(d, scaled[m] + i), inverse, hn::Set(d, kRounding)));
+      StoreBytes(hn::ShiftRight<7>(code), high + i);
+      StoreBytes(hn::And(code, hn::Set(DU(), 127u)), low + i);
     }
   }
-  OverLanes<SumOf>(start, out.start);
 }
 
 // n halves at a time, whole vectors.
@@ -344,11 +325,11 @@ HWY_INLINE void LoadHalves(const uint16_t* from, size_t n, float* to) {
 }
 
 // The sums of query m in the columns from i on, as floats.
-template <size_t kParts, size_t kColumns>
+template <size_t kColumns>
 HWY_INLINE V Products(const int32_t* sums, size_t m, size_t i, float worth) {
   const DI di;
-  VI sum = hn::Load(di, sums + m * kParts * kColumns + i);
-  if constexpr (kParts == 2) sum = hn::Add(hn::ShiftLeft<7>(sum), hn::Load(di, sums + (m * kParts + 1) * kColumns + i));
+  const VI high = hn::Load(di, sums + m * kParts * kColumns + i), low = hn::Load(di, sums + (m * kParts + 1) * kColumns + i);
+  const VI sum = hn::Add(hn::ShiftLeft<7>(high), low);
   return hn::Mul(hn::ConvertTo(D(), sum), hn::Set(D(), worth));
 }
 
@@ -363,14 +344,13 @@ using RoundedQueries = Rounded<kMostChannels>;
 template <size_t kBits, size_t MB>
 void ScoreGroup(const Unit& unit, size_t group, size_t dim, const RoundedQueries& q, float* scores, size_t stride) {
   const D d;
-  constexpr size_t kParts = QueryParts(kBits);
   HWY_ALIGN int32_t sums[MB * kParts * kMostColumns];
   ForColumns(group, [&](size_t t, auto columns) {
     SumLists<kBits, MB * kParts, columns>(unit.words + t, unit.tails + t, group, dim / CodesAWord(kBits), 0, 1, q.codes[0],
                                           kMostChannels, sums);
     for (size_t m = 0; m < MB; ++m)
       for (size_t i = 0; i < columns; i += kLanes)
-        hn::StoreU(hn::Add(Products<kParts, columns>(sums, m, i, q.worth[m]), hn::Set(d, q.start[m])), d,
+        hn::StoreU(hn::Add(Products<columns>(sums, m, i, q.worth[m]), hn::Set(d, q.start[m])), d,
                    scores + m * stride + t + i);
   });
 }
@@ -386,7 +366,7 @@ void ScoreRows(const UnitRun& run, size_t first, size_t n, const float* queries,
     const Unit unit = run.At(index);
     LoadHalves(unit.scales, run.dim, scales);
     LoadHalves(unit.minima, run.dim, minima);
-    Round<kBits, QueryParts(kBits), MB>(queries, kMostChannels, scales, minima, run.dim, rounded);
+    Round<MB>(queries, kMostChannels, scales, minima, run.dim, rounded);
     const size_t end = std::min(first + n, unit_row + run.group);
     if (row == unit_row && end == unit_row + run.group) {
       ScoreGroup<kBits, MB>(unit, run.group, run.dim, rounded, scores + (row - first), stride);
@@ -459,23 +439,23 @@ void AddBlock(const UnitRun& run, size_t row, size_t n, const float* weights, si
   const Unit unit = run.At(first);
   RoundedWeights rounded;
   HWY_ALIGN float scales[kWeightRows], minima[kWeightRows];
-  HWY_ALIGN int32_t sums[MB * kWeightParts * kMostColumns];
+  HWY_ALIGN int32_t sums[MB * kParts * kMostColumns];
   for (size_t g = 0; g < run.dim / run.group; ++g) {
     for (size_t u = 0; u < n_units; ++u) {
       const Unit at = run.At(first + u);
       LoadHalves(at.scales + g * kTileRows, kTileRows, scales + u * kTileRows);
       LoadHalves(at.minima + g * kTileRows, kTileRows, minima + u * kTileRows);
     }
-    Round<kBits, kWeightParts, MB>(weights, stride, scales, minima, n_units * kTileRows, rounded);
+    Round<MB>(weights, stride, scales, minima, n_units * kTileRows, rounded);
     ForColumns(run.group, [&](size_t in_group, auto columns) {
       const size_t c = g * run.group + in_group;
-      SumLists<kBits, MB * kWeightParts, columns>(unit.words + c, unit.tails + c, run.dim, kTileRows / CodesAWord(kBits),
+      SumLists<kBits, MB * kParts, columns>(unit.words + c, unit.tails + c, run.dim, kTileRows / CodesAWord(kBits),
                                                   run.unit_bytes, n_units, rounded.codes[0], kWeightRows, sums);
       for (size_t m = 0; m < MB; ++m)
         for (size_t i = 0; i < columns; i += kLanes) {
           float* to = out + m * out_stride + c + i;
           const V old = hn::Add(hn::LoadU(d, to), hn::Set(d, rounded.start[m]));
-          hn::StoreU(hn::Add(Products<kWeightParts, columns>(sums, m, i, rounded.worth[m]), old), d, to);
+          hn::StoreU(hn::Add(Products<columns>(sums, m, i, rounded.worth[m]), old), d, to);
         }
     });
   }

@@ -15,12 +15,10 @@
 // lower two, as they do of 2 bits, and behind all words lie the third ones, 16 bits a word: a nibble for each byte, its
 // lowest bit for the first quad.
 //
-// Products are summed up as whole numbers. Weights times scales are rounded to two bytes relative to the largest of a (query,
-// channel group) and 128 tokens: an error of at most half of a 16,256th of that largest, times the code, in each part of a
-// sum. Queries times the scales of a group of keys are rounded in the same way for codes of 4 bits. For 2 and 3 bits one byte
-// is enough: half of a 127th of the largest, times the code's distance from the middle one, which adds to the square of the
-// error that the codes themselves make a hundredth at 2 bits and three at 3 where one of 128 channels outweighs the others,
-// and less elsewhere. The scalar kernels (ForceIsa) round nothing.
+// Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded to two bytes relative
+// to the largest of the (query, group), weights times scales relative to the largest of a (query, channel group) and 128
+// tokens: an error of at most half of a 16,256th of that largest, times the code, in each part of a sum. The scalar kernels
+// (ForceIsa) round nothing.
 #pragma once
 
 #include <cstddef>

@@ -181,9 +181,7 @@ TEST(Kivi, AttentionIsThatOfDecodedRows) {
         std::vector<float> first(out.begin(), out.begin() + static_cast<ptrdiff_t>(kHeads * kDim));
         copy.store->Reserve({.n_step = 1, .budgets = {}});
         copy.store->Append(0, 0, 1, &rows.k[token * kKvHeads * kDim], &rows.v[token * kKvHeads * kDim]);
-        // Queries meet keys of 2 and 3 bits rounded to a byte (group_codes.h).
-        const double rounding = options.key_bits < 4 && isa != Isa::kScalar ? 2e-4 : 1e-6;
-        EXPECT_LE(Deviation(first, Exact(copy, rows, token, token + 1)), rounding) << IsaName(isa) << ", step of " << n;
+        EXPECT_LE(Deviation(first, Exact(copy, rows, token, token + 1)), 1e-6) << IsaName(isa) << ", step of " << n;
       }
       Subject brief(options);
       for (size_t i = 0; i < options.window; ++i) EXPECT_EQ(brief.Step(rows, 1), f16.Step(rows, 1)) << i;
