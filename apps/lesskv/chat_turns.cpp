@@ -27,7 +27,7 @@ ChatTurn FirstTurn(const Tokenizer& tokenizer, const ChatTemplate& chat, const C
   std::vector<ChatMessage> messages;
   if (options.system) messages.push_back({ChatRole::kSystem, *options.system});
   messages.push_back({ChatRole::kUser, question});
-  ChatTokens tokens = EncodeChat(tokenizer, chat.Render(messages), {.parse_special = options.parse_special});
+  ChatTokens tokens = EncodeConversation(tokenizer, chat, messages, options.parse_special);
   ChatTurn turn{std::move(tokens.ids), {}};
   for (const TokenSpan& span : tokens.fixed)
     turn.fixed.push_back({static_cast<int32_t>(span.begin), static_cast<int32_t>(span.end)});

@@ -79,4 +79,9 @@ struct ChatEncoding {
 };
 ChatTokens EncodeChat(const Tokenizer& tokenizer, std::span<const ChatPiece> pieces, const ChatEncoding& encoding);
 
+// A whole conversation, from its beginning to the mark of the next answer. `fixed` are those of the first turn alone,
+// up to the mark behind the first question: what is protected does not grow with every turn.
+ChatTokens EncodeConversation(const Tokenizer& tokenizer, const ChatTemplate& chat,
+                              std::span<const ChatMessage> messages, bool parse_special = false);
+
 }  // namespace lesskv

@@ -229,6 +229,21 @@ TEST(ChatTokens, MarksAndSystemPromptAreFixed) {
   EXPECT_EQ(tokens.fixed[1].end, tokens.ids.size());
 }
 
+TEST(ChatTokens, OfAConversationTheFirstTurnIsFixed) {
+  const auto tokenizer = Tokenizer::Create(ChatMlLetters(TokenType::kControl));
+  const ChatTemplate chat = Named("chatml");
+  const Messages all = {{ChatRole::kSystem, "abc"}, {ChatRole::kUser, "def"}, {ChatRole::kAssistant, "a"},
+                        {ChatRole::kSystem, "b"},   {ChatRole::kUser, "c"}};
+  const ChatTokens first = EncodeChat(*tokenizer, chat.Render(std::span(all).first(2)), {});
+  const ChatTokens tokens = EncodeConversation(*tokenizer, chat, all);
+  EXPECT_EQ(tokens.ids, EncodeChat(*tokenizer, chat.Render(all), {}).ids);
+  ASSERT_EQ(tokens.fixed.size(), 2u);
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(tokens.fixed[i].begin, first.fixed[i].begin);
+    EXPECT_EQ(tokens.fixed[i].end, first.fixed[i].end);
+  }
+}
+
 // ---- Choosing ------------------------------------------------------------------------------------------------------
 
 std::string ErrorOf(const std::string& name, const std::string& jinja, const Tokenizer& tokenizer) {

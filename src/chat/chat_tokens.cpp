@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "chat/chat_template.h"
 
@@ -78,6 +79,23 @@ ChatTokens EncodeChat(const Tokenizer& tokenizer, std::span<const ChatPiece> pie
     const size_t end = std::min(encoder.First(i).size(), tokens.ids.size());
     if (begin < end) tokens.fixed.push_back({begin, end});
   }
+  return tokens;
+}
+
+ChatTokens EncodeConversation(const Tokenizer& tokenizer, const ChatTemplate& chat,
+                              std::span<const ChatMessage> messages, bool parse_special) {
+  const ChatEncoding encoding{.parse_special = parse_special};
+  const auto question = std::ranges::find(messages, ChatRole::kUser, &ChatMessage::role);
+  const auto n_first = static_cast<size_t>(question - messages.begin()) + (question == messages.end() ? 0 : 1);
+  ChatTokens tokens = EncodeChat(tokenizer, chat.Render(messages.first(n_first)), encoding);
+  if (n_first == messages.size()) return tokens;
+  const std::vector<ChatPiece> pieces = chat.Render(messages);
+  const std::vector<int32_t> first = std::move(tokens.ids);
+  tokens.ids = Encoder(tokenizer, pieces, encoding).First(pieces.size());
+  // The mark's last token may have become one with the answer's first.
+  const auto same = static_cast<size_t>(std::ranges::mismatch(first, tokens.ids).in1 - first.begin());
+  for (TokenSpan& span : tokens.fixed) span = {std::min(span.begin, same), std::min(span.end, same)};
+  std::erase_if(tokens.fixed, [](const TokenSpan& span) { return span.begin == span.end; });
   return tokens;
 }
 

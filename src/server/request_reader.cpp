@@ -141,11 +141,11 @@ class RequestReader {
 
  private:
   TextRequest ReadChat(const std::vector<ChatMessage>& messages, TextForm form) {
-    const ChatTokens tokens = EncodeChat(c_.tokenizer, c_.chat->Render(messages), {});
+    const ChatTokens tokens = EncodeConversation(c_.tokenizer, *c_.chat, messages);
     std::vector<ProtectedSpan> fixed;
     for (const TokenSpan& span : tokens.fixed)
       fixed.push_back({static_cast<int32_t>(span.begin), static_cast<int32_t>(span.end)});
-    TextRequest request = Read(tokens.ids, std::move(fixed));
+    TextRequest request = Read(tokens.ids, fixed);
     if (!c_.chat->stop().empty()) request.job.options.stops.emplace_back(c_.chat->stop());
     request.form = form;
     return request;
@@ -156,7 +156,7 @@ class RequestReader {
       Fail(ErrorCode::kInvalidArgument, "this model has no chat template; /v1/completions takes plain text");
   }
 
-  TextRequest Read(std::vector<int32_t> prompt, std::vector<ProtectedSpan> fixed) {
+  TextRequest Read(std::vector<int32_t> prompt, const std::vector<ProtectedSpan>& fixed) {
     CheckModel();
     TextRequest request;
     request.stream = r_.TruthOr("stream", false);
@@ -173,8 +173,7 @@ class RequestReader {
     CheckLength(prompt);
     request.job.options = Options(prompt.size());
     request.job.options.sampler.seed = Seed(request.job.choices);
-    AddProtectedSpans(prompt.size(), fixed);
-    request.job.config = c_.engine.MakeCacheConfig(Spec(), c_.limits.ctx, std::move(fixed));
+    request.job.config = Config(prompt.size(), fixed);
     request.job.prompt = std::move(prompt);
     request.job.deadline = std::chrono::steady_clock::now() + c_.limits.max_time;
     return request;
@@ -367,9 +366,48 @@ class RequestReader {
     r_.Refuse("kv_policy", "one that the operator allows: " + known);
   }
 
+  // The client's spans fit or are refused. `fixed`, which nobody asked for, gives way: where it does not fit, its first
+  // tokens are protected, in half of the rows that it could have, so that the method still has rows to choose.
+  std::shared_ptr<const CacheConfig> Config(size_t n_prompt, const std::vector<ProtectedSpan>& fixed) const {
+    const CacheSpec spec = Spec();
+    const std::vector<ProtectedSpan> asked = AskedSpans(n_prompt);
+    const auto make = [&](size_t n_fixed) {
+      std::vector<ProtectedSpan> spans = FirstOf(fixed, n_fixed);
+      spans.insert(spans.end(), asked.begin(), asked.end());
+      return c_.engine.MakeCacheConfig(spec, c_.limits.ctx, std::move(spans));
+    };
+    const auto fits = [&](size_t n_fixed) {
+      try {
+        return make(n_fixed) != nullptr;
+      } catch (const Error&) {
+        return false;
+      }
+    };
+    const size_t n = ProtectedSet(fixed).size();
+    if (n == 0 || fits(n)) return make(n);
+    size_t most = 0;
+    for (size_t end = n; end - most > 1;) {
+      const size_t middle = most + (end - most) / 2;
+      (fits(middle) ? most : end) = middle;
+    }
+    return make(most / 2);
+  }
+
+  // The spans' first n tokens.
+  static std::vector<ProtectedSpan> FirstOf(const std::vector<ProtectedSpan>& spans, size_t n) {
+    std::vector<ProtectedSpan> first;
+    for (const ProtectedSpan& span : spans) {
+      const auto taken = static_cast<int32_t>(std::min(n, static_cast<size_t>(span.end - span.begin)));
+      if (taken > 0) first.push_back({span.begin, span.begin + taken});
+      n -= static_cast<size_t>(taken);
+    }
+    return first;
+  }
+
   // [[begin, end], ...], half-open positions of the prompt's tokens.
-  void AddProtectedSpans(size_t n_prompt, std::vector<ProtectedSpan>& spans) const {
-    if (!r_.Has("protected_spans")) return;
+  std::vector<ProtectedSpan> AskedSpans(size_t n_prompt) const {
+    std::vector<ProtectedSpan> spans;
+    if (!r_.Has("protected_spans")) return spans;
     size_t total = 0;
     for (const Json& item : r_.Array("protected_spans")) {
       const bool pair =
@@ -383,6 +421,7 @@ class RequestReader {
         r_.Refuse("protected_spans", fmt::format("at most {} tokens", c_.limits.max_protected), "more");
       spans.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(end)});
     }
+    return spans;
   }
 
   const JsonReader r_;
