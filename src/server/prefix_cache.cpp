@@ -9,8 +9,9 @@
 namespace lesskv {
 namespace {
 
+// Room for ids that has not been written to takes no memory.
 size_t BytesOf(const Sequence& sequence) {
-  return sequence.Stats().kv_bytes + sequence.tokens().capacity() * sizeof(int32_t);
+  return sequence.Stats().kv_bytes + sequence.tokens().size() * sizeof(int32_t);
 }
 
 }  // namespace
