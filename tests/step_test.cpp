@@ -117,6 +117,32 @@ TEST_P(Step, ManySequencesBehaveAsEachAlone) {
   for (size_t i = 0; i < 32; ++i) EXPECT_EQ(together[i], run({i})[i]) << "sequence " << i;
 }
 
+// A long prompt in one step, and another sequence that takes its own steps in the pauses of that.
+TEST_P(Step, StepsInAPauseChangeNothing) {
+  Engine engine(model_, {.threads = 2, .compute = GetParam()});
+  const std::vector<int32_t> prompt = Tokens(1300, 1), first = Tokens(40, 2);  // three tiles
+  for (const char* spec : kSpecs) {
+    const auto config = engine.MakeCacheConfig(CacheSpec::Parse(spec), 4096);
+    // One token after the other, and now and then a piece of a prompt.
+    const auto step = [&](Sequence& other, size_t i, Logits& logits) {
+      const std::vector<int32_t> tokens = i % 5 == 0 ? first : Tokens(1, static_cast<int32_t>(i));
+      engine.Step({{&other, tokens, LogitsRows::kLast, 1, i % 5 == 0 ? StepKind::kStream : StepKind::kDecode}},
+                  Into(logits));
+    };
+    Logits interleaved, alone;
+    Sequence long_one(config), other(config);
+    size_t pauses = 0;
+    engine.Step({{&long_one, prompt, LogitsRows::kLast, 0, StepKind::kPrompt}}, Into(interleaved),
+                {.pause = [&] { step(other, pauses++, interleaved); }});
+    EXPECT_GE(pauses, 8 * model_->config().n_layers) << spec;  // tiles before, in and behind attention
+    Sequence long_alone(config), other_alone(config);
+    engine.Step({{&long_alone, prompt, LogitsRows::kLast, 0, StepKind::kPrompt}}, Into(alone));
+    for (size_t i = 0; i < pauses; ++i) step(other_alone, i, alone);
+    EXPECT_EQ(interleaved, alone) << spec;
+    EXPECT_EQ(long_one.cache().Serialize(), long_alone.cache().Serialize()) << spec;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Compute, Step, testing::Values(ComputeChoice::kF32, ComputeChoice::kBF16, ComputeChoice::kInt8),
                          [](const auto& c) {
                            return c.param == ComputeChoice::kF32 ? "f32" : c.param == ComputeChoice::kBF16 ? "bf16" : "int8";

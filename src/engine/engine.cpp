@@ -56,8 +56,7 @@ Sequence Sequence::Clone() const {
 Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
     : threads_(options.threads),
       model_(std::move(model)),
-      batch_invariant_(options.batch_invariant),
-      batch_(std::make_unique<CacheBatch>()) {
+      batch_invariant_(options.batch_invariant) {
   ActiveIsa();  // what LESSKV_ISA asks for in vain is refused here, not in the middle of a step
   compute_ = Resolve(options.compute);
 }
@@ -81,10 +80,10 @@ size_t Engine::WorkBytes(size_t n_rows) const {
 
 void Engine::Reserve(size_t n_rows) {
   const size_t wanted = WorkBytes(n_rows);
-  if (wanted > kSmallWork && n_rows > reserved_rows_)
+  if (wanted > kSmallWork && n_rows > work_.reserved_rows)
     RequireMemory(wanted, fmt::format("work memory for a step of {} tokens", n_rows));
-  workspace_.Reserve(model_->config(), n_rows);
-  reserved_rows_ = std::max(reserved_rows_, n_rows);
+  work_.workspace.Reserve(model_->config(), n_rows);
+  work_.reserved_rows = std::max(work_.reserved_rows, n_rows);
 }
 
 namespace {
@@ -176,11 +175,7 @@ bool Engine::PrefillAll(StepItems items, const LogitsSink& sink, const StepContr
     }
     prompts = std::move(unfinished);
   }
-  if (reserved_rows_ > kTileTokens) {  // a prompt's work memory is not kept while tokens are generated
-    workspace_ = {};
-    batch_ = std::make_unique<CacheBatch>();
-    reserved_rows_ = 0;
-  }
+  if (work_.reserved_rows > kTileTokens) work_ = {};  // a prompt's work memory is not kept while tokens are generated
   return true;
 }
 
@@ -194,7 +189,7 @@ void Engine::RequirePrefillMemory(StepItems items) const {
     work_rows += chunk == 0 ? n : std::min(n, chunk);
     if (item.sequence->tokens().empty()) cache_bytes += item.sequence->config().Plan(n, 0).bytes_peak;
   }
-  const size_t work_bytes = work_rows > reserved_rows_ ? WorkBytes(work_rows) : 0;
+  const size_t work_bytes = work_rows > work_.reserved_rows ? WorkBytes(work_rows) : 0;
   if (work_bytes + cache_bytes <= kSmallWork) return;
   RequireMemory(work_bytes + cache_bytes,
                 fmt::format("a prompt of {} tokens ({} of work memory, {} of cache; prefill(chunk=N) bounds the work)",

@@ -17,6 +17,7 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -103,6 +104,10 @@ struct StepControl {
   // With it a failure of one item (its own mistake, memory for its cache, cancelled) is reported here and the others go
   // on. Without it a failure before anything has changed is thrown at once, and a later one when the others are done.
   std::function<void(size_t tag, const Error& error)> on_failure = {};
+  // Called in the middle of a step, after each tile of kTileTokens tokens: other steps may be run there, of sequences
+  // that are not in this one, so that they need not wait for a long prompt that has to be read in one step. The bits of
+  // neither change. Throws nothing.
+  std::function<void()> pause = {};
 };
 
 class Engine {
@@ -147,13 +152,19 @@ class Engine {
   void Reserve(size_t n_rows);
   void RequirePrefillMemory(StepItems items) const;
 
+  // What a step works in.
+  struct Work {
+    ForwardWorkspace workspace = {};
+    std::unique_ptr<CacheBatch> batch = std::make_unique<CacheBatch>();
+    size_t reserved_rows = 0;
+  };
+
   ThreadPool threads_;
   std::shared_ptr<const Model> model_;
   ComputeType compute_;
   bool batch_invariant_;
-  ForwardWorkspace workspace_;
-  std::unique_ptr<CacheBatch> batch_;
-  size_t reserved_rows_ = 0;
+  Work work_;
+  std::optional<Work> in_pause_;  // of the steps that are run in the middle of another
 };
 
 }  // namespace lesskv

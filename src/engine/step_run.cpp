@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <utility>
 
 #include "base/check.h"
 
@@ -122,11 +123,19 @@ bool Engine::StepRun::AfterLayer(size_t layers_done, double done, double share) 
   for (const Entry& entry : entries_) {
     if (entry.state != State::kBegun) continue;
     if (entry.item.cancel != nullptr && *entry.item.cancel && layers_done < n_layers)
-      engine_.batch_->Drop(entry.in_batch, std::make_exception_ptr(Error(ErrorCode::kRuntime, "cancelled")));
-    any = any || !engine_.batch_->failure(entry.in_batch);
+      engine_.work_.batch->Drop(entry.in_batch, std::make_exception_ptr(Error(ErrorCode::kRuntime, "cancelled")));
+    any = any || !engine_.work_.batch->failure(entry.in_batch);
   }
   if (!any) return false;
   return layers_done == n_layers || CountRows() <= kStoppableRows || control_.stop == nullptr || !*control_.stop;
+}
+
+// Steps in the middle of this one have work memory of their own; what this one works in stays where it is.
+void Engine::StepRun::Pause() {
+  if (!engine_.in_pause_) engine_.in_pause_.emplace();
+  Work own = std::exchange(engine_.work_, *std::exchange(engine_.in_pause_, std::nullopt));
+  control_.pause();
+  engine_.in_pause_ = std::exchange(engine_.work_, std::move(own));
 }
 
 bool Engine::StepRun::Forward(double done, double share) {
@@ -143,9 +152,11 @@ bool Engine::StepRun::Forward(double done, double share) {
       if (engine_.batch_invariant_) lengths.push_back(entry.item.tokens.size());
       tokens.insert(tokens.end(), entry.item.tokens.begin(), entry.item.tokens.end());
     }
-    engine_.batch_->Start(caches);
-    finished = lesskv::Forward(*engine_.model_, tokens, *engine_.batch_, engine_.compute_, engine_.workspace_, lengths,
-                               [&](size_t layers_done) { return AfterLayer(layers_done, done, share); });
+    const TileHook pause = control_.pause ? [this] { Pause(); } : TileHook();
+    engine_.work_.batch->Start(caches, pause);
+    finished = lesskv::Forward(
+        *engine_.model_, tokens, *engine_.work_.batch, engine_.compute_, engine_.work_.workspace, lengths,
+        [&](size_t layers_done) { return AfterLayer(layers_done, done, share); }, pause);
   } catch (...) {
     Interrupt();
     throw AsError(std::current_exception());
@@ -153,7 +164,7 @@ bool Engine::StepRun::Forward(double done, double share) {
   bool any = false;
   for (Entry& entry : entries_) {
     if (entry.state != State::kBegun) continue;
-    if (const std::exception_ptr& why = engine_.batch_->failure(entry.in_batch)) Fail(entry, why);
+    if (const std::exception_ptr& why = engine_.work_.batch->failure(entry.in_batch)) Fail(entry, why);
     else any = true;
   }
   if (!finished && any) Interrupt();
@@ -183,7 +194,7 @@ void Engine::StepRun::EmitLogits() {
   std::vector<size_t> rows;
   const auto emit = [&] {
     if (tile.empty()) return;
-    const float* logits = ComputeLogits(*engine_.model_, engine_.workspace_, rows, engine_.compute_);
+    const float* logits = ComputeLogits(*engine_.model_, engine_.work_.workspace, rows, engine_.compute_);
     for (size_t i = 0; i < tile.size(); ++i) tile[i].logits = {logits + i * n_vocab, n_vocab};
     sink_(tile);
     tile.clear();

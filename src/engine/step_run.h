@@ -42,6 +42,7 @@ class Engine::StepRun {
   void EmitLogits();
   void Fail(Entry& entry, std::exception_ptr why);
   void Interrupt();
+  void Pause();
   bool AfterLayer(size_t layers_done, double done, double share);
   size_t CountRows() const;
 

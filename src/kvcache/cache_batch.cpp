@@ -161,7 +161,8 @@ struct CacheBatch::Tile {
 CacheBatch::CacheBatch() = default;
 CacheBatch::~CacheBatch() = default;
 
-void CacheBatch::Start(std::span<SequenceCache* const> caches) {
+void CacheBatch::Start(std::span<SequenceCache* const> caches, std::function<void()> pause) {
+  pause_ = std::move(pause);
   while (items_.size() < caches.size()) items_.push_back(std::make_unique<Item>());
   n_items_ = caches.size();
   size_t row = 0;
@@ -238,6 +239,7 @@ void CacheBatch::Attend(size_t layer, const float* queries, float* out) {
       rows += n;
       if (rows < kTileQueries) continue;
       AttendTiles(layer, queries, out);
+      if (pause_) pause_();
       tiles_.clear();
       rows = 0;
     }

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -24,8 +25,8 @@ class CacheBatch final : public KvCache {
   ~CacheBatch() override;
 
   // A new step of caches that have begun theirs, all for the same model. The step's rows are their tokens, one cache
-  // after the other.
-  void Start(std::span<SequenceCache* const> caches);
+  // after the other. `pause` is called between tiles of queries, where work of other batches may be done.
+  void Start(std::span<SequenceCache* const> caches, std::function<void()> pause = {});
 
   // KvCache, for all rows of the step. What these throw concerns the whole step (work memory): all caches in it are
   // then broken.
@@ -58,6 +59,7 @@ class CacheBatch final : public KvCache {
 
   std::vector<std::unique_ptr<Item>> items_;
   size_t n_items_ = 0;
+  std::function<void()> pause_;
   // Work memory of the tiles that are attended together.
   std::vector<Tile> tiles_;
   std::vector<float> rotated_, lse_, residual_out_, residual_lse_;

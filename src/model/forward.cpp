@@ -53,7 +53,8 @@ struct Pass {
   ComputeType compute;
   ForwardWorkspace& w;
   const ModelConfig& config;
-  std::vector<RowSegment> segments;  // tiles of single sequences; empty: rows go together whatever their sequence
+  const TileHook& pause;
+  std::vector<RowSegment> segments = {};  // tiles of single sequences; empty: rows go together whatever their sequence
 
   void Embed() {
     const WeightView& table = model.token_embedding();
@@ -156,13 +157,16 @@ struct Pass {
 
   template <typename Body>
   void ForTiles(Body&& body) {
-    for (size_t row = 0; row < tokens.size() && segments.empty(); row += kTileTokens)
+    for (size_t row = 0; row < tokens.size() && segments.empty(); row += kTileTokens) {
       body(row, std::min(kTileTokens, tokens.size() - row));
+      if (pause) pause();
+    }
     for (size_t i = 0; i < segments.size();) {  // whole segments, as many as fit
       const size_t row = segments[i].first;
       size_t n = 0;
       while (i < segments.size() && n + segments[i].n <= kTileTokens) n += segments[i++].n;
       body(row, n);
+      if (pause) pause();
     }
   }
 };
@@ -199,9 +203,10 @@ void ForwardWorkspace::Reserve(const ModelConfig& c, size_t n_rows) {
 }
 
 bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
-             ForwardWorkspace& workspace, std::span<const size_t> lengths, const LayerHook& hook) {
+             ForwardWorkspace& workspace, std::span<const size_t> lengths, const LayerHook& hook,
+             const TileHook& pause) {
   workspace.Reserve(model.config(), tokens.size());
-  Pass pass{model, tokens, cache, compute, workspace, model.config(), {}};
+  Pass pass{model, tokens, cache, compute, workspace, model.config(), pause};
   size_t first = 0;
   for (const size_t length : lengths)
     for (size_t done = 0; done < length; done += pass.segments.back().n) {

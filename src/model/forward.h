@@ -36,6 +36,8 @@ struct ForwardWorkspace {
 
 // Called after each layer with its number (from 1); false stops.
 using LayerHook = std::function<bool(size_t layers_done)>;
+// Called after each tile of the products, where nothing of the step is half done.
+using TileHook = std::function<void()>;
 
 // Rows of a step that are multiplied together: [first, first + n).
 struct RowSegment {
@@ -50,7 +52,7 @@ struct RowSegment {
 // go through alone, and the bits of a sequence do not depend on which others share the step.
 bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, ComputeType compute,
              ForwardWorkspace& workspace, std::span<const size_t> lengths = {},
-             const LayerHook& hook = {});
+             const LayerHook& hook = {}, const TileHook& pause = {});
 
 // Logits of up to kLogitsTile rows of workspace.x, named by their indices: workspace.logits [rows.size(), n_vocab].
 // Needs the x of a finished Forward.

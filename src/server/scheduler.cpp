@@ -12,6 +12,15 @@ namespace lesskv {
 
 using Clock = std::chrono::steady_clock;
 
+namespace {
+
+constexpr const char* kStopping = "the server is stopping";
+
+// Whether the cache's method wants to see all of a prompt in one step.
+bool SeesPromptWhole(const CacheConfig& config) { return config.prefill_chunk() == 0 && !NeverEvicts(config); }
+
+}  // namespace
+
 bool JobState::finished() const {
   return std::ranges::all_of(choices, [](const ChoiceState& choice) { return choice.finish.has_value(); });
 }
@@ -105,7 +114,7 @@ std::shared_ptr<Job> Scheduler::Submit(JobRequest request) {
   const std::lock_guard lock(mutex_);
   if (stopping_ || waiting_.size() >= options_.max_queued) {
     ++metrics_.jobs_rejected;
-    throw BusyError(stopping_ ? "the server is stopping" : "too many requests are waiting already", stopping_);
+    throw BusyError(stopping_ ? kStopping : "too many requests are waiting already", stopping_);
   }
   waiting_.push_back({job, bytes});
   work_.notify_all();
@@ -139,7 +148,7 @@ void Scheduler::Run() {
     Step();
     Settle();
   }
-  const Error stopping(ErrorCode::kRuntime, "the server is stopping");
+  const Error stopping(ErrorCode::kRuntime, kStopping);
   for (const auto& text : running_) FailOf(*text, stopping);
   Settle();
   const std::lock_guard lock(mutex_);
@@ -327,7 +336,7 @@ void Scheduler::ReturnMemory(size_t bytes) {
 size_t Scheduler::SharedBeginning(const Running& text) const {
   const JobRequest& request = text.job->request();
   const size_t chunk = request.config->prefill_chunk();
-  if (!request.reuse || options_.max_idle == 0 || (chunk == 0 && !NeverEvicts(*request.config))) return 0;
+  if (!request.reuse || options_.max_idle == 0 || SeesPromptWhole(*request.config)) return 0;
   size_t n = idle_.LongestCommon({request.prompt, *request.config});
   for (const auto& other : running_) {
     const size_t common = CommonPrefix(other->job->request().prompt, request.prompt);
@@ -356,11 +365,18 @@ void Scheduler::Keep(Sequence sequence, bool shared) {
   MakeRoom(nullptr);
 }
 
+// Whether that is more than a step should take.
+bool Scheduler::MustReadWhole(const Running& text) const {
+  const JobRequest& request = text.job->request();
+  return !text.ended && text.in_prompt() && SeesPromptWhole(*request.config) &&
+         request.prompt.size() - text.fed > options_.step_tokens;
+}
+
 // A piece of the prompt: all of it where the cache's method wants to see it whole, else what `budget` leaves.
 StepItem Scheduler::PromptItem(Running& text, size_t tag, size_t& budget) {
   const JobRequest& request = text.job->request();
   const size_t left = request.prompt.size() - text.fed, chunk = request.config->prefill_chunk();
-  const bool whole = chunk == 0 && !NeverEvicts(*request.config);
+  const bool whole = SeesPromptWhole(*request.config);
   size_t n = whole ? left : std::min(left, chunk != 0 ? chunk : std::max<size_t>(budget, 1));
   if (text.shared > text.fed) n = std::min(n, text.shared - text.fed);
   text.next_fed = n;
@@ -378,6 +394,7 @@ std::vector<StepItem> Scheduler::Items() {
   size_t budget = options_.step_tokens;
   for (size_t tag = 0; tag < running_.size(); ++tag) {
     Running& text = *running_[tag];
+    if (text.ended || MustReadWhole(text)) continue;  // the one in whose pause this is has perhaps ended already
     text.next_fed = 0;
     if (!text.in_prompt()) {
       items.push_back({.sequence = &text.sequence,
@@ -395,14 +412,75 @@ std::vector<StepItem> Scheduler::Items() {
 
 void Scheduler::Step() {
   EndCancelled();
+  TakeStep();
+  const auto whole = std::ranges::find_if(running_, [&](const auto& text) { return MustReadWhole(*text); });
+  if (whole != running_.end()) ReadWhole(**whole);
+}
+
+// One step of its own for a long prompt, in the middle of which the others go on. What comes out is what the prompt
+// gives alone, whoever runs beside it.
+void Scheduler::ReadWhole(Running& text) {
+  size_t budget = 0;
+  const StepItem item = PromptItem(text, 0, budget);
+  std::vector<float> logits;
+  const auto on_failure = [&](size_t, const Error& error) { FailOf(text, error); };
+  const LogitsSink sink = [&](std::span<const LogitsRow> tile) {
+    logits.assign(tile.back().logits.begin(), tile.back().logits.end());
+  };
+  reading_ = &text;
+  resumed_ = Clock::now();
+  pause_due_ = options_.pause_after;
+  try {
+    engine_.Step({item}, sink, {.on_failure = on_failure, .pause = [&] { StepInPause(); }});
+  } catch (const Error& error) {
+    FailOf(text, error);
+  } catch (const std::bad_alloc&) {
+    FailOf(text, Error(ErrorCode::kOutOfMemory, "memory for a step cannot be had"));
+  }
+  reading_ = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    ++metrics_.steps;
+  }
+  if (!text.ended) Advance(text);
+  if (!text.ended) TakeLogits(text, logits);
+}
+
+// False: stopped.
+bool Scheduler::BeginWaiting() {
+  std::unique_lock lock(mutex_);
+  DropWaiting();
+  while (!stopping_ && BeginNext(lock)) {
+  }
+  return !stopping_;
+}
+
+// The prompt has four fifths of the time, but nobody waits for more than ten times `pause_after` and a tile.
+void Scheduler::StepInPause() {
+  const auto begin = Clock::now();
+  if (begin - resumed_ < pause_due_) return;
+  if (BeginWaiting()) {
+    EndCancelled();
+    TakeStep();
+  } else {
+    FailOf(*reading_, Error(ErrorCode::kRuntime, kStopping));
+  }
+  if (reading_->ended) reading_->job->cancelled_ = true;  // its time is over: it leaves the step
+  Settle();
+  resumed_ = Clock::now();
+  pause_due_ = std::clamp<Clock::duration>(4 * (resumed_ - begin), options_.pause_after, 10 * options_.pause_after);
+}
+
+void Scheduler::TakeStep() {
   const std::vector<StepItem> items = Items();
+  if (items.empty()) return;
   const auto on_failure = [&](size_t tag, const Error& error) { FailOf(*running_[tag], error); };
   std::vector<std::pair<size_t, std::vector<float>>> logits;
   const LogitsSink sink = [&](std::span<const LogitsRow> tile) {
     for (const LogitsRow& row : tile) logits.emplace_back(row.tag, std::vector(row.logits.begin(), row.logits.end()));
   };
   try {
-    if (!items.empty()) engine_.Step(items, sink, {.on_failure = on_failure});
+    engine_.Step(items, sink, {.on_failure = on_failure});
   } catch (const Error& error) {
     return FailStep(items, error);
   } catch (const std::bad_alloc&) {
@@ -516,7 +594,7 @@ void Scheduler::FailOf(Running& text, const Error& error) {
 void Scheduler::Settle() {
   std::vector<std::unique_ptr<Running>> ended;
   for (auto& text : running_)
-    if (text->ended) ended.push_back(std::move(text));
+    if (text->ended && text.get() != reading_) ended.push_back(std::move(text));
   std::erase(running_, nullptr);
   for (const auto& text : ended) {
     CountEnded(*text);

@@ -95,6 +95,8 @@ struct SchedulerOptions {
   size_t max_queued = 16;    // texts that wait
   size_t kv_memory = 0;      // bytes of all running caches at their largest, and of idle ones; 0: no bound
   size_t step_tokens = 256;  // of a prompt that a step takes where the cache does not say otherwise
+  // A longer prompt that its method must see whole pauses for the others' steps, at the earliest after this time.
+  std::chrono::milliseconds pause_after{50};
   size_t max_idle = 64;      // caches that are kept when their texts have ended; 0: every prompt is read anew
   size_t min_shared = 32;    // tokens: a beginning that two prompts share is kept from this length on
   std::chrono::milliseconds store_patience{10000};  // for a stored conversation; then its text is read anew
@@ -197,6 +199,11 @@ class Scheduler {
   void Keep(Sequence sequence, bool shared);
   void ReturnMemory(size_t bytes);
   void Step();
+  bool MustReadWhole(const Running& text) const;
+  void ReadWhole(Running& text);
+  void StepInPause();
+  bool BeginWaiting();
+  void TakeStep();
   std::vector<StepItem> Items();
   StepItem PromptItem(Running& text, size_t tag, size_t& budget);
   void Advance(Running& text);
@@ -214,7 +221,10 @@ class Scheduler {
   const SchedulerOptions options_;
   SessionStore* const store_;
   std::vector<std::unique_ptr<Running>> running_;  // of the thread alone
-  PrefixCache idle_;                               // likewise
+  Running* reading_ = nullptr;                     // the one in the middle of whose prompt others take their steps
+  std::chrono::steady_clock::time_point resumed_;  // since when that goes on,
+  std::chrono::steady_clock::duration pause_due_;  // and for how long
+  PrefixCache idle_;                               // of the thread alone, too
   size_t unreturned_ = 0;                          // bytes freed since the system got memory back
   mutable std::mutex mutex_;                       // of what follows
   std::condition_variable work_;
