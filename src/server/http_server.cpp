@@ -202,9 +202,16 @@ class HttpServer::Impl {
     return Result::Handled;
   }
 
+  // Authorise has found it.
+  size_t KeyOf(const Request& request) const { return *keys_.Find(request.get_header_value("Authorization")); }
+
+  // Between whom places go round: the keys; without keys, addresses.
+  std::string ClientOf(const Request& request) const {
+    return options_.api_keys.empty() ? request.remote_addr : std::to_string(KeyOf(request));
+  }
+
   std::shared_ptr<void> EnterKey(const Request& request, size_t texts) {
-    const std::optional<size_t> key = keys_.Find(request.get_header_value("Authorization"));
-    std::shared_ptr<void> place = keys_.Enter(*key, texts);  // Authorise has found it
+    std::shared_ptr<void> place = keys_.Enter(KeyOf(request), texts);
     if (place == nullptr) throw BusyError(fmt::format("more than {} texts of this key would be in work", keys_.most()));
     return place;
   }
@@ -215,8 +222,10 @@ class HttpServer::Impl {
     const std::shared_ptr<void> place = EnterKey(http, request.job.choices);
     const std::shared_ptr<TextAnswer> answer = MakeAnswer(request);
     const bool stream = request.stream;
+    request.job.client = ClientOf(http);
     const std::shared_ptr<Job> job = scheduler_.Submit(std::move(request.job));
     auto state = std::make_shared<JobState>(WaitForToken(*job, SocketOf(http)));
+    if (state->refused) throw BusyError(state->error->what());
     if (state->error) throw *state->error;
     const auto send = stream ? &Impl::Stream : &Impl::SendWhole;
     response.set_chunked_content_provider(

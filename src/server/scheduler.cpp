@@ -15,6 +15,7 @@ using Clock = std::chrono::steady_clock;
 namespace {
 
 constexpr const char* kStopping = "the server is stopping";
+constexpr const char* kQueueFull = "too many requests are waiting already";
 
 // Whether the cache's method wants to see all of a prompt in one step.
 bool SeesPromptWhole(const CacheConfig& config) { return config.prefill_chunk() == 0 && !NeverEvicts(config); }
@@ -84,10 +85,11 @@ bool Job::Report(size_t choice, Generation::Output output, const CacheStats& sta
   return finished;
 }
 
-void Job::Fail(const Error& error) {
+void Job::Fail(const Error& error, bool refused) {
   {
     const std::lock_guard lock(mutex_);
     state_.error = error;
+    state_.refused = refused;
     has_news_ = true;
   }
   news_.notify_all();
@@ -112,13 +114,44 @@ std::shared_ptr<Job> Scheduler::Submit(JobRequest request) {
          HumanBytes(options_.kv_memory));
   auto job = std::make_shared<Job>(std::move(request));
   const std::lock_guard lock(mutex_);
-  if (stopping_ || waiting_.size() >= options_.max_queued) {
+  const std::string& client = job->request().client;
+  if (stopping_ || !MakePlace(client)) {
     ++metrics_.jobs_rejected;
-    throw BusyError(stopping_ ? kStopping : "too many requests are waiting already", stopping_);
+    throw BusyError(stopping_ ? kStopping : kQueueFull, stopping_);
   }
-  waiting_.push_back({job, bytes});
+  waiting_.push_back({job, bytes, NextTurn(client)});
   work_.notify_all();
   return job;
+}
+
+// Whether the queue has a place for one more text of the client. Where it is full, the newest text of the client that
+// has most leaves it, if that has two more than this one, so that none takes the whole queue and none is driven out.
+bool Scheduler::MakePlace(const std::string& client) {
+  if (waiting_.size() < options_.max_queued) return true;
+  std::map<std::string_view, size_t> texts;
+  for (const Waiting& waiting : waiting_) ++texts[waiting.job->request().client];
+  const size_t own = texts.contains(client) ? texts[client] : 0;
+  const auto most = std::ranges::max_element(texts, {}, [](const auto& of) { return of.second; });
+  if (most == texts.end() || most->second < own + 2) return false;
+  const auto newest = std::ranges::find_if(waiting_.rbegin(), waiting_.rend(), [&](const Waiting& waiting) {
+    return waiting.job->request().client == most->first;
+  });
+  newest->job->Fail(Error(ErrorCode::kRuntime, kQueueFull), true);
+  waiting_.erase(std::next(newest).base());
+  ++metrics_.jobs_rejected;
+  return true;
+}
+
+// Behind the client's other texts, and not before what is served now: each round has a text of every client that waits,
+// and who comes new does not wait for those that others have in store.
+uint64_t Scheduler::NextTurn(const std::string& client) const {
+  uint64_t turn = turn_;
+  if (const auto after = turns_after_.find(client); after != turns_after_.end()) turn = std::max(turn, after->second);
+  for (const Waiting& waiting : waiting_) {
+    const JobRequest& request = waiting.job->request();
+    if (request.client == client) turn = std::max(turn, waiting.turn + request.choices);
+  }
+  return turn;
 }
 
 void Scheduler::Stop() {
@@ -207,16 +240,21 @@ bool Scheduler::BeginNext(std::unique_lock<std::mutex>& lock) {
   return false;
 }
 
-// First come, first served: a large text is not overtaken by small ones for ever.
+// The clients take turns, and each has its texts in the order they came. Who is next and does not fit yet is waited
+// for: a large text is not overtaken by small ones for ever.
 std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
   if (waiting_.empty()) return std::nullopt;
-  const Waiting next = waiting_.front();
+  const auto first = std::ranges::min_element(waiting_, {}, &Waiting::turn);
+  const Waiting next = *first;
   size_t places = RunningPlaces() + next.job->request().choices;
   for (const Loading& loading : loading_) places += loading.text.job->request().choices;
   if (places > options_.max_running) return std::nullopt;
   if (options_.kv_memory != 0 && metrics_.kv_bytes_reserved + next.bytes > options_.kv_memory) return std::nullopt;
   metrics_.kv_bytes_reserved += next.bytes;
-  waiting_.pop_front();
+  waiting_.erase(first);
+  turn_ = std::max(turn_, next.turn);
+  turns_after_[next.job->request().client] = next.turn + next.job->request().choices;
+  std::erase_if(turns_after_, [&](const auto& client) { return client.second <= turn_; });
   return next;
 }
 

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -27,6 +28,7 @@ struct JobRequest {
   std::vector<int32_t> prompt;  // at least one token, and one less than the context at most
   GenerationOptions options;    // max_tokens is a number, at least 1
   std::shared_ptr<const CacheConfig> config;
+  std::string client = {};  // who asks: places go round among clients
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
   // Texts that go on from the prompt, which is read once: each with a copy of its cache and the seed plus its number.
   size_t choices = 1;   // at most as many texts as may run; more than one has no pictures
@@ -54,6 +56,7 @@ struct ChoiceState {
 struct JobState {
   std::vector<ChoiceState> choices;
   std::optional<Error> error;  // none of the texts can be gone on with
+  bool refused = false;        // the error is that the place in the queue went to another client: a BusyError
   size_t cached_tokens = 0;    // of the prompt, that needed no reading
 
   bool finished() const;  // all texts have ended
@@ -80,7 +83,7 @@ class Job {
   // Of one token of a text. Returns whether all texts have ended.
   bool Report(size_t choice, Generation::Output output, const CacheStats& stats);
   void Show(CachePicture picture);  // of the only text
-  void Fail(const Error& error);
+  void Fail(const Error& error, bool refused = false);
 
   const JobRequest request_;
   std::atomic<bool> cancelled_ = false;
@@ -143,7 +146,8 @@ class Scheduler {
   Scheduler& operator=(const Scheduler&) = delete;
 
   // Throws BusyError when the queue is full or the scheduler has been stopped, Error when the text can never run: its
-  // caches would be larger than all memory for caches, its choices more than the texts that may run.
+  // caches would be larger than all memory for caches, its choices more than the texts that may run. In a full queue a
+  // client with few texts takes the place of the last one of the client that has most, which then is refused.
   std::shared_ptr<Job> Submit(JobRequest request);
   // Ends all texts, with an error, and the thread.
   void Stop();
@@ -173,6 +177,7 @@ class Scheduler {
   struct Waiting {
     std::shared_ptr<Job> job;
     size_t bytes;
+    uint64_t turn = 0;  // the lowest is next; of equal ones the first that came
   };
   // One that has its place and its bytes, and begins when the store has said what it has. Others begin meanwhile.
   struct Loading {
@@ -185,6 +190,8 @@ class Scheduler {
   bool Prepare();  // false: stopped
   void DropWaiting();
   bool BeginNext(std::unique_lock<std::mutex>& lock);
+  bool MakePlace(const std::string& client);
+  uint64_t NextTurn(const std::string& client) const;
   std::optional<Waiting> NextAdmitted();
   size_t RunningPlaces() const;
   std::optional<Loading> NextLoaded();
@@ -228,7 +235,9 @@ class Scheduler {
   size_t unreturned_ = 0;                          // bytes freed since the system got memory back
   mutable std::mutex mutex_;                       // of what follows
   std::condition_variable work_;
-  std::deque<Waiting> waiting_;
+  std::deque<Waiting> waiting_;                  // in the order they came
+  uint64_t turn_ = 0;                            // of the last text that was admitted
+  std::map<std::string, uint64_t> turns_after_;  // of clients: behind their last admitted text, where that is beyond
   std::vector<Loading> loading_;
   SchedulerMetrics metrics_;
   std::vector<SlotState> slots_;

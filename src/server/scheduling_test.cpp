@@ -1,4 +1,4 @@
-// Who is served when: streams beside long prompts.
+// Who is served when: streams beside long prompts, clients beside each other.
 #include <set>
 
 #include "server/server_harness.h"
@@ -85,6 +85,108 @@ TEST_F(SchedulingTest, TheServerCanEndInTheMiddleOfAPrompt) {
   const Reply reply = ParseReply(connection.All());
   EXPECT_EQ(reply.status, 500);
   EXPECT_NE(reply.body.find("the server is stopping"), std::string::npos) << reply.body;
+}
+
+// The next of several texts without end begins when the one that runs is cancelled. Each has another prompt length.
+TEST_F(SchedulingTest, ClientsTakeTurns) {
+  Start({.scheduler = {.max_running = 1, .max_queued = 8}});
+  const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("window(24)"), kCtx);
+  GenerationOptions options;
+  options.sampler = {.temperature = 0};
+  options.max_tokens = 150000;
+  for (int32_t id = 0; static_cast<size_t>(id) < tokenizer_->size(); ++id)
+    if (tokenizer_->IsEndOfGeneration(id)) options.sampler.logit_bias.push_back({id, -100});
+  std::map<size_t, std::pair<std::string, std::shared_ptr<Job>>> jobs;
+  const auto submit = [&](const std::string& client) {
+    const size_t n = jobs.size() + 1;
+    JobRequest request{.prompt = std::vector<int32_t>(n, 'x'), .options = options, .config = config, .client = client};
+    jobs[n] = {client, scheduler_->Submit(std::move(request))};
+  };
+  std::set<size_t> ended;
+  const auto running = [&] {  // its prompt's length
+    size_t n = 0;
+    EXPECT_TRUE(Soon([&] {
+      const std::vector<SlotState> slots = scheduler_->Slots();
+      n = slots.size() == 1 ? slots[0].prompt_tokens : 0;
+      return n != 0 && !ended.contains(n);
+    }));
+    return n;
+  };
+  std::string order;
+  const auto end_one = [&] {
+    const size_t n = running();
+    ASSERT_TRUE(jobs.contains(n));
+    order += jobs[n].first;
+    ended.insert(n);
+    jobs[n].second->Cancel();
+  };
+  for (int i = 0; i < 5; ++i) submit("a");
+  for (int i = 0; i < 2; ++i) submit("b");
+  submit("c");
+  for (int i = 0; i < 6; ++i) end_one();
+  running();
+  submit("b");  // had its turns before, but does not wait for all of a's
+  for (int i = 0; i < 3; ++i) end_one();
+  EXPECT_EQ(order, "abcabaaba");
+}
+
+class FairTest : public ServerTest {
+ protected:
+  void StartFair(size_t max_queued) {
+    Start({.scheduler = {.max_running = 1, .max_queued = max_queued, .step_tokens = 16},
+           .http = {.port = 0, .api_keys = {"a", "b", "c"}}});
+    long_ = std::make_unique<Connection>(port_);  // of a fourth client, as long as it is there nobody else begins
+    const Json body = {{"prompt", "the tea"}, {"max_tokens", 150000}, {"stream", true}, {"kv_policy", "window(24)"}};
+    long_->Send(RequestText("POST", "/v1/completions", body.dump(), "Authorization: Bearer c\r\n"));
+    ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 1; }));
+  }
+  // Sends a request and waits until it is in the queue.
+  void Send(const std::string& key) {
+    const size_t before = scheduler_->Metrics().queued + scheduler_->Metrics().jobs_rejected;
+    clients_.emplace_back([this, key, i = clients_.size()] {
+      const std::string body = R"({"prompt":"the tea","max_tokens":3})";
+      const Reply reply = Call(RequestText("POST", "/v1/completions", body, "Authorization: Bearer " + key + "\r\n"));
+      const std::lock_guard lock(mutex_);
+      statuses_[i] = reply.status;
+    });
+    ASSERT_TRUE(
+        Soon([&] { return scheduler_->Metrics().queued + scheduler_->Metrics().jobs_rejected > before; }));
+  }
+  void Finish() {
+    long_.reset();
+    for (std::thread& client : clients_) client.join();
+    clients_.clear();
+  }
+  void TearDown() override {
+    Finish();
+    ServerTest::TearDown();
+  }
+  int Status(size_t i) {
+    const std::lock_guard lock(mutex_);
+    return statuses_.contains(i) ? statuses_[i] : 0;
+  }
+
+  std::unique_ptr<Connection> long_;
+  std::vector<std::thread> clients_;
+  std::mutex mutex_;
+  std::map<size_t, int> statuses_;
+};
+
+TEST_F(FairTest, AFullQueueIsShared) {
+  StartFair(4);
+  for (int i = 0; i < 4; ++i) Send("a");
+  Send("b");  // the last of a's texts has gone
+  ASSERT_TRUE(Soon([&] { return Status(3) == 429; }));
+  Send("b");  // and the next: both have two
+  ASSERT_TRUE(Soon([&] { return Status(2) == 429; }));
+  Send("b");
+  ASSERT_TRUE(Soon([&] { return Status(6) == 429; }));
+  Send("a");
+  ASSERT_TRUE(Soon([&] { return Status(7) == 429; }));
+  EXPECT_EQ(scheduler_->Metrics().queued, 4u);
+  EXPECT_EQ(scheduler_->Metrics().jobs_rejected, 4u);
+  Finish();
+  for (const size_t i : {0, 1, 4, 5}) EXPECT_EQ(Status(i), 200) << i;
 }
 
 }  // namespace
