@@ -59,6 +59,7 @@ class PrefixCache {
   // Lets the one that was not used for longest go, but not `spared`. Returns its bytes; 0: there is none.
   size_t DropOldest(const Entry* spared = nullptr);
 
+  const std::list<Entry>& entries() const { return entries_; }
   size_t size() const { return entries_.size(); }
   size_t bytes() const { return bytes_; }
 

@@ -44,6 +44,10 @@ void JobState::Append(JobState later) {
   *this = std::move(later);
 }
 
+SpecMetrics& SchedulerMetrics::Of(const std::string& spec) {
+  return specs[specs.contains(spec) || specs.size() < kMostSpecs ? spec : kOtherSpecs];
+}
+
 JobState Job::Wait(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
   news_.wait_for(lock, patience, [&] { return has_news_ || state_.ended(); });
@@ -304,6 +308,7 @@ void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
     next.job->Begin(text->cached);
     const std::lock_guard lock(mutex_);
     metrics_.prefix_hits += text->cached > 0;
+    metrics_.Of(text->sequence.config().spec_text()).prefix_hits += text->cached > 0;
     metrics_.prefix_tokens += text->cached;
     running_.push_back(std::move(text));
     metrics_.running = RunningPlaces();
@@ -642,12 +647,19 @@ void Scheduler::Settle() {
   }
   const std::lock_guard lock(mutex_);
   metrics_.kv_bytes = 0;
-  metrics_.tokens_resident = 0;
   slots_.clear();
+  for (auto& [spec, of_spec] : metrics_.specs) {
+    of_spec.running = of_spec.kv_bytes = of_spec.kv_bytes_logical = of_spec.idle = of_spec.idle_bytes = 0;
+    of_spec.tokens_resident = 0;
+  }
   for (const auto& text : running_) {
     const CacheStats stats = text->sequence.Stats();
     metrics_.kv_bytes += stats.kv_bytes;
-    metrics_.tokens_resident += stats.tokens_resident;
+    SpecMetrics& of_spec = metrics_.Of(text->sequence.config().spec_text());
+    ++of_spec.running;
+    of_spec.kv_bytes += stats.kv_bytes;
+    of_spec.kv_bytes_logical += stats.kv_bytes_full;
+    of_spec.tokens_resident += stats.tokens_resident;
     slots_.push_back({text->sequence.config().spec_text(), text->job->request().prompt.size(), text->fed, text->cached,
                       text->generation ? text->generation->tokens().size() : 0, stats.kv_bytes, text->bytes,
                       stats.tokens_resident});
@@ -655,6 +667,11 @@ void Scheduler::Settle() {
   metrics_.running = RunningPlaces();
   metrics_.idle = idle_.size();
   metrics_.idle_bytes = idle_.bytes();
+  for (const PrefixCache::Entry& entry : idle_.entries()) {
+    SpecMetrics& of_spec = metrics_.Of(entry.sequence->config().spec_text());
+    ++of_spec.idle;
+    of_spec.idle_bytes += entry.bytes;
+  }
 }
 
 void Scheduler::CountEnded(const Running& text) {
@@ -664,8 +681,12 @@ void Scheduler::CountEnded(const Running& text) {
   metrics_.kv_bytes_reserved -= text.bytes;
   metrics_.prompt_tokens += text.fed - text.cached;
   if (text.generation) metrics_.generated_tokens += text.generation->tokens().size();
-  metrics_.tokens_evicted += left(now) - left(before);
-  metrics_.tokens_absorbed += now.tokens_absorbed - before.tokens_absorbed;
+  SpecMetrics& of_spec = metrics_.Of(text.sequence.config().spec_text());
+  of_spec.tokens_evicted += left(now) - left(before);
+  of_spec.tokens_absorbed += now.tokens_absorbed - before.tokens_absorbed;
+  of_spec.tokens_merged += now.tokens_merged - before.tokens_merged;
+  const auto n_heads = static_cast<double>(std::max<size_t>(text.sequence.config().global().heads.size(), 1));
+  of_spec.tokens_recalled += static_cast<double>(now.recall.rows_recalled - before.recall.rows_recalled) / n_heads;
 }
 
 }  // namespace lesskv

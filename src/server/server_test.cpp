@@ -1,5 +1,7 @@
 // The server as clients see it, over loopback: texts, streams, many at once, clients that vanish, requests that make no
 // sense.
+#include <filesystem>
+
 #include "server/server_harness.h"
 
 namespace lesskv::server_test {
@@ -309,6 +311,56 @@ TEST_F(ServerTest, CachesKeepToTheirMemory) {
   const Reply large = Complete({{"max_tokens", 3000}});
   EXPECT_EQ(large.status, 400);
   EXPECT_NE(large.body.find("the text's cache may take"), std::string::npos);
+}
+
+// The value of a line of /metrics; -1: there is none.
+double Metric(const std::string& text, const std::string& name) {
+  const size_t at = text.find("\n" + name + " ");
+  return at == std::string::npos ? -1 : std::stod(text.substr(at + name.size() + 2));
+}
+
+TEST_F(ServerTest, MetricsTellPoliciesApart) {
+  const std::string folder = std::filesystem::temp_directory_path().string();
+  const std::string offloaded = CacheSpec::Parse(fmt::format("cluster(24, skip=0, offload=\"{}\")", folder)).ToString();
+  Start({.kv = {"full", "window(24)", "h2o(24)+merge", offloaded}});
+  const Json merged = Complete({{"kv_policy", "h2o(24)+merge"}, {"max_tokens", 60}}).json()["usage"]["kv"];
+  const Reply recalled = Complete({{"prompt", std::vector<int32_t>(480, 'x')}, {"kv_policy", offloaded}});
+  ASSERT_EQ(recalled.status, 200) << recalled.body;
+  const auto stream = LongStream();
+  ASSERT_TRUE(Soon([&] { return scheduler_->Slots().size() == 1 && scheduler_->Slots()[0].generated_tokens > 100; }));
+  const std::string text = Get("/metrics").body;
+  const auto of = [&](const std::string& name, const std::string& spec) {
+    return Metric(text, fmt::format("lesskv_spec_{}{{spec=\"{}\"}}", name, spec));
+  };
+  EXPECT_GT(merged["merged"], 0);
+  EXPECT_NEAR(of("tokens_merged_total", "h2o(24)+merge"), merged["merged"].get<double>(), 1e-3);
+  EXPECT_NEAR(of("tokens_evicted_total", "h2o(24)+merge"), merged["evicted"].get<double>(), 1e-3);
+  EXPECT_EQ(of("tokens_absorbed_total", "h2o(24)+merge"), 0);
+  EXPECT_NEAR(Metric(text, "lesskv_tokens_merged_total"), merged["merged"].get<double>(), 1e-3);
+  EXPECT_EQ(of("requests_running", "h2o(24)+merge"), 0);
+  EXPECT_EQ(of("idle", "h2o(24)+merge"), 1);
+  EXPECT_GT(of("idle_bytes", "h2o(24)+merge"), 0);
+  EXPECT_EQ(of("requests_running", "window(24)"), 1);
+  EXPECT_EQ(of("tokens_resident", "window(24)"), 24);
+  EXPECT_GT(of("kv_bytes", "window(24)"), 0);
+  EXPECT_GT(of("kv_logical_bytes", "window(24)"), of("kv_bytes", "window(24)") / 4);
+  EXPECT_EQ(Metric(text, "lesskv_kv_bytes"), of("kv_bytes", "window(24)"));
+  EXPECT_EQ(of("kv_bytes", "full"), -1);  // no text had it
+  std::string label = offloaded;
+  for (size_t at = 0; (at = label.find('"', at)) != std::string::npos; at += 2) label.insert(at, "\\");
+  EXPECT_GT(of("tokens_recalled_total", label), 0) << text;
+  EXPECT_EQ(Metric(text, "lesskv_tokens_recalled_total"), of("tokens_recalled_total", label));
+}
+
+TEST_F(ServerTest, SpecsInMetricsAreEscapedAndFew) {
+  SchedulerMetrics metrics;
+  metrics.specs["a\"b\\c\nd"].idle = 3;
+  EXPECT_NE(MetricsText(metrics).find("\nlesskv_spec_idle{spec=\"a\\\"b\\\\c\\nd\"} 3\n"), std::string::npos)
+      << MetricsText(metrics);
+  for (size_t i = 0; i < 100; ++i) metrics.Of(std::to_string(i)).idle = 1;
+  EXPECT_EQ(metrics.specs.size(), SchedulerMetrics::kMostSpecs + 1);
+  EXPECT_EQ(metrics.Of("5").idle, 1u);
+  EXPECT_EQ(&metrics.Of("99"), &metrics.Of(SchedulerMetrics::kOtherSpecs));
 }
 
 TEST_F(ServerTest, KeysAreAskedFor) {
