@@ -1,6 +1,7 @@
 #include "server/prefix_cache.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -99,6 +100,16 @@ Sequence PrefixCache::Take(const Entry* entry) {
   Sequence sequence = at->sequence.use_count() > 1 ? Copy(entry) : std::move(*at->sequence);
   Remove(at);
   return sequence;
+}
+
+size_t PrefixCache::DropOldestOnDisk() {
+  const auto oldest = std::find_if(entries_.rbegin(), entries_.rend(), [](const Entry& entry) {
+    return entry.sequence->Stats().recall.file_bytes > 0;
+  });
+  if (oldest == entries_.rend()) return 0;
+  const size_t bytes = oldest->bytes;
+  Remove(std::prev(oldest.base()));
+  return bytes;
 }
 
 size_t PrefixCache::DropOldest(const Entry* spared) {

@@ -58,6 +58,8 @@ class PrefixCache {
   static Sequence Copy(const Entry* entry) { return entry->sequence->Clone(); }
   // Lets the one that was not used for longest go, but not `spared`. Returns its bytes; 0: there is none.
   size_t DropOldest(const Entry* spared = nullptr);
+  // Likewise of those that have rows on a disk.
+  size_t DropOldestOnDisk();
 
   const std::list<Entry>& entries() const { return entries_; }
   size_t size() const { return entries_.size(); }

@@ -466,7 +466,9 @@ void Scheduler::ReadWhole(Running& text) {
   size_t budget = 0;
   const StepItem item = PromptItem(text, 0, budget);
   std::vector<float> logits;
-  const auto on_failure = [&](size_t, const Error& error) { FailOf(text, error); };
+  const auto on_failure = [&](size_t, const Error& error) {
+    if (!TriesAgain(text, error)) FailOf(text, error);
+  };
   const LogitsSink sink = [&](std::span<const LogitsRow> tile) {
     logits.assign(tile.back().logits.begin(), tile.back().logits.end());
   };
@@ -486,7 +488,7 @@ void Scheduler::ReadWhole(Running& text) {
     ++metrics_.steps;
   }
   if (!text.ended) Advance(text);
-  if (!text.ended) TakeLogits(text, logits);
+  if (!text.ended && !text.in_prompt()) TakeLogits(text, logits);
 }
 
 // False: stopped.
@@ -517,7 +519,9 @@ void Scheduler::StepInPause() {
 void Scheduler::TakeStep() {
   const std::vector<StepItem> items = Items();
   if (items.empty()) return;
-  const auto on_failure = [&](size_t tag, const Error& error) { FailOf(*running_[tag], error); };
+  const auto on_failure = [&](size_t tag, const Error& error) {
+    if (!TriesAgain(*running_[tag], error)) FailOf(*running_[tag], error);
+  };
   std::vector<std::pair<size_t, std::vector<float>>> logits;
   const LogitsSink sink = [&](std::span<const LogitsRow> tile) {
     for (const LogitsRow& row : tile) logits.emplace_back(row.tag, std::vector(row.logits.begin(), row.logits.end()));
@@ -541,8 +545,25 @@ void Scheduler::TakeStep() {
     if (Running& text = *running_[tag]; !text.ended) TakeLogits(text, row);
 }
 
+// Caches have the room of a step, also that on a disk, before it begins, so that a text that finds none has lost
+// nothing: an idle cache that has rows there goes, and the text takes its step again. Once more where there is none:
+// another text of the same step may have made room.
+bool Scheduler::TriesAgain(Running& text, const Error& error) {
+  if (error.code() != ErrorCode::kIo || text.sequence.interrupted()) return false;
+  const size_t bytes = idle_.DropOldestOnDisk();
+  if (bytes == 0 && std::exchange(text.tries_again, true)) return false;
+  text.next_fed = 0;
+  if (bytes == 0) return true;
+  ReturnMemory(bytes);
+  const std::lock_guard lock(mutex_);
+  ++metrics_.idle_dropped;
+  return true;
+}
+
 // The step has read its piece of the prompt.
 void Scheduler::Advance(Running& text) {
+  if (text.next_fed == 0) return;
+  text.tries_again = false;
   text.fed += text.next_fed;
   if (text.fed == text.shared) KeepShared(text);
   if (text.in_prompt()) return;
@@ -601,6 +622,7 @@ std::vector<Scheduler::Running*> Scheduler::BeginChoices(Running& text) {
 
 void Scheduler::TakeToken(Running& text, std::span<const float> logits) {
   if (text.ended) return;  // another choice has failed
+  text.tries_again = false;
   Generation::Output out = text.generation->Push(logits);
   text.last_token = out.token;
   const size_t every = text.job->request().kv_every, n = text.generation->tokens().size();

@@ -183,6 +183,7 @@ class Scheduler {
     CacheStats before = {};   // of the sequence, when the text began
     int32_t last_token = -1;  // sampled, not fed
     std::optional<Generation> generation = {};
+    bool tries_again = false;  // the last step found no room on the disk
     bool ended = false;
 
     bool in_prompt() const { return fed < job->request().prompt.size(); }
@@ -226,6 +227,7 @@ class Scheduler {
   void TakeStep();
   std::vector<StepItem> Items();
   StepItem PromptItem(Running& text, size_t tag, size_t& budget);
+  bool TriesAgain(Running& text, const Error& error);
   void Advance(Running& text);
   void FailStep(const std::vector<StepItem>& items, const Error& error);
   void TakeLogits(Running& text, std::span<const float> logits);

@@ -1,4 +1,7 @@
-// Who is served when: streams beside long prompts, clients beside each other.
+// Who is served when, and with what: streams beside long prompts, clients beside each other, texts on a small disk.
+#include <sys/mount.h>
+
+#include <filesystem>
 #include <set>
 
 #include "server/server_harness.h"
@@ -187,6 +190,52 @@ TEST_F(FairTest, AFullQueueIsShared) {
   EXPECT_EQ(scheduler_->Metrics().jobs_rejected, 4u);
   Finish();
   for (const size_t i : {0, 1, 4, 5}) EXPECT_EQ(Status(i), 200) << i;
+}
+
+// A disk of a megabyte.
+class SmallDiskTest : public SchedulingTest {
+ protected:
+  void SetUp() override {
+    folder_ = std::filesystem::temp_directory_path() / fmt::format("lesskv_small_disk_{}", ::getpid());
+    std::filesystem::create_directories(folder_);
+    mounted_ = ::mount("lesskv", folder_.c_str(), "tmpfs", 0, "size=1m") == 0;
+    if (!mounted_) GTEST_SKIP() << "a file system of its own may not be mounted here";
+  }
+  void TearDown() override {
+    ServerTest::TearDown();
+    if (mounted_) ::umount(folder_.c_str());
+    std::filesystem::remove(folder_);
+  }
+  std::vector<int32_t> Prompt(int32_t first, size_t n) const {
+    std::vector<int32_t> ids = {first};
+    for (int32_t i = 0; ids.size() < n; ++i) ids.push_back((first + i * 11) % 250);
+    return ids;
+  }
+
+  std::filesystem::path folder_;
+  bool mounted_ = false;
+};
+
+TEST_F(SmallDiskTest, IdleCachesMakeRoomOnADisk) {
+  const std::string text = fmt::format("cluster(24, skip=0, offload=\"{}\")", folder_.string());
+  const std::string spec = CacheSpec::Parse(text).ToString();
+  Start({.kv = {spec, "full"}, .max_prompt = 20000});
+  const auto ask = [&](int32_t first, size_t n) {
+    return Complete({{"prompt", Prompt(first, n)}, {"max_tokens", 40}});
+  };
+  EXPECT_EQ(Complete({{"kv_policy", "full"}}).status, 200);  // has nothing there, and stays
+  for (int32_t i = 3; i < 9; ++i) {
+    const Reply reply = ask(i, 2500);
+    EXPECT_EQ(reply.status, 200) << i << ": " << reply.body;
+  }
+  const SchedulerMetrics metrics = scheduler_->Metrics();
+  EXPECT_GT(metrics.idle_dropped, 0u);
+  EXPECT_EQ(metrics.idle + metrics.idle_dropped, 7u);
+  EXPECT_EQ(metrics.specs.at("full").idle, 1u);
+  const Reply large = ask(9, 12000);  // larger than the disk
+  EXPECT_EQ(large.status, 500);
+  EXPECT_NE(large.body.find("No space left"), std::string::npos) << large.body;
+  EXPECT_EQ(ask(10, 2500).status, 200);
 }
 
 }  // namespace
