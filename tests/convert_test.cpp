@@ -353,6 +353,8 @@ TEST_F(ConvertTest, DamagedDirectoriesAreRefused) {
   } kCases[] = {
       {"has no config.json", [](const fs::path& m) { fs::remove(m / "config.json"); }},
       {"config.json is not valid JSON", [](const fs::path& m) { WriteText(m / "config.json", "{\"a\":"); }},
+      {"config.json is not valid JSON ([json.exception.parse_error.101] parse error: nested deeper than 64 levels)",
+       [](const fs::path& m) { WriteText(m / "config.json", std::string(200000, '[') + std::string(200000, ']')); }},
       {"config.json is not a JSON object", [](const fs::path& m) { WriteText(m / "config.json", "[1]"); }},
       {"has no model-00002-of-00002.safetensors, which model.safetensors.index.json names",
        [&](const fs::path& m) { fs::remove(m / shard(2)); }},

@@ -9,6 +9,7 @@
 #include "eval/metrics.h"
 #include "eval/stopwatch.h"
 #include "eval/text_windows.h"
+#include "format/json_reader.h"
 
 namespace lesskv {
 namespace {
@@ -216,7 +217,7 @@ std::vector<ChoiceQuestion> ParseChoices(std::string_view json_lines, const std:
     ++line_number;
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     try {
-      questions.push_back(MakeQuestion(Json::parse(line), question_template));
+      questions.push_back(MakeQuestion(ParseJson<Json>(line), question_template));
     } catch (const Json::exception& error) {
       Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with q, choices and label: {}", name, line_number,
            error.what());

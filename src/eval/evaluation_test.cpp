@@ -320,6 +320,9 @@ TEST(ChoicesTest, PromptsOfTheThreeKinds) {
   EXPECT_EQ(questions[2].prompt, "Question: What is hot?\nAnswer:");
   EXPECT_EQ(questions[2].label, 1u);
   EXPECT_THROW(ParseChoices("{\"q\": 1}", "test"), Error);
+  const std::string nested = "{\"q\": " + std::string(200000, '[') + std::string(200000, ']') + "}";
+  EXPECT_THROW(ParseChoices(nested, "test"), Error);
+  EXPECT_THROW(ParseSummaryTasks(nested, "test"), Error);
   EXPECT_THROW(ParseChoices(R"({"q": "a", "choices": ["b", "c"], "label": 2})", "test"), Error);
   EXPECT_EQ(ParseChoices(R"({"q": "a", "choices": ["b", "c"], "label": 1.0})", "test")[0].label, 1u);
   for (const char* label : {"0.7", "-1", "true", "\"1\"", "1e99", "null"}) {

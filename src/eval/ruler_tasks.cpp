@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/rng.h"
 #include "eval/recall_tasks.h"
+#include "format/json_reader.h"
 
 namespace lesskv {
 namespace {
@@ -163,7 +164,7 @@ std::vector<RulerQuestion> ParseRulerQuestions(std::string_view json_lines, cons
     json_lines.remove_prefix(std::min(end + 1, json_lines.size()));
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     try {
-      const auto record = nlohmann::json::parse(line);
+      const auto record = ParseJson(line);
       questions.push_back({record.at("question"), record.at("context"), record.at("answers")});
     } catch (const nlohmann::json::exception& error) {
       Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with the texts question and context and a list of texts, answers: {}",

@@ -7,6 +7,7 @@
 #include "eval/metrics.h"
 #include "eval/rouge.h"
 #include "eval/text_windows.h"
+#include "format/json_reader.h"
 
 namespace lesskv {
 namespace {
@@ -99,7 +100,7 @@ std::vector<SummaryTask> ParseSummaryTasks(std::string_view json_lines, const st
     ++line_number;
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     try {
-      const Json record = Json::parse(line);
+      const Json record = ParseJson<Json>(line);
       tasks.push_back({record.at("article"), record.at("summary_gt")});
     } catch (const Json::exception& error) {
       Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with the texts article and summary_gt: {}", name,

@@ -11,13 +11,27 @@ namespace lesskv {
 
 using Json = nlohmann::json;
 
+bool NestsTooDeep(std::string_view json) {
+  size_t level = 0;
+  bool in_text = false;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (c == '"') in_text = !in_text;
+    if (in_text && c == '\\') ++i;
+    if (in_text) continue;
+    if ((c == '[' || c == '{') && ++level > kMostJsonLevels) return true;
+    if ((c == ']' || c == '}') && level > 0) --level;
+  }
+  return false;
+}
+
 Json LoadJsonObject(const std::string& path) {
   const MappedFile file = MappedFile::Open(path);
   const std::span<const std::byte> bytes = file.bytes();
   const auto* text = reinterpret_cast<const char*>(bytes.data());
   Json value;
   try {
-    value = Json::parse(text, text + bytes.size());
+    value = ParseJson({text, bytes.size()});
   } catch (const Json::exception& error) {
     Fail(ErrorCode::kBadFile, "{} is not valid JSON ({})", path, error.what());
   }
@@ -37,7 +51,19 @@ std::string_view JsonReader::AnyOf(std::initializer_list<std::string_view> keys)
 }
 
 void JsonReader::Refuse(std::string_view key, std::string_view expected, std::string_view found) const {
-  Fail(ErrorCode::kBadFile, "{}: {}: expected {}, found {}", where_, key, expected, found);
+  throw FieldError(ErrorCode::kBadFile, Field(key),
+                   fmt::format("{}: {}: expected {}, found {}", where_, key, expected, found));
+}
+
+std::string JsonReader::Field(std::string_view key) const {
+  constexpr std::string_view kBetween = ": ";
+  std::string field;
+  for (size_t at = where_.find(kBetween), end; at != std::string::npos; at = end) {
+    at += kBetween.size();
+    end = where_.find(kBetween, at);
+    field += where_.substr(at, end - at) + ".";
+  }
+  return field + std::string(key);
 }
 
 void JsonReader::Refuse(std::string_view key, std::string_view expected) const {

@@ -1,17 +1,48 @@
 // A JSON file's values with checks: every refusal names the file, the key, what was expected and what was found.
 #pragma once
 
+#include <fmt/core.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
+
+#include "base/error.h"
 
 namespace lesskv {
 
+// How many arrays and objects may lie in each other. The library copies, prints and compares a value by recursion, so
+// that a text of some 10,000 brackets would end the program.
+constexpr size_t kMostJsonLevels = 64;
+
+// Whether a text of JSON goes deeper. Exact up to the first mistake in it, where the parser stops.
+bool NestsTooDeep(std::string_view json);
+
+// What all JSON that others wrote is read by. Throws Json::exception, also for a text that nests too deep.
+template <typename Json = nlohmann::json>
+Json ParseJson(std::string_view text) {
+  if (NestsTooDeep(text))
+    throw Json::parse_error::create(101, size_t{0}, fmt::format("nested deeper than {} levels", kMostJsonLevels), nullptr);
+  return Json::parse(text.begin(), text.end());
+}
+
 // The object in a file. Throws Error: see MappedFile::Open; kBadFile when it is not JSON or not an object.
 nlohmann::json LoadJsonObject(const std::string& path);
+
+// What a JsonReader refuses.
+class FieldError : public Error {
+ public:
+  FieldError(ErrorCode code, std::string field, const std::string& message)
+      : Error(code, message), field_(std::move(field)) {}
+  const std::string& field() const { return field_; }  // the keys that lead to it: "messages.0.role"
+
+ private:
+  std::string field_;
+};
 
 // A view of one object, which must outlive it. A key that is null counts as absent.
 class JsonReader {
@@ -42,6 +73,7 @@ class JsonReader {
   const nlohmann::json& Array(std::string_view key) const;
   JsonReader Object(std::string_view key) const;
 
+  std::string Field(std::string_view key) const;  // as FieldError's
   [[noreturn]] void Refuse(std::string_view key, std::string_view expected, std::string_view found) const;
   [[noreturn]] void Refuse(std::string_view key, std::string_view expected) const;  // what is there was found
 

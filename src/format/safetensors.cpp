@@ -9,6 +9,7 @@
 #include "base/atomic_file.h"
 #include "base/checked.h"
 #include "format/gguf.h"  // Quoted
+#include "format/json_reader.h"
 
 namespace lesskv {
 namespace {
@@ -38,6 +39,8 @@ class HeaderReader {
       if (event == Json::parse_event_t::key) NoteKey(level - 1, parsed.get_ref<const std::string&>());
       return true;
     };
+    if (NestsTooDeep(text))
+      Fail(ErrorCode::kBadFile, "{}: the header is not valid JSON (nested deeper than {} levels)", file_name_, kMostJsonLevels);
     try {
       return Json::parse(text.begin(), text.end(), callback);
     } catch (const Json::exception& error) {
