@@ -17,6 +17,17 @@ bool IsLoopback(const std::string& host) {
          (host.starts_with("127.") && host.find_first_not_of("0123456789.") == std::string::npos);
 }
 
+bool IsOwnHost(std::string_view host, std::string_view bound) {
+  const size_t colon = host.rfind(':');
+  const bool has_port = colon != std::string_view::npos && (host.front() != '[' || host[colon - 1] == ']') &&
+                        host.find_first_not_of("0123456789", colon + 1) == std::string_view::npos;
+  std::string name(host.substr(0, has_port ? colon : host.size()));
+  if (name.starts_with('[') && name.ends_with(']')) name = name.substr(1, name.size() - 2);
+  for (char& c : name)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  return name == "localhost" || name == "127.0.0.1" || name == "::1" || name == bound;
+}
+
 bool IsForeignOrigin(std::string_view origin, std::string_view host) {
   if (origin.empty()) return false;
   const size_t scheme = origin.find("://");

@@ -14,6 +14,10 @@ namespace lesskv {
 // Whether the two are the same, in a time that does not tell where they differ.
 bool SameSecret(std::string_view a, std::string_view b);
 bool IsLoopback(const std::string& host);
+// Whether a Host header, with or without a port, names this machine: as localhost, as its loopback address, or as the
+// address that is listened at. A page may have its own name lead here, and then is no page of another server; the name
+// it asked for is what gives it away.
+bool IsOwnHost(std::string_view host, std::string_view bound);
 // Whether a page of another server sent the request: its Origin is not the host that was asked. Browsers let any page
 // send requests to any address, also to this machine's own, and hide the answers only.
 bool IsForeignOrigin(std::string_view origin, std::string_view host);

@@ -28,25 +28,36 @@ const char* FinishText(FinishReason reason) {
 
 }  // namespace
 
+OrderedJson TextOrNull(const std::string& text) { return text.empty() ? OrderedJson() : OrderedJson(text); }
+
 std::string DumpJson(const OrderedJson& value) {
   return value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
 }
 
 OrderedJson ApiError::Body() const {
-  return {{"error", {{"message", message}, {"type", type}, {"param", nullptr}, {"code", status}}}};
+  return {{"error", {{"message", message}, {"type", type}, {"param", TextOrNull(param)}, {"code", TextOrNull(code)}}}};
+}
+
+std::vector<std::pair<std::string, std::string>> ApiError::Headers() const {
+  if (status == 401) return {{"WWW-Authenticate", "Bearer"}};
+  if (status == 429 || status == 503) return {{"Retry-After", "1"}};
+  return {};
 }
 
 ApiError ToApiError(const Error& error) {
   if (const auto* const busy = dynamic_cast<const BusyError*>(&error))
     return busy->stopping() ? ApiError{503, "server_error", error.what()}
-                            : ApiError{429, "rate_limit_error", error.what()};
+                            : ApiError{429, "rate_limit_error", error.what(), {}, "rate_limit_exceeded"};
+  std::string param, code;
+  if (const auto* const field = dynamic_cast<const FieldError*>(&error)) param = field->field();
+  if (const auto* const request = dynamic_cast<const RequestError*>(&error)) code = request->name();
   switch (error.code()) {
     case ErrorCode::kInvalidArgument:
     case ErrorCode::kBadFile:
     case ErrorCode::kMismatch:
-      return {400, "invalid_request_error", error.what()};
+      return {400, "invalid_request_error", error.what(), param, code};
     case ErrorCode::kNotFound:
-      return {404, "not_found_error", error.what()};
+      return {404, "not_found_error", error.what(), param, code};
     case ErrorCode::kOutOfMemory:
       return {503, "server_error", error.what()};
     default:

@@ -16,11 +16,15 @@ namespace lesskv {
 struct ApiError {
   int status;
   std::string type, message;
+  std::string param = {}, code = {};  // the field, and a name for programs; empty: none
   nlohmann::ordered_json Body() const;
+  std::vector<std::pair<std::string, std::string>> Headers() const;
 };
 // An Error of ours: a caller's mistake is 400, no memory 503, anything else 500; BusyError 429, or 503 where the server
 // ends.
 ApiError ToApiError(const Error& error);
+
+nlohmann::ordered_json TextOrNull(const std::string& text);
 
 // What runs now, one object a text, and how many wait.
 std::string SlotsText(const Scheduler& scheduler);

@@ -1,16 +1,11 @@
 #include "server/http_server.h"
 
-#include <httplib.h>
-#include <netdb.h>
-#include <poll.h>
-#include <sys/socket.h>
-
-#include <condition_variable>
-#include <mutex>
+#include <algorithm>
 #include <utility>
 
 #include "base/error.h"
 #include "engine/run_info.h"
+#include "server/checked_server.h"
 #include "server/embedded.h"
 #include "server/responses.h"
 
@@ -21,55 +16,6 @@ constexpr const char* kJson = "application/json";
 constexpr const char* kEvents = "text/event-stream";
 constexpr auto kLook = std::chrono::milliseconds(100);  // how often a client is looked for
 
-// A thread a connection. Where all have one, and as many more wait, nobody is taken in: the kernel's own short queue
-// fills, and others find the port closed to them.
-class Connections final : public httplib::TaskQueue {
- public:
-  explicit Connections(size_t n) : pool_(n), most_(2 * n) {}
-
-  void enqueue(std::function<void()> serve) override {
-    std::unique_lock lock(mutex_);
-    place_.wait(lock, [&] { return held_ < most_; });
-    ++held_;
-    pool_.enqueue([this, serve = std::move(serve)] {
-      serve();
-      const std::lock_guard leave(mutex_);
-      --held_;
-      place_.notify_one();
-    });
-  }
-  void shutdown() override { pool_.shutdown(); }
-
- private:
-  httplib::ThreadPool pool_;
-  const size_t most_;
-  std::mutex mutex_;
-  std::condition_variable place_;
-  size_t held_ = 0;
-};
-
-// The socket of a request, which the library does not give away: the one whose other end is the client's.
-int SocketOf(const httplib::Request& request) {
-  constexpr int kMostOpen = 4096;
-  for (int fd = 3; fd < kMostOpen; ++fd) {
-    sockaddr_storage peer{};
-    socklen_t size = sizeof(peer);
-    if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0) continue;
-    char host[NI_MAXHOST], port[NI_MAXSERV];
-    if (::getnameinfo(reinterpret_cast<sockaddr*>(&peer), size, host, sizeof(host), port, sizeof(port),
-                      NI_NUMERICHOST | NI_NUMERICSERV) == 0 &&
-        request.remote_addr == host && std::to_string(request.remote_port) == port)
-      return fd;
-  }
-  return -1;
-}
-
-// Whether the client has closed its end, as the library sees it, too.
-bool HasGone(int socket) {
-  pollfd state{socket, POLLRDHUP, 0};
-  return socket >= 0 && ::poll(&state, 1, 0) > 0 && (state.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
-}
-
 }  // namespace
 
 class HttpServer::Impl {
@@ -79,7 +25,9 @@ class HttpServer::Impl {
         scheduler_(scheduler),
         options_(options),
         store_(store),
-        keys_(options.api_keys, options.max_per_key) {
+        keys_(options.api_keys, options.max_per_key),
+        server_({.max_body = options.max_body, .read_time = options.max_read, .connections = ConnectionCount()},
+                [this](const RequestHead& head) { return Admit(head); }) {
     if (!IsLoopback(options.host) && options.api_keys.empty())
       Fail(ErrorCode::kInvalidArgument, "--host {}: others than this machine may be served with an API key only",
            options.host);
@@ -109,20 +57,18 @@ class HttpServer::Impl {
       const int yes = 1;
       ::setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
     });
-    server_.set_payload_max_length(options_.max_body);
-    server_.set_read_timeout(10);
-    server_.set_write_timeout(10);
-    server_.set_keep_alive_timeout(5);
-    // Those that run and wait, and some to tell others that there is no place.
-    const size_t usual = scheduler_.options().max_running + scheduler_.options().max_queued + 16;
-    const size_t n = options_.max_connections == 0 ? usual : options_.max_connections;
-    server_.new_task_queue = [n] { return new Connections(n); };
     server_.set_pre_routing_handler(
-        [this](const Request& request, Response& response) { return Authorise(request, response); });
+        [this](const Request& request, Response& response) { return CheckMethod(request, response); });
     server_.set_error_handler([](const Request&, Response& response) { DescribeError(response); });
     server_.set_exception_handler([](const Request&, Response& response, std::exception_ptr) {
       SendError(response, {500, "server_error", "the request failed"});
     });
+  }
+
+  // Those that run and wait, and some to tell others that there is no place.
+  size_t ConnectionCount() const {
+    const size_t usual = scheduler_.options().max_running + scheduler_.options().max_queued + 16;
+    return options_.max_connections == 0 ? usual : options_.max_connections;
   }
 
   void SetRoutes() {
@@ -132,6 +78,7 @@ class HttpServer::Impl {
     Get("/metrics", [this](const Request&, Response& r) { r.set_content(Metrics(), "text/plain; version=0.0.4"); });
     Get("/slots", [this](const Request&, Response& r) { r.set_content(SlotsText(scheduler_), kJson); });
     Get("/v1/models", [this](const Request&, Response& r) { r.set_content(Models(), kJson); });
+    Get("/v1/models/{id}", [this](const Request& q, Response& r) { DescribeModel(q, r); });
     Get("/props", [this](const Request&, Response& r) { r.set_content(Props(), kJson); });
     Post("/tokenize", [this](const Request& q, Response& r) { r.set_content(Tokenize(q.body, c_), kJson); });
     Post("/detokenize", [this](const Request& q, Response& r) { r.set_content(Detokenize(q.body, c_), kJson); });
@@ -144,7 +91,7 @@ class HttpServer::Impl {
 
   void Get(const std::string& path, httplib::Server::Handler handler) {
     routes_.push_back("GET " + path);
-    server_.Get(path, std::move(handler));
+    server_.Get(path.substr(0, path.find('{')) + (path.ends_with('}') ? "(.+)" : ""), std::move(handler));
   }
 
   // What the handler throws becomes an answer.
@@ -173,64 +120,85 @@ class HttpServer::Impl {
 
   static void SendError(Response& response, const ApiError& error) {
     response.status = error.status;
-    if (error.status == 429 || error.status == 503) response.set_header("Retry-After", "1");
+    for (const auto& [name, value] : error.Headers()) response.set_header(name, value);
     response.set_content(DumpJson(error.Body()), kJson);
   }
 
-  // Errors that the library answers itself: unknown paths, bodies that are too long, what is no HTTP.
+  // Errors that the library answers itself: unknown paths, what is no HTTP.
   static void DescribeError(Response& response) {
     if (!response.body.empty()) return;
     const int status = response.status;
-    const char* const message = status == 404   ? "there is nothing at this path"
-                                : status == 413 ? "the body is too long"
-                                                : "the request cannot be read";
+    const char* const message = status == 404 ? "there is nothing at this path" : "the request cannot be read";
     SendError(response, {status, status >= 500 ? "server_error" : "invalid_request_error", message});
   }
 
-  // The page itself holds no secret: it asks for the key.
-  static bool IsOpen(const std::string& path) { return path == "/health" || path == "/"; }
-
-  httplib::Server::HandlerResponse Authorise(const Request& request, Response& response) const {
+  // A path that is there, asked for in another way than it can be.
+  httplib::Server::HandlerResponse CheckMethod(const Request& request, Response& response) const {
     using Result = httplib::Server::HandlerResponse;
-    if (IsForeignOrigin(request.get_header_value("Origin"), request.get_header_value("Host"))) {
-      SendError(response, {403, "permission_error", "pages of other servers are not answered"});
-      return Result::Handled;
+    std::string allowed;
+    for (const std::string& route : routes_) {
+      const std::string method = route.substr(0, route.find(' ')), path = route.substr(method.size() + 1);
+      const std::string_view stem = std::string_view(path).substr(0, path.find('{'));
+      if (path.ends_with('}') ? !request.path.starts_with(stem) || request.path == stem : request.path != path) continue;
+      if (request.method == method || (request.method == "HEAD" && method == "GET")) return Result::Unhandled;
+      allowed += (allowed.empty() ? "" : ", ") + method;
     }
-    if (IsOpen(request.path) || keys_.Find(request.get_header_value("Authorization"))) return Result::Unhandled;
-    response.set_header("WWW-Authenticate", "Bearer");
-    SendError(response, {401, "authentication_error", "the API key is missing or wrong"});
+    if (allowed.empty()) return Result::Unhandled;
+    response.set_header("Allow", allowed);
+    SendError(response, {405, "invalid_request_error", "this path is for " + allowed});
     return Result::Handled;
   }
 
-  // Authorise has found it.
-  size_t KeyOf(const Request& request) const { return *keys_.Find(request.get_header_value("Authorization")); }
+  // The page itself holds no secret: it asks for the key.
+  static bool IsOpen(std::string_view path) { return path == "/health" || path == "/"; }
+
+  // The number of the key that asks.
+  size_t Admit(const RequestHead& head) const {
+    if (options_.api_keys.empty() && !IsOwnHost(head.host, options_.host))
+      throw ApiError{403, "permission_error",
+                     "without an API key this server answers to localhost only, not to a Host that others name"};
+    if (IsForeignOrigin(head.origin, head.host))
+      throw ApiError{403, "permission_error", "pages of other servers are not answered"};
+    if (const std::optional<size_t> key = keys_.Find(head.authorization)) return *key;
+    if (IsOpen(head.path())) return 0;
+    throw ApiError{401, "authentication_error", "the API key is missing or wrong", {}, "invalid_api_key"};
+  }
 
   // Between whom places go round: the keys; without keys, addresses.
   std::string ClientOf(const Request& request) const {
-    return options_.api_keys.empty() ? request.remote_addr : std::to_string(KeyOf(request));
+    return options_.api_keys.empty() ? request.remote_addr : std::to_string(CheckedServer::KeyOf(request));
   }
 
   std::shared_ptr<void> EnterKey(const Request& request, size_t texts) {
-    std::shared_ptr<void> place = keys_.Enter(KeyOf(request), texts);
+    std::shared_ptr<void> place = keys_.Enter(CheckedServer::KeyOf(request), texts);
     if (place == nullptr) throw BusyError(fmt::format("more than {} texts of this key would be in work", keys_.most()));
     return place;
   }
 
-  // One request's texts. Until their first token is there, what fails has a status of its own; from then on the answer is
-  // written piece by piece.
+  // One request's texts. What fails before anything was sent has a status of its own: a whole answer to its end, a
+  // stream until its first token.
   void Answer(TextRequest request, const Request& http, Response& response) {
     const std::shared_ptr<void> place = EnterKey(http, request.job.choices);
     const std::shared_ptr<TextAnswer> answer = MakeAnswer(request);
     const bool stream = request.stream;
     request.job.client = ClientOf(http);
     const std::shared_ptr<Job> job = scheduler_.Submit(std::move(request.job));
-    auto state = std::make_shared<JobState>(WaitForToken(*job, SocketOf(http)));
+    auto state = std::make_shared<JobState>(WaitFor(*job, http, !stream));
     if (state->refused) throw BusyError(state->error->what());
-    if (state->error) throw *state->error;
-    const auto send = stream ? &Impl::Stream : &Impl::SendWhole;
+    if (state->error) return SendError(response, ErrorOf(*state->error, *job));
+    if (!stream) return response.set_content(answer->Body(*state), kJson);
     response.set_chunked_content_provider(
-        stream ? kEvents : kJson, [=](size_t, httplib::DataSink& sink) { return send(*answer, *job, *state, sink); },
+        kEvents, [=](size_t, httplib::DataSink& sink) { return Stream(*answer, *job, *state, sink); },
         [job, place](bool) { job->Cancel(); });
+  }
+
+  static ApiError ErrorOf(const Error& error, const Job& job) {
+    ApiError described = ToApiError(error);
+    if (described.status == 500 && job.request().deadline <= std::chrono::steady_clock::now()) {
+      described.status = 504;
+      described.code = "timeout";
+    }
+    return described;
   }
 
   std::shared_ptr<TextAnswer> MakeAnswer(const TextRequest& request) const {
@@ -239,12 +207,13 @@ class HttpServer::Impl {
   }
 
   // Until the first token, or the end. A client that goes meanwhile ends it.
-  static JobState WaitForToken(Job& job, int socket) {
-    for (;;) {
-      JobState state = job.Wait(kLook);
-      if (state.ended() || state.generated_tokens() > 0) return state;
-      if (HasGone(socket)) job.Cancel();
+  static JobState WaitFor(Job& job, const Request& http, bool whole) {
+    JobState state = job.Wait(kLook);
+    while (!state.ended() && (whole || state.generated_tokens() == 0)) {
+      if (CheckedServer::ClientHasGone(http)) job.Cancel();
+      state.Append(job.Wait(kLook));
     }
+    return state;
   }
 
   static bool Write(httplib::DataSink& sink, const std::string& text) {
@@ -258,17 +227,7 @@ class HttpServer::Impl {
       if (!Write(sink, answer.News(state))) return false;
       if (state.ended()) break;
     }
-    const bool sent = Write(sink, state.error ? answer.ErrorEvent(ToApiError(*state.error)) : answer.LastEvents(state));
-    if (sent) sink.done();
-    return sent;
-  }
-
-  static bool SendWhole(TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
-    while (!state.ended()) {
-      if (!sink.is_writable()) return false;
-      state.Append(job.Wait(kLook));
-    }
-    const bool sent = Write(sink, state.error ? DumpJson(ToApiError(*state.error).Body()) : answer.Body(state));
+    const bool sent = Write(sink, state.error ? answer.ErrorEvent(ErrorOf(*state.error, job)) : answer.LastEvents(state));
     if (sent) sink.done();
     return sent;
   }
@@ -277,10 +236,20 @@ class HttpServer::Impl {
     return MetricsText(scheduler_.Metrics()) + (store_ == nullptr ? "" : MetricsText(store_->Metrics()));
   }
 
+  nlohmann::ordered_json Model() const {
+    return {{"id", c_.model_name}, {"object", "model"}, {"created", 0}, {"owned_by", "lesskv"}};
+  }
+
   std::string Models() const {
     nlohmann::ordered_json list = {{"object", "list"}, {"data", nlohmann::ordered_json::array()}};
-    list["data"].push_back({{"id", c_.model_name}, {"object", "model"}, {"created", 0}, {"owned_by", "lesskv"}});
+    list["data"].push_back(Model());
     return DumpJson(list);
+  }
+
+  void DescribeModel(const Request& request, Response& response) const {
+    const std::string name = request.matches[1];
+    if (name == c_.model_name) return response.set_content(DumpJson(Model()), kJson);
+    SendError(response, ToApiError(NoSuchModel(name, c_.model_name)));
   }
 
   std::string Props() const {
@@ -307,7 +276,7 @@ class HttpServer::Impl {
   const SessionStore* const store_;
   KeyRing keys_;
   std::vector<std::string> routes_;
-  httplib::Server server_;
+  CheckedServer server_;
 };
 
 HttpServer::HttpServer(const ApiContext& context, Scheduler& scheduler, const HttpOptions& options,

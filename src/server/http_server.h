@@ -2,6 +2,7 @@
 // header.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -19,6 +20,7 @@ struct HttpOptions {
   std::vector<std::string> api_keys = {};  // none: none is asked for, which only a loopback address may do
   size_t max_per_key = 0;                  // texts of a key in work at once; 0: as many as there are places
   size_t max_body = size_t{4} << 20;
+  std::chrono::seconds max_read{30};  // for all of a request to come
   size_t max_connections = 0;  // a thread each; others wait. 0: as many as texts run and wait, and 16
 };
 

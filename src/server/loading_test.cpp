@@ -188,7 +188,7 @@ TEST_F(LoadingTest, TimeIsLimited) {
   far_.max_time = 1s;
   Start(far_);
   const Reply late = ParseReply(Continue()->All());
-  EXPECT_EQ(late.status, 500);
+  EXPECT_EQ(late.status, 504);
   EXPECT_NE(late.body.find("time ran out"), std::string::npos);
   EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
 }

@@ -78,7 +78,8 @@ TEST_F(OpenApiTest, WhatIsReadIsAsDescribed) {
   const auto running = LongStream();
   for (const auto& [path, methods] : api_["paths"].items()) {
     if (!methods.contains("get")) continue;
-    const Reply reply = Get(path);
+    const size_t name = path.find("{id}");
+    const Reply reply = Get(name == std::string::npos ? path : path.substr(0, name) + "tiny");
     ASSERT_EQ(reply.status, 200) << path;
     const Json& content = methods["get"]["responses"]["200"]["content"];
     const std::string type = content.begin().key();

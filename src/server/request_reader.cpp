@@ -23,6 +23,8 @@ using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
 Json ParseBody(std::string_view body) {
+  if (NestsTooDeep(body))
+    Fail(ErrorCode::kInvalidArgument, "the body nests arrays and objects deeper than {} levels", kMostJsonLevels);
   Json value = Json::parse(body, nullptr, false);
   if (!value.is_object()) Fail(ErrorCode::kInvalidArgument, "the body is not a JSON object");
   return value;
@@ -87,8 +89,10 @@ void CheckFields(const JsonReader& reader, std::span<const std::string_view> own
   for (const auto& [key, value] : reader.value().items()) {
     if (value.is_null() || Has(own, key) || Has(common, key)) continue;  // null asks for nothing
     const auto other = std::ranges::find(kOthers, key, [](const auto& pair) { return pair.first; });
-    Fail(ErrorCode::kInvalidArgument, "{}: {}: lesskv has no such field{}{}", reader.where(), Quoted(key),
-         other == std::end(kOthers) ? "" : ": ", other == std::end(kOthers) ? "" : other->second);
+    const bool known = other != std::end(kOthers);
+    throw FieldError(ErrorCode::kInvalidArgument, reader.Field(key),
+                     fmt::format("{}: {}: lesskv has no such field{}{}", reader.where(), Quoted(key), known ? ": " : "",
+                                 known ? other->second : ""));
   }
 }
 
@@ -204,14 +208,16 @@ class RequestReader {
 
   void CheckModel() const {
     if (r_.Has("model") && r_.Text("model") != c_.model_name)
-      Fail(ErrorCode::kNotFound, "there is no model {}, only {}", Quoted(r_.Text("model")), Quoted(c_.model_name));
+      throw NoSuchModel(r_.Text("model"), c_.model_name);
   }
 
   void CheckLength(const std::vector<int32_t>& prompt) const {
-    if (prompt.empty()) Fail(ErrorCode::kInvalidArgument, "the prompt is empty");
+    const std::string field(r_.AnyOf({"messages", "input", "prompt"}));
+    if (prompt.empty()) throw FieldError(ErrorCode::kInvalidArgument, field, "the prompt is empty");
     const size_t most = std::min(c_.limits.max_prompt, c_.limits.ctx - 1);
     if (prompt.size() > most)
-      Fail(ErrorCode::kInvalidArgument, "the prompt has {} tokens, at most {} are allowed", prompt.size(), most);
+      throw RequestError(ErrorCode::kInvalidArgument, field, "context_length_exceeded",
+                         fmt::format("the prompt has {} tokens, at most {} are allowed", prompt.size(), most));
   }
 
   std::vector<ChatMessage> Messages(const char* key) const {
@@ -220,9 +226,11 @@ class RequestReader {
       if (!item.is_object()) r_.Refuse(key, "an array of objects");
       const JsonReader message(item, fmt::format("request: {}: {}", key, messages.size()));
       constexpr std::string_view kFields[] = {"role", "content", "type"};
-      if (std::string_view(key) == "messages") CheckFields(message, kFields);
+      // Items of a response's input may be such as a response had, with all that it said of them.
+      const bool strict = std::string_view(key) == "messages";
+      if (strict) CheckFields(message, kFields);
       if (message.TextOr("type", "message") != "message") message.Refuse("type", "\"message\"");
-      messages.push_back({Role(message), Content(message)});
+      messages.push_back({Role(message), Content(message, strict)});
     }
     if (messages.empty()) r_.Refuse(key, "at least one");
     return messages;
@@ -237,15 +245,18 @@ class RequestReader {
   }
 
   // A text, or an array of parts, which must be texts.
-  static std::string Content(const JsonReader& message) {
+  static std::string Content(const JsonReader& message, bool strict) {
     const Json* const content = message.Find("content");
     if (content == nullptr || !content->is_array()) return message.Text("content");
     std::string text;
-    for (const Json& part : *content) {
+    for (size_t i = 0; i < content->size(); ++i) {
+      const Json& part = (*content)[i];
       if (!part.is_object()) message.Refuse("content", "a text, or an array of parts");
-      const JsonReader reader(part, message.where() + ": content");
+      const JsonReader reader(part, fmt::format("{}: content: {}", message.where(), i));
       constexpr std::string_view kTexts[] = {"text", "input_text", "output_text"};
       if (!Has(kTexts, reader.Text("type"))) reader.Refuse("type", R"("text", "input_text" or "output_text")");
+      constexpr std::string_view kFields[] = {"type", "text"};
+      if (strict) CheckFields(reader, kFields);
       text += reader.Text("text");
     }
     return text;
@@ -304,8 +315,23 @@ class RequestReader {
     s.logit_bias = Biases();
     options.stops = Stops();
     options.max_tokens = MaxTokens(n_prompt);
-    Validate(options);
+    CheckOptions(options);
     return options;
+  }
+
+  // The engine names options as the command line does: "--top-p: expected ...".
+  void CheckOptions(const GenerationOptions& options) const {
+    try {
+      Validate(options);
+    } catch (const Error& error) {
+      const std::string_view said = error.what();
+      const size_t colon = said.find(": ");
+      if (!said.starts_with("--") || colon == std::string_view::npos) throw;
+      std::string field(said.substr(2, colon - 2));
+      std::ranges::replace(field, '-', '_');
+      if (field == "temp") field = "temperature";
+      throw FieldError(error.code(), field, fmt::format("{}: {}{}", r_.where(), field, said.substr(colon)));
+    }
   }
 
   // {"TOKEN ID": BIAS, ...}
@@ -359,11 +385,19 @@ class RequestReader {
 
   CacheSpec Spec() const {
     if (!r_.Has("kv_policy")) return CacheSpec::Parse(c_.limits.kv[0]);
-    const CacheSpec spec = CacheSpec::Parse(r_.Text("kv_policy"));
+    const CacheSpec spec = Policy(r_.Text("kv_policy"));
     if (std::ranges::find(c_.limits.kv, spec.ToString()) != c_.limits.kv.end()) return spec;
     std::string known;
     for (const std::string& allowed : c_.limits.kv) known += fmt::format("{}{}", known.empty() ? "" : ", ", allowed);
     r_.Refuse("kv_policy", "one that the operator allows: " + known);
+  }
+
+  static CacheSpec Policy(const std::string& text) {
+    try {
+      return CacheSpec::Parse(text);
+    } catch (const Error& error) {
+      throw FieldError(error.code(), "kv_policy", error.what());
+    }
   }
 
   // The client's spans fit or are refused. `fixed`, which nobody asked for, gives way: where it does not fit, its first
@@ -429,6 +463,11 @@ class RequestReader {
 };
 
 }  // namespace
+
+RequestError NoSuchModel(const std::string& asked, const std::string& served) {
+  return {ErrorCode::kNotFound, "model", "model_not_found",
+          fmt::format("there is no model {}, only {}", Quoted(asked), Quoted(served))};
+}
 
 TextRequest ParseChatRequest(std::string_view body, const ApiContext& context) {
   const Json json = ParseBody(body);

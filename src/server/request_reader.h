@@ -5,14 +5,28 @@
 #include <cstddef>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "chat/chat_template.h"
 #include "engine/engine.h"
+#include "format/json_reader.h"
 #include "server/scheduler.h"
 #include "tokenizer/tokenizer.h"
 
 namespace lesskv {
+
+// What a request asks for and cannot have, with a name for programs as OpenAI's: "model_not_found".
+class RequestError : public FieldError {
+ public:
+  RequestError(ErrorCode code, std::string field, std::string name, const std::string& message)
+      : FieldError(code, std::move(field), message), name_(std::move(name)) {}
+  const std::string& name() const { return name_; }  // empty: none
+
+ private:
+  std::string name_;
+};
+RequestError NoSuchModel(const std::string& asked, const std::string& served);
 
 // What the operator allows.
 struct ApiLimits {

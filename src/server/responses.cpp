@@ -80,7 +80,7 @@ std::string ResponseAnswer::LastEvents(const JobState& state) {
 }
 
 std::string ResponseAnswer::ErrorEvent(const ApiError& error) {
-  return Event("error", {{"code", error.status}, {"message", error.message}, {"param", nullptr}});
+  return Event("error", {{"code", TextOrNull(error.code)}, {"message", error.message}, {"param", TextOrNull(error.param)}});
 }
 
 std::string ResponseAnswer::Body(const JobState& state) {

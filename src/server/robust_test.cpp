@@ -1,20 +1,21 @@
 // What clients do wrong, on purpose or not: bodies that make no sense, connections that end, wait or come in crowds.
 #include <filesystem>
+#include <fstream>
 #include <iterator>
 
+#include "server/any_body.h"
 #include "server/server_harness.h"
 
 namespace lesskv::server_test {
 namespace {
 
-const ApiContext* fuzz_context = nullptr;
-
 // A mutation of a body that makes sense.
-std::string Mutated(Rng& rng, const std::vector<std::string>& seeds) {
-  std::string body = seeds[rng.Below(seeds.size())];
+std::string Mutated(Rng& rng) {
+  constexpr size_t kSeeds = std::size(kSomeBodies);
+  std::string body(kSomeBodies[rng.Below(kSeeds)]);
   for (size_t n = rng.Below(8); n > 0 && !body.empty(); --n) {
     const size_t at = rng.Below(body.size()), length = std::min<size_t>(rng.Below(16), body.size() - at);
-    const std::string& other = seeds[rng.Below(seeds.size())];
+    const std::string_view other = kSomeBodies[rng.Below(kSeeds)];
     const size_t from = rng.Below(other.size());
     switch (rng.Below(5)) {
       case 0:
@@ -36,57 +37,11 @@ std::string Mutated(Rng& rng, const std::vector<std::string>& seeds) {
   return body;
 }
 
-}  // namespace
-}  // namespace lesskv::server_test
-
-// The target of a fuzzer such as libFuzzer, for each kind of body: it is read, or refused with an Error.
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace lesskv;
-  const std::string_view body(reinterpret_cast<const char*>(data), size);
-  const ApiContext& context = *server_test::fuzz_context;
-  const auto take = [](auto&& read) {
-    try {
-      read();
-      return 1;
-    } catch (const Error& error) {
-      if (ToApiError(error).status >= 500) throw;
-      return 0;
-    }
-  };
-  int read = take([&] { ParseChatRequest(body, context); });
-  read += take([&] { ParseCompletionRequest(body, context); });
-  read += take([&] { ParseResponseRequest(body, context); });
-  read += take([&] { Tokenize(body, context); });
-  read += take([&] { Detokenize(body, context); });
-  return read + take([&] { ApplyTemplate(body, context); });
-}
-
-namespace lesskv::server_test {
-namespace {
-
-const std::vector<std::string> kBodies = {
-    R"x({"prompt":"the tea","max_tokens":3,"temperature":0.5,"stop":["a","b"],"kv_policy":"h2o(24)"})x",
-    R"x({"prompt":["the"],"n":2,"logprobs":5,"logit_bias":{"5":-100,"271":1e1},"frequency_penalty":-2,"echo":null})x",
-    R"x({"messages":[{"role":"user","content":"y","name":null}],"logprobs":true,"top_logprobs":20,"n":3,"seed":9,
-        "presence_penalty":1.5,"response_format":{"type":"text"}})x",
-    R"x({"prompt":[1,2,300],"stream":true,"stream_options":{"include_usage":true},"kv_stats":3,"seed":1})x",
-    R"x({"messages":[{"role":"system","content":"x"},{"role":"user","content":[{"type":"text","text":"é\u0000"}]}]})x",
-    R"x({"messages":[{"role":"user","content":"y"}],"protected_spans":[[0,1],[1,2]],"max_completion_tokens":9})x",
-    R"x({"input":[{"role":"user","content":"z"}],"instructions":"i","store":false,"max_output_tokens":2})x",
-    R"x({"content":"the tea","add_special":true,"parse_special":false})x",
-    R"x({"tokens":[1,2,3,271]})x",
-};
-
 TEST_F(ServerTest, ABodyIsReadOrRefused) {
   Start();
-  fuzz_context = context_.get();
   Rng rng(11);
   size_t read = 0, refused = 0;
-  for (int i = 0; i < 10000; ++i) {
-    const std::string body = Mutated(rng, kBodies);
-    const int n = LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(body.data()), body.size());
-    n > 0 ? ++read : ++refused;
-  }
+  for (int i = 0; i < 10000; ++i) TakeBody(Mutated(rng), *context_) > 0 ? ++read : ++refused;
   EXPECT_GT(read, 250u);  // the mutations reach behind the parser
   EXPECT_GT(refused, 2500u);
 }
@@ -190,17 +145,131 @@ TEST_F(ServerTest, PagesOfOthersAreNotAnswered) {
   const std::string body = R"x({"prompt":"the","max_tokens":3})x";
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", body, "Origin: https://example.org\r\n")).status, 403);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", body, "Origin: null\r\n")).status, 403);
-  const Reply own = Call(RequestText("POST", "/v1/completions", body, "Origin: http://x\r\n"));  // Host: x
+  const Reply own = Call(RequestText("POST", "/v1/completions", body, "Origin: http://localhost\r\n"));
   EXPECT_EQ(own.status, 200);
   EXPECT_EQ(own.head.find("Access-Control"), std::string::npos);
   EXPECT_EQ(Call(RequestText("OPTIONS", "/v1/completions", "", "Origin: https://example.org\r\n")).status, 403);
 }
 
-TEST_F(ServerTest, HeadersAreLimited) {
+// A name of others may lead to this machine, so that the page they served under it is no foreign one.
+TEST_F(ServerTest, OnlyThisMachinesNamesAreAnsweredWithoutAKey) {
+  EXPECT_TRUE(IsOwnHost("127.0.0.2:80", "127.0.0.2"));
+  EXPECT_TRUE(IsOwnHost("[::1]:80", "127.0.0.1"));
+  EXPECT_TRUE(IsOwnHost("LocalHost", "127.0.0.1"));
+  for (const char* const other : {"", ":80", "localhost.example.org", "localhost:80x", "127.0.0.1.example.org", "[::1].example.org"})
+    EXPECT_FALSE(IsOwnHost(other, "127.0.0.1")) << other;
+  const auto ask = [this](const std::string& host) { return Call("GET /health HTTP/1.1\r\nHost: " + host + "\r\nConnection: close\r\n\r\n"); };
   Start();
-  EXPECT_NE(Get("/health", "X-Long: " + std::string(10000, 'x') + "\r\n").status, 200);
-  EXPECT_NE(Get("/" + std::string(10000, 'x')).status, 200);
+  EXPECT_EQ(ask(fmt::format("127.0.0.1:{}", port_)).status, 200);
+  EXPECT_EQ(ask("[::1]").status, 200);
+  const Reply other = ask("example.org");
+  EXPECT_EQ(other.status, 403);
+  EXPECT_NE(other.body.find("answers to localhost only"), std::string::npos) << other.body;
+  Stop();
+  Start({.http = {.port = 0, .api_keys = {"secret"}}});
+  EXPECT_EQ(ask("example.org").status, 200);
+}
+
+// The memory of this process, as the kernel counts it.
+size_t Resident() {
+  std::ifstream file("/proc/self/statm");
+  size_t pages = 0;
+  file >> pages >> pages;
+  return pages * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+}
+
+class LimitsTest : public ServerTest {
+ protected:
+  // Sends it until the server has had enough; its answer.
+  Reply Flood(const std::string& head, const std::string& more, size_t times) const {
+    const Connection connection(port_);
+    connection.Send(head);
+    for (size_t i = 0; i < times && connection.Send(more); ++i) continue;
+    return ParseReply(connection.All());
+  }
+};
+
+TEST_F(LimitsTest, HeadsAreLimited) {
+  Start();
+  const std::string head = "GET /health HTTP/1.1\r\nHost: localhost\r\n", mebibyte(1 << 20, 'y');
+  const size_t before = Resident();
+  EXPECT_EQ(Flood(head + "X: ", mebibyte, 100).status, 431);  // a line without an end
+  EXPECT_EQ(Flood("GET /", mebibyte, 100).status, 414);
+  EXPECT_EQ(Flood(head, "X: " + std::string(4000, 'y') + "\r\n", 10000).status, 431);
+  EXPECT_LT(Resident(), before + (size_t{20} << 20));
+  EXPECT_EQ(Get("/health", "X: " + std::string(60000, 'y') + "\r\n").status, 200);
+  EXPECT_EQ(Get("/" + std::string(10000, 'x')).status, 414);
   EXPECT_EQ(Get("/health").status, 200);
+}
+
+TEST_F(LimitsTest, BodiesAreLimitedHoweverTheyCome) {
+  Start();  // 64 KiB
+  const std::string head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n";
+  const std::string chunk = "100000\r\n" + std::string(1 << 20, ' ') + "\r\n";
+  const size_t before = Resident();
+  EXPECT_EQ(Flood(head + "Transfer-Encoding: chunked\r\n\r\n", chunk, 200).status, 413);
+  EXPECT_EQ(Flood(head + "Content-Length: 200000000\r\n\r\n", chunk, 200).status, 413);
+  EXPECT_EQ(Flood(head + "Transfer-Encoding: chunked\r\n\r\n", "1\r\n \r\n", 70000).status, 413);
+  EXPECT_LT(Resident(), before + (size_t{20} << 20));
+  const Reply refused = Flood(head + "Content-Length: 65537\r\n\r\n", chunk, 0);
+  EXPECT_EQ(refused.json()["error"]["message"], "the body is longer than 65536 bytes");
+  // Within the limit, whatever it is called: also as the form that curl -d says it is.
+  const std::string body = Json({{"content", std::string(40000, 'x')}}).dump();
+  for (const char* const type : {"", "Content-Type: application/x-www-form-urlencoded\r\n", "Content-Type: multipart/form-data; boundary=x\r\n"})
+    EXPECT_EQ(Call(RequestText("POST", "/tokenize", body, type)).status, 200) << type;
+  const std::string chunked = fmt::format("{:x};x=y\r\n{}\r\n{:X}\r\n{}\r\n0\r\nX: y\r\n\r\n", 9, body.substr(0, 9), body.size() - 9, body.substr(9));
+  EXPECT_EQ(Call(head + "Transfer-Encoding: chunked\r\n\r\n" + chunked).status, 200);
+  EXPECT_EQ(Call(RequestText("POST", "/tokenize", body, "Content-Encoding: gzip\r\n")).status, 415);
+  // Nobody's body is read before the key.
+  Stop();
+  Start({.http = {.port = 0, .api_keys = {"secret"}, .max_body = size_t{200} << 20}});
+  const Reply unknown = Flood(head + "Content-Length: 200000000\r\n\r\n", chunk, 100);
+  EXPECT_EQ(unknown.status, 401);
+  EXPECT_LT(Resident(), before + (size_t{20} << 20));
+}
+
+// Each sends a byte now and then, so that no single wait is long.
+TEST_F(LimitsTest, ARequestHasOneTimeForAllOfIt) {
+  Start({.http = {.port = 0, .max_read = 2s, .max_connections = 3}});
+  std::vector<std::unique_ptr<Connection>> slow;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 7; ++i) {
+    slow.push_back(std::make_unique<Connection>(port_));
+    slow.back()->Send(i % 2 == 0 ? "GET /hea" : "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n");
+  }
+  std::atomic<bool> ended = false;
+  std::thread dribble([&] {
+    for (; !ended; std::this_thread::sleep_for(100ms))
+      for (const auto& connection : slow) connection->Send("x");
+  });
+  const Reply late = Get("/health");
+  const auto passed = std::chrono::steady_clock::now() - begin;
+  ended = true;
+  dribble.join();
+  EXPECT_EQ(late.status, 200);
+  EXPECT_GT(passed, 1s);  // they did hold all connections
+  EXPECT_LT(passed, 15s);
+  EXPECT_EQ(ParseReply(slow[0]->All()).status, 408);
+  EXPECT_EQ(ParseReply(slow[1]->All()).status, 408);
+}
+
+// What follows a request on its connection is the next one, or nothing: never a part of it.
+TEST_F(LimitsTest, AConnectionIsKeptForWholeRequestsOnly) {
+  Start();
+  const std::string get = "GET /health HTTP/1.1\r\nHost: localhost\r\n";
+  const auto answers = [this](const std::string& text) {
+    const Connection connection(port_);
+    connection.Send(text);
+    const std::string all = connection.All();
+    size_t n = 0;
+    for (size_t at = all.find("HTTP/1.1 "); at != std::string::npos; at = all.find("HTTP/1.1 ", at + 1)) ++n;
+    return n;
+  };
+  EXPECT_EQ(answers(get + "\r\n" + get + "Connection: close\r\n\r\n"), 2u);
+  EXPECT_EQ(answers(get + "Content-Length: 5\r\n\r\nGET /" + get + "Connection: close\r\n\r\n"), 2u);
+  // Refused before its body was read: the body is no request.
+  EXPECT_EQ(answers("POST /tokenize HTTP/1.1\r\nHost: example.org\r\nContent-Length: 100\r\n\r\n" + get + "\r\n"), 1u);
+  EXPECT_EQ(answers("GET /health HTTP/1.0\r\n\r\n" + get + "\r\n"), 1u);
 }
 
 }  // namespace

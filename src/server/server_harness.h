@@ -44,11 +44,16 @@ class Connection {
     ::setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
   }
   ~Connection() { ::close(fd_); }
-  void Send(const std::string& text) const { ::send(fd_, text.data(), text.size(), MSG_NOSIGNAL); }
+  // Whether all of it went out.
+  bool Send(const std::string& text) const {
+    return ::send(fd_, text.data(), text.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(text.size());
+  }
   void EndSending() const { ::shutdown(fd_, SHUT_WR); }
   std::string Some() const {
     char buffer[4096];
-    const ssize_t n = ::recv(fd_, buffer, sizeof(buffer), 0);
+    ssize_t n;
+    do n = ::recv(fd_, buffer, sizeof(buffer), 0);
+    while (n < 0 && errno == EINTR);  // where this process was stopped and went on
     return n > 0 ? std::string(buffer, static_cast<size_t>(n)) : "";
   }
   std::string All() const {
@@ -82,7 +87,7 @@ inline Reply ParseReply(const std::string& text) {
 
 inline std::string RequestText(const std::string& method, const std::string& path, const std::string& body,
                                const std::string& header = "") {
-  return fmt::format("{} {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{}Content-Length: {}\r\n\r\n{}", method, path,
+  return fmt::format("{} {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{}Content-Length: {}\r\n\r\n{}", method, path,
                      header, body.size(), body);
 }
 

@@ -135,11 +135,11 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
     int status;
     std::string said;
   } kCases[] = {
-      {{{"temperature", -1}}, 400, "temp"},
+      {{{"temperature", -1}}, 400, "request: temperature: expected a number in [0, 1000], found -1"},
       {{{"temperature", "hot"}}, 400, "temperature: expected a number"},
-      {{{"temperature", 1e300}}, 400, "temp"},
-      {{{"top_p", 1.5}}, 400, "top-p"},
-      {{{"top_k", -1}}, 400, "top-k"},
+      {{{"temperature", 1e300}}, 400, "temperature"},
+      {{{"top_p", 1.5}}, 400, "request: top_p: expected a number in [0, 1]"},
+      {{{"top_k", -1}}, 400, "request: top_k: expected 0 (all) or more, found -1"},
       {{{"top_k", 1.5}}, 400, "top_k: expected a whole number"},
       {{{"max_tokens", 0}}, 400, "max_tokens: expected a number in [1, 150000]"},
       {{{"max_tokens", 150001}}, 400, "max_tokens"},
@@ -167,8 +167,8 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"best_of", 2}}, 400, "'best_of': lesskv has no such field: texts are not compared; n gives all of them"},
       {{{"echo", false}}, 400, "'echo': lesskv has no such field: the prompt is not given back"},
       {{{"nonsense", 1}}, 400, "'nonsense': lesskv has no such field"},
-      {{{"presence_penalty", 2.5}}, 400, "--presence-penalty: expected a number in [-2, 2], found 2.5"},
-      {{{"frequency_penalty", -1e9}}, 400, "--frequency-penalty: expected a number in [-2, 2]"},
+      {{{"presence_penalty", 2.5}}, 400, "request: presence_penalty: expected a number in [-2, 2], found 2.5"},
+      {{{"frequency_penalty", -1e9}}, 400, "frequency_penalty: expected a number in [-2, 2]"},
       {{{"frequency_penalty", "0"}}, 400, "frequency_penalty: expected a number"},
       {{{"kv_policy", "h2o("}}, 400, ""},
       {{{"kv_policy", "less(file=\"/etc/passwd\")+h2o(24)"}}, 400, "one that the operator allows"},
@@ -189,7 +189,14 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
     EXPECT_EQ(reply.status, test.status) << test.more;
     const Json error = reply.json()["error"];
     EXPECT_NE(error["message"].get<std::string>().find(test.said), std::string::npos) << reply.body;
-    EXPECT_EQ(error["code"], test.status);
+    // OpenAI's form: the field's name, and a name for programs or nothing.
+    EXPECT_TRUE(error["param"].is_string()) << reply.body;
+    const std::string param = error["param"].is_string() ? error["param"] : "";
+    EXPECT_TRUE(test.more.size() > 1 || param.starts_with(test.more.begin().key())) << reply.body;
+    const bool long_prompt = test.said == "at most 500 are allowed";
+    EXPECT_EQ(error["code"], test.status == 404 ? Json("model_not_found")
+                             : long_prompt      ? Json("context_length_exceeded")
+                                                : Json());
   }
   const Json messages = {{{"role", "user"}, {"content", "x"}}};
   const std::pair<Json, std::string> chats[] = {
@@ -202,6 +209,8 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"tools", Json::array()}}, "'tools': lesskv has no such field: models call no tools here"},
       {{{"messages", {{{"role", "user"}, {"content", "x"}, {"name", "me"}}}}},
        "request: messages: 0: 'name': lesskv has no such field"},
+      {{{"messages", {{{"role", "user"}, {"content", {{{"type", "text"}, {"text", "x"}, {"cache_control", 1}}}}}}}},
+       "request: messages: 0: content: 0: 'cache_control': lesskv has no such field"},
   };
   for (const auto& [more, said] : chats) {
     Json body = {{"messages", messages}};
@@ -243,8 +252,18 @@ TEST_F(ServerTest, GarbageDoesNotHurt) {
   }
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", std::string(1 << 17, ' '))).status, 413);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", std::string(60000, '['))).status, 400);
-  EXPECT_EQ(Get("/nothing").json()["error"]["code"], 404);
-  EXPECT_EQ(Get("/v1/completions").status, 404);
+  const std::string nested = std::string(30000, '[') + std::string(30000, ']');
+  for (const char* const path : {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/apply-template"})
+    for (const char* const field : {"prompt", "stop", "messages", "input", "content", "tokens", "anything"}) {
+      const Reply reply = Call(RequestText("POST", path, fmt::format(R"({{"{}":{}}})", field, nested)));
+      EXPECT_EQ(reply.status, 400) << path << field;
+      EXPECT_NE(reply.body.find("nests arrays and objects deeper than 64 levels"), std::string::npos) << reply.body;
+    }
+  EXPECT_EQ(Get("/nothing").status, 404);
+  EXPECT_EQ(Get("/nothing").json()["error"]["param"], nullptr);
+  const Reply other_method = Get("/v1/completions");
+  EXPECT_EQ(other_method.status, 405);
+  EXPECT_NE(other_method.head.find("Allow: POST"), std::string::npos) << other_method.head;
   Rng rng(3);
   for (int i = 0; i < 200; ++i) {
     std::string bytes = i % 2 == 0 ? "" : RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3})");
@@ -406,8 +425,38 @@ TEST_F(ServerTest, TheOtherPathsAnswer) {
 TEST_F(ServerTest, TimeIsLimited) {
   Start({.max_time = 0s});
   const Reply late = Complete({});
-  EXPECT_EQ(late.status, 500);
+  EXPECT_EQ(late.status, 504);
+  EXPECT_EQ(late.json()["error"]["code"], "timeout");
   EXPECT_NE(late.body.find("time ran out"), std::string::npos);
+}
+
+// Nothing of a whole answer has been sent when it fails, however far it has come.
+TEST_F(ServerTest, AWholeAnswerThatFailsLateHasItsStatus) {
+  Start({.max_time = 1s});
+  const Json body = {{"prompt", "the tea"}, {"max_tokens", 150000}, {"kv_policy", "window(24)"}};
+  for (const char* const path : {"/v1/completions", "/v1/responses"}) {
+    Json request = body;
+    if (std::string_view(path) == "/v1/responses")
+      request = {{"input", "the tea"}, {"max_output_tokens", 150000}, {"kv_policy", "window(24)"}, {"temperature", 0}};
+    const Reply late = Post(path, request);
+    if (late.status == 200) continue;  // this text has ended by itself
+    EXPECT_EQ(late.status, 504) << path << late.body;
+    EXPECT_EQ(late.json()["error"]["code"], "timeout");
+  }
+  EXPECT_EQ(Post("/v1/completions", body).status, 504);
+  EXPECT_GT(scheduler_->Metrics().generated_tokens, 10u);
+}
+
+TEST_F(ServerTest, TheModelIsFoundByItsName) {
+  Start();
+  EXPECT_EQ(Get("/v1/models/tiny").json(), Get("/v1/models").json()["data"][0]);
+  const Reply other = Get("/v1/models/org%2Fmodel");
+  EXPECT_EQ(other.status, 404);
+  EXPECT_EQ(other.json()["error"]["message"], "there is no model 'org/model', only 'tiny'");
+  EXPECT_EQ(other.json()["error"]["code"], "model_not_found");
+  EXPECT_EQ(Get("/v1/models/" + std::string(8000, 'x')).status, 404);
+  EXPECT_EQ(Get("/v1/models/").status, 404);
+  EXPECT_EQ(Post("/v1/models/tiny", {}).status, 405);
 }
 
 TEST_F(ServerTest, TheEndOfTheServerEndsItsTexts) {
