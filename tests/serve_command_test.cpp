@@ -91,6 +91,8 @@ TEST_F(ServeCommandTest, ConversationsOutliveAKilledServer) {
     Serve({"--kv", policy, "--store", Path("store")});
     EXPECT_EQ(Text(Complete("The sea was", policy)), first);
     ASSERT_TRUE(MetricIs("store_saved_total", 1));
+    for (const auto& file : std::filesystem::directory_iterator(Path("store")))
+      EXPECT_EQ(file.status().permissions() & ~std::filesystem::perms::owner_all, std::filesystem::perms::none) << file.path();
     Kill(SIGKILL);
     Serve({"--kv", policy, "--store", Path("store")});
     const Json after = Complete(prompt, policy);
@@ -121,8 +123,17 @@ TEST_F(ServeCommandTest, WhatCannotBeIsRefused) {
   refused("--store rediss://localhost", "without TLS");
   refused("--store http://localhost", "redis://HOST");
   refused("--store redis://localhost --store-size 1G", "--store-size: Redis is limited by");
+  for (const char* const bytes : {"0", "0G", "17179869184G", "999999999999G", "9223372036854775808", "99999999999999999999", "-1", "1T"}) {
+    refused(std::string("--kv-memory ") + bytes, "--kv-memory: expected bytes such as 500M or 4G");
+    refused(std::string("--store dir --store-size ") + bytes, "--store-size: expected bytes such as 500M or 4G");
+  }
+  for (const char* const blank : {"' '", "' \t '", "'\n'"})
+    ExpectOneSentence(Shell(std::string("LESSKV_API_KEY=") + blank + " $L serve -m $M --chat-template plain --port 0 --host 0.0.0.0"), 2, "LESSKV_API_KEY: there is no key in it");
+  refused("--host 0.0.0.0", "with an API key only");
   refused("--store dir --store-days 3", "--store-days: a directory is limited by");
-  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "there is no key in it");
+  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "--api-key-file file: there is no key in it");
+  Write("file", " \n\t\n");
+  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "--api-key-file file: there is no key in it");
 }
 
 }  // namespace

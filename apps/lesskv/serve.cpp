@@ -1,8 +1,12 @@
 // lesskv serve: an OpenAI-compatible server over one model.
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -27,31 +31,41 @@ struct ServeOptions {
   size_t store_days = 0;  // 0: not said
   HttpOptions http;
   SchedulerOptions scheduler;
-  size_t max_prompt = 0, max_output = 1024, max_protected = 1024, max_seconds = 600, max_body_kib = 4096;
+  size_t max_prompt = 0, max_output = 1024, max_protected = 1024, max_seconds = 600, max_body_kib = 4096,
+         read_seconds = 30;
 };
 
-// "4G": a number with K, M, G or without.
+// "4G": a number with K, M, G or without; not 0, and no more than a file could have.
 size_t ParseBytes(const std::string& text, const char* option) {
   const size_t digits = std::min(text.find_first_not_of("0123456789"), text.size());
   const std::string unit = text.substr(digits);
   const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
-  if (digits == 0 || digits > 12 || shift < 0)
-    Fail(ErrorCode::kInvalidArgument, "{}: expected bytes such as 500M or 4G, found {}", option, Quoted(text));
-  return std::stoull(text.substr(0, digits)) << shift;
+  constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
+  uint64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + digits, number);
+  if (digits == 0 || shift < 0 || error != std::errc() || number == 0 || number > kMost >> shift)
+    Fail(ErrorCode::kInvalidArgument, "{}: expected bytes such as 500M or 4G, more than 0 and less than 8 EiB, found {}",
+         option, Quoted(text));
+  return number << shift;
 }
 
-// LESSKV_API_KEY, or the lines of a file.
+// LESSKV_API_KEY, or the lines of a file, without the blanks around them. One that was set and has no key in it must not
+// open the server to everybody.
 std::vector<std::string> ApiKeys(const ServeOptions& options) {
+  constexpr const char* kBlank = " \t\v\f";
   const char* const variable = std::getenv("LESSKV_API_KEY");
-  const std::string text =
-      options.api_key_file.empty() ? variable == nullptr ? "" : variable : ReadText(options.api_key_file);
+  const bool file = !options.api_key_file.empty();
+  const std::string text = file ? ReadText(options.api_key_file) : variable == nullptr ? "" : variable;
   std::vector<std::string> keys;
   for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
     end = std::min(text.find_first_of("\r\n", begin), text.size());
-    if (end > begin) keys.push_back(text.substr(begin, end - begin));
+    const std::string line = text.substr(begin, end - begin);
+    const size_t first = line.find_first_not_of(kBlank);
+    if (first != std::string::npos) keys.push_back(line.substr(first, line.find_last_not_of(kBlank) + 1 - first));
   }
-  if (keys.empty() && !options.api_key_file.empty())
-    Fail(ErrorCode::kInvalidArgument, "--api-key-file {}: there is no key in it", options.api_key_file);
+  if (keys.empty() && (file || !text.empty()))
+    Fail(ErrorCode::kInvalidArgument, "{}{}: there is no key in it", file ? "--api-key-file " : "LESSKV_API_KEY",
+         options.api_key_file);
   return keys;
 }
 
@@ -90,6 +104,7 @@ std::unique_ptr<StoreBackend> OpenBackend(const ServeOptions& options) {
   if (!IsAddress(options.store)) {
     if (options.store_days != 0)
       Fail(ErrorCode::kInvalidArgument, "--store-days: a directory is limited by --store-size, only Redis by time");
+    ::umask(077);  // what was said is its owner's business alone
     const std::string size = options.store_size.empty() ? "4G" : options.store_size;
     return std::make_unique<DirectoryBackend>(options.store, ParseBytes(size, "--store-size"));
   }
@@ -110,6 +125,7 @@ std::unique_ptr<SessionStore> OpenStore(const ServeOptions& options, const Engin
 void Serve(ServeOptions options) {
   options.http.api_keys = ApiKeys(options);
   options.http.max_body = options.max_body_kib << 10;
+  options.http.max_read = std::chrono::seconds(options.read_seconds);
   const OpenedModel opened = OpenModel(options.model);
   const std::optional<ChatTemplate> chat = FindChatTemplate(opened, options.chat);
   const std::string name =
@@ -183,6 +199,9 @@ void AddLimits(CLI::App& command, ServeOptions& o) {
   command.add_option("--max-seconds", o.max_seconds, "Time for a request, waiting included (default: 600)")
       ->option_text("N")
       ->check(CLI::Range(1, 86400));
+  command.add_option("--read-seconds", o.read_seconds, "Time for all of a request to come (default: 30)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 3600));
   command.add_option("--per-key", o.http.max_per_key, "Texts of one API key at once (default: 0, any number)")
       ->option_text("N")
       ->check(CLI::Range(0, 4096));
