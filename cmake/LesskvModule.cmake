@@ -20,6 +20,10 @@ if(LESSKV_SANITIZE)
   target_link_options(lesskv_flags INTERFACE -fsanitize=address,undefined)
 endif()
 
+if(LESSKV_FUZZ)
+  target_compile_options(lesskv_flags INTERFACE -fsanitize=fuzzer-no-link)
+endif()
+
 # For code that parses, prints and waits, and for tests: it takes longer to compile than it ever runs.
 add_library(lesskv_cold_flags INTERFACE)
 target_compile_options(lesskv_cold_flags INTERFACE $<$<CONFIG:Release>:-O1> $<$<CONFIG:Debug>:-O0>)
