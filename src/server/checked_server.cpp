@@ -164,6 +164,12 @@ class Admitted final : public httplib::Stream {
   size_t part_ = 0, at_ = 0;
 };
 
+// The library refuses a method that it does not know before any handler sees it; no path here has this one either.
+std::string_view KnownMethod(std::string_view method) {
+  constexpr std::string_view kKnown[] = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "PATCH"};
+  return std::ranges::find(kKnown, method) == std::end(kKnown) ? "TRACE" : method;
+}
+
 std::string AnswerText(const ApiError& error, bool with_body) {
   const std::string body = DumpJson(error.Body());
   std::string more;
@@ -218,7 +224,7 @@ bool CheckedServer::ServeOne(HttpReader& reader, const RequestHead& head, socket
   const bool close = last || head.close;
   if (head.expects_continue && !SendAll(socket, "HTTP/1.1 100 Continue\r\n\r\n")) return false;
   std::string body = reader.Body(head);
-  std::string text = fmt::format("{} {} HTTP/1.1\r\nContent-Length: {}\r\n{}\r\n", head.method, head.target, body.size(),
+  std::string text = fmt::format("{} {} HTTP/1.1\r\nContent-Length: {}\r\n{}\r\n", KnownMethod(head.method), head.target, body.size(),
                                  close ? "Connection: close\r\n" : "");
   Admitted stream(socket, std::move(text), std::move(body));
   bool closed = false;

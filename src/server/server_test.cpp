@@ -263,6 +263,8 @@ TEST_F(ServerTest, GarbageDoesNotHurt) {
   EXPECT_EQ(Get("/nothing").json()["error"]["param"], nullptr);
   const Reply other_method = Get("/v1/completions");
   EXPECT_EQ(other_method.status, 405);
+  EXPECT_EQ(Call(RequestText("GRAB", "/v1/completions", "")).status, 405);
+  EXPECT_EQ(Call(RequestText("GRAB", "/nothing", "")).status, 400);
   EXPECT_NE(other_method.head.find("Allow: POST"), std::string::npos) << other_method.head;
   Rng rng(3);
   for (int i = 0; i < 200; ++i) {

@@ -191,7 +191,7 @@ def main():
             print(f"{test.__name__}: as expected")
         test_errors(server, client)
         print("test_errors: as expected")
-    with Server(program, "--parallel", "1", "--queue", "0", slowly=True) as server:
+    with Server(program, "--per-key", "1", slowly=True) as server:
         test_busy(server.client())
         print("test_busy: as expected")
     with Server(program, "--max-seconds", "1", slowly=True) as server:

@@ -51,18 +51,27 @@ bool HasAmx() {
 }
 #endif
 
+// Clang 14's builtin does not know these two names. The registers that they use are AVX2's.
 bool HasAvxVnni() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avxvnni");
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
 #else
   return false;
 #endif
 }
 
+#if defined(__x86_64__)
+bool HasF16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29)) != 0;
+}
+#endif
+
 Isa DetectIsa() {
 #if defined(__x86_64__)
   // GCC's and Clang's builtins also ask the operating system whether it saves the wide registers.
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c())) {
     return Isa::kScalar;
   }
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
