@@ -13,7 +13,7 @@ extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 namespace lesskv {
 namespace {
 
-constexpr const char* kSpecs[] = {"full", "full+q4", "window(24)", "h2o(24)", "h2o(24)+q4"};
+constexpr const char* kSpecs[] = {"full", "window(24)", "h2o(24)", "snapkv(24)"};
 constexpr size_t kCtx = 256;
 
 // Sessions of all specs, each after the same few tokens.
