@@ -2,6 +2,7 @@
 
 #include <arpa/inet.h>
 #include <fmt/format.h>
+#include <netdb.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -10,6 +11,7 @@
 #include <array>
 #include <cerrno>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <span>
 #include <utility>
@@ -153,7 +155,16 @@ class Admitted final : public httplib::Stream {
   ssize_t write(const char* text, size_t size) override {
     return is_writable() ? Send(socket_, {text, size}) : -1;
   }
-  void get_remote_ip_and_port(std::string&, int&) const override {}
+  void get_remote_ip_and_port(std::string& ip, int& port) const override {
+    sockaddr_storage address;
+    socklen_t n = sizeof address;
+    auto* const at = reinterpret_cast<sockaddr*>(&address);
+    char host[NI_MAXHOST], service[NI_MAXSERV];
+    if (::getpeername(socket_, at, &n) != 0) return;
+    if (::getnameinfo(at, n, host, sizeof host, service, sizeof service, NI_NUMERICHOST | NI_NUMERICSERV) != 0) return;
+    ip = host;
+    port = std::atoi(service);
+  }
   void get_local_ip_and_port(std::string&, int&) const override {}
   // The library asks for it to refuse what select() cannot wait for; nothing here does.
   socket_t socket() const override { return INVALID_SOCKET; }
