@@ -49,10 +49,69 @@ inline V Field(const uint8_t* p, int shift, int mask) {
   return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask)));
 }
 
-#include "kernels/attention/attention_prefill.h"
+using Ints = int32_t __attribute__((vector_size(32)));
 
-bool FusedScores(const AttentionView&, const DecodeScratch&, const RowSpan&, size_t, size_t, size_t) { return false; }
-bool FusedValues(const AttentionView&, const DecodeScratch&, RowType, size_t, size_t, size_t) { return false; }
+inline Ints LoadInts(const void* p) { return reinterpret_cast<Ints>(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+inline V ToFloat(Ints x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
+inline int32_t SumLanes(Ints x) {
+  int32_t sum = 0;
+  for (size_t i = 0; i < kW; ++i) sum += x[i];
+  return sum;
+}
+inline V LargerMagnitude(V a, V b) {
+  return VMax(_mm256_and_ps(b, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))), a);
+}
+inline __m256i LaneMask(uint32_t lanes) {
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bits), bits);
+}
+inline V LoadLanes(const float* p, uint32_t lanes) { return _mm256_maskload_ps(p, LaneMask(lanes)); }
+inline V LoadF16Lanes(const uint16_t* p, uint32_t lanes) {
+  return _mm256_and_ps(LoadF16(p), _mm256_castsi256_ps(LaneMask(lanes)));
+}
+
+// Of a quad numbers 0 and 2, then 1 and 3, 16 bits each.
+struct Codes {
+  __m256i even, odd;
+};
+inline Codes Bytes(Ints x) {
+  const __m256i bytes = reinterpret_cast<__m256i>(x);
+  return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+}
+inline Codes LowHalves(Ints x) {
+  const __m256i bytes = reinterpret_cast<__m256i>(x), mask = _mm256_set1_epi16(15);
+  return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 8), mask)};
+}
+inline Codes HighHalves(Ints x) {
+  const __m256i bytes = reinterpret_cast<__m256i>(x);
+  return {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(15)), _mm256_srli_epi16(bytes, 12)};
+}
+
+constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: a whole number's 16 bits are the sum's lowest
+constexpr size_t kQuadInts = 2;
+inline Ints StoreQuads(const V* shifted, int32_t* quads) {
+  constexpr char kNone = -1;
+  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone));
+  const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone, 0, 1, 8, 9, 4, 5, 12, 13));
+  const __m256i mixed = _mm256_or_si256(_mm256_shuffle_epi8(_mm256_castps_si256(shifted[0]), first),
+                                        _mm256_shuffle_epi8(_mm256_castps_si256(shifted[1]), second));
+  const __m256i four = _mm256_permute4x64_epi64(mixed, 0b11011000);  // quads 0 2 1 3 lie in order
+  _mm256_store_si256(reinterpret_cast<__m256i*>(quads), four);
+  return reinterpret_cast<Ints>(_mm256_madd_epi16(four, _mm256_set1_epi16(1)));
+}
+
+using Factors = Codes;
+inline Factors LoadFactors(const int32_t* p) { return {_mm256_set1_epi32(p[0]), _mm256_set1_epi32(p[1])}; }
+
+using Sums = Ints;
+inline Sums StartAt(int32_t x) { return Ints{} + x; }
+inline void AddProducts(Sums& sums, Codes codes, Factors factors) {
+  sums += reinterpret_cast<Ints>(_mm256_madd_epi16(codes.even, factors.even));
+  sums += reinterpret_cast<Ints>(_mm256_madd_epi16(codes.odd, factors.odd));
+}
+inline Ints Total(Sums sums) { return sums; }
+
+#include "kernels/attention/attention_codes.h"
 
 }  // namespace
 

@@ -37,7 +37,60 @@ inline V Field(const uint8_t* p, int shift, int mask) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask)));
 }
 
-#include "kernels/attention/attention_vnni.h"
+// A type of its own because GCC 12 copies sums of type __m512i from one register to another around each addition in a
+// loop.
+using Ints = int32_t __attribute__((vector_size(64)));
+
+inline Ints LoadInts(const void* p) { return reinterpret_cast<Ints>(_mm512_loadu_si512(p)); }
+inline V ToFloat(Ints x) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)); }
+inline int32_t SumLanes(Ints x) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x)); }
+inline V LargerMagnitude(V a, V b) { return _mm512_range_ps(a, b, 0b1011); }
+inline V LoadLanes(const float* p, uint32_t lanes) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+}
+inline V LoadF16Lanes(const uint16_t* p, uint32_t lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+}
+
+struct Codes {
+  __m512i quads;
+};
+inline Codes Bytes(Ints x) { return {reinterpret_cast<__m512i>(x)}; }
+inline Codes LowHalves(Ints x) { return {_mm512_and_si512(reinterpret_cast<__m512i>(x), _mm512_set1_epi8(15))}; }
+inline Codes HighHalves(Ints x) {
+  return {_mm512_and_si512(_mm512_srli_epi16(reinterpret_cast<__m512i>(x), 4), _mm512_set1_epi8(15))};
+}
+
+// Adding 1.5 * 2^23 leaves a whole number in the low bits; 128 more, and the second byte is `high`, the first `low` + 128.
+constexpr float kShift = 12582912.0f + 128;
+constexpr size_t kQuadInts = 4;  // four low bytes, four high bytes, 8 bytes of nothing
+inline Ints StoreQuads(const V* shifted, int32_t* quads) {
+  const __m512i gather = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
+  const __m512i bits = _mm512_castps_si512(shifted[0]);
+  _mm512_store_si512(quads, _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
+  return reinterpret_cast<Ints>(bits) - __builtin_bit_cast(int32_t, kShift);
+}
+
+struct Factors {
+  __m512i low, high;
+};
+inline Factors LoadFactors(const int32_t* p) { return {_mm512_set1_epi32(p[0]), _mm512_set1_epi32(p[1])}; }
+
+struct Sums {
+  Ints high, low;
+};
+inline Sums StartAt(int32_t x) { return {Ints{}, Ints{} + x}; }
+inline void AddProducts(Sums& sums, Codes codes, Factors factors) {
+  const auto add = [&](Ints& to, __m512i bytes) {
+    to = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(to), codes.quads, bytes));
+  };
+  add(sums.high, factors.high);
+  add(sums.low, factors.low);
+}
+inline Ints Total(const Sums& sums) { return (sums.high << 8) + sums.low; }
+
+#include "kernels/attention/attention_codes.h"
 
 }  // namespace
 
