@@ -54,9 +54,10 @@ using Ints = int32_t __attribute__((vector_size(32)));
 inline Ints LoadInts(const void* p) { return reinterpret_cast<Ints>(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 inline V ToFloat(Ints x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
 inline int32_t SumLanes(Ints x) {
-  int32_t sum = 0;
-  for (size_t i = 0; i < kW; ++i) sum += x[i];
-  return sum;
+  const __m256i all = reinterpret_cast<__m256i>(x);
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  y = _mm_add_epi32(y, _mm_unpackhi_epi64(y, y));
+  return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 1)));
 }
 inline V LargerMagnitude(V a, V b) {
   return VMax(_mm256_and_ps(b, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))), a);
@@ -70,22 +71,13 @@ inline V LoadF16Lanes(const uint16_t* p, uint32_t lanes) {
   return _mm256_and_ps(LoadF16(p), _mm256_castsi256_ps(LaneMask(lanes)));
 }
 
-// Of a quad numbers 0 and 2, then 1 and 3, 16 bits each.
-struct Codes {
-  __m256i even, odd;
-};
-inline Codes Bytes(Ints x) {
-  const __m256i bytes = reinterpret_cast<__m256i>(x);
-  return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+// Word 0 of a quad has numbers 0 and 2, word 1 has 1 and 3, of 16 bits each, and so are their codes.
+inline Ints ShiftPairs(Ints x, int bits) {
+  return reinterpret_cast<Ints>(_mm256_srli_epi16(reinterpret_cast<__m256i>(x), bits));
 }
-inline Codes LowHalves(Ints x) {
-  const __m256i bytes = reinterpret_cast<__m256i>(x), mask = _mm256_set1_epi16(15);
-  return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 8), mask)};
-}
-inline Codes HighHalves(Ints x) {
-  const __m256i bytes = reinterpret_cast<__m256i>(x);
-  return {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(15)), _mm256_srli_epi16(bytes, 12)};
-}
+inline Ints Bytes(Ints x, int word) { return word == 0 ? x & 0x00ff00ff : ShiftPairs(x, 8); }
+inline Ints LowHalves(Ints x, int word) { return (word == 0 ? x : ShiftPairs(x, 8)) & 0x000f000f; }
+inline Ints HighHalves(Ints x, int word) { return word == 0 ? ShiftPairs(x, 4) & 0x000f000f : ShiftPairs(x, 12); }
 
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: a whole number's 16 bits are the sum's lowest
 constexpr size_t kQuadInts = 2;
@@ -100,14 +92,14 @@ inline Ints StoreQuads(const V* shifted, int32_t* quads) {
   return reinterpret_cast<Ints>(_mm256_madd_epi16(four, _mm256_set1_epi16(1)));
 }
 
-using Factors = Codes;
-inline Factors LoadFactors(const int32_t* p) { return {_mm256_set1_epi32(p[0]), _mm256_set1_epi32(p[1])}; }
-
 using Sums = Ints;
 inline Sums StartAt(int32_t x) { return Ints{} + x; }
-inline void AddProducts(Sums& sums, Codes codes, Factors factors) {
-  sums += reinterpret_cast<Ints>(_mm256_madd_epi16(codes.even, factors.even));
-  sums += reinterpret_cast<Ints>(_mm256_madd_epi16(codes.odd, factors.odd));
+inline void AddProducts(Sums& sums, Ints codes, Ints numbers, int) {
+  const __m256i products = _mm256_madd_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(numbers));
+  Ints sum = sums;
+  // sum += products; but GCC 12 puts such additions off until registers run out.
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+  sums = sum;
 }
 inline Ints Total(Sums sums) { return sums; }
 

@@ -52,13 +52,11 @@ inline V LoadF16Lanes(const uint16_t* p, uint32_t lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
 }
 
-struct Codes {
-  __m512i quads;
-};
-inline Codes Bytes(Ints x) { return {reinterpret_cast<__m512i>(x)}; }
-inline Codes LowHalves(Ints x) { return {_mm512_and_si512(reinterpret_cast<__m512i>(x), _mm512_set1_epi8(15))}; }
-inline Codes HighHalves(Ints x) {
-  return {_mm512_and_si512(_mm512_srli_epi16(reinterpret_cast<__m512i>(x), 4), _mm512_set1_epi8(15))};
+// Both words, low and high bytes of numbers, take the same codes.
+inline Ints Bytes(Ints x, int) { return x; }
+inline Ints LowHalves(Ints x, int) { return x & 0x0f0f0f0f; }
+inline Ints HighHalves(Ints x, int) {
+  return LowHalves(reinterpret_cast<Ints>(_mm512_srli_epi16(reinterpret_cast<__m512i>(x), 4)), 0);
 }
 
 // Adding 1.5 * 2^23 leaves a whole number in the low bits; 128 more, and the second byte is `high`, the first `low` + 128.
@@ -72,21 +70,14 @@ inline Ints StoreQuads(const V* shifted, int32_t* quads) {
   return reinterpret_cast<Ints>(bits) - __builtin_bit_cast(int32_t, kShift);
 }
 
-struct Factors {
-  __m512i low, high;
-};
-inline Factors LoadFactors(const int32_t* p) { return {_mm512_set1_epi32(p[0]), _mm512_set1_epi32(p[1])}; }
-
 struct Sums {
   Ints high, low;
 };
 inline Sums StartAt(int32_t x) { return {Ints{}, Ints{} + x}; }
-inline void AddProducts(Sums& sums, Codes codes, Factors factors) {
-  const auto add = [&](Ints& to, __m512i bytes) {
-    to = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(to), codes.quads, bytes));
-  };
-  add(sums.high, factors.high);
-  add(sums.low, factors.low);
+inline void AddProducts(Sums& sums, Ints codes, Ints numbers, int word) {
+  Ints& sum = word == 0 ? sums.low : sums.high;
+  sum = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(codes),
+                                                   reinterpret_cast<__m512i>(numbers)));
 }
 inline Ints Total(const Sums& sums) { return (sums.high << 8) + sums.low; }
 

@@ -3,12 +3,11 @@
 // asks for,
 //   Ints: kW 32-bit integers with the operators of integers   LoadInts(bytes)   ToFloat(Ints)   SumLanes(Ints)
 //   LargerMagnitude(a, b): |a| or |b|   LoadLanes(p, lanes), LoadF16Lanes(p, lanes): 0 where the lane's bit is not set
-//   Codes: kW quads of unsigned codes   Bytes(Ints), LowHalves(Ints), HighHalves(Ints): codes of 8 bits; of 4
+//   Bytes(Ints, word), LowHalves(Ints, word), HighHalves(Ints, word): codes of 8 bits or 4, as word 0 or 1 of a quad of
+//   numbers takes them
 //   kQuadInts, kShift, StoreQuads(V*, int32_t*): 16 whole numbers of up to 32512, to which kShift has been added in float32,
-//   as four quads of kQuadInts, of which two count; returns integers whose lanes have their sum
-//   Factors LoadFactors(int32_t*): those two, for all lanes
-//   Sums: of products   AddProducts(Sums&, Codes, Factors): of a quad of codes each and one quad of numbers
-//   Total(Sums): as integers
+//   as four quads of kQuadInts, of which two words count; returns integers whose lanes have their sum
+//   Sums StartAt(int32_t)   AddProducts(Sums&, codes, numbers, word)   Total(Sums): as Ints
 //
 // Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512). Its products with the codes
 // are summed up in 32 bits, from which the codes' offset is taken. The integer sums are exact, so the scores are as good
@@ -21,6 +20,9 @@
 #pragma once
 
 #include "kernels/attention/attention_prefill.h"
+
+// To which cache codes are fetched ahead.
+constexpr int kCodesLevel = kW == 16 ? 2 : 3;
 
 struct CodedQueries {
   int32_t* quads;  // [head_dim / 4][stacked][2]
@@ -71,6 +73,12 @@ void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, 
   }
 }
 
+template <RowType kType>
+inline Ints CodesIn(Ints bytes, int half, int word) {
+  if constexpr (kType == RowType::kQ8) return Bytes(bytes, word);
+  return half == 0 ? LowHalves(bytes, word) : HighHalves(bytes, word);
+}
+
 // scores[m, row] of MB queries, from number m0 on, and NT tiles.
 template <RowType kType, int MB, int NT>
 inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, const CodedQueries& q, size_t stacked,
@@ -84,29 +92,26 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
     for (int m = 0; m < MB; ++m) {
       for (int v = 0; v < kVectors; ++v) sums[m][v] = StartAt(q.start[block * stacked + m0 + m]);
     }
-    auto add = [&](const Codes* codes, size_t four) {
-      for (int m = 0; m < MB; ++m) {
-        const Factors query = LoadFactors(q.quads + ((block * 8 + four) * stacked + m0 + m) * 2);
-        for (int v = 0; v < kVectors; ++v) AddProducts(sums[m][v], codes[v], query);
-      }
-    };
+    for (int t = 0; t < NT; ++t)
+      FetchAhead<kTileRows * 2, kCodesLevel>(TileScales(tiles + t * tile_bytes) + block * kTileRows, ahead);
     const std::byte* first = tiles + scale_bytes + block * kBlockBytes;
     for (size_t g = 0; g < kGroups; ++g) {
       Ints bytes[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         const std::byte* p = first + v / kTileVectors * tile_bytes + g * 64 + v % kTileVectors * kW * 4;
-        if (v % kTileVectors == 0) FetchAhead<64>(p, ahead);
+        if (v % kTileVectors == 0) FetchAhead<64, kCodesLevel>(p, ahead);
         bytes[v] = LoadInts(p);
       }
-      Codes codes[kVectors];
-      if constexpr (kType == RowType::kQ8) {
-        for (int v = 0; v < kVectors; ++v) codes[v] = Bytes(bytes[v]);
-        add(codes, g);
-      } else {
-        for (int v = 0; v < kVectors; ++v) codes[v] = LowHalves(bytes[v]);
-        add(codes, g);
-        for (int v = 0; v < kVectors; ++v) codes[v] = HighHalves(bytes[v]);
-        add(codes, g + 4);
+      for (int half = 0; half < (kType == RowType::kQ8 ? 1 : 2); ++half) {
+        for (int word = 0; word < 2; ++word) {
+          Ints codes[kVectors];
+          for (int v = 0; v < kVectors; ++v) codes[v] = CodesIn<kType>(bytes[v], half, word);
+          for (int m = 0; m < MB; ++m) {
+            const size_t four = block * 8 + half * 4 + g;
+            const Ints query = Ints{} + q.quads[(four * stacked + m0 + m) * 2 + word];
+            for (int v = 0; v < kVectors; ++v) AddProducts(sums[m][v], codes[v], query, word);
+          }
+        }
       }
     }
     for (int v = 0; v < kVectors; ++v) {
@@ -232,12 +237,12 @@ struct BlockWeights {
 };
 
 template <int MB>
-inline void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block, const float* p, BlockWeights<MB>& out) {
+[[gnu::noinline]] void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block, const float* p, BlockWeights<MB>& out) {
   alignas(64) float weights[kWeightRows][MB][kTileRows];  // [part][m][lane]
   V largest[MB];
   for (int m = 0; m < MB; ++m) largest[m] = Zero();
   for (size_t i = 0; i < n_parts; ++i) {
-    __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, 2);
+    __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, kCodesLevel);
     for (size_t v = 0; v < kTileVectors; ++v) {
       const V scales = PartScales(parts[i], block, v);
       for (int m = 0; m < MB; ++m) {
@@ -247,10 +252,11 @@ inline void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block
       }
     }
   }
+  float most[MB];
+  for (int m = 0; m < MB; ++m) most[m] = ReduceMax(largest[m]);
   for (int m = 0; m < MB; ++m) {
-    const float x = ReduceMax(largest[m]);
-    out.unit[m] = x * (1.0f / 32512);
-    const V inverse = Splat(x > 1e-34f ? 32512 / x : 0);  // finite
+    out.unit[m] = most[m] * (1.0f / 32512);
+    const V inverse = Splat(most[m] > 1e-34f ? 32512 / most[m] : 0);  // finite
     Ints sum = {};
     for (size_t i = 0; i < n_parts; ++i) {
       V shifted[kTileVectors];
@@ -259,18 +265,6 @@ inline void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block
       sum += StoreQuads(shifted, out.quads[i][m][0]);
     }
     out.sum[m] = SumLanes(sum);
-  }
-}
-
-// Of four rows: the codes of 2 kW channels, a quad each. Of q8 they follow each other, of q4 they lie 16 apart.
-template <RowType kType>
-inline void LoadFourRows(const uint8_t* bytes, Codes* codes) {
-  if constexpr (kType == RowType::kQ8) {
-    codes[0] = Bytes(LoadInts(bytes));
-    codes[1] = Bytes(LoadInts(bytes + kW * 4));
-  } else {
-    codes[0] = LowHalves(LoadInts(bytes));
-    codes[1] = HighHalves(LoadInts(bytes));
   }
 }
 
@@ -284,7 +278,10 @@ template <RowType kType, int MB>
   constexpr int32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
   // Few queries need several sums each to keep the multipliers of AVX-512 busy.
   constexpr int kSums = kW < 16 || MB > 2 ? 1 : (MB == 1 ? 4 : 2);
-  Sums sums[kSums][MB][2] = {};
+  Sums sums[kSums][MB][2];
+  for (auto& of_queries : sums) {
+    for (auto& of_query : of_queries) of_query[0] = of_query[1] = StartAt(0);
+  }
   const size_t first_byte = block * kBlockBytes + part * kPartBytes;
   for (size_t i = 0; i < n_parts; ++i) {
     const uint8_t* bytes = TileCodes(parts[i].tile, dim) + first_byte;
@@ -292,12 +289,15 @@ template <RowType kType, int MB>
 #pragma GCC unroll 1
     for (int first = 0; first < 4; first += kSums) {
       for (int s = 0; s < kSums; ++s, bytes += kFourBytes, next += kFourBytes) {
-        for (size_t line = 0; line < kPartBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
-        Codes codes[2];
-        LoadFourRows<kType>(bytes, codes);
-        for (int m = 0; m < MB; ++m) {
-          const Factors weight = LoadFactors(weights.quads[i][m][first + s]);
-          for (int v = 0; v < 2; ++v) AddProducts(sums[s][m][v], codes[v], weight);
+        for (size_t line = 0; line < kPartBytes; line += 64) __builtin_prefetch(next + line, 0, kCodesLevel);
+        // Of q8 the second vector follows, of q4 it lies in the high halves.
+        const Ints four_rows[2] = {LoadInts(bytes), LoadInts(bytes + (kType == RowType::kQ8 ? kW * 4 : 0))};
+        for (int word = 0; word < 2; ++word) {
+          const Ints codes[2] = {CodesIn<kType>(four_rows[0], 0, word), CodesIn<kType>(four_rows[1], 1, word)};
+          for (int m = 0; m < MB; ++m) {
+            const Ints weight = Ints{} + weights.quads[i][m][first + s][word];
+            for (int v = 0; v < 2; ++v) AddProducts(sums[s][m][v], codes[v], weight, word);
+          }
         }
       }
     }
