@@ -51,7 +51,9 @@ inline V Field(const uint8_t* p, int shift, int mask) {
 
 using Ints = int32_t __attribute__((vector_size(32)));
 
-inline Ints LoadInts(const void* p) { return reinterpret_cast<Ints>(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+inline Ints LoadInts(const void* p) {
+  return reinterpret_cast<Ints>(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
 inline V ToFloat(Ints x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
 inline int32_t SumLanes(Ints x) {
   const __m256i all = reinterpret_cast<__m256i>(x);
@@ -71,7 +73,7 @@ inline V LoadF16Lanes(const uint16_t* p, uint32_t lanes) {
   return _mm256_and_ps(LoadF16(p), _mm256_castsi256_ps(LaneMask(lanes)));
 }
 
-// Word 0 of a quad has numbers 0 and 2, word 1 has 1 and 3, of 16 bits each, and so are their codes.
+// Word 0 of a quad has its numbers 0 and 2, word 1 those 1 and 3, of 16 bits each, as their codes are taken to be.
 inline Ints ShiftPairs(Ints x, int bits) {
   return reinterpret_cast<Ints>(_mm256_srli_epi16(reinterpret_cast<__m256i>(x), bits));
 }
@@ -79,12 +81,12 @@ inline Ints Bytes(Ints x, int word) { return word == 0 ? x & 0x00ff00ff : ShiftP
 inline Ints LowHalves(Ints x, int word) { return (word == 0 ? x : ShiftPairs(x, 8)) & 0x000f000f; }
 inline Ints HighHalves(Ints x, int word) { return word == 0 ? ShiftPairs(x, 4) & 0x000f000f : ShiftPairs(x, 12); }
 
-constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: a whole number's 16 bits are the sum's lowest
+constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the lowest 16 bits are the whole number's
 constexpr size_t kQuadInts = 2;
 inline Ints StoreQuads(const V* shifted, int32_t* quads) {
-  constexpr char kNone = -1;
-  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone));
-  const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone, 0, 1, 8, 9, 4, 5, 12, 13));
+  constexpr int64_t kPairs = 0x0d0c'0504'0908'0100, kZeros = -1;  // bytes 0 1, 8 9, 4 5, 12 13: numbers 0 2 1 3
+  const __m256i first = _mm256_setr_epi64x(kPairs, kZeros, kPairs, kZeros);
+  const __m256i second = _mm256_setr_epi64x(kZeros, kPairs, kZeros, kPairs);
   const __m256i mixed = _mm256_or_si256(_mm256_shuffle_epi8(_mm256_castps_si256(shifted[0]), first),
                                         _mm256_shuffle_epi8(_mm256_castps_si256(shifted[1]), second));
   const __m256i four = _mm256_permute4x64_epi64(mixed, 0b11011000);  // quads 0 2 1 3 lie in order

@@ -59,11 +59,12 @@ inline Ints HighHalves(Ints x, int) {
   return LowHalves(reinterpret_cast<Ints>(_mm512_srli_epi16(reinterpret_cast<__m512i>(x), 4)), 0);
 }
 
-// Adding 1.5 * 2^23 leaves a whole number in the low bits; 128 more, and the second byte is `high`, the first `low` + 128.
+// 1.5 * 2^23 leaves a whole number in the low bits; 128 more, and the second byte is `high`, the first `low` + 128.
 constexpr float kShift = 12582912.0f + 128;
 constexpr size_t kQuadInts = 4;  // four low bytes, four high bytes, 8 bytes of nothing
 inline Ints StoreQuads(const V* shifted, int32_t* quads) {
-  const __m512i gather = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m512i gather =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
   const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
   const __m512i bits = _mm512_castps_si512(shifted[0]);
   _mm512_store_si512(quads, _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));

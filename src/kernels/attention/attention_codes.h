@@ -2,27 +2,28 @@
 // attention_avx2.cpp, inside their own anonymous namespace and after they have defined, besides what attention_simd.h
 // asks for,
 //   Ints: kW 32-bit integers with the operators of integers   LoadInts(bytes)   ToFloat(Ints)   SumLanes(Ints)
-//   LargerMagnitude(a, b): |a| or |b|   LoadLanes(p, lanes), LoadF16Lanes(p, lanes): 0 where the lane's bit is not set
-//   Bytes(Ints, word), LowHalves(Ints, word), HighHalves(Ints, word): codes of 8 bits or 4, as word 0 or 1 of a quad of
-//   numbers takes them
-//   kQuadInts, kShift, StoreQuads(V*, int32_t*): 16 whole numbers of up to 32512, to which kShift has been added in float32,
-//   as four quads of kQuadInts, of which two words count; returns integers whose lanes have their sum
+//   LargerMagnitude(a, b), a >= 0: a or |b|   LoadLanes(p, lanes), which reads nothing where the bit of a lane is not
+//   set, and LoadF16Lanes(p, lanes): 0 there
+//   kShift, kQuadInts, StoreQuads(V*, int32_t*): 16 whole numbers of up to 32512, to which kShift has been added in
+//   float32, as four quads of kQuadInts words, of which two count; returns integers whose lanes have their sum
+//   Bytes(Ints, word), LowHalves(Ints, word), HighHalves(Ints, word): a lane's codes of 8 bits or 4, as word 0 or 1 of
+//   a quad takes them
 //   Sums StartAt(int32_t)   AddProducts(Sums&, codes, numbers, word)   Total(Sums): as Ints
 //
-// Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512). Its products with the codes
-// are summed up in 32 bits, from which the codes' offset is taken. The integer sums are exact, so the scores are as good
-// as with float32 queries (error about 2^-16 of the query's largest channel), at half the instructions: 64 products take
-// two with AVX-512 VNNI, where a number is two signed bytes, value = 256 high + low, and 32 take four with AVX2, where
-// codes become 16 bits; float32 needs four and conversions. Values: likewise with the weights, times the rows' scales, in
-// place of the queries: they are rounded relative to the largest of a block and 128 rows, the four rows of a quad are
-// added up by one instruction or two, and the integers become float32 once every 128 rows. Which 128 rows depends on
+// Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512), and its products with the
+// codes are summed up in 32 bits; the codes' offset is taken out by the sums' start. The integer sums are exact, so the
+// scores are as good as with float32 queries (error about 2^-16 of the query's largest channel), at fewer instructions
+// than the eight and conversions that 64 products of float32 take with vectors of 8, four with vectors of 16: two with
+// AVX-512 VNNI, where a number is two signed bytes, value = 256 high + low; with AVX2, whose products of bytes would
+// overflow, 32 products take four, of 16-bit codes and numbers. Values: likewise with the weights, times the rows'
+// scales, in place of the queries: they are rounded relative to the largest of a block and 128 rows, a word's rows of one
+// channel are added up by one instruction, and the integers become float32 once every 128 rows. Which 128 rows depends on
 // their numbers only, and integer sums on no order, so the results do not depend on how the rows are cut into spans.
+//
+// Loops over codes are functions of their own: inlined, GCC 12 gives their registers to what surrounds them.
 #pragma once
 
 #include "kernels/attention/attention_prefill.h"
-
-// To which cache codes are fetched ahead.
-constexpr int kCodesLevel = kW == 16 ? 2 : 3;
 
 struct CodedQueries {
   int32_t* quads;  // [head_dim / 4][stacked][2]
@@ -81,7 +82,7 @@ inline Ints CodesIn(Ints bytes, int half, int word) {
 
 // scores[m, row] of MB queries, from number m0 on, and NT tiles.
 template <RowType kType, int MB, int NT>
-inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, const CodedQueries& q, size_t stacked,
+inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, CodedQueries q, size_t stacked,
                        size_t m0, float* scores, size_t stride, Ahead ahead) {
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
   constexpr size_t kGroups = kBlockBytes / 64;
@@ -93,13 +94,13 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
       for (int v = 0; v < kVectors; ++v) sums[m][v] = StartAt(q.start[block * stacked + m0 + m]);
     }
     for (int t = 0; t < NT; ++t)
-      FetchAhead<kTileRows * 2, kCodesLevel>(TileScales(tiles + t * tile_bytes) + block * kTileRows, ahead);
+      FetchAhead<kTileRows * 2>(TileScales(tiles + t * tile_bytes) + block * kTileRows, ahead);
     const std::byte* first = tiles + scale_bytes + block * kBlockBytes;
     for (size_t g = 0; g < kGroups; ++g) {
       Ints bytes[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         const std::byte* p = first + v / kTileVectors * tile_bytes + g * 64 + v % kTileVectors * kW * 4;
-        if (v % kTileVectors == 0) FetchAhead<64, kCodesLevel>(p, ahead);
+        if (v % kTileVectors == 0) FetchAhead<64>(p, ahead);
         bytes[v] = LoadInts(p);
       }
       for (int half = 0; half < (kType == RowType::kQ8 ? 1 : 2); ++half) {
@@ -130,8 +131,8 @@ inline void ScoreCodes(const std::byte* tiles, size_t tile_bytes, size_t dim, co
 
 template <RowType kType, int MB>
 [[gnu::noinline]] void ScoreCodedTiles(const std::byte* tiles, size_t n_tiles, size_t tile_bytes, size_t dim,
-                            const CodedQueries& q, size_t stacked, size_t m0, float* scores, size_t stride,
-                            Ahead ahead) {
+                                       const CodedQueries& q, size_t stacked, size_t m0, float* scores, size_t stride,
+                                       Ahead ahead) {
   constexpr size_t kNT = kW == 16 ? 2 : 1;
   size_t t = 0;
   for (; t + kNT <= n_tiles; t += kNT) {
@@ -228,7 +229,7 @@ inline V PartWeights(const TilePart& part, const float* p, size_t v, V scales) {
   return Mul(LoadLanes(p + part.row + v * kW, part.lanes >> v * kW), scales);
 }
 
-// What a block's weights (weight * scale of its codes) become: 16-bit integers, times a unit.
+// What the weights of a block (weight * scale of its codes) become: 16-bit integers, times a unit.
 template <int MB>
 struct BlockWeights {
   alignas(64) int32_t quads[kWeightRows][MB][4][kQuadInts];  // [part][m][four rows]
@@ -237,12 +238,13 @@ struct BlockWeights {
 };
 
 template <int MB>
-[[gnu::noinline]] void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block, const float* p, BlockWeights<MB>& out) {
+[[gnu::noinline]] void CodeBlockWeights(const TilePart* parts, size_t n_parts, size_t block, const float* p,
+                                        BlockWeights<MB>& out) {
   alignas(64) float weights[kWeightRows][MB][kTileRows];  // [part][m][lane]
   V largest[MB];
   for (int m = 0; m < MB; ++m) largest[m] = Zero();
   for (size_t i = 0; i < n_parts; ++i) {
-    __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, kCodesLevel);
+    __builtin_prefetch(TileScales(parts[i].next) + block * kTileRows, 0, 2);
     for (size_t v = 0; v < kTileVectors; ++v) {
       const V scales = PartScales(parts[i], block, v);
       for (int m = 0; m < MB; ++m) {
@@ -252,29 +254,31 @@ template <int MB>
       }
     }
   }
-  float most[MB];
-  for (int m = 0; m < MB; ++m) most[m] = ReduceMax(largest[m]);
+  V inverse[MB];
+  Ints sum[MB] = {};
   for (int m = 0; m < MB; ++m) {
-    out.unit[m] = most[m] * (1.0f / 32512);
-    const V inverse = Splat(most[m] > 1e-34f ? 32512 / most[m] : 0);  // finite
-    Ints sum = {};
-    for (size_t i = 0; i < n_parts; ++i) {
+    const float x = ReduceMax(largest[m]);
+    out.unit[m] = x * (1.0f / 32512);
+    inverse[m] = Splat(x > 1e-34f ? 32512 / x : 0);  // finite
+  }
+  for (size_t i = 0; i < n_parts; ++i) {
+    for (int m = 0; m < MB; ++m) {
       V shifted[kTileVectors];
       for (size_t v = 0; v < kTileVectors; ++v)
-        shifted[v] = Fma(Load(weights[i][m] + v * kW), inverse, Splat(kShift));
-      sum += StoreQuads(shifted, out.quads[i][m][0]);
+        shifted[v] = Fma(Load(weights[i][m] + v * kW), inverse[m], Splat(kShift));
+      sum[m] += StoreQuads(shifted, out.quads[i][m][0]);
     }
-    out.sum[m] = SumLanes(sum);
   }
+  for (int m = 0; m < MB; ++m) out.sum[m] = SumLanes(sum[m]);
 }
 
-// out[m, channel] += sum over the parts' rows of weight * scale * code, for the `part`-th 2 kW channels of a block.
+// out[m, channel] += sum over the parts' rows of weight * scale * code, for the `slice`-th 2 kW channels of a block.
 template <RowType kType, int MB>
-[[gnu::noinline]] void AddColumns(const TilePart* parts, size_t n_parts, size_t dim, size_t block, size_t part,
-                       const BlockWeights<MB>& weights, float* out) {
+[[gnu::noinline]] void AddColumns(const TilePart* parts, size_t n_parts, size_t dim, size_t block, size_t slice,
+                                  const BlockWeights<MB>& weights, float* out) {
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
   constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
-  constexpr size_t kPartBytes = kFourBytes / kTileVectors;
+  constexpr size_t kSliceBytes = kFourBytes / kTileVectors;
   constexpr int32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
   // Few queries need several sums each to keep the multipliers of AVX-512 busy.
   constexpr int kSums = kW < 16 || MB > 2 ? 1 : (MB == 1 ? 4 : 2);
@@ -282,14 +286,14 @@ template <RowType kType, int MB>
   for (auto& of_queries : sums) {
     for (auto& of_query : of_queries) of_query[0] = of_query[1] = StartAt(0);
   }
-  const size_t first_byte = block * kBlockBytes + part * kPartBytes;
+  const size_t first_byte = block * kBlockBytes + slice * kSliceBytes;
   for (size_t i = 0; i < n_parts; ++i) {
     const uint8_t* bytes = TileCodes(parts[i].tile, dim) + first_byte;
     const uint8_t* next = TileCodes(parts[i].next, dim) + first_byte;
 #pragma GCC unroll 1
     for (int first = 0; first < 4; first += kSums) {
       for (int s = 0; s < kSums; ++s, bytes += kFourBytes, next += kFourBytes) {
-        for (size_t line = 0; line < kPartBytes; line += 64) __builtin_prefetch(next + line, 0, kCodesLevel);
+        for (size_t line = 0; line < kSliceBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
         // Of q8 the second vector follows, of q4 it lies in the high halves.
         const Ints four_rows[2] = {LoadInts(bytes), LoadInts(bytes + (kType == RowType::kQ8 ? kW * 4 : 0))};
         for (int word = 0; word < 2; ++word) {
@@ -306,7 +310,7 @@ template <RowType kType, int MB>
     for (size_t v = 0; v < 2; ++v) {
       Ints x = Total(sums[0][m][v]) - kOffset * weights.sum[m];
       for (int s = 1; s < kSums; ++s) x += Total(sums[s][m][v]);
-      float* to = out + m * Padded(dim) + (kType == RowType::kQ8 ? (part * 2 + v) * kW : part * kW + v * 16);
+      float* to = out + m * Padded(dim) + (kType == RowType::kQ8 ? (slice * 2 + v) * kW : slice * kW + v * 16);
       Store(to, Fma(ToFloat(x), Splat(weights.unit[m]), Load(to)));
     }
   }
@@ -318,8 +322,8 @@ void AddParts(const TilePart* parts, size_t n_parts, size_t dim, const float* p,
   for (size_t block = 0; block < dim / kQuantBlock; ++block) {
     BlockWeights<MB> weights;
     CodeBlockWeights<MB>(parts, n_parts, block, p, weights);
-    for (size_t part = 0; part < kTileVectors; ++part)
-      AddColumns<kType, MB>(parts, n_parts, dim, block, part, weights, out + block * kQuantBlock);
+    for (size_t slice = 0; slice < kTileVectors; ++slice)
+      AddColumns<kType, MB>(parts, n_parts, dim, block, slice, weights, out + block * kQuantBlock);
   }
 }
 

@@ -1,4 +1,4 @@
-// Decode over q8 and q4 rows where they lie, with ARM's dot products of 8-bit numbers: the scheme of attention_vnni.h,
+// Decode over q8 and q4 rows where they lie, with ARM's dot products of 8-bit numbers: the scheme of attention_codes.h,
 // which says why it is exact enough and independent of how rows are cut into spans. The instruction multiplies signed
 // numbers with signed ones, so codes lose their offset as they are loaded. Part of attention_dotprod.cpp, inside its
 // anonymous namespace.

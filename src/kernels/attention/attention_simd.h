@@ -57,13 +57,13 @@ struct Ahead {
 };
 constexpr Ahead kNothingAhead = {nullptr, 0};
 
-// Fetches the n bytes that are used kAhead after those at p, into the second-level cache (4 to 10 % faster on Sapphire
-// Rapids than into the first) or with kLevel 3 into the first.
-template <size_t n, int kLevel = 2>
+// Fetches the n bytes that are used kAhead after those at p.
+template <size_t n>
 inline void FetchAhead(const void* p, Ahead ahead) {
   for (size_t i = 0; i < n; i += 64) {
     const char* line = static_cast<const char*>(p) + kAhead + i;
-    __builtin_prefetch(line + (line >= ahead.end ? ahead.jump : 0), 0, kLevel);
+    // Into the second-level cache: 4 to 10 % faster on Sapphire Rapids than into the first.
+    __builtin_prefetch(line + (line >= ahead.end ? ahead.jump : 0), 0, 2);
   }
 }
 

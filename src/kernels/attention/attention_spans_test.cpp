@@ -80,6 +80,32 @@ TEST_P(AttentionSpansTest, CutsOfEitherSideDoNotChangeABit) {
   }
 }
 
+// Quantised rows meet one to four queries at a time, in vectors of channels and of rows, whose lanes a window or the end
+// of a span cuts off anywhere.
+TEST_P(AttentionSpansTest, CodedRowsOfAnyGroupAndWidth) {
+  Rng rng(5);
+  for (RowType type : {RowType::kQ8, RowType::kQ4}) {
+    for (size_t dim : {32, 64, 96, 128, 256}) {
+      for (size_t group : {1, 2, 3, 4, 7, 8}) {
+        SCOPED_TRACE(testing::Message() << Name(type) << " dim " << dim << " group " << group);
+        Case c;
+        c.key_type = c.value_type = type;
+        c.dim = dim;
+        c.group = group;
+        c.n_past = 290 + group;
+        c.first_position = 500;
+        c.window = group % 2 == 0 ? 301 : 0;
+        c.seed = dim + group;
+        ExpectMatches(c);
+        const Problem problem(c);
+        const Ask ask = {.keep = true};
+        ExpectSameBits(problem.Run(OneSpan(c.n_rows()), ask),
+                       problem.RunCut(RandomLayout(c.n_rows(), rng, 40), RandomLayout(c.n_rows(), rng, 90), ask));
+      }
+    }
+  }
+}
+
 // Rows of one format beside each other are one format's rows: no bit tells where another job's spans ended.
 TEST_P(AttentionSpansTest, RunsOfOneTypeAreOneRun) {
   for (RowType type : kTypes) {
