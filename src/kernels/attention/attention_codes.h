@@ -12,13 +12,13 @@
 //
 // Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512), and its products with the
 // codes are summed up in 32 bits; the codes' offset is taken out by the sums' start. The integer sums are exact, so the
-// scores are as good as with float32 queries (error about 2^-16 of the query's largest channel), at fewer instructions
-// than the eight and conversions that 64 products of float32 take with vectors of 8, four with vectors of 16: two with
-// AVX-512 VNNI, where a number is two signed bytes, value = 256 high + low; with AVX2, whose products of bytes would
-// overflow, 32 products take four, of 16-bit codes and numbers. Values: likewise with the weights, times the rows'
-// scales, in place of the queries: they are rounded relative to the largest of a block and 128 rows, a word's rows of one
-// channel are added up by one instruction, and the integers become float32 once every 128 rows. Which 128 rows depends on
-// their numbers only, and integer sums on no order, so the results do not depend on how the rows are cut into spans.
+// scores are as good as with float32 queries (error about 2^-16 of the query's largest channel). 64 products take two
+// instructions of AVX-512 VNNI, where a number is two signed bytes, value = 256 high + low, and float32 four and
+// conversions; with AVX2, whose sums of products of bytes would overflow, codes become 16 bits: 32 products take four
+// instructions of which only half multiply, and float32 four and conversions. Values: likewise with the weights, times
+// the rows' scales, in place of the queries: they are rounded relative to the largest of a block and 128 rows, rows of one
+// channel are added up by one instruction, and the integers become float32 once every 128 rows. Which 128 rows depends
+// on their numbers only, and integer sums on no order, so the results do not depend on how the rows are cut into spans.
 //
 // Loops over codes are functions of their own: inlined, GCC 12 gives their registers to what surrounds them.
 #pragma once

@@ -325,7 +325,7 @@ TEST_P(AttentionTest, HugeAndTinyKeys) {
         c.key_size = size;
         c.n_past = 100;
         c.n_queries = n_queries;
-        // Scores of a thousand are rounded to 1e-4, and so are the weights; with queries of 16 bits (8-bit dot products)
+        // Scores of a thousand are rounded to 1e-4, and so are the weights; with queries of 16 bits (AVX2 and beyond)
         // to some 1e-2.
         const bool coded = type == RowType::kQ8 || type == RowType::kQ4;
         ExpectMatches(c, coded && n_queries == 1 ? 1e-4 : 1e-6);

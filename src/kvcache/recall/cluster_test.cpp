@@ -373,7 +373,7 @@ TEST(ClusterStore, OutputsAreThoseOfExactArithmetic) {
                                RowTypes{RowType::kQ8, RowType::kQ8, true}})
     for (const bool by_group : {false, true}) {
       SCOPED_TRACE(testing::Message() << Name(types.keys) << (by_group ? " by group" : " by head"));
-      const double near = types.keys == RowType::kQ8 ? 1e-4 : 2e-5;  // 8-bit dot products round queries to 16 bits
+      const double near = types.keys == RowType::kQ8 ? 1e-4 : 2e-5;  // queries may be rounded to 16 bits
       ByteCounter counter;
       const ClusterOptions options{
           .budget = 25, .by_group = by_group, .sinks = 5, .size = 7, .every = 16, .added = 2, .skip = 1};
