@@ -7,8 +7,8 @@
 constexpr size_t kSplitStride = kSplitRows + 16;  // of the scores of a split
 
 // Rows of quantised values, counted from row 0, whose weights are rounded relative to their largest and whose products
-// are summed up as integers where the instruction set has kernels for it: 128 weights of up to 32512 times unsigned codes of up to
-// 255 stay below 2^31.
+// are summed up as integers where the instruction set has kernels for that: 128 weights of up to 32512 times unsigned
+// codes of up to 255 stay below 2^31.
 constexpr size_t kWeightRows = 128;
 
 struct DecodeScratch {
