@@ -285,12 +285,23 @@ void PrintScores(const KvzapCommand& c, const train::TrainKvzapReport& r, const 
     table += fmt::format("| {} | {:g} | {} |\n", l, r.lambda[l], cells);
   }
   const double mean = sum / static_cast<double>(s.r2.size());
+  // Of all heads together: the thresholds that as many of a text's rows reach.
+  std::vector<float> scores = s.quantiles;
+  std::sort(scores.begin(), scores.end());
+  const auto reached_by = [&](size_t percent) { return scores[(scores.size() - 1) * (100 - percent) / 100]; };
+  Json thresholds = Json::array();
+  std::string of_all;
+  for (const size_t percent : {5, 10, 25, 50, 75, 90}) {
+    thresholds.push_back({{"rows", static_cast<double>(percent) / 100}, {"threshold", reached_by(percent)}});
+    of_all += fmt::format("{}{:.2f} by {} %", of_all.empty() ? "" : ", ", reached_by(percent), percent);
+  }
   if (c.json)
     WriteResult(Dump({{"model", FingerprintString(sidecar.model_fingerprint)}, {"version", Version()}, {"seed", c.options.seed},
-                      {"tokens", s.tokens}, {"seconds", r.seconds}, {"mean_r2", mean}, {"layers", layers}}) + "\n");
+                      {"tokens", s.tokens}, {"seconds", r.seconds}, {"mean_r2", mean}, {"thresholds", thresholds},
+                      {"layers", layers}}) + "\n");
   else
-    WriteResult(table + fmt::format("mean R2 {:.3f}; {} texts of {} tokens, {:.0f} s\n", mean, c.options.sequences,
-                                    c.options.tokens, r.seconds));
+    WriteResult(table + fmt::format("thresholds that rows reach: {}\nmean R2 {:.3f}; {} texts of {} tokens, {:.0f} s\n", of_all,
+                                    mean, c.options.sequences, c.options.tokens, r.seconds));
 }
 
 void TrainKvzap(KvzapCommand& c) {

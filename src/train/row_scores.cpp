@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/threads.h"
+#include "chat/chat_template.h"
 #include "kernels/basic/basic.h"
 #include "kernels/basic/rope.h"
 #include "kvcache/sequence_cache.h"
@@ -16,22 +17,34 @@ namespace {
 
 constexpr size_t kTileQueries = 64;
 
+// Where the two copies lie in what the model reads.
+struct Copies {
+  size_t first = 0, second = 0, n = 0;
+
+  size_t n_read() const { return second + n; }
+};
+
 // Attends in full, a layer at a time, and scores the rows of the first copy by what the second one reads.
 class ScoringCache final : public KvCache {
  public:
-  ScoringCache(const Model& model, const CacheShape& shape, size_t n_copy, bool wants_inputs, RowScores& result)
-      : model_(model), shape_(shape), n_copy_(n_copy), wants_inputs_(wants_inputs), result_(result) {}
+  ScoringCache(const Model& model, const CacheShape& shape, const Copies& copies, bool wants_inputs, RowScores& result)
+      : model_(model), shape_(shape), copies_(copies), wants_inputs_(wants_inputs), result_(result) {}
 
-  bool WantsInputs(size_t layer) const override { return wants_inputs_ && shape_.layers[layer].window == 0; }
+  bool WantsInputs(size_t layer) const override { return shape_.layers[layer].window == 0; }
 
   void ReadInputs(size_t, size_t first, size_t n, const float* x) override {
-    if (first == 0) result_.inputs.emplace_back();
-    const size_t end = std::min(first + n, n_copy_), width = shape_.input_width;
-    if (first < end) result_.inputs.back().insert(result_.inputs.back().end(), x, x + (end - first) * width);
+    if (first == 0) log_inputs_.clear();
+    if (first == 0 && wants_inputs_) result_.inputs.emplace_back();
+    const size_t width = shape_.input_width;
+    for (size_t t = first; t < first + n; ++t, x += width) {
+      if (t >= copies_.second) log_inputs_.push_back(LogLength(std::sqrt(Dot(x, x, width))));
+      if (wants_inputs_ && t >= copies_.first && t < copies_.first + copies_.n)
+        result_.inputs.back().insert(result_.inputs.back().end(), x, x + width);
+    }
   }
 
   void Append(size_t layer, const float* keys, const float* values) override {
-    const size_t n = 2 * n_copy_ * shape_.layers[layer].kv_dim();
+    const size_t n = copies_.n_read() * shape_.layers[layer].kv_dim();
     keys_.assign(keys, keys + n);
     values_.assign(values, values + n);
   }
@@ -40,7 +53,7 @@ class ScoringCache final : public KvCache {
     CacheShape one = shape_;
     one.layers = {shape_.layers[layer]};
     SequenceCache full(CacheConfig::Create(CacheSpec::Parse("full+f32"), one));
-    full.BeginStep(2 * n_copy_, StepKind::kPrompt);
+    full.BeginStep(copies_.n_read(), StepKind::kPrompt);
     full.Append(0, keys_.data(), values_.data());
     full.Attend(0, queries, out);
     full.EndStep();
@@ -50,90 +63,116 @@ class ScoringCache final : public KvCache {
  private:
   void Score(size_t layer, const float* queries) {
     const LayerShape& shape = shape_.layers[layer];
-    const size_t n = 2 * n_copy_;
+    const size_t n = copies_.n_read();
     queries_.assign(queries, queries + n * shape.q_dim());
     std::vector<int32_t> positions(n);
     std::iota(positions.begin(), positions.end(), 0);
     RotateRows(*shape.rope, queries_.data(), n, shape.q_dim(), shape.n_heads, shape.head_dim, positions.data());
     RotateRows(*shape.rope, keys_.data(), n, shape.kv_dim(), shape.n_kv_heads, shape.head_dim, positions.data());
-    const std::vector<float> lengths = OutputLengths(layer);
-    const double input = InputLength(layer);
+    const std::vector<float> log_added = LogAdded(layer);
     std::vector<std::vector<float>> by_head(shape.n_heads);
-    ParallelFor(shape.n_heads, [&](size_t head) { by_head[head] = MostRead(shape, head); });
+    ParallelFor(shape.n_heads, [&](size_t head) {
+      by_head[head] = ScoresOf(shape, head, std::span(log_added).subspan(head * copies_.n, copies_.n));
+    });
     for (size_t h = 0; h < shape.n_kv_heads; ++h) {
-      std::vector<float>& best = result_.scores.emplace_back(n_copy_, -std::numeric_limits<float>::infinity());
-      for (size_t head = h * shape.group(); head < (h + 1) * shape.group(); ++head)
-        for (size_t i = 0; i < n_copy_; ++i)
-          best[i] = std::max(best[i], by_head[head][i] + std::log(lengths[head * n_copy_ + i]) - static_cast<float>(input));
+      std::vector<float>& best = result_.scores.emplace_back(by_head[h * shape.group()]);
+      for (size_t head = h * shape.group() + 1; head < (h + 1) * shape.group(); ++head)
+        for (size_t i = 0; i < copies_.n; ++i) best[i] = std::max(best[i], by_head[head][i]);
     }
   }
 
-  // max over the second copy's queries of s - lse, for each row of the first. [n_copy]
-  std::vector<float> MostRead(const LayerShape& shape, size_t head) const {
-    const size_t n = 2 * n_copy_, h = head / shape.group(), d = shape.head_dim;
-    std::vector<float> most(n_copy_, -std::numeric_limits<float>::infinity()), scores(kTileQueries * n);
-    for (size_t first = n_copy_; first < n; first += kTileQueries) {
+  // What one query head's queries of the second copy give the rows of the first. [n]
+  std::vector<float> ScoresOf(const LayerShape& shape, size_t head, std::span<const float> log_added) const {
+    const size_t n = copies_.n_read(), h = head / shape.group(), d = shape.head_dim;
+    std::vector<float> best(copies_.n, -std::numeric_limits<float>::infinity()), weights(kTileQueries * n);
+    for (size_t first = copies_.second; first < n; first += kTileQueries) {
       const size_t count = std::min(kTileQueries, n - first), keys = first + count;
       Gemm(false, true, count, keys, d, &queries_[first * shape.q_dim() + head * d], shape.q_dim(), &keys_[h * d],
-           shape.kv_dim(), scores.data(), keys, false);
-      Scale(scores.data(), shape.scale, count * keys);
+           shape.kv_dim(), weights.data(), keys, false);
+      Scale(weights.data(), shape.scale, count * keys);
       for (size_t j = 0; j < count; ++j) {
-        const float* row = &scores[j * keys];
+        float* row = &weights[j * keys];
         const float lse = LogSumExp(row, first + j + 1);
-        for (size_t i = 0; i < n_copy_; ++i) most[i] = std::max(most[i], row[i] - lse);
+        for (size_t i = 0; i < copies_.n; ++i) row[copies_.first + i] -= lse;
+        RaiseScores({row + copies_.first, copies_.n}, log_added, log_inputs_[first + j - copies_.second], best);
       }
     }
-    return most;
+    return best;
   }
 
-  // |W_O^h v_i| for each query head and row of the first copy, [n_heads, n_copy].
-  std::vector<float> OutputLengths(size_t layer) const {
+  // ln |W_O^h v_i| for each query head and row of the first copy, [n_heads, n].
+  std::vector<float> LogAdded(size_t layer) const {
     const LayerShape& shape = shape_.layers[layer];
     const WeightView& w = model_.layer(layer).attn_output;
     std::vector<float> identity(w.n_in * w.n_in), columns(w.n_in * w.n_out);
     for (size_t i = 0; i < w.n_in; ++i) identity[i * w.n_in + i] = 1;
     Linear(w, identity.data(), w.n_in, w.n_in, columns.data(), w.n_out, ComputeType::kF32);
-    std::vector<float> lengths(shape.n_heads * n_copy_);
+    std::vector<float> lengths(shape.n_heads * copies_.n);
     ParallelFor(shape.n_heads, [&](size_t head) {
       const size_t d = shape.head_dim, h = head / shape.group();
-      std::vector<float> added(n_copy_ * w.n_out);
-      Gemm(false, false, n_copy_, w.n_out, d, &values_[h * d], shape.kv_dim(), &columns[head * d * w.n_out], w.n_out,
+      std::vector<float> added(copies_.n * w.n_out);
+      Gemm(false, false, copies_.n, w.n_out, d, &values_[copies_.first * shape.kv_dim() + h * d], shape.kv_dim(), &columns[head * d * w.n_out], w.n_out,
            added.data(), w.n_out, false);
-      for (size_t i = 0; i < n_copy_; ++i) {
+      for (size_t i = 0; i < copies_.n; ++i) {
         const float* x = &added[i * w.n_out];
-        lengths[head * n_copy_ + i] = std::sqrt(Dot(x, x, w.n_out));
+        lengths[head * copies_.n + i] = LogLength(std::sqrt(Dot(x, x, w.n_out)));
       }
     });
     return lengths;
   }
 
-  double InputLength(size_t layer) const {
-    const std::vector<float>& w = model_.layer(layer).attn_norm.weight;
-    const double square = w.empty() ? 1 : Dot(w.data(), w.data(), w.size());
-    return 0.5 * std::log(std::max(square, 1e-30));
-  }
-
   const Model& model_;
   CacheShape shape_;
-  size_t n_copy_;
+  Copies copies_;
   bool wants_inputs_;
   RowScores& result_;
   std::vector<float> keys_, values_, queries_;  // of the present layer; values stay as they came
+  std::vector<float> log_inputs_;               // likewise, of the second copy
 };
 
 }  // namespace
 
-RowScores MeasureRows(const Engine& engine, const std::vector<int32_t>& text, bool wants_inputs) {
+void RaiseScores(std::span<const float> log_weights, std::span<const float> log_added, float log_input,
+                 std::span<float> scores) {
+  for (size_t i = 0; i < scores.size(); ++i)
+    scores[i] = std::max(scores[i], log_weights[i] + log_added[i] - log_input);
+}
+
+float LogLength(float length) { return std::log(std::max(length, std::numeric_limits<float>::min())); }
+
+RepeatFrame MakeRepeatFrame(const Model& model, const Tokenizer& tokenizer) {
+  constexpr const char* kKey = "tokenizer.chat_template";
+  const std::string jinja = model.file().Find(kKey) == nullptr ? "" : model.file().Get<std::string>(kKey);
+  if (!RecogniseChatFormat(jinja)) return {{}, tokenizer.Encode("\n", false, false, false)};
+  const ChatTemplate chat = ChatTemplate::Choose("", jinja, tokenizer, model.file().name());
+  // The text itself is tokens already: the question is cut where it stands.
+  const std::string text = "\x01", asked = text + "\n\nRepeat the previous context exactly.";
+  const ChatMessage question{ChatRole::kUser, asked};
+  std::vector<ChatPiece> before = chat.Render({&question, 1}), between;
+  const auto own = std::find_if(before.begin(), before.end(), [&](const ChatPiece& piece) {
+    return piece.kind == ChatPiece::Kind::kUser;
+  });
+  between.push_back({ChatPiece::Kind::kUser, own->text.substr(own->text.find(text) + text.size())});
+  between.insert(between.end(), own + 1, before.end());
+  before.erase(own, before.end());
+  return {EncodeChat(tokenizer, before, {}).ids,
+          EncodeChat(tokenizer, between, {.begins_text = false, .at_start = false}).ids};
+}
+
+RowScores MeasureRows(const Engine& engine, const std::vector<int32_t>& text, const RepeatFrame& frame,
+                      bool wants_inputs) {
   const Model& model = engine.model();
-  std::vector<int32_t> twice = text;
-  twice.insert(twice.end(), text.begin(), text.end());
-  CacheShape shape = model.MakeCacheShape(twice.size(), engine.compute());
+  const Copies copies{frame.before.size(), frame.before.size() + text.size() + frame.between.size(), text.size()};
+  std::vector<int32_t> read;
+  for (const std::vector<int32_t>* part : {&frame.before, &text, &frame.between, &text})
+    read.insert(read.end(), part->begin(), part->end());
+  CacheShape shape = model.MakeCacheShape(read.size(), engine.compute());
   shape.compute = ComputeType::kF32;
   ForwardWorkspace workspace;
-  workspace.Reserve(model.config(), twice.size());
+  workspace.Reserve(model.config(), read.size());
   RowScores result;
-  ScoringCache cache(model, shape, text.size(), wants_inputs, result);
-  Forward(model, twice, cache, engine.compute(), workspace);
+  ScoringCache cache(model, shape, copies, wants_inputs, result);
+  Forward(model, read, cache, engine.compute(), workspace);
   return result;
 }
 

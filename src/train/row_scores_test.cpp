@@ -4,10 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
+#include <functional>
 #include <limits>
 #include <numeric>
 
 #include "base/rng.h"
+#include "format/gguf_writer.h"
 #include "kernels/basic/rope.h"
 #include "kernels/quants/quants.h"
 #include "kvcache/sequence_cache.h"
@@ -72,10 +75,21 @@ double AddedLength(const WeightView& w, size_t head, size_t d, const float* v) {
   return std::sqrt(square);
 }
 
-// Of the rows of the first n tokens, for one query head: the largest s - lse of a query of the second n.
-std::vector<double> MostRead(const Recorder::Layer& layer, const LayerShape& s, size_t n, size_t head) {
-  std::vector<double> most(n, -std::numeric_limits<double>::infinity());
-  for (size_t j = n; j < 2 * n; ++j) {
+// Where the copies lie behind these tokens.
+struct Places {
+  size_t first, second, n;
+};
+
+double Length(const float* x, size_t n) {
+  double square = 0;
+  for (size_t c = 0; c < n; ++c) square += double(x[c]) * double(x[c]);
+  return std::sqrt(square);
+}
+
+// Of the rows of the first copy, for one query head: the largest s - lse - ln |x| of a query of the second.
+std::vector<double> MostRead(const Recorder::Layer& layer, const LayerShape& s, size_t width, const Places& at, size_t head) {
+  std::vector<double> most(at.n, -std::numeric_limits<double>::infinity());
+  for (size_t j = at.second; j < at.second + at.n; ++j) {
     std::vector<double> scores(j + 1);
     double sum = 0;
     for (size_t i = 0; i <= j; ++i) {
@@ -85,46 +99,151 @@ std::vector<double> MostRead(const Recorder::Layer& layer, const LayerShape& s, 
       scores[i] *= double(s.scale);
       sum += std::exp(scores[i]);
     }
-    for (size_t i = 0; i < n; ++i) most[i] = std::max(most[i], scores[i] - std::log(sum));
+    const double divisor = std::log(sum) + std::log(Length(&layer.x[j * width], width));
+    for (size_t i = 0; i < at.n; ++i) most[i] = std::max(most[i], scores[at.first + i] - divisor);
   }
   return most;
 }
 
-TEST(RowScores, AreWhatTheSecondCopyReads) {
-  const auto model = Model::Load(LESSKV_SOURCE_DIR "/tests/data/models/llama-gqa-tied.gguf");
-  const Engine engine(model, {.compute = ComputeChoice::kF32});
-  Rng rng(8);
-  std::vector<int32_t> text(23);
-  for (int32_t& token : text) token = static_cast<int32_t>(rng.Below(model->config().n_vocab));
-  const size_t n = text.size();
-  const RowScores measured = MeasureRows(engine, text, true);
-  EXPECT_TRUE(MeasureRows(engine, text).inputs.empty());
+constexpr const char* kModel = LESSKV_SOURCE_DIR "/tests/data/models/llama-gqa-tied.gguf";
 
-  std::vector<int32_t> twice = text;
-  twice.insert(twice.end(), text.begin(), text.end());
-  const CacheShape shape = model->MakeCacheShape(2 * n, ComputeType::kF32);
-  Recorder recorder(shape, 2 * n);
+// The model with one f32 tensor multiplied, and further metadata.
+std::shared_ptr<const Model> Changed(const std::string& path, const std::string& tensor, float factor,
+                                     const std::string& chat_template = "") {
+  const auto model = Model::Load(path);
+  GgufWriter writer;
+  for (const auto& [key, value] : model->file().metadata()) writer.Add(key, value);
+  if (!chat_template.empty()) writer.Add("tokenizer.chat_template", chat_template);
+  std::vector<float> scaled;
+  for (const GgufTensor& t : model->file().tensors()) {
+    const auto ne = std::span(t.ne).first(t.n_dims);
+    if (t.name != tensor) {
+      writer.AddTensor(t.name, t.type, ne, t.data);
+      continue;
+    }
+    scaled.resize(t.Elements());
+    for (size_t r = 0; r < t.Rows(); ++r)
+      DequantizeRow(t.type, t.data.data() + r * RowBytes(t.type, t.ne[0]), t.ne[0], &scaled[r * t.ne[0]]);
+    for (float& w : scaled) w *= factor;
+    writer.AddTensor(t.name, DType::kF32, ne, std::as_bytes(std::span(scaled)));
+  }
+  const std::string file = testing::TempDir() + "/row_scores.gguf";
+  writer.Write(file);
+  const auto changed = Model::Load(file, ModelLoading::kRead);
+  std::filesystem::remove(file);
+  return changed;
+}
+
+std::vector<int32_t> RandomTokens(const Model& model, size_t n, uint64_t seed) {
+  Rng rng(seed);
+  std::vector<int32_t> text(n);
+  for (int32_t& token : text) token = static_cast<int32_t>(rng.Below(model.config().n_vocab));
+  return text;
+}
+
+// Two query heads, two queries of the second copy, three rows, by hand.
+TEST(RowScores, ByHand) {
+  const float weights[2][2][3] = {{{.1f, .5f, .02f}, {.3f, .05f, .01f}}, {{.04f, .2f, .4f}, {.02f, .1f, .08f}}};
+  const float added[2][3] = {{1, .5f, 2}, {3, 1, .25f}}, inputs[2] = {2, 4};
+  std::vector<float> scores(3, -std::numeric_limits<float>::infinity());
+  for (size_t head = 0; head < 2; ++head)
+    for (size_t j = 0; j < 2; ++j) {
+      std::vector<float> log_weights, log_added;
+      for (const float w : weights[head][j]) log_weights.push_back(LogLength(w));
+      for (const float v : added[head]) log_added.push_back(LogLength(v));
+      RaiseScores(log_weights, log_added, LogLength(inputs[j]), scores);
+      const std::vector<float> once = scores;  // a head like this one changes nothing
+      RaiseScores(log_weights, log_added, LogLength(inputs[j]), scores);
+      EXPECT_EQ(scores, once);
+    }
+  const double logs[] = {-2.590267, -2.079442, -2.995732}, linear[] = {.075, .125, .05};
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_NEAR(scores[i], logs[i], 1e-6);
+    EXPECT_NEAR(std::exp(scores[i]), linear[i], 1e-6);
+  }
+}
+
+TEST(RowScores, AreWhatTheSecondCopyReads) {
+  const auto model = Model::Load(kModel);
+  const Engine engine(model, {.compute = ComputeChoice::kF32});
+  const std::vector<int32_t> text = RandomTokens(*model, 23, 8);
+  const RepeatFrame frame{{3, 5, 7}, {9, 11}};
+  const Places at{3, 3 + 23 + 2, 23};
+  const RowScores measured = MeasureRows(engine, text, frame, true);
+  EXPECT_TRUE(MeasureRows(engine, text, frame).inputs.empty());
+
+  std::vector<int32_t> read = frame.before;
+  read.insert(read.end(), text.begin(), text.end());
+  read.insert(read.end(), frame.between.begin(), frame.between.end());
+  read.insert(read.end(), text.begin(), text.end());
+  const CacheShape shape = model->MakeCacheShape(read.size(), ComputeType::kF32);
+  const size_t width = shape.input_width;
+  Recorder recorder(shape, read.size());
   ForwardWorkspace workspace;
-  Forward(*model, twice, recorder, ComputeType::kF32, workspace);
+  Forward(*model, read, recorder, ComputeType::kF32, workspace);
   size_t row = 0;
+  double least = 1e9, most = 0;
   for (size_t l = 0; l < shape.n_layers(); ++l) {
     const LayerShape& s = shape.layers[l];
     ASSERT_GT(s.group(), 1u);
     const Recorder::Layer& layer = recorder.layers[l];
-    EXPECT_EQ(measured.inputs[l], std::vector<float>(layer.x.begin(), layer.x.begin() + static_cast<ptrdiff_t>(n * shape.input_width)));
-    double norm = 0;
-    for (const float w : model->layer(l).attn_norm.weight) norm += double(w) * double(w);
+    const auto first = layer.x.begin() + static_cast<ptrdiff_t>(at.first * width);
+    EXPECT_EQ(measured.inputs[l], std::vector<float>(first, first + static_cast<ptrdiff_t>(at.n * width)));
+    for (size_t j = 0; j < at.n; ++j) {
+      least = std::min(least, Length(&layer.x[(at.second + j) * width], width));
+      most = std::max(most, Length(&layer.x[(at.second + j) * width], width));
+    }
     for (size_t h = 0; h < s.n_kv_heads; ++h, ++row)
-      for (size_t i = 0; i < n; ++i) {
+      for (size_t i = 0; i < at.n; ++i) {
         double expected = -std::numeric_limits<double>::infinity();
         for (size_t head = h * s.group(); head < (h + 1) * s.group(); ++head)
-          expected = std::max(expected, MostRead(layer, s, n, head)[i] - 0.5 * std::log(norm) +
+          expected = std::max(expected, MostRead(layer, s, width, at, head)[i] +
                                             std::log(AddedLength(model->layer(l).attn_output, head, s.head_dim,
-                                                                 &layer.v[i * s.kv_dim() + h * s.head_dim])));
-        EXPECT_NEAR(measured.scores[row][i], expected, 1e-3) << l << " " << h << " " << i;
+                                                                 &layer.v[(at.first + i) * s.kv_dim() + h * s.head_dim])));
+        EXPECT_NEAR(measured.scores[row][i], expected, 2e-4) << l << " " << h << " " << i;
       }
   }
   EXPECT_EQ(row, measured.scores.size());
+  EXPECT_GT(most, 1.01 * least);  // queries' inputs differ in length, or their place in the maximum would not matter
+}
+
+// A layer's scores are of its own output projection: twice of it is ln 2 more in every head, and none of it is finite.
+TEST(RowScores, FollowTheOutputProjection) {
+  const auto model = Model::Load(kModel);
+  const size_t last = model->config().n_layers - 1;
+  const std::string tensor = fmt::format("blk.{}.attn_output.weight", last);
+  const std::vector<int32_t> text = RandomTokens(*model, 19, 9);
+  const auto measure = [&](const std::shared_ptr<const Model>& of) {
+    return MeasureRows(Engine(of, {.compute = ComputeChoice::kF32}), text, {{}, {4}}).scores;
+  };
+  const auto usual = measure(Changed(kModel, tensor, 1)), twice = measure(Changed(kModel, tensor, 2));
+  const auto none = measure(Changed(kModel, tensor, 0));
+  const size_t n_heads = model->layer(last).k.n_out / model->config().head_dim;
+  for (size_t head = 0; head < usual.size(); ++head)
+    for (size_t i = 0; i < text.size(); ++i) {
+      const bool own = head + n_heads >= usual.size();
+      EXPECT_NEAR(twice[head][i], usual[head][i] + (own ? std::log(2.0f) : 0.0f), 1e-5);
+      EXPECT_TRUE(std::isfinite(none[head][i]));
+      EXPECT_EQ(none[head][i] < usual[head][i] - 10, own);
+    }
+}
+
+// With a chat template the model is asked for the text and answers with it; the marks are the template's.
+TEST(RowScores, TheTextIsRepeatedAsTheModelWouldBeAsked) {
+  const std::string path = LESSKV_SOURCE_DIR "/models/lesskv-small.gguf";
+  const auto plain = Model::Load(path);
+  const auto tokenizer = Tokenizer::Create(LoadVocabulary(plain->file()));
+  const auto text = [&](const std::vector<int32_t>& ids) { return tokenizer->Decode(ids, false); };
+  EXPECT_TRUE(MakeRepeatFrame(*plain, *tokenizer).before.empty());
+  EXPECT_EQ(text(MakeRepeatFrame(*plain, *tokenizer).between), "\n");
+  const auto chat = Changed(path, "", 1,
+                            "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+                            "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' "
+                            "}}{% endif %}");
+  const RepeatFrame frame = MakeRepeatFrame(*chat, *tokenizer);
+  EXPECT_TRUE(text(frame.before).ends_with("<|im_start|>user\n")) << text(frame.before);
+  EXPECT_EQ(text(frame.between),
+            "\n\nRepeat the previous context exactly.<|im_end|>\n<|im_start|>assistant\n");
 }
 
 }  // namespace

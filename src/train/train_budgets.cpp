@@ -62,6 +62,7 @@ TrainBudgetsReport TrainBudgets(const Engine& engine, const Tokenizer& tokenizer
   Validate(options);
   const auto start = std::chrono::steady_clock::now();
   const CropSource crops(tokenizer, options.texts);
+  const RepeatFrame frame = MakeRepeatFrame(engine.model(), tokenizer);
   const ThreadScope threads(engine.threads());
   TrainBudgetsReport report;
   SidecarBudgets& budgets = report.budgets;
@@ -76,7 +77,7 @@ TrainBudgetsReport TrainBudgets(const Engine& engine, const Tokenizer& tokenizer
   for (size_t s = 0; s < options.sequences; ++s) {
     if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "stopped");
     const std::vector<float> shares =
-        SharesOf(MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens)).scores, options.ratios);
+        SharesOf(MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens), frame).scores, options.ratios);
     std::vector<float>& half = halves[s < (options.sequences + 1) / 2 ? 0 : 1];
     half.resize(shares.size());
     Add(half.data(), shares.data(), shares.size());

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "base/checked.h"
 #include "base/error.h"
 #include "base/threads.h"
 #include "train/crop_source.h"
@@ -15,7 +16,8 @@ namespace lesskv::train {
 namespace {
 
 constexpr size_t kFolds = 5, kSinkRows = 4;
-constexpr double kLambdas[] = {1e-4, 1e-3, 1e-2, 1e-1, 1};
+constexpr size_t kQuantileRows = 4096;  // inputs of a layer, from all texts alike, whose scores are sorted
+constexpr double kLambdas[] = {1e-5, 1e-4, 1e-3, 1e-2, 1e-1};
 
 // One layer: sums a fold.
 using Folds = std::vector<RidgeSums>;
@@ -74,6 +76,30 @@ void AddText(const RowScores& text, const std::vector<size_t>& n_kv_heads, size_
   });
 }
 
+// Keeps every step-th input behind the first rows.
+void KeepInputs(const RowScores& text, size_t width, size_t step, std::vector<std::vector<float>>& kept) {
+  for (size_t l = 0; l < kept.size(); ++l) {
+    const std::vector<float>& inputs = text.inputs[l];
+    for (size_t at = kSinkRows * width; at < inputs.size(); at += step * width)
+      kept[l].insert(kept[l].end(), inputs.begin() + static_cast<ptrdiff_t>(at), inputs.begin() + static_cast<ptrdiff_t>(at + width));
+  }
+}
+
+// The 1, 2, ... 99 % quantiles of what a fit predicts, a target after the other.
+std::vector<float> Quantiles(const RidgeFit& fit, std::span<const float> inputs) {
+  const size_t n_targets = fit.bias.size(), width = fit.weight.size() / n_targets, n = inputs.size() / width;
+  std::vector<float> quantiles, scores(n);
+  for (size_t t = 0; t < n_targets; ++t) {
+    for (size_t i = 0; i < n; ++i)
+      scores[i] = static_cast<float>(std::inner_product(&fit.weight[t * width], &fit.weight[t * width] + width,
+                                                        &inputs[i * width], fit.bias[t]));
+    std::sort(scores.begin(), scores.end());
+    for (size_t q = 1; q <= SidecarScores::kQuantiles; ++q)
+      quantiles.push_back(scores[std::min(n - 1, n * q / (SidecarScores::kQuantiles + 1))]);
+  }
+  return quantiles;
+}
+
 }  // namespace
 
 TrainKvzapReport TrainKvzap(const Engine& engine, const Tokenizer& tokenizer, const TrainKvzapOptions& options,
@@ -81,6 +107,7 @@ TrainKvzapReport TrainKvzap(const Engine& engine, const Tokenizer& tokenizer, co
   Validate(options);
   const auto start = std::chrono::steady_clock::now();
   const CropSource crops(tokenizer, options.texts);
+  const RepeatFrame frame = MakeRepeatFrame(engine.model(), tokenizer);
   const ThreadScope threads(engine.threads());
   TrainKvzapReport report;
   SidecarScores& scores = report.scores;
@@ -93,14 +120,22 @@ TrainKvzapReport TrainKvzap(const Engine& engine, const Tokenizer& tokenizer, co
   std::vector<Folds> layers;
   for (const size_t heads : scores.n_kv_heads)
     layers.emplace_back(std::min(kFolds, options.sequences), RidgeSums(scores.width, heads));
+  std::vector<std::vector<float>> kept(layers.size());
+  const size_t step = CeilDiv(scores.tokens, kQuantileRows);
   for (size_t s = 0; s < options.sequences; ++s) {
     if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "stopped");
-    const RowScores text = MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens), true);
+    const RowScores text = MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens), frame, true);
     AddText(text, scores.n_kv_heads, s % layers[0].size(), layers);
+    KeepInputs(text, scores.width, step, kept);
     progress(static_cast<double>(s + 1) / static_cast<double>(options.sequences));
   }
   std::vector<LayerFit> fits(layers.size());
-  ParallelFor(layers.size(), [&](size_t l) { fits[l] = FitLayer(layers[l]); });
+  std::vector<std::vector<float>> quantiles(layers.size());
+  ParallelFor(layers.size(), [&](size_t l) {
+    fits[l] = FitLayer(layers[l]);
+    quantiles[l] = Quantiles(fits[l].fit, kept[l]);
+  });
+  for (const std::vector<float>& layer : quantiles) scores.quantiles.insert(scores.quantiles.end(), layer.begin(), layer.end());
   for (const LayerFit& layer : fits) {
     scores.weight.insert(scores.weight.end(), layer.fit.weight.begin(), layer.fit.weight.end());
     scores.bias.insert(scores.bias.end(), layer.fit.bias.begin(), layer.fit.bias.end());

@@ -180,6 +180,13 @@ void ReadScores(const GgufFile& file, SidecarScores& scores) {
   scores.r2 = file.GetOr<std::vector<float>>("kvzap.train.r2", {});
   ReadTensor(file, RequiredTensor(file, "kvzap.weight"), {"", &scores.weight, {scores.width, n_heads}, false}, DType::kF32);
   ReadTensor(file, RequiredTensor(file, "kvzap.bias"), {"", &scores.bias, {n_heads}, false}, DType::kF32);
+  const GgufTensor* quantiles = file.FindTensor("kvzap.quantiles");
+  if (quantiles == nullptr) return;  // of an earlier version
+  ReadTensor(file, *quantiles, {"", &scores.quantiles, {SidecarScores::kQuantiles, n_heads}, false}, DType::kF32);
+  for (size_t i = 0; i < scores.quantiles.size(); ++i)
+    if (i % SidecarScores::kQuantiles > 0 && scores.quantiles[i] < scores.quantiles[i - 1])
+      Fail(ErrorCode::kBadFile, "{}: tensor kvzap.quantiles must ascend in each head, found {} after {}", file.name(),
+           scores.quantiles[i], scores.quantiles[i - 1]);
 }
 
 void AddScores(const SidecarScores& scores, GgufWriter& writer) {
@@ -191,6 +198,9 @@ void AddScores(const SidecarScores& scores, GgufWriter& writer) {
   const size_t ne[] = {scores.width, scores.bias.size()};
   writer.AddTensor("kvzap.weight", DType::kF32, ne, std::as_bytes(std::span(scores.weight)));
   writer.AddTensor("kvzap.bias", DType::kF32, {&ne[1], 1}, std::as_bytes(std::span(scores.bias)));
+  if (scores.quantiles.empty()) return;
+  writer.AddTensor("kvzap.quantiles", DType::kF32, {SidecarScores::kQuantiles, scores.bias.size()},
+                   std::as_bytes(std::span(scores.quantiles)));
 }
 
 void ReadBudgets(const GgufFile& file, SidecarBudgets& budgets) {

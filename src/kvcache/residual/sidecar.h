@@ -82,11 +82,14 @@ struct SidecarBudgets {
 
 // What rows of a KV head are worth by the layer's input (`kvzap`): score = bias + weight x.
 struct SidecarScores {
+  static constexpr size_t kQuantiles = 99;
+
   std::vector<size_t> n_kv_heads;  // of each global layer
   size_t width = 0;                // of the input
   std::vector<float> weight;       // [heads, width]
   std::vector<float> bias;         // [heads]
   std::vector<float> r2;           // [heads]: squared correlation with the measured scores of texts left out
+  std::vector<float> quantiles;    // [heads, kQuantiles]: the 1, 2, ... 99 % ones of its scores of the training texts; or none
   uint64_t tokens = 0;             // distinct training tokens
 
   bool empty() const { return weight.empty(); }
