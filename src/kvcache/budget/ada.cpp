@@ -99,14 +99,18 @@ void DivideByVotes(std::span<const LayerRows> layers, double floor, std::span<si
   const size_t staying = any.window + any.protect->CountFrom(static_cast<int32_t>(any.sinks));
   const size_t always = std::min(mean, std::max(staying, any.apart));
   const auto own = std::min(mean - always, static_cast<size_t>(floor * static_cast<double>(mean) + 1e-9));
-  const size_t least = std::max<size_t>(1, always + own);
-  size_t rest = total - n * least;
+  const size_t usual = std::max<size_t>(1, always + own);
+  // A head that an earlier division left fewer rows than that cannot keep more; the others can.
+  const auto least_of = [&](const HeadRows& head) { return std::min(usual, std::max({always, head.n_rows(), size_t{1}})); };
+  size_t rest = total;
+  for (const LayerRows& layer : layers)
+    for (const HeadRows& head : layer.heads) rest -= least_of(head);
   std::vector<Candidate> all;
   uint32_t number = 0;
   for (const LayerRows& layer : layers)
     for (const HeadRows& head : layer.heads) {
       std::vector<Candidate> candidates = CandidatesOf(layer, head, number);
-      const size_t kept = head.n_rows() - candidates.size();
+      const size_t kept = head.n_rows() - candidates.size(), least = least_of(head);
       const size_t taken = std::min(candidates.size(), least - std::min(least, kept));
       const size_t ranked = std::min(candidates.size(), taken + rest);
       std::partial_sort(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(ranked), candidates.end());

@@ -4,8 +4,8 @@
 //   need(l)   = mean of MBA over the query heads
 //   B(l)      = b + (B - b) L need(l) / sum of needs,  b = max(beta B, what every head must hold)
 //
-// A layer never gets more than the prompt's tokens: what is cut there goes to the others by the same rule. Rounding is
-// ours: floors, then the largest remainders, the lower layer first among equals. Attention is used as it is, the window's
+// A layer never gets more rows than it holds when the prompt ends (all tokens, or, where an earlier prompt was cut, what that
+// left it and the new ones): what is cut there goes to the others by the same rule. Rounding is ours: floors, then the largest remainders, the lower layer first among equals. Attention is used as it is, the window's
 // own columns included, and never averaged over a group before keys are counted.
 #include "kvcache/budget/zigzag.h"
 
@@ -20,8 +20,8 @@
 namespace lesskv {
 namespace {
 
-// Shares of the layers, real numbers: those that would exceed n_tokens stand at it.
-std::vector<double> Shares(std::span<const double> needs, double total, double floor, double n_tokens) {
+// Shares of the layers, real numbers: those that would exceed their most stand at it.
+std::vector<double> Shares(std::span<const double> needs, double total, double floor, std::span<const size_t> most) {
   const size_t n = needs.size();
   std::vector<double> shares(n);
   std::vector<bool> fixed(n, false);
@@ -29,16 +29,16 @@ std::vector<double> Shares(std::span<const double> needs, double total, double f
     again = false;
     double sum = 0, left = total, active = 0;
     for (size_t l = 0; l < n; ++l) {
-      if (fixed[l]) left -= n_tokens;
+      if (fixed[l]) left -= static_cast<double>(most[l]);
       else sum += needs[l], ++active;
     }
     for (size_t l = 0; l < n; ++l) {
       if (fixed[l]) continue;
       shares[l] = sum > 0 ? floor + (left - floor * active) * needs[l] / sum : left / active;
-      if (shares[l] > n_tokens) again = true;
+      if (shares[l] > static_cast<double>(most[l])) again = true;
     }
     for (size_t l = 0; l < n; ++l)
-      if (!fixed[l] && shares[l] > n_tokens) shares[l] = n_tokens, fixed[l] = true;
+      if (!fixed[l] && shares[l] > static_cast<double>(most[l])) shares[l] = static_cast<double>(most[l]), fixed[l] = true;
   }
   return shares;
 }
@@ -67,8 +67,14 @@ class ZigzagBudgeter final : public Budgeter {
   void AllocateModel(const BudgetRequest& request, std::span<const LayerRows> layers,
                      std::span<size_t> budgets) const override {
     std::vector<double> needs;
-    for (const LayerRows& layer : layers) needs.push_back(layer.need);
-    const std::vector<size_t> rows = ZigzagRows(needs, request.rows, request.least(), beta_, request.n_tokens);
+    std::vector<size_t> most;  // of a layer whose heads differ their mean, which a share term divides
+    for (const LayerRows& layer : layers) {
+      needs.push_back(layer.need);
+      size_t held = 0;
+      for (const HeadRows& head : layer.heads) held += head.n_rows();
+      most.push_back(std::max(held / layer.heads.size(), request.least()));
+    }
+    const std::vector<size_t> rows = ZigzagRows(needs, request.rows, request.least(), beta_, most);
     for (size_t l = 0, head = 0; l < rows.size(); ++l)
       for (size_t h = 0; h < request.n_kv_heads[l]; ++h) budgets[head++] = rows[l];
   }
@@ -102,16 +108,25 @@ size_t KeysThatHold(double tau, std::span<const float> received) {
   return std::max<size_t>(keys, 1);
 }
 
-std::vector<size_t> ZigzagRows(std::span<const double> needs, size_t rows, size_t least, double beta, size_t n_tokens) {
-  const size_t n = needs.size();
+std::vector<size_t> ZigzagRows(std::span<const double> needs, size_t rows, size_t least, double beta, size_t most) {
+  return ZigzagRows(needs, rows, least, beta, std::vector<size_t>(needs.size(), most));
+}
+
+std::vector<size_t> ZigzagRows(std::span<const double> needs, size_t rows, size_t least, double beta,
+                               std::span<const size_t> most) {
+  const size_t n = needs.size(), all = std::accumulate(most.begin(), most.end(), size_t{0});
   std::vector<size_t> result(n, rows);
-  const double mean = static_cast<double>(rows), floor = std::max(beta * mean, static_cast<double>(least));
+  if (*std::max_element(most.begin(), most.end()) <= rows) return result;
+  if (all <= n * rows) {
+    for (size_t l = 0; l < n; ++l) result[l] = most[l] + (n * rows - all) / n + (l < (n * rows - all) % n ? 1 : 0);
+    return result;
+  }
+  const double mean = static_cast<double>(rows), floor = std::min(mean, std::max(beta * mean, static_cast<double>(least)));
   double sum = 0;
   for (const double need : needs) sum += need;
-  if (rows >= n_tokens || floor >= mean || !std::isfinite(sum) || sum <= 0) return result;
-
+  const std::vector<double> even(n, 1.0);
   const std::vector<double> shares =
-      Shares(needs, mean * static_cast<double>(n), floor, static_cast<double>(n_tokens));
+      Shares(std::isfinite(sum) && sum > 0 ? needs : even, mean * static_cast<double>(n), floor, most);
   std::vector<double> remainder(n);
   for (size_t l = 0; l < n; ++l) {
     const double whole = std::floor(shares[l] + 1e-9);  // the small term keeps whole shares whole
@@ -123,7 +138,7 @@ std::vector<size_t> ZigzagRows(std::span<const double> needs, size_t rows, size_
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return remainder[a] > remainder[b] + 1e-9; });
   size_t left = n * rows - std::accumulate(result.begin(), result.end(), size_t{0});
   for (size_t i = 0; left > 0; ++i) {
-    if (result[order[i % n]] >= n_tokens) continue;
+    if (result[order[i % n]] >= most[order[i % n]]) continue;
     ++result[order[i % n]];
     --left;
   }

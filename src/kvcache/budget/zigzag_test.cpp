@@ -59,8 +59,9 @@ TEST(Zigzag, KeysGrowWithTau) {
       EXPECT_LE(keys, a.size());
       before = keys;
     }
-    std::vector<float> reversed(a.rbegin(), a.rend());
-    EXPECT_EQ(KeysThatHold(0.7, reversed), KeysThatHold(0.7, a));
+    std::vector<float> moved = a;  // in any order, not only turned round
+    for (size_t k = moved.size(); k > 1; --k) std::swap(moved[k - 1], moved[rng.Below(k)]);
+    EXPECT_EQ(KeysThatHold(0.7, moved), KeysThatHold(0.7, a));
   }
 }
 
@@ -76,6 +77,32 @@ TEST(Zigzag, RowsByHand) {
   EXPECT_EQ(ZigzagRows(std::vector<double>{5, std::nan("")}, 33, 8, .2, 1000), (Rows{33, 33}));
   EXPECT_EQ(ZigzagRows(std::vector<double>{0, 0}, 33, 8, .2, 1000), (Rows{33, 33}));
   EXPECT_EQ(ZigzagRows(std::vector<double>{4}, 33, 8, .2, 1000), (Rows{33}));
+}
+
+// Layers that hold fewer rows than their share keep those, and the others have what is over; the sum stays.
+TEST(Zigzag, NoLayerGetsMoreThanItHolds) {
+  const auto rows = [](std::vector<double> needs, size_t mean, std::vector<size_t> most) {
+    return ZigzagRows(needs, mean, 8, .2, most);
+  };
+  EXPECT_EQ(rows({10, 20, 30, 40}, 100, {1000, 1000, 1000, 140}), (Rows{53, 87, 120, 140}));
+  EXPECT_EQ(rows({10, 20, 30, 40}, 100, {52, 84, 116, 149}), (Rows{52, 84, 116, 148}));
+  EXPECT_EQ(rows({40, 30, 20, 10}, 100, {53, 87, 121, 141}), (Rows{53, 87, 121, 139}));
+  // All that is there fits: each keeps what it holds, whatever the needs.
+  EXPECT_EQ(rows({40, 30, 20, 10}, 100, {30, 90, 110, 150}), (Rows{35, 95, 115, 155}));
+  EXPECT_EQ(rows({std::nan(""), 1, 1, 1}, 100, {30, 90, 160, 160}), (Rows{30, 90, 140, 140}));
+
+  Rng rng(9);
+  for (int i = 0; i < 5000; ++i) {
+    const size_t n = 2 + rng.Below(6), mean = 4 + rng.Below(40), least = rng.Below(4);
+    std::vector<double> needs(n);
+    std::vector<size_t> most(n);
+    for (double& need : needs) need = rng.UniformFloat(0, 1);
+    for (size_t& m : most) m = 4 + rng.Below(90);
+    const Rows budgets = ZigzagRows(needs, mean, least, 0.2, most);
+    ASSERT_EQ(std::accumulate(budgets.begin(), budgets.end(), size_t{0}), n * mean);
+    const bool cut = std::accumulate(most.begin(), most.end(), size_t{0}) > n * mean;
+    for (size_t l = 0; l < n; ++l) ASSERT_TRUE(!cut || budgets[l] <= most[l]);
+  }
 }
 
 TEST(Zigzag, SumsAreExactWithinBounds) {
@@ -97,8 +124,11 @@ TEST(Zigzag, SumsAreExactWithinBounds) {
           ASSERT_GE(budgets[l], budgets[m]);
         }
     }
-    for (double& need : needs) need *= 4;
-    ASSERT_EQ(ZigzagRows(needs, rows, least, beta, n_tokens), budgets);
+    for (const double factor : {4.0, 0.125, 3.0, 1e-6, 7e5}) {
+      std::vector<double> scaled = needs;
+      for (double& need : scaled) need *= factor;
+      ASSERT_EQ(ZigzagRows(scaled, rows, least, beta, n_tokens), budgets) << factor;
+    }
   }
 }
 
