@@ -124,6 +124,25 @@ TEST(Clustering, LabelsAreNearestByCosine) {
   }
 }
 
+// Between the same centroids a key's length decides nothing, however it is scaled.
+TEST(Clustering, AKeysLengthDecidesNothing) {
+  Rng rng(8);
+  constexpr size_t kN = 120, kDim = 16, kClusters = 9;
+  std::vector<float> keys = Random(kN * kDim, rng), centroids(kClusters * kDim), same(kClusters * kDim);
+  Ids labels(kN), after(kN);
+  ClusterKeys(keys.data(), kN, kDim, kClusters, 0, 4, centroids.data(), labels);  // no pass: keys that were drawn
+  for (size_t i = 0; i < kN; ++i)
+    for (const float factor : {3.0f, 0.01f, 1e4f}) {
+      std::vector<float> scaled = keys;
+      for (size_t c = 0; c < kDim; ++c) scaled[i * kDim + c] *= factor;
+      ClusterKeys(scaled.data(), kN, kDim, kClusters, 0, 4, same.data(), after);
+      ASSERT_EQ(after, labels) << "key " << i << " times " << factor;
+      size_t drawn = 0;
+      for (size_t c = 0; c < kClusters; ++c) drawn += !std::equal(&same[c * kDim], &same[(c + 1) * kDim - 1] + 1, &centroids[c * kDim]);
+      ASSERT_LE(drawn, 1u);
+    }
+}
+
 // Directions far apart, lengths that differ: every direction a cluster, its centroid the mean of the keys as they are.
 TEST(Clustering, FindsDirections) {
   Rng rng(3);
@@ -172,12 +191,14 @@ TEST(Clustering, EdgesHaveAPlace) {
 
 struct Shape {
   size_t n_layers = 2, n_kv = 2, group = 3, d = 32;
+  float query_length = 1;  // a factor of all queries, by which their scores are divided
   size_t n_heads() const { return n_kv * group; }
 };
 
 StoreShape MakeStoreShape(const Shape& shape) {
-  const CacheShape cache = CacheShape::Uniform(shape.n_layers, shape.n_heads(), shape.n_kv, shape.d, 4096,
-                                               {.n_dims = shape.d, .frequency_factors = {}});
+  CacheShape cache = CacheShape::Uniform(shape.n_layers, shape.n_heads(), shape.n_kv, shape.d, 4096,
+                                         {.n_dims = shape.d, .frequency_factors = {}});
+  for (LayerShape& layer : cache.layers) layer.scale /= shape.query_length;
   return {cache.layers, ComputeType::kF32, false, true, false};
 }
 
@@ -196,6 +217,7 @@ struct Driver {
       keys[layer].insert(keys[layer].end(), k.begin(), k.end());
       values[layer].insert(values[layer].end(), v.begin(), v.end());
       queries[layer] = q;
+      for (float& x : queries[layer]) x *= asks_again ? 1 : shape.query_length;
       store->Append(layer, 0, n, k.data(), v.data());
       outputs.emplace_back(n * qd);
       std::vector<float> lse(n * shape.n_heads());
@@ -422,6 +444,27 @@ TEST(ClusterStore, OutputsAreThoseOfExactArithmetic) {
           for (size_t c = 0; c < d; ++c)
             ASSERT_NEAR(outputs[1][head * d + c], want[c], near) << "step " << step << ", head " << head;
         }
+      }
+    }
+}
+
+// Longer queries whose scores are divided by as much read the same rows: neither a query's length nor the scale of the
+// scores decides.
+TEST(ClusterStore, WhatIsReadIsFreeOfAQuerysLength) {
+  for (const bool by_group : {false, true})
+    for (const float length : {8.0f, 0.3f, 50.0f}) {
+      SCOPED_TRACE(testing::Message() << length << (by_group ? " by group" : " by head"));
+      Shape shape, other;
+      other.query_length = length;
+      ByteCounter counter;
+      const ClusterOptions options{
+          .budget = 25, .by_group = by_group, .sinks = 5, .size = 7, .every = 16, .added = 2, .skip = 0};
+      Driver one = Make(shape, options, counter), longer = Make(other, options, counter);
+      one.Step(140, true), longer.Step(140, true);
+      for (int step = 0; step < 40; ++step) {
+        const auto want = one.Step(1, false), got = longer.Step(1, false);
+        for (size_t layer = 0; layer < shape.n_layers; ++layer)
+          for (size_t c = 0; c < want[layer].size(); ++c) ASSERT_NEAR(got[layer][c], want[layer][c], 2e-5) << "step " << step;
       }
     }
 }
