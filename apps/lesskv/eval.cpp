@@ -267,14 +267,14 @@ void AddRuler(CLI::App& parent) {
   };
   auto o = std::make_shared<Flags>();
   AddCommonOptions(*command, o->common);
-  command->add_option("--task", o->tasks, "niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; "
-                                          "several with commas; all: all of them, qa where --qa is given")
+  command->add_option("--task", o->tasks, "niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2; "
+                                          "several with commas; all: all of them, qa_1 and qa_2 where --qa holds such questions")
       ->delimiter(',')->option_text("TASK,...")->capture_default_str();
   command->add_option("--length", o->length, "Tokens of document and question (default: the context less 128)")
       ->check(AtLeast(1))->option_text("N");
   command->add_option("--samples", o->samples, "Documents of each task")->check(AtLeast(1))->option_text("N")->capture_default_str();
   command->add_option("--text", o->text, "Real text in which most niah tasks hide their needles")->option_text("FILE");
-  command->add_option("--qa", o->questions, "JSON lines with question, context and answers, for qa")->option_text("FILE");
+  command->add_option("--qa", o->questions, "JSON lines with question, answers and context: a text, for qa_1, or a list of texts, for qa_2")->option_text("FILE");
   command->add_option("--ask", o->ask, "The question comes with the document, or after it was read and compressed")
       ->option_text("WHEN")->capture_default_str();
   command->callback([o] {
@@ -286,8 +286,11 @@ void AddRuler(CLI::App& parent) {
         options.kinds.push_back(ParseRulerKind(task));
         continue;
       }
-      for (const RulerKind kind : kRulerKinds)
-        if (kind != RulerKind::kQuestion || !options.questions.empty()) options.kinds.push_back(kind);
+      for (const RulerKind kind : kRulerKinds) {
+        const auto asks = [&](const RulerQuestion& question) { return question.kind() == kind; };
+        if (kind < RulerKind::kQuestion1 || std::any_of(options.questions.begin(), options.questions.end(), asks))
+          options.kinds.push_back(kind);
+      }
     }
     Session session(o->common, "ruler");
     session.AddRivalsIfAsked(o->common, o->length != 0 ? o->length : session.setup.ctx - std::min(session.setup.ctx, RulerOptions::kAnswerRoom));

@@ -28,7 +28,8 @@ constexpr std::pair<RulerKind, std::string_view> kNames[] = {
     {RulerKind::kMultiKey2, "niah_multikey_2"},   {RulerKind::kMultiKey3, "niah_multikey_3"},
     {RulerKind::kMultiValue, "niah_multivalue"},  {RulerKind::kMultiQuery, "niah_multiquery"},
     {RulerKind::kVariables, "vt"},                {RulerKind::kCommon, "cwe"},
-    {RulerKind::kFrequent, "fwe"},                {RulerKind::kQuestion, "qa"}};
+    {RulerKind::kFrequent, "fwe"},                {RulerKind::kQuestion1, "qa_1"},
+    {RulerKind::kQuestion2, "qa_2"}};
 
 enum class Hay { kNoise, kText, kNeedles };
 struct NeedleShape {
@@ -151,7 +152,8 @@ size_t AnswerTokens(RulerKind kind) {
     case RulerKind::kVariables: return 30;
     case RulerKind::kCommon: return 120;
     case RulerKind::kFrequent: return 50;
-    case RulerKind::kQuestion: return 32;
+    case RulerKind::kQuestion1:
+    case RulerKind::kQuestion2: return 32;
     default: return 128;
   }
 }
@@ -165,12 +167,17 @@ std::vector<RulerQuestion> ParseRulerQuestions(std::string_view json_lines, cons
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     try {
       const auto record = ParseJson(line);
-      questions.push_back({record.at("question"), record.at("context"), record.at("answers")});
+      RulerQuestion question{record.at("question"), {}, record.at("answers")};
+      const auto& context = record.at("context");
+      if (context.is_array()) question.contexts = context.get<std::vector<std::string>>();
+      else question.contexts.push_back(context);
+      questions.push_back(std::move(question));
     } catch (const nlohmann::json::exception& error) {
-      Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with the texts question and context and a list of texts, answers: {}",
+      Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with a text, question, one or a list of them, context, and a list, answers: {}",
            name, line_number, error.what());
     }
     if (questions.back().answers.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: no answers", name, line_number);
+    if (questions.back().contexts.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: no context", name, line_number);
   }
   if (questions.empty()) Fail(ErrorCode::kBadFile, "{}: no questions in it", name);
   return questions;
@@ -278,17 +285,21 @@ RulerSample RulerTasks::FrequentWords(size_t units, uint64_t seed) const {
   return sample;
 }
 
-RulerSample RulerTasks::Question(size_t units, uint64_t seed) const {
+RulerSample RulerTasks::Question(RulerKind kind, size_t units, uint64_t seed) const {
   Rng rng(seed);
-  const RulerQuestion& asked = questions_[rng.Below(questions_.size())];
-  std::vector<std::string> others;
-  for (const RulerQuestion& question : questions_)
-    if (question.context != asked.context) others.push_back(question.context);
-  std::sort(others.begin(), others.end());
-  others.erase(std::unique(others.begin(), others.end()), others.end());
+  std::vector<const RulerQuestion*> of_kind;
+  std::set<std::string> paragraphs;
+  for (const RulerQuestion& question : questions_) {
+    if (question.kind() == kind) of_kind.push_back(&question);
+    paragraphs.insert(question.contexts.begin(), question.contexts.end());
+  }
+  const RulerQuestion& asked = *of_kind[rng.Below(of_kind.size())];
+  for (const std::string& own : asked.contexts) paragraphs.erase(own);
+  std::vector<std::string> others(paragraphs.begin(), paragraphs.end());
   rng.Shuffle(others);
   others.resize(std::min(units, others.size()));
-  others.insert(others.begin() + static_cast<std::ptrdiff_t>(rng.Below(others.size() + 1)), asked.context);
+  for (const std::string& own : asked.contexts)
+    others.insert(others.begin() + static_cast<std::ptrdiff_t>(rng.Below(others.size() + 1)), own);
   RulerSample sample;
   sample.document = "Answer a question by the following documents, in a few words.\n";
   for (size_t i = 0; i < others.size(); ++i) sample.document += fmt::format("\nDocument {}:\n{}\n", i + 1, others[i]);
@@ -303,7 +314,8 @@ RulerSample RulerTasks::Draft(RulerKind kind, size_t length, size_t units, uint6
     case RulerKind::kVariables: return Variables(units, seed);
     case RulerKind::kCommon: return CommonWords(units, length < 4096, seed);
     case RulerKind::kFrequent: return FrequentWords(units, seed);
-    case RulerKind::kQuestion: return Question(units, seed);
+    case RulerKind::kQuestion1:
+    case RulerKind::kQuestion2: return Question(kind, units, seed);
     default: return Needles(kind, units, seed);
   }
 }
@@ -311,7 +323,10 @@ RulerSample RulerTasks::Draft(RulerKind kind, size_t length, size_t units, uint6
 size_t RulerTasks::MostUnits(RulerKind kind) const {
   constexpr size_t kNoLimit = size_t{1} << 20;
   if (kind == RulerKind::kCommon) return EvalWords().size() - kCommonWords;
-  return kind == RulerKind::kQuestion ? questions_.size() : kNoLimit;
+  if (kind < RulerKind::kQuestion1) return kNoLimit;
+  size_t paragraphs = 0;
+  for (const RulerQuestion& question : questions_) paragraphs += question.contexts.size();
+  return paragraphs;
 }
 
 void RulerTasks::Tokenize(RulerSample& sample) const {
@@ -323,8 +338,10 @@ void RulerTasks::Tokenize(RulerSample& sample) const {
 RulerSample RulerTasks::Make(RulerKind kind, size_t length, uint64_t seed) const {
   if (NeedsText(kind) && sentences_.empty())
     Fail(ErrorCode::kInvalidArgument, "RULER task {}: --text FILE is needed, real text to hide needles in", Name(kind));
-  if (kind == RulerKind::kQuestion && questions_.empty())
-    Fail(ErrorCode::kInvalidArgument, "RULER task qa: --qa FILE is needed, JSON lines with question, context and answers");
+  const auto asks = [&](const RulerQuestion& question) { return question.kind() == kind; };
+  if (kind >= RulerKind::kQuestion1 && std::none_of(questions_.begin(), questions_.end(), asks))
+    Fail(ErrorCode::kInvalidArgument, "RULER task {}: --qa FILE is needed, JSON lines with question, answers and, as context, {}", Name(kind),
+         kind == RulerKind::kQuestion1 ? "a paragraph" : "a list of paragraphs");
   const auto make = [&](size_t units) {
     RulerSample sample = Draft(kind, length, units, seed);
     Tokenize(sample);

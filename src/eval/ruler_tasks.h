@@ -26,27 +26,32 @@ enum class RulerKind {
   kVariables,   // "vt": variable tracking, one chain of four copies in a sentence that repeats
   kCommon,      // "cwe": ten words stand 30 times each in a numbered list, the others 3 times (below 4,096 tokens 6 and 1)
   kFrequent,    // "fwe": made-up words by Zipf's law of exponent 2; the three most frequent are asked for
-  kQuestion,    // "qa": a question about one of many paragraphs, from a file (qa_1, qa_2: SQuAD, HotpotQA)
+  kQuestion1,   // "qa_1": a question about one of many paragraphs, from a file (RULER: SQuAD)
+  kQuestion2,   // "qa_2": a question that takes several of them, from a file (RULER: HotpotQA)
 };
 inline constexpr RulerKind kRulerKinds[] = {RulerKind::kSingle1,    RulerKind::kSingle2,    RulerKind::kSingle3,   RulerKind::kMultiKey1,
                                             RulerKind::kMultiKey2,  RulerKind::kMultiKey3,  RulerKind::kMultiValue, RulerKind::kMultiQuery,
-                                            RulerKind::kVariables,  RulerKind::kCommon,     RulerKind::kFrequent,  RulerKind::kQuestion};
+                                            RulerKind::kVariables,  RulerKind::kCommon,     RulerKind::kFrequent,  RulerKind::kQuestion1,
+                                            RulerKind::kQuestion2};
 std::string_view Name(RulerKind kind);
 RulerKind ParseRulerKind(const std::string& name);  // Error naming the kinds otherwise
 bool NeedsText(RulerKind kind);                     // real text to hide needles in
-size_t AnswerTokens(RulerKind kind);                // generated at most: 128, of vt 30, cwe 120, fwe 50, qa 32, as in RULER
+size_t AnswerTokens(RulerKind kind);                // generated at most: 128, of vt 30, cwe 120, fwe 50, qa_1 and qa_2 32, as in RULER
 
 struct RulerQuestion {
-  std::string question, context;
-  std::vector<std::string> answers;  // any of them is right
+  std::string question;
+  std::vector<std::string> contexts;  // paragraphs: one (qa_1), or several that the answer takes (qa_2)
+  std::vector<std::string> answers;   // any of them is right
+
+  RulerKind kind() const { return contexts.size() == 1 ? RulerKind::kQuestion1 : RulerKind::kQuestion2; }
 };
-// JSON lines {"question": TEXT, "context": TEXT, "answers": [TEXT, ...]}. Throws Error naming file and line.
+// JSON lines {"question": TEXT, "context": TEXT or [TEXT, ...], "answers": [TEXT, ...]}. Throws Error naming file and line.
 std::vector<RulerQuestion> ParseRulerQuestions(std::string_view json_lines, const std::string& name);
 
 struct RulerSample {
   std::string document, question;  // the question ends with the beginning of an answer
   std::vector<std::string> answers;
-  bool any = false;  // one of the answers is enough (qa); else the score is the share of them that was named
+  bool any = false;  // one of the answers is enough (qa_1, qa_2); else the score is the share of them that was named
   std::vector<int32_t> document_ids, question_ids;  // BOS included where the vocabulary wants one
 };
 
@@ -68,7 +73,7 @@ class RulerTasks {
   RulerSample Variables(size_t units, uint64_t seed) const;
   RulerSample CommonWords(size_t units, bool is_short, uint64_t seed) const;
   RulerSample FrequentWords(size_t units, uint64_t seed) const;
-  RulerSample Question(size_t units, uint64_t seed) const;
+  RulerSample Question(RulerKind kind, size_t units, uint64_t seed) const;
   size_t MostUnits(RulerKind kind) const;
   void Tokenize(RulerSample& sample) const;
 

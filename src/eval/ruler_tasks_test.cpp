@@ -19,8 +19,12 @@ using testing_support::Bundled;
 std::vector<RulerQuestion> Questions() {
   std::vector<RulerQuestion> questions;
   for (int i = 0; i < 40; ++i)
-    questions.push_back({fmt::format("Who rules land {}?", i), fmt::format("Land {} is ruled by Queen Ada {} since long ago.", i, i),
+    questions.push_back({fmt::format("Who rules land {}?", i), {fmt::format("Land {} is ruled by Queen Ada {} since long ago.", i, i)},
                          {fmt::format("Queen Ada {} ", i), "nobody at all"}});
+  for (int i = 0; i < 20; ++i)
+    questions.push_back({fmt::format("Where does the king of isle {} live?", i),
+                         {fmt::format("King Bo {} is the king of isle {}.", i, i), fmt::format("King Bo {} lives in Hut {} by the sea.", i, i)},
+                         {fmt::format("Hut {}", i)}});
   return questions;
 }
 
@@ -134,12 +138,43 @@ TEST(RulerTasksTest, TheAskedWordsAreTheMostFrequentOnes) {
 }
 
 TEST(RulerTasksTest, AQuestionHasItsOwnParagraphAmongOthers) {
-  const RulerSample sample = Tasks().Make(RulerKind::kQuestion, 300, 1);
+  const RulerSample sample = Tasks().Make(RulerKind::kQuestion1, 300, 1);
   const std::string land = Between(sample.question, "Who rules land ", "?");
   EXPECT_NE(sample.document.find(fmt::format("Land {} is ruled by", land)), std::string::npos);
   EXPECT_NE(sample.document.find("Document 3:"), std::string::npos);
   EXPECT_EQ(RulerScore(sample, fmt::format("It is queen ada {} of old", land)), 1);  // either answer is enough
   EXPECT_EQ(RulerScore(sample, "It is Queen Eve"), 0);
+}
+
+// Of a question that takes two paragraphs both are there, once each, not always side by side.
+TEST(RulerTasksTest, AQuestionOfSeveralParagraphsHasAllOfThem) {
+  size_t apart = 0;
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    const RulerSample sample = Tasks().Make(RulerKind::kQuestion2, 300, seed);
+    const std::string isle = Between(sample.question, "king of isle ", " live?");
+    const std::string first = fmt::format("King Bo {} is the king of isle {}.", isle, isle),
+                      second = fmt::format("King Bo {} lives in Hut {} by the sea.", isle, isle);
+    const size_t a = sample.document.find(first), b = sample.document.find(second);
+    ASSERT_NE(a, std::string::npos);
+    ASSERT_NE(b, std::string::npos);
+    EXPECT_EQ(sample.document.find(first, a + 1), std::string::npos);
+    EXPECT_EQ(sample.document.find(second, b + 1), std::string::npos);
+    apart += (a < b ? b - a - first.size() : a - b - second.size()) > 40;
+    EXPECT_EQ(RulerScore(sample, fmt::format("in Hut {}, they say", isle)), 1);
+  }
+  EXPECT_GT(apart, 3u);
+}
+
+TEST(RulerTasksTest, FilesHoldQuestionsOfBothKinds) {
+  const auto questions = ParseRulerQuestions(R"({"question": "a?", "context": "b", "answers": ["c"]}
+{"question": "d?", "context": ["e", "f"], "answers": ["g", "h"]}
+{"question": "i?", "context": ["j"], "answers": ["k"]})", "file");
+  ASSERT_EQ(questions.size(), 3u);
+  EXPECT_EQ(questions[0].kind(), RulerKind::kQuestion1);
+  EXPECT_EQ(questions[1].kind(), RulerKind::kQuestion2);
+  EXPECT_EQ(questions[1].contexts, (std::vector<std::string>{"e", "f"}));
+  EXPECT_EQ(questions[2].kind(), RulerKind::kQuestion1);
+  EXPECT_EQ(std::size(kRulerKinds), 13u);
 }
 
 // Every kind: as long as asked for, less than the next unit of its own; the same for the same seed, another for another.
@@ -167,10 +202,12 @@ TEST(RulerTasksTest, ScoresAreTheShareOfAnswersNamed) {
 TEST(RulerTasksTest, RefusesWhatCannotBeMade) {
   const RulerTasks bare(*Bundled().tokenizer, "", {});
   EXPECT_THROW(bare.Make(RulerKind::kSingle2, 500, 1), Error);
-  EXPECT_THROW(bare.Make(RulerKind::kQuestion, 500, 1), Error);
+  EXPECT_THROW(bare.Make(RulerKind::kQuestion1, 500, 1), Error);
+  EXPECT_THROW(RulerTasks(*Bundled().tokenizer, "", {{"q", {"one"}, {"a"}}}).Make(RulerKind::kQuestion2, 500, 1), Error);
   for (const RulerKind kind : kRulerKinds) EXPECT_THROW(Tasks().Make(kind, 30, 1), Error) << Name(kind);
   EXPECT_THROW(ParseRulerKind("niah"), Error);
-  for (const char* bad : {"", "{}", "{\"question\":\"a\",\"context\":\"b\",\"answers\":[]}", "[1", "{\"question\":1,\"context\":\"b\",\"answers\":[\"a\"]}"})
+  for (const char* bad : {"", "{}", "{\"question\":\"a\",\"context\":\"b\",\"answers\":[]}", "[1", "{\"question\":1,\"context\":\"b\",\"answers\":[\"a\"]}",
+                          "{\"question\":\"a\",\"context\":[],\"answers\":[\"a\"]}", "{\"question\":\"a\",\"context\":[2],\"answers\":[\"a\"]}"})
     EXPECT_THROW(ParseRulerQuestions(bad, "f"), Error) << bad;
 }
 
