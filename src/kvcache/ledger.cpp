@@ -10,9 +10,11 @@
 namespace lesskv {
 namespace {
 
+// What grows does so by a tile's rows, or, where copying what is there would tell, by a block's.
 size_t Capacity(size_t rows, LedgerRoom room) {
+  constexpr size_t kMany = 16 * kBlockRows;
   const size_t beyond = rows - std::min(rows, room.fixed);
-  if (room.fixed == 0 || room.grows) return room.fixed + RoundUp(beyond, kBlockRows);
+  if (room.fixed == 0 || room.grows) return room.fixed + RoundUp(beyond, beyond < kMany ? kTileRows : kBlockRows);
   return room.fixed + beyond + 1;
 }
 

@@ -30,8 +30,8 @@
 namespace lesskv {
 
 inline constexpr size_t kBlockRows = 128;
-// Small, because budgets of growing heads may be small beside a block; a span costs the kernels little.
-inline constexpr size_t kPackedBlockRows = 32;
+// A tile, because budgets of growing heads may be small beside a block; a span costs the kernels little.
+inline constexpr size_t kPackedBlockRows = kTileRows;
 
 struct RowTypes {
   RowType keys = RowType::kF16;
