@@ -41,11 +41,16 @@ TEST(RaggedBudgets, MemoryIsTheSumOfTheBudgets) {
   const Text text = UnevenText(400, 31);
   const TempSidecar sidecar(kShape);
   const size_t heads = kShape.n_layers * kShape.n_kv_heads;
-  for (const std::string rest : {"+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada", "+zigzag", "+zigzag+ada", "+split", "+split(4)"})
-    for (const std::string select : {"h2o", "snapkv"})
+  for (const std::string rest : {"", "+ada", "+ada(0)", "+pyramid(3)", "+pyramid(3)+ada", "+zigzag", "+zigzag+ada", "+split",
+                                 "+split(4)", "+pooled"})
+    for (const std::string select : {"h2o", "snapkv", "kvzap", "kvzap of a layer"})
       for (const size_t rows : {64, 65, 77, 100, 133}) {
-        const std::string spec = select + "(" + std::to_string(rows) + ")" + rest;
+        const bool divides = select.starts_with("kvzap");  // by itself, where nothing else does
+        if (rest.empty() ? !divides : select == "kvzap of a layer") continue;
+        const std::string name = select.substr(0, select.find(' ')), scope = select == name ? "" : ", scope=layer";
+        const std::string spec = name + "(" + std::to_string(rows) + scope + ")" + rest;
         SCOPED_TRACE(spec);
+        const bool votes = select != "snapkv";
         const auto config = MakeConfig(spec, kShape, sidecar);
         SequenceCache cache(config);
         Live(cache, text, 0, {300, StepKind::kPrompt});
@@ -54,17 +59,40 @@ TEST(RaggedBudgets, MemoryIsTheSumOfTheBudgets) {
         EXPECT_GT(sizes.size(), 1u);
         EXPECT_EQ(TotalRows(cache), rows * heads);
         const CacheStats stats = cache.Stats();
-        EXPECT_EQ(stats.kv_bytes, BytesOfRows(rows * heads, select == "h2o", select == "h2o") + stats.kv_bytes_slack);
+        EXPECT_EQ(stats.kv_bytes, BytesOfRows(rows * heads, votes, votes) + stats.kv_bytes_slack);
         EXPECT_LT(static_cast<double>(stats.kv_bytes_slack), 0.05 * static_cast<double>(stats.kv_bytes));
         EXPECT_EQ(config->Plan(300, 0).bytes_end, stats.kv_bytes);
         EXPECT_EQ(config->Plan(300, 0).bytes_slack, stats.kv_bytes_slack);
         // A second prompt divides anew; nothing of the first division stays behind.
         Live(cache, text, 300, {90, StepKind::kPrompt});
         EXPECT_EQ(TotalRows(cache), rows * heads);
-        if (select == "h2o") {
+        if (votes) {
           EXPECT_EQ(cache.Stats().kv_bytes, stats.kv_bytes);
         }
       }
+}
+
+// Heads that grow take a tile at a time behind what the prompt's end left them: less than 16 rows a head are slack, and so
+// nearly, beside 64, of what their positions have.
+TEST(RaggedBudgets, GrowingHeadsTakeATileAtATime) {
+  constexpr size_t kRowBytes = 4 * kShape.head_dim, kHeads = kShape.n_layers * kShape.n_kv_heads;
+  const Text text = UnevenText(400, 37);
+  const TempSidecar sidecar(kShape);
+  for (const std::string spec : {"snapkv(64)+zigzag", "snapkv(65)+ada", "snapkv(77)+zigzag+ada", "snapkv(64)+pooled"}) {
+    SCOPED_TRACE(spec);
+    const auto config = MakeConfig(spec, kShape, sidecar);
+    SequenceCache cache(config);
+    Live(cache, text, 0, {300, StepKind::kPrompt});
+    const size_t rows = TotalRows(cache), slack = cache.Stats().kv_bytes_slack;
+    for (size_t n = 1; n <= 40; ++n) {
+      Feed(cache, text, 299 + n, 1, StepKind::kDecode);
+      const size_t room = (n + 15) / 16 * 16;
+      const CacheStats stats = cache.Stats();
+      ASSERT_EQ(stats.kv_bytes_slack, slack + (room - n) * kHeads * kRowBytes) << n;
+      ASSERT_EQ(stats.kv_bytes, (rows + n * kHeads) * kRowBytes + (rows + room * kHeads) * 4 + stats.kv_bytes_slack) << n;
+      ASSERT_EQ(config->Plan(300, n).bytes_end, stats.kv_bytes) << n;
+    }
+  }
 }
 
 // Equal rows a head are rounded up to tiles, and that is told.
@@ -91,7 +119,7 @@ TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeeps) {
       size_t rows = 0, ledgers = 0;
       for (const auto& head : AllResident(cache, kShape)) {
         rows += (head.size() + 15) / 16 * 16 * kRowBytes;
-        ledgers += (head.size() + 127) / 128 * 128 * 8;
+        ledgers += (head.size() + 15) / 16 * 16 * 8;
       }
       return rows + ledgers;
     };
@@ -128,7 +156,7 @@ TEST(RaggedBudgets, MemoryFollowsWhatAThresholdKeepsOfAStream) {
     Live(cache, text, seen, {50, StepKind::kPrompt});
     size_t bytes = 64 * kShape.n_kv_heads * kRowBytes;  // where the next chunk waits
     for (const auto& head : AllResident(cache, kShape))
-      bytes += (head.size() + 15) / 16 * 16 * kRowBytes + (head.size() + 127) / 128 * 128 * 8;
+      bytes += (head.size() + 15) / 16 * 16 * kRowBytes + (head.size() + 15) / 16 * 16 * 8;
     ASSERT_EQ(cache.Stats().kv_bytes, bytes) << "after " << seen + 50;
   }
   EXPECT_LT(cache.Stats().tokens_resident, 150);
@@ -179,6 +207,29 @@ TEST(RaggedBudgets, ZigzagThatDividesNothingIsTheSelector) {
   const auto held = AllResident(cache, kShape);
   EXPECT_NE(held[0].size(), held[2 * (kShape.n_layers - 1)].size());
   EXPECT_EQ(held[0].size(), held[1].size());
+}
+
+// A short prompt behind a long one divides what is there: as many rows leave as tokens came, none beside them. Budgets that
+// follow the text's length alone (split) may move by a row a head.
+TEST(RaggedBudgets, AShortSecondPromptLosesNothingElse) {
+  const Text text = UnevenText(400, 31);
+  const TempSidecar sidecar(kShape);
+  const size_t heads = kShape.n_layers * kShape.n_kv_heads;
+  for (const std::string spec : {"h2o(64)+zigzag", "snapkv(64)+zigzag", "h2o(64)+zigzag(0)", "tova(64)+zigzag", "window(64)+zigzag",
+                                 "snapkv(64)+zigzag+ada", "h2o(64)+zigzag+ada(0.5)", "h2o(64)+ada", "h2o(64)+pooled",
+                                 "snapkv(64)+pooled(0.5)", "h2o(64)+pyramid(3)+ada", "h2o(64)+split+ada", "h2o(64)+split"})
+    for (const size_t n : {1, 3})
+      for (const size_t decoded : {0, 10}) {
+        SCOPED_TRACE(spec + ", " + std::to_string(n) + " tokens after " + std::to_string(decoded));
+        SequenceCache cache(MakeConfig(spec, kShape, sidecar));
+        Live(cache, text, 0, {300, StepKind::kPrompt});
+        EXPECT_EQ(TotalRows(cache), 64 * heads);
+        for (size_t t = 300; t < 300 + decoded; ++t) Feed(cache, text, t, 1, StepKind::kDecode);
+        Live(cache, text, 300 + decoded, {n, StepKind::kPrompt});
+        const size_t moved = spec.find("split") != std::string::npos ? heads : 0;
+        EXPECT_GE(TotalRows(cache) + moved, 64 * heads);
+        EXPECT_LE(TotalRows(cache), 64 * heads);
+      }
 }
 
 // The budgets of a prompt outlive saving: decoding goes on with them.

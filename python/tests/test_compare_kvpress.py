@@ -52,7 +52,7 @@ def test_specs():
     assert rows.spec_as_named("ada", 90, 900, O) == "snapkv(90,window=32,kernel=5,pool=avg)+ada(0.2)+f32"
     assert rows.spec("pyramid", 30, 900, O) == "snapkv(30,window=8,kernel=5,pool=avg)+f32"
     assert rows.spec_as_named("pyramid", 90, 900, O) == "snapkv(90,window=8,kernel=5,pool=avg)+pyramid(5)+f32"
-    assert rows.spec("kvzap", 90, 900, rows.Options(sidecar="x.gguf")) == 'kvzap(90,window=0,sinks=0,file="x.gguf")+f32'
+    assert rows.spec("kvzap", 90, 900, rows.Options(sidecar="x.gguf")) == 'kvzap(90,scope=head,window=0,sinks=0,file="x.gguf")+f32'
     assert rows.spec_as_named("snapkv", 90, 900, O) is None
     with pytest.raises(ValueError, match="no method 'snap'"):
         rows.spec("snap", 90, 900, O)

@@ -108,6 +108,8 @@ std::shared_ptr<const CacheConfig> CacheConfig::Create(const CacheSpec& spec, co
   config->MakeMethods(sidecar);
   const SpecTerm* prefill = spec.Find(Stage::kPrefill);
   config->prefill_chunk_ = TraitsOf(prefill != nullptr ? *prefill : *spec.Find(Stage::kSelect)).prompt_block;
+  if (const std::string why = config->global().budgeter->WhyNoStream(); config->prefill_chunk_ > 0 && !why.empty())
+    Fail(ErrorCode::kInvalidArgument, "cache spec '{}': {}", spec.ToString(), why);
   config->Budgets(shape.ctx);  // refuses what cannot fit before any text is seen
   return config;
 }
@@ -149,8 +151,13 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
       if (const SpecTerm* wrap = spec_.Find(stage); wrap != nullptr && policy.window == 0)
         made = FindMethod(wrap->name)->make_wrapper(Arguments(FindMethod(wrap->name)->parameters, *wrap), own, std::move(made));
     policy.codec = std::move(made);
+    const Choice select = Choose(spec_, Stage::kSelect);
     const Choice budget = policy.window == 0 ? Choose(spec_, Stage::kBudget) : Choose(CacheSpec(), Stage::kBudget);
-    policy.budgeter = budget.method->make_budgeter(budget.arguments(), own);
+    const bool divided = spec_.Find(Stage::kBudget) != nullptr || spec_.Find(Stage::kShare) != nullptr;
+    if (policy.window == 0 && !divided && TraitsOf(select.term).divides_rows)
+      policy.budgeter = select.method->make_divider(select.arguments(), own);
+    else
+      policy.budgeter = budget.method->make_budgeter(budget.arguments(), own);
     if (!policy.budgeter->artefact().empty()) artefacts.push_back({budget.term.name, policy.budgeter->artefact()});
     if (const SpecTerm* share = spec_.Find(Stage::kShare); share != nullptr && policy.window == 0)
       policy.budgeter = FindMethod(share->name)->make_sharer(Arguments(FindMethod(share->name)->parameters, *share), own,

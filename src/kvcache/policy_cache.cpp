@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/checked.h"
+#include "base/error.h"
 #include "kvcache/eviction.h"
 
 namespace lesskv {
@@ -54,6 +55,8 @@ bool PolicyCache::ReadsState(size_t layer) const {
 
 void PolicyCache::Begin(const StepInfo& info) {
   const bool is_prompt = info.kind == StepKind::kPrompt;
+  if (const std::string why = policy.budgeter->WhyNoStream(); info.kind == StepKind::kStream && !why.empty())
+    Fail(ErrorCode::kInvalidArgument, "cache spec '{}': {}", policy.name, why);
   const Growth growth = policy.selector->After(info.kind, info.seen + info.n);
   std::vector<size_t> new_budgets = budgets;
   if (growth.evicts && (is_prompt || budgets.empty() || growth.rows != budget_rows_))

@@ -125,10 +125,15 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' does not give back whole keys, which '{}' needs", x.name, y.name);
     if (tx.needs_known_rows && !ty.acts_in_stream && (y.stage == Stage::kBudget || y.stage == Stage::kShare))
       return fmt::format("'{}' divides rows at the end of a prompt, but '{}' must know its rows before", y.name, x.name);
+    if (tx.needs_known_rows && ty.divides_rows)
+      return fmt::format("'{}' divides rows at the end of a prompt (but for scope=head), but '{}' must know its rows before", y.name,
+                         x.name);
     if (tx.groups_rows && ty.needs_single_rows)
       return fmt::format("rows of '{}' leave in groups, those of '{}' one by one", x.name, y.name);
     const bool divides =
         y.stage == Stage::kShare || (y.stage == Stage::kBudget && y.name != DefaultTerm(Stage::kBudget));
+    if (tx.insists_on_scope && (y.stage == Stage::kShare || y.stage == Stage::kBudget))
+      return fmt::format("'{}' with this scope divides its rows itself, which '{}' would do", x.name, y.name);
     if (tx.says_how_many && divides)
       return fmt::format("'{}' says itself how many rows each head keeps, which '{}' would divide", x.name, y.name);
     if (tx.says_how_many && (y.stage == Stage::kCodec || y.stage == Stage::kWrap) && !ty.movable_rows)

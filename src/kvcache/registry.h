@@ -90,6 +90,8 @@ struct MethodTraits {
   bool needs_single_rows = false;     // select: rows leave one by one
   bool needs_known_rows = false;      // select, codec: budgets must be known before a prompt, not divided at its end
   bool fits_rows = false;             // residual: changes weights and values of rows that stay
+  bool divides_rows = false;          // select: divides its rows at a prompt's end itself (Method::make_divider) where no budget or share term does
+  bool insists_on_scope = false;      // select: in a way that the spec asks for, so that no such term may
   bool says_how_many = false;         // select: how many rows stay is known only when they are chosen, a head at a time
   bool same_rows = false;             // select: all layers and heads hold as many rows, which no budget divides
   bool takes_no_fit = false;          // select: gives rows a meaning that a fit would take from them
@@ -132,6 +134,8 @@ struct Method {
   // Around the spec's budgeter.
   std::unique_ptr<const Budgeter> (*make_sharer)(const Arguments&, const MethodContext&,
                                                  std::unique_ptr<const Budgeter> layers) = nullptr;
+  // Of a selector that divides its rows itself: in place of the spec's budgeter.
+  std::unique_ptr<const Budgeter> (*make_divider)(const Arguments&, const MethodContext&) = nullptr;
   MadeResidual (*make_residual)(const Arguments&, const MethodContext&) = nullptr;
   std::unique_ptr<const Codec> (*make_codec)(const Arguments&, const MethodContext&) = nullptr;
   // Around the spec's codec: of a wrap, and of what recalls.

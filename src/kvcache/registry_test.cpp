@@ -24,6 +24,7 @@ TEST(Registry, EveryMethodIsWhole) {
     EXPECT_EQ(FindMethod(method->name), method);
     EXPECT_EQ(method->make_selector != nullptr, method->stage == Stage::kSelect);
     EXPECT_EQ(method->make_budgeter != nullptr, method->stage == Stage::kBudget);
+    EXPECT_TRUE(method->make_divider == nullptr || method->stage == Stage::kSelect);
     EXPECT_EQ(method->make_sharer != nullptr, method->stage == Stage::kShare);
     EXPECT_EQ(method->make_codec != nullptr, method->stage == Stage::kCodec);
     std::set<std::string_view> parameters;

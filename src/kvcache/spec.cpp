@@ -279,11 +279,17 @@ CacheSpec CacheSpec::Make(const std::vector<SpecTerm>& terms, std::string_view t
   }
   by_stage.emplace(Stage::kSelect, SpecTerm{"full", {}});
 
+  const bool divided = by_stage.contains(Stage::kBudget) || by_stage.contains(Stage::kShare);
+  const auto traits_of = [&](const SpecTerm& term) {
+    MethodTraits traits = TraitsOf(term);
+    traits.divides_rows &= !divided;
+    return traits;
+  };
   for (auto a = by_stage.begin(); a != by_stage.end(); ++a) {
     for (auto b = std::next(a); b != by_stage.end(); ++b) {
       const Method& ma = *FindMethod(a->second.name);
       const Method& mb = *FindMethod(b->second.name);
-      if (const auto reason = Conflict(ma, TraitsOf(a->second), mb, TraitsOf(b->second)))
+      if (const auto reason = Conflict(ma, traits_of(a->second), mb, traits_of(b->second)))
         Fail(ErrorCode::kInvalidArgument, "cache spec '{}': {}", text, *reason);
     }
   }
@@ -295,7 +301,9 @@ CacheSpec CacheSpec::Make(const std::vector<SpecTerm>& terms, std::string_view t
     const auto found = by_stage.find(stage);
     if (found == by_stage.end()) continue;
     const SpecTerm& term = found->second;
-    if (stage != Stage::kSelect && term.name == DefaultTerm(stage)) continue;
+    // `uniform` says something beside a selector that would divide.
+    const bool says = stage == Stage::kBudget && TraitsOf(by_stage.at(Stage::kSelect)).divides_rows;
+    if (stage != Stage::kSelect && term.name == DefaultTerm(stage) && !says) continue;
     spec.canonical_ += (spec.canonical_.empty() ? "" : "+") + lesskv::ToString(term);
     spec.terms_.push_back(term);
   }

@@ -68,8 +68,8 @@ def spec(method, rows, tokens, o):
         return snapkv(rows, o.pyramid_window, o) + ("" if beta is None else f"+pyramid({beta:.9f})") + "+f32"
     if method in ("think", "think-window"):
         return f"full+think({o.channels},window={o.window})+f32"
-    if method == "kvzap":  # as in kvpress's, nothing is kept but for its score
-        return f'kvzap({rows},window=0,sinks=0,file="{o.sidecar}")+f32'
+    if method == "kvzap":  # as in kvpress's, each head keeps as many and nothing but for its score
+        return f'kvzap({rows},scope=head,window=0,sinks=0,file="{o.sidecar}")+f32'
     raise ValueError(f"no method '{method}'")
 
 

@@ -44,7 +44,7 @@ STREAMED = ["full", "full+q4", "full+q4(rotate=true)+recent", "full+kivi(4, grou
 FITTED = ["full+kivi(k=4, v=3, group=64, window=64, rotate=true)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"]
 SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o", "tova", "snapkv")]
 BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + ["h2o(10%)+split"]
-TRAINED_SCORES = ["kvzap(10%)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
+TRAINED_SCORES = ["kvzap(10%, scope=head)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
 RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(10%, share=group)"]
 MERGING = ["elastic(0.9)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%, block=0)", "window(10%, positions=cache)"]
 MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv") for t in ("", "+match")]

@@ -57,6 +57,8 @@ class Budgeter {
   virtual std::vector<size_t> Allocate(const BudgetRequest& request) const = 0;
 
   virtual AllocationScope scope() const { return AllocationScope::kGiven; }
+  // Why it cannot say what a text that streams in may keep; empty: it can.
+  virtual std::string WhyNoStream() const { return {}; }
 
   // What it wants to see of a prompt beside the selector: HeadRows::measured.
   virtual Observation Measures() const { return {}; }

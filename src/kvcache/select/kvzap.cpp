@@ -7,10 +7,19 @@
 // generated. The first `sinks` tokens and the newest `window` always stay. Of the others those with the best scores do
 // (`rows`), or, however many they are, those that reach `threshold` as they leave the window: dense text then keeps
 // more rows, and each head its own number. With `max` beside it the best ones of them.
+//
+// Scores can be compared between heads. So `rows` are a mean: at a prompt's end the best scores of all layers and heads
+// stay (scope=model), or of each layer's, or, with scope=head, each head keeps `rows`. While decoding a head keeps the
+// number that it then has. Text that streams in has no end: a head there keeps what the same scope left it of the training
+// texts, by the quantiles of its scores.
 #include <algorithm>
+#include <span>
 
 #include "base/error.h"
 #include "kernels/basic/basic.h"
+#include "kvcache/budget/ada.h"
+#include "kvcache/budget/budgeter.h"
+#include "kvcache/budget/zigzag.h"
 #include "kvcache/registry.h"
 #include "kvcache/residual/find_sidecar.h"
 #include "kvcache/residual/sidecar.h"
@@ -86,6 +95,73 @@ class KvzapSelector final : public Selector {
   std::vector<size_t> first_;  // heads before each layer
 };
 
+// The part of a head's training scores that reach a threshold, between the quantiles in proportion.
+double PartAbove(std::span<const float> quantiles, double threshold) {
+  const auto after = std::upper_bound(quantiles.begin(), quantiles.end(), threshold);
+  const auto below = static_cast<double>(after - quantiles.begin());
+  double between = 0;
+  if (after != quantiles.begin() && after != quantiles.end())
+    between = (threshold - static_cast<double>(after[-1])) / (static_cast<double>(after[0]) - static_cast<double>(after[-1]));
+  return 1 - (below + between) / static_cast<double>(quantiles.size() + 1);
+}
+
+// Rows a head of one layer, or of all layers, `rows` on average: by the part of its scores above the threshold that as many
+// rows of all heads reach.
+std::vector<size_t> RowsByQuantiles(std::span<const float> quantiles, const BudgetRequest& request) {
+  constexpr size_t kQuantiles = SidecarScores::kQuantiles;
+  const size_t n = quantiles.size() / kQuantiles, least = std::max(request.least(), request.smallest);
+  if (request.rows >= request.n_tokens || request.rows <= least) return std::vector<size_t>(n, request.rows);
+  const double ratio = static_cast<double>(request.rows - least) / static_cast<double>(request.n_tokens - least);
+  std::vector<double> parts(n);
+  const auto [lowest, highest] = std::minmax_element(quantiles.begin(), quantiles.end());
+  double low = *lowest, high = *highest;
+  for (int i = 0; i < 50; ++i) {
+    const double threshold = (low + high) / 2;
+    double sum = 0;
+    for (size_t h = 0; h < n; ++h) sum += parts[h] = PartAbove(quantiles.subspan(h * kQuantiles, kQuantiles), threshold);
+    (sum > ratio * static_cast<double>(n) ? low : high) = threshold;
+  }
+  return ZigzagRows(parts, request.rows, least, 0, request.n_tokens);
+}
+
+// scope=model and scope=layer.
+class ScopeBudgeter final : public Budgeter {
+ public:
+  ScopeBudgeter(AllocationScope scope, std::vector<float> quantiles, std::string path)
+      : scope_(scope), quantiles_(std::move(quantiles)), path_(std::move(path)) {}
+
+  AllocationScope scope() const override { return scope_; }
+  size_t ArtefactBytes() const override { return quantiles_.size() * sizeof(float); }
+  std::string WhyNoStream() const override {
+    if (!quantiles_.empty()) return {};
+    return fmt::format("{} holds no quantiles of kvzap's scores, by which heads share rows while text streams in (make them with "
+                       "'lesskv train kvzap', or give scope=head)", path_);
+  }
+
+  std::vector<size_t> Allocate(const BudgetRequest& request) const override {
+    if (quantiles_.empty()) return std::vector<size_t>(request.n_heads(), request.rows);
+    const std::span<const float> all(quantiles_);
+    if (scope_ == AllocationScope::kModel) return RowsByQuantiles(all, request);
+    std::vector<size_t> rows;
+    for (const size_t n : request.n_kv_heads) {
+      const std::vector<size_t> layer = RowsByQuantiles(all.subspan(rows.size() * SidecarScores::kQuantiles, n * SidecarScores::kQuantiles), request);
+      rows.insert(rows.end(), layer.begin(), layer.end());
+    }
+    return rows;
+  }
+  void AllocateLayer(const LayerRows& layer, std::span<size_t> budgets) const override {
+    DivideByVotes({&layer, 1}, 0, budgets);
+  }
+  void AllocateModel(const BudgetRequest&, std::span<const LayerRows> layers, std::span<size_t> budgets) const override {
+    DivideByVotes(layers, 0, budgets);
+  }
+
+ private:
+  AllocationScope scope_;
+  std::vector<float> quantiles_;
+  std::string path_;
+};
+
 void CheckShape(const SidecarScores& scores, const MethodContext& context, const std::string& path) {
   if (context.input_width == 0)
     Fail(ErrorCode::kInvalidArgument, "kvzap scores what enters a layer, which a cache without its model is not given");
@@ -112,17 +188,34 @@ KvzapOptions ReadOptions(const Arguments& arguments, size_t ctx) {
   return options;
 }
 
-std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
-  const KvzapOptions options = ReadOptions(arguments, context.ctx);
-  if (context.layers.empty())  // no model: who only asks for the growth law needs no scores
-    return std::make_unique<KvzapSelector>(options, SidecarScores(), "");
+struct FoundScores {
+  SidecarScores scores;
+  std::string path, fingerprint;
+};
+
+FoundScores FindScores(const Arguments& arguments, const MethodContext& context) {
   const FoundSidecar found = FindSidecar(arguments, context.sidecar, "kvzap", "scores", "kvzap");
   Sidecar sidecar = ReadSidecar(found.path);
   CheckModel(sidecar, found.path, context.sidecar.model_fingerprint, context.sidecar.model_identity);
   if (sidecar.scores.empty())
     Fail(ErrorCode::kNotFound, "{}: holds no scores (train them with 'lesskv train kvzap')", found.path);
   CheckShape(sidecar.scores, context, found.path);
-  return std::make_unique<KvzapSelector>(options, std::move(sidecar.scores), found.fingerprint);
+  return {std::move(sidecar.scores), found.path, found.fingerprint};
+}
+
+std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
+  const KvzapOptions options = ReadOptions(arguments, context.ctx);
+  if (context.layers.empty())  // no model: who only asks for the growth law needs no scores
+    return std::make_unique<KvzapSelector>(options, SidecarScores(), "");
+  FoundScores found = FindScores(arguments, context);
+  return std::make_unique<KvzapSelector>(options, std::move(found.scores), found.fingerprint);
+}
+
+std::unique_ptr<const Budgeter> MakeDivider(const Arguments& arguments, const MethodContext& context) {
+  const AllocationScope scope = arguments.Text("scope") == "model" ? AllocationScope::kModel : AllocationScope::kLayer;
+  if (context.layers.empty()) return std::make_unique<ScopeBudgeter>(scope, std::vector<float>(), "");
+  FoundScores found = FindScores(arguments, context);
+  return std::make_unique<ScopeBudgeter>(scope, std::move(found.scores.quantiles), found.path);
 }
 
 void Validate(const Arguments& arguments) {
@@ -130,14 +223,21 @@ void Validate(const Arguments& arguments) {
   if (arguments.Has("threshold") && arguments.Has("rows"))
     Fail(ErrorCode::kInvalidArgument,
          "cache spec: kvzap keeps a number of rows or those that reach a threshold, not both; the most of these is its max");
+  if (arguments.Has("threshold") && arguments.Has("scope"))
+    Fail(ErrorCode::kInvalidArgument, "cache spec: kvzap's scope says among which heads its rows are shared, of which a threshold "
+         "knows none");
   if (arguments.Has("max") && !arguments.Has("threshold"))
     Fail(ErrorCode::kInvalidArgument,
          "cache spec: kvzap's max bounds what a threshold keeps; its rows are a bound already");
 }
 
 constexpr Parameter kParameters[] = {
-    {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "", .help = "rows kept, sinks and window included",
-     .min = 1, .positional = true},
+    {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "",
+     .help = "rows kept, sinks and window included, on average over what `scope` names", .min = 1, .positional = true},
+    {.name = "scope", .kind = Parameter::Kind::kWord, .default_value = "model",
+     .help = "among which rows the best ones stay at a prompt's end, where no budget or share term divides them: those of "
+             "all layers and heads, of a layer's heads, or of a head alone",
+     .choices = "model|layer|head"},
     {.name = "threshold", .kind = Parameter::Kind::kReal, .default_value = "",
      .help = "instead of rows: the score, in the model's own units, that a token must reach to stay when it leaves the window",
      .min = -1e9},
@@ -163,11 +263,13 @@ extern const Method kKvzapMethod{
     .parameters = kParameters,
     .traits =
         [](const Arguments& arguments) {
-          return MethodTraits{.evicts = true, .says_how_many = arguments.Has("threshold"), .reads_sidecar = true,
-                              .votes_by_head = true};
+          const bool by_threshold = arguments.Has("threshold"), divides = !by_threshold && arguments.Text("scope") != "head";
+          return MethodTraits{.evicts = true, .divides_rows = divides, .insists_on_scope = divides && arguments.Has("scope"),
+                              .says_how_many = by_threshold, .reads_sidecar = true, .votes_by_head = true};
         },
     .validate = Validate,
     .make_selector = Make,
+    .make_divider = MakeDivider,
     .example = "kvzap(5%)",
     .variant = "kvzap(threshold=-4)",
 };

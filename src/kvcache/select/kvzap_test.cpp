@@ -37,6 +37,20 @@ class Kvzap : public testing::Test {
     return CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, {path_, fingerprint, 0});
   }
 
+  // Two layers of one KV head, which scores the input's first or second number; `quantiles` [2, 99] or none.
+  std::shared_ptr<const CacheConfig> OneHeadALayer(const std::string& spec, size_t ctx, std::vector<float> quantiles = {}) {
+    SidecarScores& s = sidecar_.scores;
+    s.n_kv_heads = {1, 1};
+    s.weight = {1, 0, 0, 0, 1, 0};
+    s.bias = {0, 0};
+    s.r2 = {.5f, .5f};
+    s.quantiles = std::move(quantiles);
+    WriteSidecar(path_, sidecar_);
+    CacheShape shape = CacheShape::Uniform(2, 1, 1, 8, ctx, {.n_dims = 8, .frequency_factors = {}});
+    shape.input_width = 3;
+    return CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, {path_, 0x1234, 0});
+  }
+
   using Heads = std::vector<std::vector<int32_t>>;
 
   // Feeds inputs [n][3] in steps of these sizes; what head h of layer l then holds. `check` sees it after every step.
@@ -62,7 +76,7 @@ class Kvzap : public testing::Test {
       seen += n;
       held.clear();
       for (size_t layer = 0; layer < 2; ++layer)
-        for (size_t h = 0; h < 2; ++h) {
+        for (size_t h = 0; h < cache.config().shape().layers[layer].n_kv_heads; ++h) {
           held.emplace_back();
           for (const Position p : cache.ResidentPositions(layer, h)) held.back().push_back(ToInt(p));
         }
@@ -100,12 +114,12 @@ TEST_F(Kvzap, TheBestScoresStayHoweverTheTextComes) {
   const Rows expected = {{0, 2, 4, 5, 6, 7}, {2, 3, 4, 5, 6, 7}, {2, 3, 4, 5, 6, 7}, {0, 1, 2, 5, 6, 7}};
   for (const std::vector<size_t>& steps : {std::vector<size_t>{8}, {4, 4}, {1, 1, 1, 1, 1, 1, 1, 1}, {7, 1}, {3, 5}})
     for (const StepKind kind : {StepKind::kPrompt, StepKind::kStream, StepKind::kDecode})
-      EXPECT_EQ(Held(Config("kvzap(6, window=3, sinks=0)+f32"), kInputs, steps, kind), expected) << steps.size();
+      EXPECT_EQ(Held(Config("kvzap(6, scope=head, window=3, sinks=0)+f32"), kInputs, steps, kind), expected) << steps.size();
 }
 
 // Two sequences in one step, whose tokens come in tiles that cross the border between them: each as alone.
 TEST_F(Kvzap, SequencesOfAStepGetTheirOwnInputs) {
-  SequenceCache a(Config("kvzap(6, window=3, sinks=0)+f32")), b(Config("kvzap(5, window=1, sinks=0)+f32"));
+  SequenceCache a(Config("kvzap(6, scope=head, window=3, sinks=0)+f32")), b(Config("kvzap(5, scope=head, window=1, sinks=0)+f32"));
   std::vector<float> x(kInputs.begin(), kInputs.begin() + 5 * 3);
   x.insert(x.end(), kInputs.begin(), kInputs.end());  // five tokens of a, eight of b
   a.BeginStep(5, StepKind::kPrompt);
@@ -137,19 +151,96 @@ TEST_F(Kvzap, SequencesOfAStepGetTheirOwnInputs) {
 }
 
 TEST_F(Kvzap, SinksStayWhateverTheirScore) {
-  EXPECT_EQ(Held(Config("kvzap(5, window=1, sinks=2)+f32"), kInputs, {8}, StepKind::kPrompt)[1],
+  EXPECT_EQ(Held(Config("kvzap(5, scope=head, window=1, sinks=2)+f32"), kInputs, {8}, StepKind::kPrompt)[1],
             (std::vector<int32_t>{0, 1, 5, 6, 7}));
 }
 
 // 4 x 4 rows, of which each head keeps its newest; the last head's scores are 5, the first's below 0: of the 12 others
 // the best are the last head's 7 and 5 of the two that count to 8.
-TEST_F(Kvzap, PooledRowsGoToTheBestScoresOfTheModel) {
-  const Rows held = Held(Config("kvzap(4, window=1, sinks=0)+pooled+f32"), kInputs, {8}, StepKind::kPrompt);
-  EXPECT_EQ(held[0], (std::vector<int32_t>{7}));
-  // Scores 7, 6 and 5 of the second and third head, and the last head's seven fives, the lower heads first among equals.
-  EXPECT_EQ(held[1], (std::vector<int32_t>{4, 5, 6, 7}));
-  EXPECT_EQ(held[2], (std::vector<int32_t>{4, 5, 6, 7}));
-  EXPECT_EQ(held[3], (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 7}));
+TEST_F(Kvzap, RowsGoToTheBestScoresOfTheModel) {
+  for (const char* spec : {"kvzap(4, window=1, sinks=0)+f32", "kvzap(4, window=1, sinks=0)+pooled+f32"}) {
+    const Rows held = Held(Config(spec), kInputs, {8}, StepKind::kPrompt);
+    EXPECT_EQ(held[0], (std::vector<int32_t>{7}));
+    // Scores 7, 6 and 5 of the second and third head, and the last head's seven fives, the lower heads first among equals.
+    EXPECT_EQ(held[1], (std::vector<int32_t>{4, 5, 6, 7}));
+    EXPECT_EQ(held[2], (std::vector<int32_t>{4, 5, 6, 7}));
+    EXPECT_EQ(held[3], (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 7}));
+  }
+}
+
+// 8 rows a layer: of the first the second head's scores are all the better; of the other 7 and 6, and of the fives one of
+// its first head and three of its second.
+TEST_F(Kvzap, RowsGoToTheBestScoresOfALayer) {
+  EXPECT_EQ(Held(Config("kvzap(4, scope=layer, window=1, sinks=0)+f32"), kInputs, {8}, StepKind::kPrompt),
+            (Rows{{7}, {1, 2, 3, 4, 5, 6, 7}, {4, 5, 6, 7}, {0, 1, 2, 7}}));
+}
+
+// Two layers of one head, four rows in all; the layers' own best two, where they are as good, and three of one layer.
+TEST_F(Kvzap, ScopesByHand) {
+  const std::vector<float> even = {.9f, .8f, 0, .5f, .2f, 0, .1f, .7f, 0, .3f, .05f, 0};
+  const std::vector<float> uneven = {.9f, .1f, 0, .8f, .2f, 0, .7f, .3f, 0, .6f, .4f, 0};
+  const auto held = [&](const char* spec, const std::vector<float>& x) {
+    return Held(OneHeadALayer(spec, 200), x, {4}, StepKind::kPrompt);
+  };
+  EXPECT_EQ(held("kvzap(2, window=0, sinks=0)", even), (Rows{{0, 1}, {0, 2}}));
+  EXPECT_EQ(held("kvzap(2, window=0, sinks=0)", uneven), (Rows{{0, 1, 2}, {3}}));
+  for (const char* apart : {"kvzap(2, scope=layer, window=0, sinks=0)", "kvzap(2, scope=head, window=0, sinks=0)",
+                            "kvzap(2, window=0, sinks=0)+uniform"})
+    EXPECT_EQ(held(apart, uneven), (Rows{{0, 1}, {2, 3}})) << apart;
+}
+
+// Scores of one head were even between 0 and 1, of the other between .5 and 1.5: of all, half reach .75, a quarter of the
+// first head's and three quarters of the other's. Half of 100 rows a head, beside the one that always stays, are 25 and 75.
+TEST_F(Kvzap, AStreamIsHeldToWhatTheQuantilesSay) {
+  std::vector<float> quantiles;
+  for (const float from : {0.0f, 0.5f})
+    for (int q = 1; q <= 99; ++q) quantiles.push_back(from + 0.01f * static_cast<float>(q));
+  Rng rng(4);
+  std::vector<float> x(101 * 3);
+  for (float& value : x) value = rng.Normal();
+  const auto rows = [&](const char* spec, const std::vector<size_t>& steps, StepKind kind, std::vector<float> q) {
+    std::vector<size_t> n;
+    for (const auto& head : Held(OneHeadALayer(spec, 101, std::move(q)), x, steps, kind)) n.push_back(head.size());
+    return n;
+  };
+  const std::vector<size_t> chunks = {30, 30, 30, 11}, one = {101};
+  using Sizes = std::vector<size_t>;
+  for (const StepKind kind : {StepKind::kStream, StepKind::kDecode})
+    EXPECT_EQ(rows("kvzap(51, window=1, sinks=0)", chunks, kind, quantiles), (Sizes{26, 76}));
+  EXPECT_EQ(rows("kvzap(51, scope=layer, window=1, sinks=0)", chunks, StepKind::kStream, quantiles), (Sizes{51, 51}));
+  EXPECT_EQ(rows("kvzap(51, scope=head, window=1, sinks=0)", chunks, StepKind::kStream, quantiles), (Sizes{51, 51}));
+  // A prompt in one step is divided by its own scores, which are alike here.
+  const Sizes own = rows("kvzap(51, window=1, sinks=0)", one, StepKind::kPrompt, quantiles);
+  EXPECT_EQ(own[0] + own[1], 102u);
+  EXPECT_NEAR(static_cast<double>(own[0]), 51, 15);
+  EXPECT_EQ(own, rows("kvzap(51, window=1, sinks=0)", one, StepKind::kPrompt, {}));
+  // They were read, and a file without them is refused where they are needed alone.
+  EXPECT_EQ(ReadSidecar(path_).scores, sidecar_.scores);
+  const auto made = [&](const char* spec) { return Refusal([&] { OneHeadALayer(spec, 101); }); };
+  EXPECT_NE(made("kvzap(51)+prefill(chunk=8)").find("holds no quantiles"), std::string::npos) << made("kvzap(51)+prefill(chunk=8)");
+  EXPECT_NE(Refusal([&] { rows("kvzap(51)", chunks, StepKind::kStream, {}); }).find("holds no quantiles"), std::string::npos);
+  EXPECT_EQ(made("kvzap(51, scope=head)+prefill(chunk=8)"), "");
+  EXPECT_EQ(made("kvzap(51)+split+prefill(chunk=8)").find("quantiles"), std::string::npos);
+  std::swap(quantiles[3], quantiles[4]);
+  EXPECT_NE(Refusal([&] { OneHeadALayer("kvzap(51)", 101, quantiles); }).find("must ascend"), std::string::npos);
+}
+
+TEST_F(Kvzap, AScopeDividesWhereNothingElseDoes) {
+  const auto refused = [&](const char* spec, const char* why) {
+    const std::string message = Refusal([&] { CacheSpec::Parse(spec); });
+    EXPECT_NE(message.find(why), std::string::npos) << spec << ": " << message;
+  };
+  refused("kvzap(40)+kivi(4)", "divides rows at the end of a prompt");
+  refused("kvzap(40)+csr", "divides rows at the end of a prompt");
+  refused("kvzap(40, scope=layer)+ada", "divides its rows itself");
+  refused("kvzap(40, scope=layer)+uniform", "divides its rows itself");
+  refused("kvzap(threshold=-4, scope=head)", "of which a threshold knows none");
+  refused("kvzap(40, scope=all)", "one of: model layer head");
+  for (const char* spec : {"kvzap(40)+uniform", "kvzap(40, scope=head)+kivi(4)", "kvzap(40)+split+kivi(4)", "kvzap(40, scope=layer)",
+                           "kvzap(40)+prefill(chunk=16)"})
+    EXPECT_EQ(CacheSpec::Parse(spec).ToString(), spec);
+  EXPECT_EQ(CacheSpec::Parse("kvzap(40, scope=model)").ToString(), "kvzap(40)");
+  EXPECT_EQ(CacheSpec::Parse("h2o(40)+uniform").ToString(), "h2o(40)");
 }
 
 const std::vector<std::vector<size_t>> kFeedings = {{8}, {4, 4}, {1, 1, 1, 1, 1, 1, 1, 1}, {7, 1}, {3, 5}};
@@ -203,7 +294,7 @@ TEST_F(Kvzap, AThresholdKeepsAtMostItsMax) {
   for (const std::vector<size_t>& steps : kFeedings)
     for (const StepKind kind : kKinds) {
       EXPECT_EQ(Held(Config("kvzap(threshold=-100, max=6, window=3, sinks=0)+f32"), kInputs, steps, kind),
-                Held(Config("kvzap(6, window=3, sinks=0)+f32"), kInputs, steps, kind));
+                Held(Config("kvzap(6, scope=head, window=3, sinks=0)+f32"), kInputs, steps, kind));
       EXPECT_EQ(Held(Config("kvzap(threshold=4, max=6, window=3, sinks=0)+f32"), kInputs, steps, kind),
                 (Rows{{5, 6, 7}, {3, 4, 5, 6, 7}, {3, 4, 5, 6, 7}, {0, 1, 2, 5, 6, 7}}));
     }
@@ -274,6 +365,10 @@ TEST_F(Kvzap, ScoresAreASidecarAndBelongToAModel) {
   EXPECT_NE(Refusal([&] { Config("kvzap(6, window=1)", 0); }).find("without its model"), std::string::npos);
   EXPECT_NE(Refusal([&] { Config("kvzap(6, window=1)", 3, 0x99); }).find("belongs to the model"), std::string::npos);
   EXPECT_NE(Refusal([&] { Config("kvzap(6, window=2)"); }).find("must exceed"), std::string::npos);
+  CacheShape shape = CacheShape::Uniform(3, 2, 2, 8, 200, {.n_dims = 8, .frequency_factors = {}});
+  shape.input_width = 3;
+  const auto three = [&] { CacheConfig::Create(CacheSpec::Parse("kvzap(6, window=1)"), shape, {}, {path_, 0x1234, 0}); };
+  EXPECT_NE(Refusal(three).find("2 global layers of width 3, but the model has 3"), std::string::npos) << Refusal(three);
   sidecar_.scores.weight.resize(9);
   EXPECT_ANY_THROW({ WriteSidecar(path_, sidecar_); ReadSidecar(path_); });
 }
