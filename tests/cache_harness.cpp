@@ -275,7 +275,7 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "elastic(0.2, first=0, last=0)+f16", "h2o(12)+merge(weighted=true)+f32+prefill(chunk=7)",
         "window(12, sinks=2, positions=cache)+merge(weighted=true)+q8(rotate=true)", "tova(10)+merge(keys=unrotated)+f32",
         "kvzap(14, window=3)+pooled+f32", "kvzap(14, scope=layer)+f32", "kvzap(14, scope=head)+less+q8",
-        "kvzap(13, scope=layer, window=2)+less+f32+prefill(chunk=6)", "kvzap(12)+uniform+f32", "kvzap(41, scope=head)+kivi(2, group=16, window=16)", "kvzap(24, scope=head)+csr(4, window=6)",
+        "kvzap(13, scope=layer, window=2)+less+f32+prefill(chunk=6)", "kvzap(12)+uniform+f32", "kvzap(66, scope=head)+kivi(2, group=16, window=16)", "kvzap(24, scope=head)+csr(4, window=6)",
         "kvzap(14)+pooled(0.3)+less+q8", "kvzap(12, sinks=0)+f32+prefill(chunk=5)",
         "kvzap(13)+split(2)+f32", "h2o(16)+pooled+f32", "snapkv(24, window=4)+pooled+f32", "kvzap(20)+ada+f32",
         "kvzap(threshold=-0.5, max=20, window=4)+f32", "kvzap(threshold=0, max=24, window=3)+less+q8(rotate=true)+prefill(chunk=7)",

@@ -58,7 +58,8 @@ void ExpectSameLives(const std::vector<Outputs>& a, const std::vector<Outputs>& 
 // The heads' shares depend on the prompt; their sum does not.
 bool DividesBudgets(const std::string& spec) {
   const CacheSpec parsed = CacheSpec::Parse(spec);
-  return parsed.Find(Stage::kBudget) != nullptr || parsed.Find(Stage::kShare) != nullptr;
+  return parsed.Find(Stage::kBudget) != nullptr || parsed.Find(Stage::kShare) != nullptr ||
+         TraitsOf(*parsed.Find(Stage::kSelect)).divides_rows;
 }
 
 // How many rows stay depends on the text.
@@ -196,8 +197,9 @@ TEST(Contract, NothingEvictedEqualsFull) {
                                "+f32+match", "+kivi(2, group=16, window=32)",
                                "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)", "+csr(4, window=9)",
                                "+csr(4, sample=8, guard=7)+prefill(chunk=7)"}) {
-        const std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
+        std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
         const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
+        if (select->name == "kvzap" && (has("kivi") || has("csr"))) rows = "(200, scope=head)";
         const MethodTraits traits = TraitsOf(ParseTerm(std::string(select->name) + rows));
         if ((has("kivi") || has("csr")) && shape.head_dim % 16 != 0) continue;
         if (traits.needs_known_rows && (has("zigzag") || has("ada"))) continue;
