@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -22,7 +23,7 @@ std::vector<size_t> Divide(std::vector<std::vector<float>> votes, size_t rows, d
   }
   const ProtectedSet set(std::move(protect));
   LayerRows layer;
-  layer.tokens_seen = votes[0].size();
+  for (const auto& head : votes) layer.tokens_seen = std::max(layer.tokens_seen, head.size());
   layer.window = window;
   layer.votes_accumulate = accumulate;
   layer.protect = &set;
@@ -63,6 +64,14 @@ TEST(Ada, WindowAndProtectedRowsComeFirst) {
 // The newest `window` rows and no others: the third best vote of all lies just before the window.
 TEST(Ada, TheWindowIsAsLongAsItSays) {
   EXPECT_EQ(Divide({{.5f, 0, 0, 0, 0, 0}, {.3f, .2f, .1f, 0, 0, 0}}, 3, 0, 2), (Rows{3, 3}));
+}
+
+// A head that an earlier division left two rows has no use for a floor of four: the other keeps them.
+TEST(Ada, NoHeadGetsMoreThanItHolds) {
+  const std::vector<float> few(2, .1f), many(10, .9f);
+  EXPECT_EQ(Divide({few, many}, 4, 1), (Rows{2, 6}));
+  EXPECT_EQ(Divide({few, many}, 4, 0.5), (Rows{2, 6}));
+  EXPECT_EQ(Divide({many, few, many}, 4, 1), (Rows{6, 2, 4}));
 }
 
 TEST(Ada, NothingChangesWhereNothingLeaves) {
