@@ -83,7 +83,10 @@ TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
   const auto report = nlohmann::json::parse(trained.out);
   EXPECT_GT(report["mean_r2"], 0.1);
   EXPECT_EQ(report["layers"].size(), 4u);
-  for (const std::string spec : {"kvzap(30)+split(4)", "kvzap(30)+pooled", "kvzap(30)+split(4)+prefill(chunk=16)"}) {
+  // As many rows as a threshold's share reach it: fewer reach a higher one.
+  ASSERT_EQ(report["thresholds"].size(), 6u);
+  EXPECT_GT(report["thresholds"][0]["threshold"], report["thresholds"][5]["threshold"]);
+  for (const std::string spec : {"kvzap(30)", "kvzap(30, scope=layer)", "kvzap(30)+prefill(chunk=16)", "kvzap(30)+split(4)", "kvzap(30)+pooled", "kvzap(30)+split(4)+prefill(chunk=16)"}) {
     const Result result = Shell(fmt::format("$L run -m m.gguf -f $T -n 5 --temp 0 --json --kv '{}'", spec));
     ASSERT_EQ(result.status, 0) << spec << "\n" << result.err;
     EXPECT_NEAR(nlohmann::json::parse(result.out)["tokens_resident"].get<double>(), 30, 1e-9) << spec;

@@ -95,14 +95,14 @@ class KvzapSelector final : public Selector {
   std::vector<size_t> first_;  // heads before each layer
 };
 
-// The part of a head's training scores that reach a threshold, between the quantiles in proportion.
+// The part of a head's training scores that reach a threshold, between the quantiles in proportion; none beyond the last.
 double PartAbove(std::span<const float> quantiles, double threshold) {
   const auto after = std::upper_bound(quantiles.begin(), quantiles.end(), threshold);
-  const auto below = static_cast<double>(after - quantiles.begin());
-  double between = 0;
-  if (after != quantiles.begin() && after != quantiles.end())
-    between = (threshold - static_cast<double>(after[-1])) / (static_cast<double>(after[0]) - static_cast<double>(after[-1]));
-  return 1 - (below + between) / static_cast<double>(quantiles.size() + 1);
+  if (after == quantiles.begin()) return 1;
+  if (after == quantiles.end()) return 0;
+  const double low = static_cast<double>(after[-1]), high = static_cast<double>(after[0]);
+  const double below = static_cast<double>(after - quantiles.begin()) + (threshold - low) / (high - low);
+  return 1 - below / static_cast<double>(quantiles.size() + 1);
 }
 
 // Rows a head of one layer, or of all layers, `rows` on average: by the part of its scores above the threshold that as many
@@ -111,7 +111,8 @@ std::vector<size_t> RowsByQuantiles(std::span<const float> quantiles, const Budg
   constexpr size_t kQuantiles = SidecarScores::kQuantiles;
   const size_t n = quantiles.size() / kQuantiles, least = std::max(request.least(), request.smallest);
   if (request.rows >= request.n_tokens || request.rows <= least) return std::vector<size_t>(n, request.rows);
-  const double ratio = static_cast<double>(request.rows - least) / static_cast<double>(request.n_tokens - least);
+  // Of less than a hundredth of the rows the quantiles know nothing more.
+  const double ratio = std::max(0.01, static_cast<double>(request.rows - least) / static_cast<double>(request.n_tokens - least));
   std::vector<double> parts(n);
   const auto [lowest, highest] = std::minmax_element(quantiles.begin(), quantiles.end());
   double low = *lowest, high = *highest;

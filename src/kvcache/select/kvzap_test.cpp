@@ -198,9 +198,9 @@ TEST_F(Kvzap, AStreamIsHeldToWhatTheQuantilesSay) {
   Rng rng(4);
   std::vector<float> x(101 * 3);
   for (float& value : x) value = rng.Normal();
-  const auto rows = [&](const char* spec, const std::vector<size_t>& steps, StepKind kind, std::vector<float> q) {
+  const auto rows = [&](const char* spec, const std::vector<size_t>& steps, StepKind kind, std::vector<float> q, size_t ctx = 101) {
     std::vector<size_t> n;
-    for (const auto& head : Held(OneHeadALayer(spec, 101, std::move(q)), x, steps, kind)) n.push_back(head.size());
+    for (const auto& head : Held(OneHeadALayer(spec, ctx, std::move(q)), x, steps, kind)) n.push_back(head.size());
     return n;
   };
   const std::vector<size_t> chunks = {30, 30, 30, 11}, one = {101};
@@ -209,6 +209,8 @@ TEST_F(Kvzap, AStreamIsHeldToWhatTheQuantilesSay) {
     EXPECT_EQ(rows("kvzap(51, window=1, sinks=0)", chunks, kind, quantiles), (Sizes{26, 76}));
   EXPECT_EQ(rows("kvzap(51, scope=layer, window=1, sinks=0)", chunks, StepKind::kStream, quantiles), (Sizes{51, 51}));
   EXPECT_EQ(rows("kvzap(51, scope=head, window=1, sinks=0)", chunks, StepKind::kStream, quantiles), (Sizes{51, 51}));
+  // Of few rows of a long context: those that the best fiftieth of the other head's scores are, a hundredth of all.
+  EXPECT_EQ(rows("kvzap(13, window=1, sinks=0)", chunks, StepKind::kStream, quantiles, 5000), (Sizes{1, 25}));
   // A prompt in one step is divided by its own scores, which are alike here.
   const Sizes own = rows("kvzap(51, window=1, sinks=0)", one, StepKind::kPrompt, quantiles);
   EXPECT_EQ(own[0] + own[1], 102u);
