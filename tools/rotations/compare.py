@@ -124,7 +124,7 @@ class Learned:
     c_q, c_o = (gram([row[i].reshape(-1, row[i].shape[-1]) for row in rows]) for i in (0, 3))
     weighted = []  # OSCAR's values: each weighted by its key's mean squared logit
     for _, k, v, _ in rows:
-      w = np.einsum("td,de,te->t", k, c_q, k)
+      w = (k @ c_q * k).sum(1)
       weighted.append(v * np.sqrt(w / w.mean())[:, None])
     covariances = {"q": c_q, "v": gram(weighted), "o": c_o}
     self.u = {name: np.linalg.eigh(c)[1].astype(np.float32) for name, c in covariances.items()}
