@@ -195,7 +195,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
       if (select->stage != Stage::kSelect || select->name == "full") continue;
       for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+split", "+f32+ada", "+f32+prefill(chunk=7)", "+f32+merge",
                                "+f32+match", "+kivi(2, group=16, window=32)",
-                               "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)", "+csr(4, window=9)",
+                               "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)", "+kivi(4, group=16, window=16)+think(0.5)", "+csr(4, window=9)",
                                "+csr(4, sample=8, guard=7)+prefill(chunk=7)"}) {
         std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
         const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
@@ -213,7 +213,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
-        for (const char* kept : {"f32", "f16", "bf16", "kivi", "csr", "prefill"})
+        for (const char* kept : {"f32", "f16", "bf16", "kivi", "think", "csr", "prefill"})
           if (const SpecTerm* term = parsed.Find(kept)) full += "+" + ToString(*term);
         SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
         ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));
@@ -480,17 +480,18 @@ TEST(Contract, RestoredCacheGoesOnAsTheOriginal) {
 // Damaged bytes are refused, or give a cache that works; the cache that was to be restored stays as it was when they
 // are refused.
 TEST(Contract, DamagedBytesNeverCrash) {
-  const TinyShape& shape = kTinyShapes[1];
-  const TempSidecar sidecar(shape);
-  const Text text = RandomText(shape, 160, 17);
   for (const char* spec : {"full+f32", "h2o(11)+f32+less", "h2o(11)+pyramid(3)", "h2o(11)+ada+f32",
                            "snapkv(14, window=4)+ada", "h2o(14)+zigzag", "window(14)+split(4)", "tova(9)+f32", "window(9)",
                            "window(9, sinks=2, positions=cache)+f32", "snapkv(14, window=4)+f32",
                            "cluster(9, sinks=2, size=4, every=7, add=2, skip=1)+f32",
                            "cluster(9, sinks=2, size=4, every=7, add=2, skip=1, offload=\"/tmp\")+f32",
                            "kvzap(threshold=0.2, window=5)+f32", "full+think(window=3)",
-                           "h2o(14)+ada+think(0.6, window=3)", "snapkv(14, window=4)+f32+think(window=5, generated=full)"}) {
+                           "h2o(14)+ada+think(0.6, window=3)", "snapkv(14, window=4)+f32+think(window=5, generated=full)",
+                           "full+think(0.5)+kivi(2, group=16, window=32)", "full+think(0.5)+kivi(2, group=16, window=16)"}) {
     SCOPED_TRACE(spec);
+    const TinyShape& shape = kTinyShapes[std::string(spec).find("kivi") == std::string::npos ? 1 : 3];
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 160, 17);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
     SequenceCache cache(config);
     Live(cache, text, 0, {30, StepKind::kPrompt});

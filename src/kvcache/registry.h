@@ -83,7 +83,7 @@ struct MethodTraits {
   bool needs_full_keys = false;       // residual
   bool rewrites_rows = true;          // codec, wrap: a row can be changed after it was written
   bool needs_rewrites = false;        // select, residual
-  bool plain_rows = false;            // codec: rows are stored each by itself, channel by channel: some can be left out
+  bool plain_rows = false;            // codec: keys are stored channel by channel, so that some can be left out
   bool needs_plain_rows = false;      // wrap
   bool fixes_rotation = false;        // wrap: keys cannot be rotated any more once they are stored
   bool groups_rows = false;           // codec: rows leave in groups

@@ -680,7 +680,7 @@ void PutCode(const GroupFormat& f, const Unit& unit, size_t word, size_t place, 
 
 bool Supports(const GroupFormat& f) {
   return f.bits >= 2 && f.bits <= 4 && f.group > 0 && f.group % 16 == 0 && f.group <= kMostRows && f.head_dim > 0 &&
-         f.head_dim % (f.side == RowSide::kKeys ? 16 : f.group) == 0 && f.head_dim <= kMostChannels;
+         f.head_dim % (f.side == RowSide::kKeys ? kGroupedChannels : f.group) == 0 && f.head_dim <= kMostChannels;
 }
 
 size_t UnitBytes(const GroupFormat& f) {

@@ -29,6 +29,7 @@
 namespace lesskv {
 
 inline constexpr size_t kMostGroupedChannels = 512;
+inline constexpr size_t kGroupedChannels = 16;  // head_dim is a multiple of so many
 
 // How a group's scale and minimum are chosen as it is written.
 //   kExtremes    of its extremes, which are then next to exact: rounding errors only, which know nothing of the numbers
@@ -46,7 +47,7 @@ struct GroupFormat {
   size_t unit_rows() const { return side == RowSide::kKeys ? group : kTileRows; }
 };
 
-// head_dim must be a multiple of 16, of values also of the group, and at most kMostGroupedChannels.
+// head_dim must be a multiple of kGroupedChannels, of values also of the group, and at most kMostGroupedChannels.
 bool Supports(const GroupFormat& format);
 
 // n * head_dim * (bits + 32 / group) / 8 for the n rows of a unit.

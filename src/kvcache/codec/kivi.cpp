@@ -6,14 +6,23 @@
 namespace lesskv {
 namespace {
 
-class KiviCodec final : public Codec {
+class KiviCodec final : public PrunableCodec {
  public:
   explicit KiviCodec(const KiviOptions& options) : options_(options) {}
   CodecTraits traits() const override {
-    return {.group_rows = options_.group, .window_rows = options_.window, .rewrites_rows = false};
+    return {.group_rows = options_.group,
+            .window_rows = options_.window,
+            .gives_full_keys = options_.pruned == 0,
+            .rewrites_rows = false};
   }
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<KiviStore>(counter, shape, options_);
+  }
+  size_t channel_unit() const override { return kGroupedChannels; }
+  std::unique_ptr<const Codec> Pruned(double ratio) const override {
+    KiviOptions options = options_;
+    options.pruned = ratio;
+    return std::make_unique<KiviCodec>(options);
   }
 
  private:
@@ -82,7 +91,7 @@ extern const Method kKiviMethod{
     .summary = "2, 3 or 4 bits, keys per channel in groups of tokens, values per token, the most recent ones exact",
     .reference = "arXiv 2402.02750",
     .parameters = kParameters,
-    .traits = [](const Arguments&) { return MethodTraits{.rewrites_rows = false, .groups_rows = true, .needs_known_rows = true}; },
+    .traits = [](const Arguments&) { return MethodTraits{.rewrites_rows = false, .plain_rows = true, .groups_rows = true, .needs_known_rows = true}; },
     .validate = Validate,
     .make_codec = Make,
 };

@@ -11,6 +11,11 @@
 #include "kvcache/codec/head_job.h"
 
 namespace lesskv {
+namespace {
+
+constexpr size_t kAtOnce = 4;  // queries, as the kernels take them
+
+}  // namespace
 
 // ---- Coded rows of one head
 
@@ -37,10 +42,19 @@ void KiviStore::Head::ForBlocks(bool keys, size_t first, size_t n, F&& f) const 
   }
 }
 
+// Channels that are stored come first, then each goes to its place, the last one first: no place is taken that is still
+// to be read.
 void KiviStore::Head::ExpandKeys(size_t first, size_t n, float* out, size_t stride) const {
   ForBlocks(true, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
     ExpandKeyUnits(formats->keys, units, row, count, out + done, stride);
   });
+  const std::span<const uint16_t> channels = Channels();
+  for (size_t c = formats->exact.keys.head_dim, left = channels.size(); c-- > 0 && !channels.empty();) {
+    if (left == 0 || channels[left - 1] != c)
+      std::fill_n(out + c * stride, n, 0.0f);
+    else if (--left != c)
+      std::copy_n(out + left * stride, n, out + c * stride);
+  }
 }
 
 void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t stride) const {
@@ -53,9 +67,19 @@ void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t st
 
 bool KiviStore::Head::Scores(size_t first, size_t n, const float* q, size_t stacked, float* scores,
                              size_t stride) const {
-  ForBlocks(true, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-    ScoreKeyUnits(formats->keys, units, row, count, q, stacked, scores + done, stride);
-  });
+  const auto score = [&](const float* queries, size_t n_queries, float* to) {
+    ForBlocks(true, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
+      ScoreKeyUnits(formats->keys, units, row, count, queries, n_queries, to + done, stride);
+    });
+  };
+  const std::span<const uint16_t> channels = Channels();
+  if (channels.empty()) score(q, stacked, scores);
+  for (size_t m = 0; m < stacked && !channels.empty(); m += kAtOnce) {
+    const size_t count = std::min(kAtOnce, stacked - m);
+    float some[kAtOnce * kMostGroupedChannels];
+    for (size_t c = 0; c < channels.size(); ++c) std::copy_n(q + channels[c] * stacked + m, count, some + c * count);
+    score(some, count, scores + m * stride);
+  }
   return true;
 }
 
@@ -73,7 +97,6 @@ bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, si
     AddCodedValues(first, n, weights, stride, stacked, out, out_stride);
     return true;
   }
-  constexpr size_t kAtOnce = 4;
   const size_t d = formats->values.head_dim;
   for (size_t m = 0; m < stacked; m += kAtOnce) {
     const size_t count = std::min(kAtOnce, stacked - m);
@@ -96,11 +119,17 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
         {options.Keys(d), options.Values(d), {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}},
          options.rotate ? HadamardBlock(d) : 0});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
+    if (d > formats_[widest_].exact.keys.head_dim) widest_ = formats_.size() - 1;
   }
   staging_.resize(most_heads_);
+  if (options.pruned > 0) {
+    std::vector<size_t> n_kept;
+    for (const Formats& f : formats_) n_kept.push_back(f.keys.head_dim);
+    sets_.emplace(shape.layers, n_kept);
+  }
   for (size_t i = 0; i < heads_.size(); ++i) {
     heads_[i].formats = &formats_[table_.LayerOf(i)];
+    if (sets_) heads_[i].sets = &*sets_, heads_[i].index = i;
     if (shape.grows) heads_[i].block_rows = RoundUp(kKiviBlockRows, options.group);
   }
 }
@@ -180,6 +209,7 @@ void KiviStore::Reserve(const StepRoom& room) {
   }
   try {
     budgets_.assign(room.budgets.begin(), room.budgets.end());
+    if (sets_) sets_->Reserve(*counter_);
     for (size_t i = 0; i < heads_.size(); ++i) ReserveHead(i, room);
     ReserveStaging(room);
   } catch (...) {
@@ -225,10 +255,13 @@ void KiviStore::CancelStep() {
     }
   }
   for (ExactRows& staging : staging_) staging = ExactRows{};
+  const bool has_rows = std::any_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.n_rows > 0; });
+  if (sets_ && !has_rows) sets_->Free();
   n_step_ = 0;
 }
 
 void KiviStore::EndStep() {
+  if (sets_) sets_->EndStep();
   for (size_t i = 0; i < heads_.size(); ++i) {
     if (shape_.grows)
       Trim(heads_[i]);
@@ -245,6 +278,7 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
   auto copy = std::make_unique<KiviStore>(counter, shape_, options_);
   copy->defers_ = defers_;
   copy->budgets_ = budgets_;
+  if (sets_) *copy->sets_ = sets_->Clone(counter);
   for (size_t i = 0; i < heads_.size(); ++i) {
     const Head& from = heads_[i];
     Head& to = copy->heads_[i];
@@ -294,6 +328,10 @@ void KiviStore::AddJobs(const StoreQuery& query, JobList& list) const {
   for (size_t h = 0; h < Layer(query.layer).n_kv_heads; ++h) list.jobs.push_back(Job(query, h, list));
 }
 
+void KiviStore::Observe(const StoreQuery& query) {
+  if (sets_) sets_->Observe(Layer(query.layer), n_step_, query);
+}
+
 // A row that is not coded: in the window, or the step's own.
 void KiviStore::ReadExact(const Head& head, const ExactRows& staging, RowSide side, size_t row, float* out) const {
   const Formats& f = *head.formats;
@@ -340,6 +378,10 @@ SlotMap KiviStore::Close(size_t layer, size_t kv_head, std::span<const Departure
     if (row >= kept.first) kept.rest.push_back(static_cast<uint32_t>(row));
   }
   const size_t keys = kept.n - std::min(kept.n, (head.n_rows - head.coded_keys + n_step_) % window);
+  if (sets_ && keys > 0 && !sets_->chosen(i))
+    sets_->Choose(i, keys, [&](size_t row, float* key) {
+      ReadExact(head, Staging(layer, kv_head), RowSide::kKeys, kept.Old(row), key);
+    });
   const size_t values = kept.n - std::min({kept.n, head.n_rows - head.coded_values + n_step_, window});
   if (!counter_->only_counts) {
     CHECK(leaving.size() % options_.group == 0 && (leaving.empty() || leaving.back().row < GroupedRows(layer, kv_head)),
@@ -364,15 +406,18 @@ void KiviStore::CodeRows(Head& head, const ExactRows& staging, const Kept& kept,
 
 void KiviStore::CodeKeys(Head& head, const ExactRows& staging, const Kept& kept, size_t keys) {
   const GroupFormat& f = head.formats->keys;
-  std::vector<float> rows(f.group * f.head_dim);
+  const std::span<const uint16_t> channels = head.Channels();
+  std::vector<float> rows(f.group * f.head_dim), key(head.formats->exact.keys.head_dim);
   for (size_t unit = std::min(kept.first, head.coded_keys) / f.group; unit < keys / f.group; ++unit) {
     const size_t old = kept.Old(unit * f.group);
     if (old < head.coded_keys) {
       if (old != unit * f.group) std::memmove(head.KeyUnit(unit), head.KeyUnit(old / f.group), UnitBytes(f));
       continue;
     }
-    for (size_t i = 0; i < f.group; ++i)
-      ReadExact(head, staging, RowSide::kKeys, kept.Old(unit * f.group + i), &rows[i * f.head_dim]);
+    for (size_t i = 0; i < f.group; ++i) {
+      ReadExact(head, staging, RowSide::kKeys, kept.Old(unit * f.group + i), key.data());
+      for (size_t c = 0; c < f.head_dim; ++c) rows[i * f.head_dim + c] = key[channels.empty() ? c : channels[c]];
+    }
     WriteKeyUnit(f, head.KeyUnit(unit), rows.data());
   }
 }
@@ -425,6 +470,7 @@ void KiviStore::Save(ByteWriter& out) const {
   for (const Head& head : heads_) {
     const Formats& f = *head.formats;
     for (const size_t n : {head.n_rows, head.coded_keys, head.coded_values}) out.Put<uint64_t>(n);
+    if (sets_ && head.n_rows > 0) sets_->Save(head.index, out);
     for (size_t unit = 0; unit < head.coded_keys / f.keys.group; ++unit) out.Raw(head.KeyUnit(unit), UnitBytes(f.keys));
     for (size_t unit = 0; unit < CeilDiv(head.coded_values, kTileRows); ++unit)
       out.Raw(head.ValueUnit(unit), UnitBytes(f.values));
@@ -447,6 +493,7 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
         Fail(ErrorCode::kBadFile, "saved cache: a budget of {} rows is below two groups of {}", rows, options_.group);
     budgets_.assign(budgets.begin(), budgets.end());
   }
+  if (sets_ && max_rows > 0) sets_->Reserve(*counter_);
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const Formats& f = *head.formats;
@@ -455,6 +502,9 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
     const size_t values = in.Count(keys, "a head's number of coded values");
     if (keys % options_.group != 0 || n_rows - values > WindowOf(i))
       Fail(ErrorCode::kBadFile, "saved cache: {} keys and {} values of {} are coded, which cannot be", keys, values, n_rows);
+    if (sets_ && n_rows > 0) sets_->Load(i, in);
+    if (sets_ && keys > 0 && !sets_->chosen(i))
+      Fail(ErrorCode::kBadFile, "saved cache: a head has coded keys, but its channels were not chosen");
     if (shape_.grows)
       Grow(head, keys);
     else
@@ -475,6 +525,7 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
     load(f.exact.keys, head.window.Region(f.exact, RowSide::kKeys), n_rows - keys);
     load(f.exact.values, head.window.Region(f.exact, RowSide::kValues), n_rows - values);
   }
+  if (sets_) sets_->EndStep();
 }
 
 }  // namespace lesskv

@@ -9,16 +9,23 @@
 // closed. Nothing is coded twice. Where rows leave, they leave in whole groups of keys (with their values), never from
 // the last R rows; R is then at most half the budget, rounded down to the group. Rows stay in the order of the text.
 //
+// With `pruned` coded keys lack that share of their channels (ThinK; channel_sets.h): one set a KV head, chosen when its
+// first keys are coded, over those that are. Exact keys are whole; a row loses its channels as it is coded. From then on
+// what is coded depends on the tokens alone, as above; the choice itself on the queries that the first step of at least R
+// tokens, or of the last ones to make R, ends with.
+//
 // A head's coded rows lie in blocks: units of keys, then units of values (group_codes.h). Heads that grow own blocks of
 // kKiviBlockRows rows, bounded ones a single block of their budget.
 #pragma once
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "kernels/rows/group_codes.h"
+#include "kvcache/codec/channel_sets.h"
 #include "kvcache/codec/codec.h"
 #include "kvcache/codec/exact_rows.h"
 #include "kvcache/codec/kv_store.h"
@@ -35,8 +42,10 @@ struct KiviOptions {
   // Values are coded behind a Hadamard transform (hadamard.h) and with fitted scales. The transform gains by itself;
   // fitted scales lose without it, as they cut off the same channel of every token.
   bool rotate = false;
+  double pruned = 0;  // share of the channels that coded keys lack, so that a multiple of kGroupedChannels stays
 
-  GroupFormat Keys(size_t head_dim) const { return {RowSide::kKeys, key_bits, group, head_dim}; }
+  size_t KeyChannels(size_t head_dim) const { return KeptChannels(pruned, head_dim, kGroupedChannels); }
+  GroupFormat Keys(size_t head_dim) const { return {RowSide::kKeys, key_bits, group, KeyChannels(head_dim)}; }
   GroupFormat Values(size_t head_dim) const {
     return {RowSide::kValues, value_bits, std::min(group, head_dim), head_dim,
             rotate ? GroupFit::kFitted : GroupFit::kExtremes};
@@ -54,6 +63,8 @@ class KiviStore final : public KvStore {
   void SetBudgets(size_t layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
   void AddJobs(const StoreQuery& query, JobList& list) const override;
+  void Observe(const StoreQuery& query) override;
+  // Coded keys have zeros in their pruned channels.
   void ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t> rows, float* keys,
                 float* values) const override;
   SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) override;
@@ -67,15 +78,19 @@ class KiviStore final : public KvStore {
   // Rows of a head that are coded: the first ones.
   size_t coded_keys(size_t layer, size_t kv_head) const { return At(layer, kv_head).coded_keys; }
   size_t coded_values(size_t layer, size_t kv_head) const { return At(layer, kv_head).coded_values; }
+  // The channels of a head's coded keys, ascending; empty where they have all, and until they are chosen.
+  std::span<const uint16_t> kept_channels(size_t layer, size_t kv_head) const { return At(layer, kv_head).Channels(); }
 
  private:
   struct Formats {  // of one layer
-    GroupFormat keys, values;
+    GroupFormat keys, values;  // of keys the channels that are stored
     ExactFormats exact;
     size_t hadamard_block = 0;  // of coded values; 0: they lie as they are
   };
   struct Head final : RowReader {
     const Formats* formats = nullptr;
+    const ChannelSets* sets = nullptr;  // where coded keys lack channels
+    size_t index = 0;                   // the head's in `sets`
     std::vector<CountedBuffer> blocks;
     size_t block_rows = 0;
     size_t n_rows = 0, coded_keys = 0, coded_values = 0;
@@ -85,6 +100,7 @@ class KiviStore final : public KvStore {
 
     std::byte* KeyUnit(size_t unit) const;
     std::byte* ValueUnit(size_t unit) const;
+    std::span<const uint16_t> Channels() const { return sets == nullptr ? std::span<const uint16_t>() : sets->Kept(index); }
     size_t Capacity() const { return blocks.size() * block_rows; }
     // Calls f(first unit of a block, first row in it, n, rows done) for the parts of slots [first, first + n).
     template <typename F>
@@ -134,6 +150,7 @@ class KiviStore final : public KvStore {
   StoreShape shape_;
   KiviOptions options_;
   HeadTable table_;
+  std::optional<ChannelSets> sets_;  // where coded keys lack channels
   std::vector<Formats> formats_;  // [n_layers]
   size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;      // [heads]

@@ -59,6 +59,7 @@ struct Subject {
     StoreQuery query{.queries = &rows.q[seen * qs], .n_queries = n, .out = out.data(), .lse = lse.data()};
     store->AddJobs(query, list);
     Attend(list.jobs);
+    store->Observe(query);
     store->Finish(query);
     for (size_t h = 0; h < shape.n_kv_heads; ++h) store->Close(0, h, {});
     store->EndStep();
@@ -129,6 +130,7 @@ void ExpectExactRowsAndCodesStay(const KiviOptions& options) {
 TEST(Kivi, ExactRowsAreTheInputsAndCodesStay) {
   ExpectExactRowsAndCodesStay({2, 4, 16, 32});
   ExpectExactRowsAndCodesStay({3, 3, 16, 32, true});
+  ExpectExactRowsAndCodesStay({2, 4, 16, 32, false, 0.5});
 }
 
 // Softmax attention in double over what ReadRows gives.
@@ -162,7 +164,8 @@ TEST(Kivi, AttentionIsThatOfDecodedRows) {
   for (const Isa isa : AvailableIsas()) {
     ForceIsa(isa);
     for (const KiviOptions& options :
-         {KiviOptions{2, 2, 16, 32}, {4, 4, 32, 64}, {4, 2, 16, 48}, {3, 3, 32, 64}, {3, 2, 128, 128, true}}) {
+         {KiviOptions{2, 2, 16, 32}, {4, 4, 32, 64}, {4, 2, 16, 48}, {3, 3, 32, 64}, {3, 2, 128, 128, true},
+          {4, 2, 32, 64, false, 0.5}, {2, 3, 16, 48, true, 0.5}, {3, 2, 128, 128, false, 0.6}}) {
       const Rows rows(700);
       Subject subject(options), f16(RowType::kF16);
       subject.Step(rows, 600);
@@ -249,6 +252,179 @@ TEST(Kivi, BytesAreThoseOfTheRows) {
   }
 }
 
+// ---- Keys that lack channels (think)
+
+// The channels of the largest |Q_j K_j^T|_F, from the outer product itself: queries [first_query, last_query) and keys
+// [0, n_keys) of a head.
+std::vector<uint16_t> Largest(const Rows& rows, size_t h, size_t first_query, size_t last_query, size_t n_keys, size_t n) {
+  std::vector<double> scores(kDim);
+  for (size_t c = 0; c < kDim; ++c)
+    for (size_t t = first_query; t < last_query; ++t)
+      for (size_t g = 0; g < kHeads / kKvHeads; ++g)
+        for (size_t k = 0; k < n_keys; ++k)
+          scores[c] += std::pow(double(rows.q[(t * kHeads + h * 2 + g) * kDim + c]) *
+                                    HalfToFloat(FloatToHalf(rows.k[(k * kKvHeads + h) * kDim + c])), 2);
+  std::vector<uint16_t> order(kDim);
+  std::iota(order.begin(), order.end(), uint16_t{0});
+  std::sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return scores[a] > scores[b]; });
+  order.resize(n);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+std::vector<uint16_t> Kept(Subject& subject, size_t h) {
+  const auto kept = subject.kivi().kept_channels(0, h);
+  return {kept.begin(), kept.end()};
+}
+
+void ZeroOtherChannels(Rows& rows, size_t h, const std::vector<uint16_t>& kept) {
+  for (size_t i = 0; i < rows.k.size(); ++i)
+    if (i / kDim % kKvHeads == h && !std::binary_search(kept.begin(), kept.end(), i % kDim)) rows.k[i] = 0;
+}
+
+// By the last queries and the keys that are coded, when the first are; then no more. Keys of the window do not count,
+// here by far the largest, nor do queries before the last ones.
+TEST(KiviWithThink, ChannelsAreChosenByTheKeysThatAreCoded) {
+  Rows rows(400);
+  for (size_t t = 96; t < 100; ++t)
+    for (size_t i = 0; i < kKvHeads * kDim; ++i) rows.k[t * kKvHeads * kDim + i] *= i % kDim < 16 ? 0.1f : 90.0f;
+  for (size_t i = 0; i < kHeads * kDim; ++i) rows.q[67 * kHeads * kDim + i] *= i % kDim < 16 ? 90.0f : 0.1f;
+  for (const double pruned : {0.25, 0.5, 0.6}) {
+    Subject subject({2, 2, 16, 48, false, pruned});
+    subject.Step(rows, 100);
+    for (size_t h = 0; h < kKvHeads; ++h)
+      EXPECT_EQ(Kept(subject, h), Largest(rows, h, 68, 100, 96, pruned == 0.25 ? 32 : 16)) << pruned;
+    if (pruned > 0.3) {
+      EXPECT_NE(Kept(subject, 0), Kept(subject, 1));
+    }
+    const std::vector<uint16_t> chosen = Kept(subject, 1);
+    for (const size_t n : {1, 40, 1, 100, 7}) subject.Step(rows, n);
+    EXPECT_EQ(Kept(subject, 1), chosen);
+    EXPECT_EQ(subject.kivi().coded_keys(0, 1), 240u);
+    EXPECT_EQ(subject.kivi().coded_values(0, 1), 249u - 48);
+  }
+  // Token by token: all queries until then.
+  Subject subject({2, 2, 16, 32, false, 0.5});
+  for (size_t i = 0; i < 31; ++i) subject.Step(rows, 1);
+  EXPECT_TRUE(Kept(subject, 0).empty());
+  subject.Step(rows, 1);
+  EXPECT_EQ(Kept(subject, 0), Largest(rows, 0, 0, 32, 32, 16));
+}
+
+// Codes are those of keys whose other channels are zeros, values those of kivi; and so are scores where the keys are zeros
+// there anyway.
+TEST(KiviWithThink, EqualsKiviOfZeroedKeys) {
+  for (const Isa isa : AvailableIsas()) {
+    ForceIsa(isa);
+    for (const KiviOptions& options : {KiviOptions{2, 2, 16, 32}, {4, 2, 32, 64}, {3, 3, 64, 64, true}}) {
+      SCOPED_TRACE(testing::Message() << IsaName(isa) << ", " << options.key_bits << " bits");
+      KiviOptions pruned = options;
+      pruned.pruned = 0.5;
+      Rows rows(500), zeroed = rows;
+      Subject think(pruned), kivi(options);
+      think.Step(rows, 150);
+      for (size_t h = 0; h < kKvHeads; ++h) ZeroOtherChannels(zeroed, h, Kept(think, h));
+      kivi.Step(zeroed, 150);
+      for (const size_t n : {1, 90, 5, 64}) {
+        think.Step(rows, n), kivi.Step(zeroed, n);
+        for (size_t h = 0; h < kKvHeads; ++h) {
+          const auto [keys, values] = think.Read(h, think.kivi().coded_keys(0, h));
+          const auto [want_keys, want_values] = kivi.Read(h, kivi.kivi().coded_keys(0, h));
+          EXPECT_EQ(keys, want_keys);
+          EXPECT_EQ(values, want_values);
+        }
+      }
+      Subject other(pruned), other_kivi(options);
+      for (const size_t n : {150, 1, 2, 1, 3, 4, 40, 1, 9}) {
+        const std::vector<float> want = other_kivi.Step(zeroed, n);
+        EXPECT_LE(Deviation(other.Step(zeroed, n), {want.begin(), want.end()}), 1e-10) << n;
+      }
+      EXPECT_EQ(Kept(other, 1), Kept(think, 1));
+    }
+  }
+  ForceIsa(BestIsa());
+}
+
+// The bits of f16 rows while nothing is coded, of a prompt always.
+TEST(KiviWithThink, NothingIsPrunedBeforeTheWindowIsFull) {
+  const Rows rows(200);
+  Subject think({4, 4, 32, 64, false, 0.5}), f16(RowType::kF16);
+  EXPECT_EQ(think.Step(rows, 60), f16.Step(rows, 60));
+  for (size_t i = 0; i < 4; ++i) EXPECT_EQ(think.Step(rows, 1), f16.Step(rows, 1));
+  EXPECT_NE(think.Step(rows, 1), f16.Step(rows, 1));
+  Subject long_think({2, 2, 32, 64, false, 0.5}), long_f16(RowType::kF16);
+  EXPECT_EQ(long_think.Step(rows, 190), long_f16.Step(rows, 190));
+}
+
+// Once the channels are chosen what is coded depends on the tokens alone; a saved and loaded store, or a copy, goes on in
+// the same way, from before the choice and from behind it.
+TEST(KiviWithThink, StepsBehindTheChoiceDoNotMatter) {
+  const KiviOptions options{2, 4, 16, 48, false, 0.5};
+  const Rows rows(300);
+  Subject one(options);
+  one.Step(rows, 70), one.Step(rows, 200);
+  for (const size_t chunk : {1, 7, 50}) {
+    Subject other(options);
+    other.Step(rows, 70);
+    while (other.seen < 270) other.Step(rows, std::min(chunk, 270 - other.seen));
+    EXPECT_TRUE(other.Saved() == one.Saved()) << chunk;
+  }
+  for (const size_t first : {40, 70}) {
+    Subject whole(options), copy(options), loaded(options);
+    whole.Step(rows, first);
+    const std::vector<std::byte> saved = whole.Saved();
+    ByteReader in{{}};
+    in.rest = saved;
+    loaded.store->Load(in, std::vector<size_t>(kKvHeads), first);
+    EXPECT_TRUE(in.rest.empty());
+    copy.store = whole.store->Clone(copy.counter);
+    copy.seen = loaded.seen = first;
+    EXPECT_EQ(copy.counter.now, whole.counter.now);
+    for (const size_t n : {1, 20, 1, 60, 1}) {
+      const std::vector<float> want = whole.Step(rows, n);
+      EXPECT_EQ(copy.Step(rows, n), want);
+      EXPECT_EQ(loaded.Step(rows, n), want);
+      EXPECT_EQ(Kept(loaded, 1), Kept(whole, 1));
+    }
+    EXPECT_TRUE(loaded.Saved() == whole.Saved());
+    EXPECT_EQ(loaded.counter.now, whole.counter.now);
+  }
+}
+
+// Less by the codes, scales and minima of the channels that coded keys lack; more by the lists of those they have.
+TEST(KiviWithThink, BytesAreThoseOfTheKeptChannels) {
+  const Rows rows(2048);
+  for (const size_t bits : {2, 3, 4}) {
+    KiviOptions options{bits, 2, 32, 128};
+    Subject kivi(options);
+    options.pruned = 0.5;
+    Subject think(options);
+    kivi.Step(rows, 2048), think.Step(rows, 2048);
+    const size_t channels = kKvHeads * 16;
+    EXPECT_EQ(kivi.counter.now - think.counter.now, 2048 * channels * (bits + 1) / 8 - channels * sizeof(uint16_t));
+  }
+}
+
+// What left before keys are coded has no say.
+TEST(KiviWithThink, KeysThatLeftDoNotCount) {
+  Rows rows(64);
+  for (size_t t = 16; t < 32; ++t)
+    for (size_t i = 0; i < kKvHeads * kDim; ++i) rows.k[t * kKvHeads * kDim + i] *= i % kDim < 20 ? 50.0f : 0.1f;
+  Subject subject({2, 2, 16, 16, false, 0.5});
+  const std::vector<size_t> budgets(kKvHeads, 48);
+  subject.store->Reserve({.n_step = 64, .evicts = true, .is_prompt = true, .budgets = budgets});
+  subject.store->Append(0, 0, 64, rows.k.data(), rows.v.data());
+  std::vector<float> out(64 * kHeads * kDim), lse(64 * kHeads);
+  subject.store->Observe({.queries = rows.q.data(), .n_queries = 64, .out = out.data(), .lse = lse.data()});
+  std::vector<Departure> leaving;
+  for (uint32_t row = 16; row < 32; ++row) leaving.push_back({row, Fate::kDrop});
+  for (size_t h = 0; h < kKvHeads; ++h) EXPECT_EQ(subject.store->Close(0, h, leaving).n_rows, 48u);
+  subject.store->EndStep();
+  Rows kept = rows;
+  kept.k.erase(kept.k.begin() + 16 * kKvHeads * kDim, kept.k.begin() + 32 * kKvHeads * kDim);
+  for (size_t h = 0; h < kKvHeads; ++h) EXPECT_EQ(Kept(subject, h), Largest(kept, h, 32, 64, 48, 16));
+}
+
 std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t ctx = 240, std::vector<ProtectedSpan> protect = {}) {
   return CacheConfig::Create(CacheSpec::Parse(spec),
                              CacheShape::Uniform(1, kHeads, kKvHeads, kDim, ctx, {.n_dims = kDim, .frequency_factors = {}}),
@@ -258,6 +434,34 @@ std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t ctx = 
 void Create(const std::string& spec, size_t head_dim) {
   CacheConfig::Create(CacheSpec::Parse(spec), CacheShape::Uniform(1, kHeads, kKvHeads, head_dim, 240,
                                                                   {.n_dims = head_dim, .frequency_factors = {}}));
+}
+
+std::string Refusal(const std::string& spec, size_t head_dim) {
+  try {
+    Create(spec, head_dim);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(KiviWithThink, RefusesWhatCannotWork) {
+  for (const char* spec : {"think+kivi", "full+think(0.4)+kivi(2)", "h2o(50%)+think(0.5)+kivi(4)", "think+kivi(k=4, v=2, window=64, rotate=true)",
+                           "think(0.5)+kivi(group=64)+prefill(chunk=64)"})
+    EXPECT_EQ(Refusal(spec, 64), "") << spec;
+  for (const auto& [spec, why] : {std::pair<const char*, const char*>{"think(window=64)+kivi", "has an exact window itself"},
+                                  {"think(generated=full)+kivi", "would keep what is generated whole"},
+                                  {"think(0.2)+kivi", "keep a multiple of 16 channels, and this model's heads have 64"},
+                                  {"h2o(80)+less+think(0.5)+kivi", "does not give back whole keys"},
+                                  {"window(80, positions=cache)+think(0.5)+kivi", "re-numbers positions"}})
+    EXPECT_NE(Refusal(spec, 64).find(why), std::string::npos) << spec << ": " << Refusal(spec, 64);
+  // A plan counts what is had: 48 of 64 channels, 16 less a key.
+  const auto bytes = [](const std::string& spec) {
+    return CacheConfig::Create(CacheSpec::Parse(spec), CacheShape::Uniform(3, kHeads, kKvHeads, 64, 4096, {.n_dims = 64, .frequency_factors = {}}))
+        ->Plan(2000, 48)
+        .bytes_end;
+  };
+  EXPECT_EQ(bytes("kivi") - bytes("think+kivi"), 3 * kKvHeads * (2048 * 16 * 3 / 8 - 48 * sizeof(uint16_t)));
 }
 
 TEST(Kivi, RefusesWhatCannotWork) {
@@ -285,8 +489,9 @@ TEST(Kivi, RefusesWhatCannotWork) {
 }
 
 // Under a budget whole groups leave, by their votes, never of the window; what stays was coded once, from exact rows.
-TEST(Kivi, GroupsLeaveWhole) {
-  const auto config = Config("h2o(80)+kivi(2, group=16, window=32)");
+void ExpectGroupsLeaveWhole(const std::string& spec) {
+  SCOPED_TRACE(spec);
+  const auto config = Config(spec);
   const Rows rows(240);
   SequenceCache cache(config);
   size_t seen = 0;
@@ -313,6 +518,11 @@ TEST(Kivi, GroupsLeaveWhole) {
   step(40, StepKind::kPrompt);
   step(3, StepKind::kStream);
   EXPECT_EQ(cache.Stats().tokens_dropped + cache.Stats().tokens_resident, static_cast<double>(seen));
+}
+
+TEST(Kivi, GroupsLeaveWhole) {
+  ExpectGroupsLeaveWhole("h2o(80)+kivi(2, group=16, window=32)");
+  ExpectGroupsLeaveWhole("h2o(80)+kivi(2, group=16, window=32)+think(0.5)");
 }
 
 }  // namespace

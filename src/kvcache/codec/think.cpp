@@ -26,19 +26,35 @@ class ThinkCodec final : public Codec {
 
 ThinkOptions Options(const Arguments& a) { return {a.Real("ratio"), a.Count("window"), a.Text("generated") == "full"}; }
 
+// Around a codec that has a window of exact rows itself: what it codes loses channels as it is coded.
+void RefuseOwnWindow(const Arguments& a) {
+  if (a.Has("window"))
+    Fail(ErrorCode::kInvalidArgument,
+         "think(window={}): the codec here has an exact window itself, beside which think has none; give its window "
+         "(such as kivi(window=64))",
+         a.Count("window"));
+  if (a.Text("generated") == "full")
+    Fail(ErrorCode::kInvalidArgument,
+         "think(generated=full) would keep what is generated whole, which the codec here codes as its window moves on");
+}
+
 std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& context,
                                   std::unique_ptr<const Codec> inner) {
   const ThinkOptions options = Options(a);
   const RowTypes* types = inner->row_types();
-  CHECK(types != nullptr, "a codec of plain rows says how they are stored");
+  const auto* prunable = dynamic_cast<const PrunableCodec*>(inner.get());
+  CHECK(types != nullptr || prunable != nullptr, "a codec that keeps channels apart says how");
+  if (prunable != nullptr) RefuseOwnWindow(a);
+  const size_t unit = types != nullptr ? ChannelUnit(types->keys) : prunable->channel_unit();
   for (const LayerShape& layer : context.layers) {
     if (options.ratio * static_cast<double>(layer.head_dim) < 1 - 1e-9) return inner;  // not a single channel
-    if (KeptChannels(options.ratio, layer.head_dim, types->keys) == layer.head_dim)
+    if (KeptChannels(options.ratio, layer.head_dim, unit) == layer.head_dim)
       Fail(ErrorCode::kInvalidArgument,
-           "think({}) would prune nothing: keys stored as {} keep a multiple of 32 channels, and this model's heads "
+           "think({}) would prune nothing: keys of this codec keep a multiple of {} channels, and this model's heads "
            "have {}",
-           a.Real("ratio"), Name(types->keys), layer.head_dim);
+           a.Real("ratio"), unit, layer.head_dim);
   }
+  if (prunable != nullptr) return prunable->Pruned(options.ratio);
   return std::make_unique<ThinkCodec>(*types, options);
 }
 
@@ -46,14 +62,14 @@ constexpr Parameter kParameters[] = {
     {.name = "ratio",
      .kind = Parameter::Kind::kReal,
      .default_value = "0.4",
-     .help = "share of a head's key channels that is pruned, rounded down (q8 and q4 keep a multiple of 32)",
+     .help = "share of a head's key channels that is pruned, rounded down (q8 and q4 keep a multiple of 32, kivi of 16)",
      .min = 0,
      .max = 0.99,
      .positional = true},
     {.name = "window",
      .kind = Parameter::Kind::kCount,
      .default_value = "32",
-     .help = "newest rows of a head, whose keys stay whole",
+     .help = "newest rows of a head, whose keys stay whole; of kivi its own window instead",
      .min = 1,
      .max = 65536},
     {.name = "generated",

@@ -1,10 +1,8 @@
 // The store of ThinK (Xu et al., ICLR 2025, arXiv 2407.21018): old keys without the channels that matter least to the
 // queries, values and the most recent keys whole (window_store.h). Around the row types of row_store.h.
 //
-// Old rows' keys have kept_channels() of their channels and lie in a RowStore of that width. Which channels stay (one set
-// a KV head, kept for the sequence's life) is chosen when a head first has more rows than its window: those with the
-// largest |Q_j|^2 |K_j|^2 over all rows that are kept and the last kThinkQueries queries. A shorter step adds its queries
-// to those before; that is ours, for texts that begin token by token. Equal scores: the lower channel goes. Rows that
+// Old rows' keys have kept_channels() of their channels and lie in a RowStore of that width. Which channels stay
+// (channel_sets.h) is chosen when a head first has more rows than its window, over all rows that are kept. Rows that
 // leave the window later lose the same channels; with `generated_full` only those that do at a prompt's end, so that what
 // is generated piles up whole (the paper's form).
 //
@@ -12,24 +10,16 @@
 // that go back to the window have zeros in place of what they lost: the same scores.
 #pragma once
 
+#include "kvcache/codec/channel_sets.h"
 #include "kvcache/codec/window_store.h"
 
 namespace lesskv {
-
-inline constexpr size_t kThinkQueries = 32;
 
 struct ThinkOptions {
   double ratio = 0.4;  // of the channels that are pruned, rounded down
   size_t window = 32;  // whole rows of a head, at least 1
   bool generated_full = false;
 };
-
-// How many of a head's key channels stay: all but floor(ratio * head_dim), and as many more as the row type needs (q8
-// and q4 keep a multiple of 32). head_dim: nothing is pruned.
-size_t KeptChannels(double ratio, size_t head_dim, RowType keys);
-// The n channels of the largest scores, ascending. Ties: the lower channel goes. A score that is no number is the
-// least.
-std::vector<uint16_t> ChooseChannels(std::span<const double> scores, size_t n);
 
 class ThinkStore final : public WindowStore {
  public:
@@ -40,18 +30,15 @@ class ThinkStore final : public WindowStore {
   void Observe(const StoreQuery& query) override;
 
   // The channels of a head's old keys, ascending; empty until they are chosen (and in plans).
-  std::span<const uint16_t> kept_channels(size_t layer, size_t kv_head) const;
+  std::span<const uint16_t> kept_channels(size_t layer, size_t kv_head) const {
+    return sets_.Kept(table()(layer, kv_head));
+  }
 
  private:
-  struct Choice {          // of a head
-    bool made = false;     // which channels stay
-    size_t scores_at = 0, channels_at = 0;  // its places in sums_ and channels_
-  };
-
   std::unique_ptr<WindowStore> MakeEmpty(ByteCounter& counter) const override;
-  void ReserveOwn() override;
-  void FreeOwn() override;
-  void EndOwn() override;
+  void ReserveOwn() override { sets_.Reserve(counter()); }
+  void FreeOwn() override { sets_.Free(); }
+  void EndOwn() override { sets_.EndStep(); }
   void SaveOwn(size_t head, ByteWriter& out) const override;
   void LoadOwn(size_t head, ByteReader& in) override;
   void CheckLoaded() override;
@@ -61,19 +48,9 @@ class ThinkStore final : public WindowStore {
   void ReadOld(size_t layer, size_t kv_head, uint32_t row, float* key, float* value) const override;
   void MarkOldSpans(size_t layer, size_t kv_head, std::span<RowSpan> keys) const override;
 
-  bool AllMade() const;
-  void Choose(size_t layer, size_t kv_head, const Cut& cut);
-  uint16_t* Channels(const Choice& choice) const {
-    return const_cast<uint16_t*>(channels_.As<uint16_t>().data()) + choice.channels_at;
-  }
-  double* Sums(const Choice& choice) { return sums_.As<double>().data() + choice.scores_at; }
-
   RowTypes types_;
   ThinkOptions options_;
-  std::vector<Choice> choices_;  // [heads]
-  // Both from the first step on; the sums until all heads have chosen.
-  CountedBuffer channels_;  // uint16 [heads, kept channels]
-  CountedBuffer sums_;      // double [heads, head_dim]: squares of the queries' channels
+  ChannelSets sets_;
 };
 
 }  // namespace lesskv

@@ -145,11 +145,13 @@ TEST(Think, ChannelsByHand) {
   EXPECT_EQ(ChooseChannels(std::vector<double>{1, std::nan(""), 1, 0}, 2), (std::vector<uint16_t>{0, 2}));
   size_t i = 0;
   for (const double ratio : {0.3, 0.4, 0.5, 0.6}) {
-    EXPECT_EQ(128 - KeptChannels(ratio, 128, RowType::kF16), (std::vector<size_t>{38, 51, 64, 76})[i]);
-    EXPECT_EQ(64 - KeptChannels(ratio, 64, RowType::kF16), (std::vector<size_t>{19, 25, 32, 38})[i++]);
+    EXPECT_EQ(128 - KeptChannels(ratio, 128, 1), (std::vector<size_t>{38, 51, 64, 76})[i]);
+    EXPECT_EQ(64 - KeptChannels(ratio, 64, 1), (std::vector<size_t>{19, 25, 32, 38})[i++]);
   }
-  EXPECT_EQ(KeptChannels(0.4, 128, RowType::kQ8), 96u);
-  EXPECT_EQ(KeptChannels(0, 128, RowType::kF16), 128u);
+  EXPECT_EQ(KeptChannels(0.4, 128, ChannelUnit(RowType::kQ8)), 96u);
+  EXPECT_EQ(KeptChannels(0.4, 128, 16), 80u);
+  EXPECT_EQ(KeptChannels(0.4, 9, 16), 9u);
+  EXPECT_EQ(KeptChannels(0, 128, ChannelUnit(RowType::kF16)), 128u);
 }
 
 // Facts 2, 7 and 10: the largest outer products stay, the same ones for good, and with a smaller ratio more of them.
@@ -407,7 +409,7 @@ TEST(Think, RefusesWhatCannotWork) {
     }
     return std::string();
   };
-  for (const auto& [spec, why] : {std::pair<const char*, const char*>{"kivi+think", "does not keep apart"},
+  for (const auto& [spec, why] : {std::pair<const char*, const char*>{"csr+think", "does not keep apart"},
                                   {"q8(rotate=true)+think", "does not keep apart"},
                                   {"h2o(5%)+less+think", "does not give back whole keys, which 'less' needs"},
                                   {"snapkv(64)+match+think", "match"},
