@@ -172,7 +172,8 @@ CachePlan CacheConfig::Count(size_t n_prompt, size_t n_decode, bool least) const
   const bool bounded = std::all_of(policies_.begin(), policies_.end(),
                                    [](const LayerPolicy& policy) { return policy.selector->Bounded(); });
   size_t n_first = n_decode;
-  if (bounded) n_first = std::min<size_t>(n_decode, 1 + cache.global().policy.codec->traits().apart_rows);
+  const CodecTraits codec = cache.global().policy.codec->traits();
+  if (bounded) n_first = std::min<size_t>(n_decode, 1 + codec.apart_rows + codec.window_rows);
   for (size_t done = 0; done < n_first; ++done) count(1, StepKind::kDecode);
   plan.bytes_end = cache.counter.now;
   plan.bytes_peak = cache.counter.peak;

@@ -337,7 +337,8 @@ TEST(KiviWithThink, EqualsKiviOfZeroedKeys) {
       Subject other(pruned), other_kivi(options);
       for (const size_t n : {150, 1, 2, 1, 3, 4, 40, 1, 9}) {
         const std::vector<float> want = other_kivi.Step(zeroed, n);
-        EXPECT_LE(Deviation(other.Step(zeroed, n), {want.begin(), want.end()}), 1e-10) << n;
+        // A score's last bit can turn the rounding of a weight.
+        EXPECT_LE(Deviation(other.Step(zeroed, n), {want.begin(), want.end()}), 1e-9) << n;
       }
       EXPECT_EQ(Kept(other, 1), Kept(think, 1));
     }
