@@ -268,6 +268,7 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "h2o(41)+kivi(2, group=16, window=16)+less+prefill(chunk=5)", "h2o(70)+kivi(k=3, v=2, group=16, rotate=true)+less",
         "window(49, sinks=2, positions=cache)+kivi(4, group=16)", "snapkv(40, window=4)+kivi(2, group=16, window=16)",
         "full+csr(4, window=9)", "full+csr(6, atoms=33, sample=8, guard=5)+prefill(chunk=11)",
+        "full+csr(4, window=9, coefficients=f8)", "snapkv(24, window=4)+csr(6, coefficients=f8, sample=8, guard=5)+less",
         "h2o(41)+csr(4, window=16, sample=16)+less+prefill(chunk=5)", "snapkv(24, window=4)+csr(2, guard=12)+less",
         "window(20, sinks=2, positions=cache)+csr(window=7)", "tova(16)+csr(4, window=5, sample=4, guard=3)",
         "h2o(30)+split(4)+csr(window=6)", "snapkv(24, window=4)+pyramid(3)+csr(4, sample=20)",

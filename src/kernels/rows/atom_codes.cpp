@@ -1,6 +1,7 @@
 #include "kernels/rows/atom_codes.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -208,19 +209,24 @@ void Search(const Atoms& atoms, const float* residuals, size_t n, BestAtom& best
   HWY_DYNAMIC_DISPATCH(SimdSearch)(atoms, residuals, n, best);
 }
 
+uint16_t RoundCoefficient(float exact, CoefficientType type) {
+  if (type == CoefficientType::kE4m3) return E4m3ToHalf(FloatToE4m3(exact));
+  return FloatToHalf(exact > kLargestHalf ? kLargestHalf : exact < -kLargestHalf ? -kLargestHalf : exact);
+}
+
 // Subtracts an atom from a residual; the rounded coefficient.
-uint16_t Subtract(const Atoms& atoms, uint32_t index, float* residual) {
+uint16_t Subtract(const Atoms& atoms, uint32_t index, float* residual, CoefficientType type) {
   float atom[kMostAtomChannels];
   F16ToF32(atoms.Row(index), atoms.dim, atom);
   const float exact = Dot(residual, atom, atoms.dim);
-  const uint16_t half = FloatToHalf(exact > kLargestHalf ? kLargestHalf : exact < -kLargestHalf ? -kLargestHalf : exact);
+  const uint16_t half = RoundCoefficient(exact, type);
   Axpy(residual, -HalfToFloat(half), atom, atoms.dim);
   return half;
 }
 
 // One to kBatch vectors.
 void EncodeBatch(const Atoms& atoms, size_t pairs, const float* x, size_t n, size_t x_stride, uint16_t* indices,
-                 uint16_t* coefficients, float* relative) {
+                 uint16_t* coefficients, float* relative, CoefficientType type) {
   float residuals[kBatch * kMostAtomChannels], length[kBatch], left[kBatch];
   const size_t dim = atoms.dim;
   for (size_t m = 0; m < n; ++m) {
@@ -236,7 +242,7 @@ void EncodeBatch(const Atoms& atoms, size_t pairs, const float* x, size_t n, siz
       index = coefficient = 0;
       if (done(m)) continue;
       index = static_cast<uint16_t>(best.index[m]);
-      coefficient = Subtract(atoms, best.index[m], residuals + m * dim);
+      coefficient = Subtract(atoms, best.index[m], residuals + m * dim, type);
       left[m] = std::sqrt(Dot(residuals + m * dim, residuals + m * dim, dim));
     }
   }
@@ -244,6 +250,24 @@ void EncodeBatch(const Atoms& atoms, size_t pairs, const float* x, size_t n, siz
 }
 
 }  // namespace
+
+uint8_t FloatToE4m3(float x) {
+  constexpr float kLeastNormal = 0x1p-6f, kLargest = 448;
+  const auto sign = static_cast<uint8_t>(std::signbit(x) ? 0x80 : 0);
+  const float size = std::min(std::fabs(x), kLargest);
+  if (std::isnan(x)) return sign | 0x7f;
+  if (size < kLeastNormal) return sign | static_cast<uint8_t>(std::nearbyint(size * 0x1p9f));
+  const auto bits = std::bit_cast<uint32_t>(size);
+  const uint32_t rounded = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20;  // of a float's exponent and mantissa the upper 3 bits
+  return static_cast<uint8_t>(sign | (rounded - ((127 - 7) << 3)));
+}
+
+uint16_t E4m3ToHalf(uint8_t code) {
+  const uint32_t sign = code >> 7 << 15, size = code & 0x7f;
+  if (size == 0x7f) return static_cast<uint16_t>(sign | 0x7e00);
+  if (size < 8) return static_cast<uint16_t>(sign | FloatToHalf(static_cast<float>(size) * 0x1p-9f));
+  return static_cast<uint16_t>(sign | ((size << 7) + ((15 - 7) << 10)));
+}
 
 std::vector<uint16_t> AtomLanes(std::span<const uint16_t> rows, size_t dim) {
   const size_t n = rows.size() / dim;
@@ -254,12 +278,12 @@ std::vector<uint16_t> AtomLanes(std::span<const uint16_t> rows, size_t dim) {
 }
 
 void EncodeAtoms(const Atoms& atoms, size_t pairs, const float* x, size_t n, size_t x_stride, uint16_t* indices,
-                 uint16_t* coefficients, float* residuals) {
+                 uint16_t* coefficients, float* residuals, CoefficientType type) {
   CHECK(atoms.dim > 0 && atoms.dim <= kMostAtomChannels && atoms.size() > 0 && atoms.size() <= kMostAtoms,
         "{} atoms of {} channels", atoms.size(), atoms.dim);
   for (size_t i = 0; i < n; i += kBatch)
     EncodeBatch(atoms, pairs, x + i * x_stride, std::min(kBatch, n - i), x_stride, indices + i * pairs,
-                coefficients + i * pairs, residuals == nullptr ? nullptr : residuals + i);
+                coefficients + i * pairs, residuals == nullptr ? nullptr : residuals + i, type);
 }
 
 void DecodeAtoms(const Atoms& atoms, size_t pairs, const uint16_t* indices, const uint16_t* coefficients, size_t n,

@@ -45,10 +45,10 @@ struct Codes {
   std::vector<uint16_t> indices, coefficients;
   std::vector<float> residuals;
 
-  Codes(const Atoms& atoms, size_t p, const std::vector<float>& x) : pairs(p) {
+  Codes(const Atoms& atoms, size_t p, const std::vector<float>& x, CoefficientType type = CoefficientType::kF16) : pairs(p) {
     const size_t n = x.size() / atoms.dim;
     indices.resize(n * p), coefficients.resize(n * p), residuals.resize(n);
-    EncodeAtoms(atoms, p, x.data(), n, atoms.dim, indices.data(), coefficients.data(), residuals.data());
+    EncodeAtoms(atoms, p, x.data(), n, atoms.dim, indices.data(), coefficients.data(), residuals.data(), type);
   }
   double Coefficient(size_t at) const { return HalfToFloat(coefficients[at]); }
 };
@@ -64,6 +64,29 @@ double Norm(const std::vector<double>& x) {
   double square = 0;
   for (const double v : x) square += v * v;
   return std::sqrt(square);
+}
+
+// Every number there is comes back; others become the nearest, of two as near the one with an even mantissa.
+TEST(E4m3, RoundsToTheNearest) {
+  const auto number = [](int code) { return double(HalfToFloat(E4m3ToHalf(static_cast<uint8_t>(code)))); };
+  EXPECT_EQ(number(0x7e), 448);
+  EXPECT_EQ(number(0x38), 1);
+  EXPECT_EQ(number(0x01), 0x1p-9);
+  EXPECT_EQ(number(0x08), 0x1p-6);
+  for (int code = 0; code < 0x7f; ++code) {
+    EXPECT_EQ(FloatToE4m3(static_cast<float>(number(code))), code);
+    EXPECT_EQ(FloatToE4m3(static_cast<float>(number(code | 0x80))), code | 0x80);
+    EXPECT_EQ(number(code | 0x80), -number(code));
+    if (code == 0x7e) continue;
+    ASSERT_LT(number(code), number(code + 1));
+    const double middle = (number(code) + number(code + 1)) / 2, small = middle / 4096;
+    EXPECT_EQ(FloatToE4m3(static_cast<float>(middle - small)), code);
+    EXPECT_EQ(FloatToE4m3(static_cast<float>(-middle - small)), (code + 1) | 0x80);
+    EXPECT_EQ(FloatToE4m3(static_cast<float>(middle)), code + code % 2);
+  }
+  EXPECT_EQ(FloatToE4m3(1e9f), 0x7e);
+  EXPECT_EQ(FloatToE4m3(-INFINITY), 0xfe);
+  EXPECT_TRUE(std::isnan(HalfToFloat(E4m3ToHalf(FloatToE4m3(std::nanf(""))))));
 }
 
 class AtomCodes : public testing::TestWithParam<Isa> {
@@ -198,6 +221,32 @@ TEST_P(AtomCodes, KnownResidualsOfRandomDictionaries) {
     for (const float r : codes.residuals) mean += r / static_cast<double>(codes.residuals.size());
     EXPECT_NEAR(mean, want, .02) << pairs;
   }
+}
+
+// Rounded to 8 bits as they are found: each pick has the nearest such number, later ones make up for part of the rounding.
+TEST_P(AtomCodes, CoefficientsOfEightBits) {
+  const Dictionary dictionary(200, 32);
+  const Atoms atoms = dictionary.View();
+  const std::vector<float> x = Gaussian(30 * 32, 3);
+  const Codes halves(atoms, 8, x), bytes(atoms, 8, x, CoefficientType::kE4m3);
+  double error = 0, error_of_halves = 0;
+  for (size_t v = 0; v < 30; ++v) {
+    std::vector<double> r(x.begin() + static_cast<ptrdiff_t>(v * 32), x.begin() + static_cast<ptrdiff_t>(v * 32 + 32));
+    const double length = Norm(r);
+    for (size_t g = 0; g < 8; ++g) {
+      const double c = bytes.Coefficient(v * 8 + g), before = Norm(r);
+      double dot = 0;
+      for (size_t i = 0; i < 32; ++i) dot += r[i] * dictionary.Value(bytes.indices[v * 8 + g], i);
+      for (size_t i = 0; i < 32; ++i) r[i] -= c * dictionary.Value(bytes.indices[v * 8 + g], i);
+      EXPECT_EQ(E4m3ToHalf(FloatToE4m3(static_cast<float>(c))), bytes.coefficients[v * 8 + g]);
+      EXPECT_LE(std::fabs(c - dot), std::fabs(dot) / 16 * 1.001);
+      EXPECT_LT(Norm(r), before);
+    }
+    EXPECT_NEAR(bytes.residuals[v], Norm(r) / length, 1e-4);
+    error += bytes.residuals[v], error_of_halves += halves.residuals[v];
+  }
+  EXPECT_GT(error, error_of_halves);
+  EXPECT_LT(error, 1.05 * error_of_halves);
 }
 
 // Coefficients solved for anew on the same atoms never do worse than the pursuit's own.

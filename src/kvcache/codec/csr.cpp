@@ -64,7 +64,8 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
   const size_t n_atoms = a.Has("atoms") ? a.Count("atoms") : d.n_atoms;
   if (n_atoms > d.n_atoms)
     Fail(ErrorCode::kMismatch, "{}: dictionaries of {} atoms, csr asks for {}", found.path, d.n_atoms, n_atoms);
-  const CsrOptions options{a.Count("s"), a.Count("window"), a.Count("sample"), a.Count("guard")};
+  const CsrOptions options{a.Count("s"), a.Count("window"), a.Count("sample"), a.Count("guard"),
+                           a.Text("coefficients") == "f8" ? CoefficientType::kE4m3 : CoefficientType::kF16};
   if (n_atoms + options.own() > kMostAtoms)
     Fail(ErrorCode::kInvalidArgument, "codec csr: {} atoms and {} of a sequence's own are more than the {} that an index can "
                                       "name", n_atoms, options.own(), kMostAtoms);
@@ -79,6 +80,8 @@ constexpr Parameter kParameters[] = {
      .help = "the first atoms of each dictionary, the most used ones; when not given: all", .min = 1, .max = 65536},
     {.name = "window", .kind = Parameter::Kind::kCount, .default_value = "0",
      .help = "most recent tokens kept in f16; under a budget at most half of it", .max = 65536},
+    {.name = "coefficients", .kind = Parameter::Kind::kWord, .default_value = "f16",
+     .help = "of a pair: f16, or f8 (e4m3), 6 s bytes a row instead of 8 s", .choices = "f16|f8"},
     {.name = "sample", .kind = Parameter::Kind::kCount, .default_value = "0",
      .help = "atoms a head taken from the end of the sequence's first step (the paper: 128), f16, the sequence's own",
      .max = 16384},

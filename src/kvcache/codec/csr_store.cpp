@@ -17,9 +17,25 @@ namespace {
 
 constexpr RowSide kSides[] = {RowSide::kKeys, RowSide::kValues};
 constexpr size_t kCodedAtOnce = 48;      // rows a task
+constexpr size_t kMostCsrPairs = 128;    // of a row
 constexpr float kGuarded = 0.5f;         // relative residuals above it get an atom of their own
 constexpr float kWorthAnAtom = 4e-3f;    // below it a vector is an atom already
 constexpr double kGuardedAtFirst = 0.75;  // of the places
+
+// Coefficients as halves, to memory of their type and back.
+void PutCoefficients(CoefficientType type, std::span<const uint16_t> halves, std::byte* to) {
+  if (type == CoefficientType::kF16)
+    std::memcpy(to, halves.data(), halves.size_bytes());
+  else
+    for (size_t i = 0; i < halves.size(); ++i) to[i] = std::byte{FloatToE4m3(HalfToFloat(halves[i]))};
+}
+
+void GetCoefficients(CoefficientType type, const std::byte* from, std::span<uint16_t> halves) {
+  if (type == CoefficientType::kF16)
+    std::memcpy(halves.data(), from, halves.size_bytes());
+  else
+    for (size_t i = 0; i < halves.size(); ++i) halves[i] = E4m3ToHalf(std::to_integer<uint8_t>(from[i]));
+}
 
 }  // namespace
 
@@ -56,10 +72,11 @@ Atoms CsrStore::Head::AllAtoms(RowSide side) const {
 }
 
 CsrStore::Codes CsrStore::Head::At(RowSide side, size_t row) const {
-  const size_t pairs = formats->RowPairs();
-  auto* halves = reinterpret_cast<uint16_t*>(const_cast<std::byte*>(blocks[row / block_rows].data()));
-  uint16_t* indices = halves + (side == RowSide::kKeys ? 0 : 2 * block_rows * pairs) + row % block_rows * pairs;
-  return {indices, indices + block_rows * pairs};
+  const size_t pairs = formats->RowPairs(), slot = row % block_rows;
+  std::byte* at = const_cast<std::byte*>(blocks[row / block_rows].data());
+  if (side == RowSide::kValues) at += block_rows * formats->SideBytes();
+  auto* indices = reinterpret_cast<uint16_t*>(at);
+  return {indices + slot * pairs, reinterpret_cast<std::byte*>(indices + block_rows * pairs) + slot * formats->CoefficientBytes()};
 }
 
 void CsrStore::Head::Decode(RowSide side, size_t first, size_t n, float* out, size_t stride) const {
@@ -67,7 +84,9 @@ void CsrStore::Head::Decode(RowSide side, size_t first, size_t n, float* out, si
   const Atoms atoms = AllAtoms(side);
   for (size_t i = 0; i < n; ++i) {
     const Codes codes = At(side, first + i);
-    DecodeAtoms(atoms, coding.pairs, codes.indices, codes.coefficients, coding.n_chunks, out + i * stride, atoms.dim);
+    uint16_t coefficients[kMostCsrPairs];
+    GetCoefficients(formats->coefficients, codes.coefficients, {coefficients, formats->RowPairs()});
+    DecodeAtoms(atoms, coding.pairs, codes.indices, coefficients, coding.n_chunks, out + i * stride, atoms.dim);
   }
 }
 
@@ -101,10 +120,12 @@ CsrStore::CsrStore(ByteCounter& counter, const StoreShape& shape, const CsrOptio
     constexpr size_t kChunks = SidecarDictionaries::kValueChunks;
     formats_.push_back({{{RowType::kF16, RowSide::kKeys, layer.head_dim}, {RowType::kF16, RowSide::kValues, layer.head_dim}},
                         {dictionaries_->Keys(l), 1, options.pairs},
-                        {dictionaries_->Values(l), kChunks, options.pairs / kChunks}});
+                        {dictionaries_->Values(l), kChunks, options.pairs / kChunks},
+                        options.coefficients});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
     if (layer.head_dim > formats_[widest_].exact.keys.head_dim) widest_ = l;
   }
+  CHECK(options.pairs <= kMostCsrPairs, "{} pairs a row", options.pairs);
   staging_.resize(most_heads_);
   for (size_t i = 0; i < heads_.size(); ++i) {
     heads_[i].formats = &formats_[table_.LayerOf(i)];
@@ -129,12 +150,12 @@ void CsrStore::ResizeArena(Head& head, size_t rows) {
   resized.formats = head.formats;
   resized.block_rows = rows;
   resized.blocks.emplace_back(*counter_, rows * head.formats->RowBytes());
-  const size_t bytes = head.blocks.empty() ? 0 : std::min(rows, head.n_coded) * head.formats->RowPairs() * sizeof(uint16_t);
+  const size_t kept = head.blocks.empty() ? 0 : std::min(rows, head.n_coded);
   for (const RowSide side : kSides) {
-    if (bytes == 0 || resized.blocks[0].data() == nullptr) break;
+    if (kept == 0 || resized.blocks[0].data() == nullptr) break;
     const Codes from = head.At(side, 0), to = resized.At(side, 0);
-    std::memcpy(to.indices, from.indices, bytes);
-    std::memcpy(to.coefficients, from.coefficients, bytes);
+    std::memcpy(to.indices, from.indices, kept * head.formats->RowPairs() * sizeof(uint16_t));
+    std::memcpy(to.coefficients, from.coefficients, kept * head.formats->CoefficientBytes());
   }
   head.blocks = std::move(resized.blocks);
   head.block_rows = rows;
@@ -367,7 +388,7 @@ SlotMap CsrStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
       if (counter_->only_counts) break;
       const Codes from = head.At(side, move.from), to = head.At(side, move.to);
       std::copy_n(from.indices, options_.pairs, to.indices);
-      std::copy_n(from.coefficients, options_.pairs, to.coefficients);
+      std::copy_n(from.coefficients, head.formats->CoefficientBytes(), to.coefficients);
     }
   }
   for (size_t j = n_code; j < open.rows.size(); ++j)
@@ -446,11 +467,11 @@ void CsrStore::CodeRows(Head& head, size_t kv_head, size_t first, size_t n) {
       ReadExact(head, kv_head, side, open.was_exact, open.rows[first + i] - open.was_coded, &rows[i * d]);
     std::vector<float>& residuals = open_[kv_head].residuals[side == RowSide::kValues];
     EncodeAtoms(head.AllAtoms(side), coding.pairs, rows.data(), n * coding.n_chunks, coding.atoms.dim, indices.data(),
-                coefficients.data(), residuals.empty() ? nullptr : &residuals[first * coding.n_chunks]);
+                coefficients.data(), residuals.empty() ? nullptr : &residuals[first * coding.n_chunks], options_.coefficients);
     for (size_t i = 0; i < n; ++i) {
       const Codes to = head.At(side, open.slots[first + i]);
       std::copy_n(&indices[i * pairs], pairs, to.indices);
-      std::copy_n(&coefficients[i * pairs], pairs, to.coefficients);
+      PutCoefficients(options_.coefficients, {&coefficients[i * pairs], pairs}, to.coefficients);
     }
   }
 }
@@ -465,8 +486,10 @@ void CsrStore::CodeAgain(Head& head, size_t kv_head, RowSide side, size_t at) {
   const float* vector = &x[chunk * coding.atoms.dim];
   if (!AddAtom(head, side, vector)) return;
   const Codes to = head.At(side, open.slots[row]);
+  std::vector<uint16_t> coefficients(coding.pairs);
   EncodeAtoms(head.AllAtoms(side), coding.pairs, vector, 1, coding.atoms.dim, to.indices + chunk * coding.pairs,
-              to.coefficients + chunk * coding.pairs, nullptr);
+              coefficients.data(), nullptr, options_.coefficients);
+  PutCoefficients(options_.coefficients, coefficients, to.coefficients + chunk * head.formats->CoefficientBytes() / coding.n_chunks);
 }
 
 void CsrStore::FillGuard(Head& head, size_t kv_head) {
@@ -530,7 +553,7 @@ void CsrStore::Save(ByteWriter& out) const {
       for (size_t row = 0; row < head.n_coded; ++row) {
         const Codes codes = head.At(side, row);
         out.Raw(codes.indices, pairs * sizeof(uint16_t));
-        out.Raw(codes.coefficients, pairs * sizeof(uint16_t));
+        out.Raw(codes.coefficients, head.formats->CoefficientBytes());
       }
       std::vector<float> row(head.formats->exact.keys.head_dim);
       for (size_t r = 0; r < head.n_exact; ++r) {
@@ -593,7 +616,7 @@ void CsrStore::LoadCodes(Head& head, RowSide side, ByteReader& in) const {
   for (size_t row = 0; row < head.n_coded; ++row) {
     const Codes codes = head.At(side, row);
     in.Raw(codes.indices, options_.pairs * sizeof(uint16_t));
-    in.Raw(codes.coefficients, options_.pairs * sizeof(uint16_t));
+    in.Raw(codes.coefficients, head.formats->CoefficientBytes());
     for (size_t g = 0; g < options_.pairs; ++g)
       if (codes.indices[g] >= n_atoms)
         Fail(ErrorCode::kBadFile, "saved cache: a code names atom {} of {}", codes.indices[g], n_atoms);

@@ -1,6 +1,7 @@
 // The store of CSR (Cache Sparse Representation, arXiv 2412.11741): each key before rotation, and each half of a value,
 // is the sum of a few atoms of a trained dictionary, kept as (index, coefficient) pairs (atom_codes.h): 8 * pairs bytes a
-// row, whatever the head size, each row for itself. `window` most recent rows of a head may stay exact, in f16.
+// row (6 with 8-bit coefficients), whatever the head size, each row for itself. `window` most recent rows of a head may
+// stay exact, in f16.
 //
 // A step's own rows wait in a staging area, so that its queries meet them exactly; they are coded when the next layer
 // begins or the step ends, all threads at once, and only those that stay. Rows that leave make room for others: coded
@@ -35,6 +36,7 @@ struct CsrOptions {
   size_t pairs = 8;   // of a key, and of the chunks of a value together: a multiple of their number
   size_t window = 0;  // exact rows
   size_t sample = 0, guard = 0;  // atoms of keys, and of value chunks, a head
+  CoefficientType coefficients = CoefficientType::kF16;
 
   // The exact rows of a head that may keep `budget` rows.
   size_t Window(size_t budget) const { return std::min(window, budget / 2); }
@@ -99,9 +101,12 @@ class CsrStore final : public KvStore {
   struct Formats {  // of one layer
     ExactFormats exact;
     Coding keys, values;
+    CoefficientType coefficients = CoefficientType::kF16;
     const Coding& Of(RowSide side) const { return side == RowSide::kKeys ? keys : values; }
     size_t RowPairs() const { return keys.pairs; }
-    size_t RowBytes() const { return 4 * RowPairs() * sizeof(uint16_t); }
+    size_t CoefficientBytes() const { return RowPairs() * (coefficients == CoefficientType::kF16 ? sizeof(uint16_t) : 1); }
+    size_t SideBytes() const { return RowPairs() * sizeof(uint16_t) + CoefficientBytes(); }  // of a row's keys, or values
+    size_t RowBytes() const { return 2 * SideBytes(); }
   };
   // A head's own atoms: the first n_sampled the sample, then the guard.
   struct Own {
@@ -118,7 +123,7 @@ class CsrStore final : public KvStore {
   };
   struct Codes {
     uint16_t* indices;
-    uint16_t* coefficients;
+    std::byte* coefficients;  // as their type has it
   };
   struct Head final : RowReader {
     const Formats* formats = nullptr;

@@ -110,7 +110,8 @@ std::vector<double> Errors(const std::vector<float>& read, const std::vector<flo
 TEST(Csr, CodesDoNotDependOnSteps) {
   const Rows rows(200);
   for (const size_t window : {0, 1, 9, 40}) {
-    const CsrOptions options{.pairs = 4, .window = window};
+    const CsrOptions options{
+        .pairs = 4, .window = window, .coefficients = window == 9 ? CoefficientType::kE4m3 : CoefficientType::kF16};
     Subject one(options);
     for (size_t l = 1; l <= 130; ++l) {
       one.Step(rows, 1);
@@ -129,6 +130,40 @@ TEST(Csr, CodesDoNotDependOnSteps) {
       ASSERT_EQ(keys[i], HalfToFloat(FloatToHalf(rows.k[at])));
       ASSERT_EQ(values[i], HalfToFloat(FloatToHalf(rows.v[at])));
     }
+  }
+}
+
+// Rows that move, and those of a head whose room changes, read as before.
+TEST(Csr, CodesStayAsTheyAreWhereRowsMove) {
+  const Rows rows(60);
+  for (const CoefficientType type : {CoefficientType::kF16, CoefficientType::kE4m3}) {
+    ByteCounter counter;
+    CsrStore store(counter, StoreShape{{Shape()}, ComputeType::kF32, true, false}, {.pairs = 4, .coefficients = type},
+                   std::make_shared<CsrDictionaries>(Dictionaries(), kAtoms));
+    SlotMap map;  // of head 1
+    const auto step = [&](size_t first, size_t n, size_t budget, const std::vector<Departure>& leaving) {
+      const std::vector<size_t> budgets(kKvHeads, budget);
+      store.Reserve({.n_step = n, .evicts = true, .is_prompt = true, .budgets = budgets});
+      store.Append(0, 0, n, &rows.k[first * kKvHeads * kDim], &rows.v[first * kKvHeads * kDim]);
+      for (size_t h = 0; h < kKvHeads; ++h) map = store.Close(0, h, leaving);
+      store.EndStep();
+    };
+    const auto read = [&](uint32_t row) {
+      std::vector<float> both(2 * kDim);
+      store.ReadRows(0, 1, {&row, 1}, both.data(), both.data() + kDim);
+      return both;
+    };
+    step(0, 40, 40, {});
+    std::vector<std::vector<float>> want;
+    for (uint32_t row = 0; row < 40; ++row) want.push_back(read(row));
+    std::vector<Departure> leaving;
+    for (uint32_t row = 1; row < 20; row += 2) leaving.push_back({row, Fate::kDrop});
+    step(40, 1, 60, leaving);
+    ASSERT_EQ(map.n_rows, 31u);
+    want.push_back(read(map.moves[0].to));
+    for (const RowMove& move : map.moves) want[move.to] = want[move.from];
+    EXPECT_GE(map.moves.size(), 9u);
+    for (uint32_t row = 0; row < 31; ++row) EXPECT_EQ(read(row), want[row]) << row;
   }
 }
 
@@ -235,13 +270,15 @@ TEST(Csr, GuardTakesWhatIsCodedBadly) {
   EXPECT_EQ(std::count_if(later.begin() + 60, later.end(), [](double e) { return e <= 2e-3; }), 3);
 }
 
-// 8 bytes a pair of key and value and row, whatever is in it; the table of the paper for heads of 128.
+// 8 bytes a pair of key and value and row, or 6, whatever is in it; the table of the paper for heads of 128.
 TEST(Csr, BytesAreThoseOfThePairs) {
-  for (const auto& [pairs, bytes] : {std::pair<size_t, size_t>{4, 16}, {6, 24}, {8, 32}, {16, 64}}) {
+  for (const auto& [pairs, bytes, type] :
+       {std::tuple<size_t, size_t, CoefficientType>{4, 16, CoefficientType::kF16}, {6, 24, CoefficientType::kF16}, {8, 32, CoefficientType::kF16},
+        {16, 64, CoefficientType::kF16}, {4, 12, CoefficientType::kE4m3}, {8, 24, CoefficientType::kE4m3}, {2, 6, CoefficientType::kE4m3}}) {
     LayerShape shape = Shape(2, 1);
     shape.head_dim = 128;
     ByteCounter counter;
-    CsrStore store(counter, {{shape}, ComputeType::kF32, true, true}, {.pairs = pairs},
+    CsrStore store(counter, {{shape}, ComputeType::kF32, true, true}, {.pairs = pairs, .coefficients = type},
                    std::make_shared<CsrDictionaries>(Dictionaries(1, 128), kAtoms));
     const std::vector<float> x(512 * 128, 0.25f);
     store.Reserve({.n_step = 512, .is_prompt = true, .budgets = {}});
@@ -285,7 +322,7 @@ std::vector<float> Feed(SequenceCache& cache, const Rows& rows, size_t n, StepKi
 }
 
 // All of it in double, from the paper's formulas: what the codes of some vector come to.
-std::vector<double> Pursuit(std::vector<double> x, const uint16_t* atoms, size_t dim, size_t pairs) {
+std::vector<double> Pursuit(std::vector<double> x, const uint16_t* atoms, size_t dim, size_t pairs, bool f8) {
   std::vector<double> sum(dim);
   for (size_t g = 0; g < pairs; ++g) {
     double best = 0;
@@ -295,7 +332,8 @@ std::vector<double> Pursuit(std::vector<double> x, const uint16_t* atoms, size_t
       for (size_t c = 0; c < dim; ++c) dot += x[c] * HalfToFloat(atoms[i * dim + c]);
       if (std::fabs(dot) > std::fabs(best)) best = dot, pick = i;
     }
-    const double c_rounded = HalfToFloat(FloatToHalf(static_cast<float>(best)));
+    const auto product = static_cast<float>(best);
+    const double c_rounded = HalfToFloat(f8 ? E4m3ToHalf(FloatToE4m3(product)) : FloatToHalf(product));
     for (size_t c = 0; c < dim; ++c) {
       const double part = c_rounded * HalfToFloat(atoms[pick * dim + c]);
       sum[c] += part, x[c] -= part;
@@ -315,7 +353,7 @@ void Rotate(std::vector<double>& x, size_t position) {
 
 // Outputs of the query at `token` over `held` positions, those before `exact_from` coded.
 std::vector<double> Plain(const Rows& rows, const SidecarDictionaries& d, size_t pairs, size_t token, size_t kv_head,
-                          const std::vector<Position>& held, size_t exact_from) {
+                          const std::vector<Position>& held, size_t exact_from, bool f8) {
   std::vector<std::vector<double>> keys, values;
   for (const Position p : held) {
     const auto at = static_cast<size_t>(ToInt(p));
@@ -326,10 +364,10 @@ std::vector<double> Plain(const Rows& rows, const SidecarDictionaries& d, size_t
     };
     std::vector<double> key = row(rows.k), value = row(rows.v);
     if (at < exact_from) {
-      key = Pursuit(key, d.keys.data(), kDim, pairs);
+      key = Pursuit(key, d.keys.data(), kDim, pairs, f8);
       std::vector<double> low(value.begin(), value.begin() + kChunk), high(value.begin() + kChunk, value.end());
-      value = Pursuit(low, d.values.data(), kChunk, pairs / 2);
-      const std::vector<double> rest = Pursuit(high, d.values.data(), kChunk, pairs / 2);
+      value = Pursuit(low, d.values.data(), kChunk, pairs / 2, f8);
+      const std::vector<double> rest = Pursuit(high, d.values.data(), kChunk, pairs / 2, f8);
       value.insert(value.end(), rest.begin(), rest.end());
     }
     Rotate(key, at);
@@ -363,7 +401,9 @@ TEST(Csr, AttentionIsThatOfAPlainImplementation) {
     for (const auto& [spec, pairs, window] : {std::tuple<const char*, size_t, size_t>{"full+csr(6)", 6, 0},
                                               {"full+csr(4, window=11)", 4, 11},
                                               {"window(40, sinks=3)+csr(8)", 8, 0},
-                                              {"h2o(30)+csr(4, window=6)", 4, 6}}) {
+                                              {"h2o(30)+csr(4, window=6)", 4, 6},
+                                              {"full+csr(6, coefficients=f8)", 6, 0},
+                                              {"h2o(30)+csr(4, window=6, coefficients=f8)", 4, 6}}) {
       SequenceCache cache(Config(spec, file));
       Feed(cache, rows, 70, StepKind::kPrompt);
       for (size_t i = 0; i < 12; ++i) {
@@ -375,7 +415,7 @@ TEST(Csr, AttentionIsThatOfAPlainImplementation) {
         }
         const std::vector<float> out = Feed(cache, rows, 1, StepKind::kDecode);
         for (size_t h = 0; h < kKvHeads; ++h) {
-          const std::vector<double> want = Plain(rows, d, pairs, token, h, held[h], token - window);
+          const std::vector<double> want = Plain(rows, d, pairs, token, h, held[h], token - window, std::string(spec).find("f8") != std::string::npos);
           double error = 0, power = 0;
           for (size_t c = 0; c < want.size(); ++c)
             error += std::pow(out[h * want.size() + c] - want[c], 2), power += want[c] * want[c];
@@ -449,7 +489,7 @@ std::string Refusal(const std::function<void()>& run) {
 TEST(Csr, RefusesWhatCannotWork) {
   EXPECT_EQ(CacheSpec::Parse("csr(8)").ToString(), "full+csr");
   EXPECT_EQ(CacheSpec::Parse("csr(atoms=100, s=4, window=16)").ToString(), CacheSpec::Parse("csr(4, window=16, atoms=100)").ToString());
-  for (const char* spec : {"csr(3)", "csr(0)", "csr(4, sample=7)", "csr(atoms=0)", "csr(4)+q4"})
+  for (const char* spec : {"csr(3)", "csr(0)", "csr(4, sample=7)", "csr(atoms=0)", "csr(4, coefficients=8)", "csr(4)+q4"})
     EXPECT_THROW(CacheSpec::Parse(spec), Error) << spec;
   EXPECT_NE(Refusal([] { CacheSpec::Parse("h2o(64)+csr+merge"); }).find("cannot change a row that is stored"), std::string::npos);
   EXPECT_NE(Refusal([] { CacheSpec::Parse("h2o(64)+csr+zigzag"); }).find("must know its rows before"), std::string::npos);
