@@ -55,6 +55,8 @@ TEST(Registry, KnownPairs) {
   EXPECT_FALSE(conflict("h2o", "ada"));
   EXPECT_FALSE(conflict("snapkv", "ada"));
   EXPECT_FALSE(conflict("ada", "pyramid"));
+  EXPECT_FALSE(conflict("kivi", "think"));
+  EXPECT_TRUE(conflict("csr", "think"));
   for (const char* other : {"full", "window", "tova", "prefill"}) EXPECT_TRUE(conflict(other, "ada")) << other;
   for (const Method* a : Methods())
     for (const Method* b : Methods()) EXPECT_EQ(Conflict(*a, *b).has_value(), Conflict(*b, *a).has_value());
