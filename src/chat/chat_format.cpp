@@ -1,6 +1,9 @@
 #include "chat/chat_format.h"
 
 #include <algorithm>
+#include <cctype>
+
+#include "chat/written_texts.h"
 
 namespace lesskv {
 namespace {
@@ -184,7 +187,10 @@ const ChatFormat* RecogniseByMarks(std::string_view jinja) {
     return Named(has("<|im_sep|>") ? "phi4" : "chatml");
   }
   if (has("[INST]")) return RecogniseMistralOrLlama2(jinja);
-  if (has("<|start_header_id|>")) return Named(has("Cutting Knowledge Date") ? "llama3.1" : "llama3");
+  if (has("<|start_header_id|>")) {
+    if (has("Cutting Knowledge Date") != has("Today Date")) return nullptr;
+    return Named(has("Today Date") ? "llama3.1" : "llama3");
+  }
   if (has("<start_of_turn>")) return Named("gemma");
   if (has("<|assistant|>") && has("<|end|>")) return Named(has("<|tool|>") ? "phi4-mini" : "phi3");
   if (has("<|assistant|>") && has("<|user|>") && !has("[gMASK]")) {
@@ -193,6 +199,54 @@ const ChatFormat* RecogniseByMarks(std::string_view jinja) {
   }
   if (has("'Falcon: '") && has("'User: '")) return Named("falcon");
   return nullptr;
+}
+
+std::string WithoutSpace(std::string_view text) {
+  std::string result(text);
+  std::erase_if(result, [](unsigned char c) { return std::isspace(c) != 0; });
+  return result;
+}
+
+void Remove(std::string& text, std::string_view part) {
+  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at)) text.erase(at, part.size());
+}
+
+// A conversation of empty messages as the format writes it.
+std::string AllMarks(const ChatFormat& format, std::string_view default_system) {
+  std::string turn, system;
+  for (const std::string_view text : {format.system.before, format.default_system_head, default_system, format.system.after,
+                                      format.system.gap})
+    system += text;
+  const std::string question_head = std::string(format.question.before) + (format.system_is_message ? "" : system);
+  for (const std::string_view text :
+       {std::string_view(question_head), format.question.after, format.question.gap, format.answer.before,
+        format.answer.after, format.answer.gap, format.question.before, format.question.after, format.question.gap,
+        format.answer_prompt})
+    turn += text;
+  std::string marks = WithoutSpace((format.system_is_message ? system : "") + turn);
+  Remove(marks, "{bos}");
+  Remove(marks, "{eos}");
+  return marks;
+}
+
+// Whether the format writes all that the template writes in the plain case, white space aside. A template with a part
+// that it does not write is another one, however alike: with another default system prompt, with a line about the date,
+// with a thought that the model begins with.
+bool WritesAllOf(const ChatFormat& format, std::string_view default_system, const WrittenTexts& written) {
+  const std::string marks = AllMarks(format, default_system);
+  const bool with_bos = !format.prologue.empty() || format.question.before.starts_with("{bos}");
+  const auto writes = [&](const std::string& given) {
+    std::string text = WithoutSpace(given);
+    for (const std::string_view end : {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"}) Remove(text, end);
+    for (const std::string_view begin : {"<s>", "<|begin_of_text|>", "<bos>"})
+      if (with_bos) Remove(text, begin);
+    return marks.find(text) != std::string::npos;
+  };
+  if (written.bos == WrittenTexts::Bos::kInMessages && !with_bos) return false;
+  const auto writes_all = [&](const std::vector<std::string>& texts) { return std::all_of(texts.begin(), texts.end(), writes); };
+  // Mistral's default system prompts that name a day are left out.
+  return writes_all(written.texts) && writes_all(written.assigned) &&
+         (format.name.starts_with("mistral-v7") || writes_all(written.dated));
 }
 
 }  // namespace
@@ -211,12 +265,18 @@ std::string ChatFormatNames() {
 std::optional<RecognisedFormat> RecogniseChatFormat(std::string_view jinja) {
   const ChatFormat* format = RecogniseByMarks(jinja);
   if (format == nullptr) return std::nullopt;
-  if (format->name != "chatml") return RecognisedFormat{format, std::string(format->default_system)};
-  std::optional<std::string> written = WrittenSystemPrompt(jinja);
-  if (!written) return std::nullopt;
-  for (const ChatFormat& known : kFormats)
-    if (!written->empty() && known.default_system == *written) format = &known;
-  return RecognisedFormat{format, std::move(*written)};
+  RecognisedFormat found{format, std::string(format->default_system)};
+  if (format->name == "chatml") {
+    std::optional<std::string> written = WrittenSystemPrompt(jinja);
+    if (!written) return std::nullopt;
+    for (const ChatFormat& known : kFormats)
+      if (!written->empty() && known.default_system == *written) found.format = &known;
+    found.default_system = std::move(*written);
+  }
+  const WrittenTexts written = ReadWrittenTexts(jinja);
+  if (!WritesAllOf(*found.format, found.default_system, written)) return std::nullopt;
+  found.begins_with_bos = written.bos == WrittenTexts::Bos::kFirst;
+  return found;
 }
 
 }  // namespace lesskv

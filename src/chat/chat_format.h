@@ -43,11 +43,13 @@ std::string ChatFormatNames();
 // What a model file's chat template says.
 struct RecognisedFormat {
   const ChatFormat* format;
-  std::string default_system;  // the format's own, or one that stands in the template
+  std::string default_system;    // the format's own, or one that stands in the template
+  bool begins_with_bos = false;  // the template puts the BOS token in front of everything
 };
 
 // The format that the Jinja text of `tokenizer.chat_template` writes, told by texts that only this format's templates
-// contain; nothing when there are none. Never a guess: a text that two formats could have written is not recognised.
+// contain; nothing when there are none, or when the template also writes what the format does not (written_texts.h).
+// Never a guess: a text that two formats could have written is not recognised.
 std::optional<RecognisedFormat> RecogniseChatFormat(std::string_view jinja);
 
 }  // namespace lesskv

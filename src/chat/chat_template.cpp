@@ -162,7 +162,15 @@ class ChatTemplate::Writer {
 };
 
 ChatTemplate::ChatTemplate(const ChatFormat& format, std::string default_system, std::string bos, std::string eos)
-    : format_(&format), default_system_(std::move(default_system)), bos_(std::move(bos)), eos_(std::move(eos)) {}
+    : ChatTemplate({&format, std::move(default_system)}, std::move(bos), std::move(eos)) {}
+
+ChatTemplate::ChatTemplate(const RecognisedFormat& found, std::string bos, std::string eos)
+    : format_(found.format),
+      default_system_(found.default_system),
+      prologue_(found.begins_with_bos && !found.format->question.before.starts_with("{bos}") ? "{bos}"
+                                                                                             : found.format->prologue),
+      bos_(std::move(bos)),
+      eos_(std::move(eos)) {}
 
 ChatTemplate ChatTemplate::Choose(const std::string& name, const std::string& jinja, const Tokenizer& tokenizer,
                                   const std::string& file) {
@@ -184,14 +192,13 @@ ChatTemplate ChatTemplate::Choose(const std::string& name, const std::string& ji
   if (NeedsEos(*found->format) && tokenizer.eos() < 0)
     Fail(ErrorCode::kInvalidArgument, "{}: the chat template {} needs an end-of-text token, which the vocabulary lacks",
          file, found->format->name);
-  return ChatTemplate(*found->format, found->default_system, TokenText(tokenizer, tokenizer.bos()),
-                      TokenText(tokenizer, tokenizer.eos()));
+  return ChatTemplate(*found, TokenText(tokenizer, tokenizer.bos()), TokenText(tokenizer, tokenizer.eos()));
 }
 
 std::vector<ChatPiece> ChatTemplate::Render(std::span<const ChatMessage> messages, bool answer_prompt) const {
   if (messages.empty()) Fail(ErrorCode::kInvalidArgument, "a conversation needs at least one message, found none");
   Writer writer(*this);
-  writer.Marks(format_->prologue);
+  writer.Marks(prologue_);
   const bool has_default = !default_system_.empty() || !format_->default_system_head.empty();
   if (messages[0].role != ChatRole::kSystem && has_default) writer.Message({ChatRole::kSystem, default_system_});
   for (const ChatMessage& message : messages) writer.Message(message);

@@ -33,6 +33,7 @@ class ChatTemplate {
  public:
   // `bos`, `eos`: the texts of the vocabulary's tokens; empty when it has none.
   ChatTemplate(const ChatFormat& format, std::string default_system, std::string bos, std::string eos);
+  ChatTemplate(const RecognisedFormat& found, std::string bos, std::string eos);
 
   // The template of a model file. `name`: of a format; empty: as recognised in `jinja`, the file's own
   // tokenizer.chat_template. Throws Error kInvalidArgument, naming the known formats, when there is none with that
@@ -58,6 +59,7 @@ class ChatTemplate {
 
   const ChatFormat* format_;
   std::string default_system_;
+  std::string_view prologue_;
   std::string bos_, eos_;
 };
 

@@ -97,6 +97,63 @@ TEST(ChatTemplate, WhatIsNotKnownIsNotGuessed) {
     EXPECT_FALSE(RecogniseChatFormat(jinja).has_value()) << jinja;
 }
 
+// Each is alike a known template and writes something that it does not.
+TEST(ChatTemplate, ATemplateThatSaysMoreIsAnotherOne) {
+  const std::string chatml =
+      "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}";
+  const std::string ask = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+  const std::string llama3 =
+      "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content + "
+      "'<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n";
+  const std::string phi3 = "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+                           "{{ '<|assistant|>\\n";
+  const std::string llama2 =
+      "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system + m.content) + ' [/INST]' }}"
+      "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}";
+  const std::string llama2_system = "{% set system = '<<SYS>>\\n' + given + '\\n<</SYS>>\\n\\n' %}";
+  const auto name = [](const std::string& jinja) {
+    const auto found = RecogniseChatFormat(jinja);
+    return std::string(found ? found->format->name : "none");
+  };
+  EXPECT_EQ(name(chatml + ask), "chatml");
+  EXPECT_EQ(name("{{ '<|im_start|>system\\n## Facts\\n' + facts + '<|im_end|>\\n' }}" + chatml + ask), "none");
+  EXPECT_EQ(name("<|im_start|>system\n{{ facts }} are the facts<|im_end|>\n" + chatml + ask), "none");
+  EXPECT_EQ(name(chatml + "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "none") << "the model begins with a thought";
+  EXPECT_EQ(name(chatml + ask + "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{% if not tools %}{{ 'No tools.' }}{% endif %}"), "none");
+  EXPECT_EQ(name(chatml + ask + "{% if tools is not none %}{{ 'Tools:' }}{% else %}{{ '' }}{% endif %}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{% if not (m.role == 'tool' or tools) %}{% else %}{{ 'Tools:' }}{% endif %}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{% for tool in tools %}{{ 'Tool:' }}{% endfor %}{# Tools? #}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{{ raise_exception('Roles must alternate') if roles != 'as they should' }}"), "chatml");
+  EXPECT_EQ(name(chatml + "{% set mood = 'Be merry.' %}" + ask), "none") << "a system prompt of its own";
+  EXPECT_EQ(name(llama3 + "' }}"), "llama3");
+  EXPECT_EQ(name(llama3 + ">>>' }}"), "none");
+  EXPECT_EQ(name("{{ '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n' }}" + llama3 +
+                 "' }}"), "none") << "without the line about today";
+  EXPECT_EQ(name(phi3 + "' }}"), "phi3");
+  EXPECT_EQ(name(phi3 + "My reasons are these:\\n' }}"), "none");
+  EXPECT_EQ(name(llama2_system + llama2), "llama2");
+  EXPECT_EQ(name("{% set given = 'Tu es gentil.' %}" + llama2_system + llama2), "none");
+  EXPECT_EQ(name("{% if false == true %}{% set given = 'Be kind.' %}{% endif %}" + llama2_system + llama2), "llama2");
+}
+
+TEST(ChatTemplate, ChatMlBeginsWithBosWhereTheFileSaysSo) {
+  const std::string message = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}";
+  const Messages question = {{ChatRole::kUser, "a"}};
+  const std::string rest = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n";
+  for (const char* head : {"{{ bos_token }}{% for m in messages %}", "{{- bos_token -}}{%- for m in messages -%}",
+                           "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"}) {
+    const auto found = RecogniseChatFormat(head + message);
+    ASSERT_TRUE(found.has_value()) << head;
+    EXPECT_TRUE(found->begins_with_bos) << head;
+    EXPECT_EQ(Text(ChatTemplate(*found, "<s>", "</s>").Render(question)), "<s>" + rest);
+  }
+  const auto without = RecogniseChatFormat("{% for m in messages %}" + message);
+  ASSERT_TRUE(without.has_value());
+  EXPECT_EQ(Text(ChatTemplate(*without, "<s>", "</s>").Render(question)), rest);
+  EXPECT_FALSE(RecogniseChatFormat("{% for m in messages %}{{ bos_token }}" + message).has_value()) << "each message has one";
+}
+
 // The conversation that grows in a cache reads as the one that is written anew.
 TEST(ChatTemplate, ALaterTurnGoesOnWhereTheWholeConversationWould) {
   for (const ChatFormat& format : ChatFormats()) {
