@@ -89,9 +89,9 @@ TEST_P(ModelVocabulary, DamagedUtf8) {
 
 TEST_P(ModelVocabulary, KnowsItsEnds) {
   const std::map<std::string, std::set<int32_t>> ends = {
-      {"smollm2.gguf", {0, 2, 4}},                              // <|endoftext|>, <|im_end|>, <reponame>
-      {"qwen.gguf", {151643, 151645, 151662, 151663, 151664}},  // the same, <|fim_pad|> and what parts files
-      {"gemma3.gguf", {1, 106}}};                               // <eos>, <end_of_turn>; not </s>, a tag of HTML
+      {"smollm2.gguf", {0, 2, 4}},                                      // <|endoftext|>, <|im_end|>, <reponame>
+      {"qwen.gguf", {128247, 151643, 151645, 151662, 151663, 151664}},  // </s>, the same, <|fim_pad|>, what parts files
+      {"gemma3.gguf", {1, 106, 212}}};                                  // <eos>, <end_of_turn>, </s>
   std::set<int32_t> found;
   for (int32_t id = 0; static_cast<size_t>(id) < tokenizer_->size(); ++id)
     if (tokenizer_->IsEndOfGeneration(id)) found.insert(id);

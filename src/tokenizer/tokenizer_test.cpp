@@ -164,23 +164,45 @@ TEST(Tokenizer, TextsThatEndAGeneration) {
     v.tokens[1] = text;
     v.types[1] = static_cast<int32_t>(type);
     const auto t = Tokenizer::Create(v);
-    EXPECT_TRUE(!t->IsEndOfGeneration(1) || t->Type(1) == TokenType::kControl) << text;
+    const bool is_text = v.tokens[1] == "</s>";
+    if (t->IsEndOfGeneration(1)) {
+      EXPECT_EQ(t->Type(1), is_text ? type : TokenType::kControl) << text;
+    }
     return t->IsEndOfGeneration(1);
   };
   for (const char* text : {"<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>",
                            "_<EOT>", "\u2581<EOT>", "<|end_of_text|>", "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>",
-                           "<|file_sep|>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"}) {
+                           "<|file_sep|>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|return|>", "<|call|>", "<|calls|>",
+                           "<|flush|>", "<turn|>", "<|tool_response>", "[e~[", "</s>"}) {
     for (const TokenType type : {TokenType::kNormal, TokenType::kUserDefined, TokenType::kControl})
       EXPECT_TRUE(ends(text, type)) << text;
   }
-  // </s> is a tag of HTML too, and a user-defined token in Gemma.
-  for (const char* text : {"</s>", "<eos>", "[EOS]", "[EOT]", "<reponame>", "<fim_pad>", "[PAD]"}) {
+  for (const char* text : {"<eos>", "[EOS]", "[EOT]", "<reponame>", "<fim_pad>", "[PAD]"}) {
     EXPECT_TRUE(ends(text, TokenType::kControl)) << text;
     EXPECT_FALSE(ends(text, TokenType::kUserDefined)) << text;
     EXPECT_FALSE(ends(text, TokenType::kNormal)) << text;
   }
   EXPECT_FALSE(ends("<|fim_prefix|>", TokenType::kControl));
   EXPECT_FALSE(ends("<|im_start|>", TokenType::kControl));
+}
+
+// In Qwen's and Gemma's vocabularies it is a tag of HTML: a model that writes it has ended, a text with it is a text.
+TEST(Tokenizer, AnEndThatIsATextIsTokenizedAsOne) {
+  Vocabulary v = SmallBpe("gpt-2");
+  const Ids without = Tokenizer::Create(v)->Encode("ab</s>ab", false, true);
+  v.tokens[1] = "</s>";
+  for (const TokenType type : {TokenType::kNormal, TokenType::kUserDefined, TokenType::kControl}) {
+    v.types[1] = static_cast<int32_t>(type);
+    const auto t = Tokenizer::Create(v);
+    EXPECT_TRUE(t->IsEndOfGeneration(1));
+    const Ids plain = t->Encode("ab</s>ab", false, false), special = t->Encode("ab</s>ab", false, true);
+    EXPECT_EQ(std::count(plain.begin(), plain.end(), 1), type == TokenType::kUserDefined ? 1 : 0);
+    EXPECT_EQ(std::count(special.begin(), special.end(), 1), type == TokenType::kNormal ? 0 : 1);
+    if (type == TokenType::kNormal) {
+      EXPECT_EQ(special, without) << "no merge makes it";
+    }
+    EXPECT_EQ(t->Decode(special, false), "ab</s>ab");
+  }
 }
 
 TEST(Tokenizer, TheMostSpecificEndOfATurnIsEot) {

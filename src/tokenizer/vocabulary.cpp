@@ -15,43 +15,58 @@
 namespace lesskv {
 namespace {
 
+// Whether a token of such a text ends a generation.
+enum class EndsAs {
+  kMark,     // it is a control token, whatever type the file gives it
+  kText,     // it ends a generation, but where the file has it as text, text it stays: tokenized as everything else
+  kControl,  // only where the file has it as a control token
+};
+
 struct EndText {
   std::string_view text;
-  bool in_any_type;  // else only where it is a control token
+  EndsAs as;
   bool ends_turn = false;
 };
 
 // Texts of tokens that end a generation, those of turns from the most specific on. These are the ones llama.cpp goes by
 // (llama-vocab.cpp, October 2026) for the models that we run; which of them a model has is only known by text.
 constexpr EndText kEndTexts[] = {
-    {"<|eot_id|>", true, true},
-    {"<|im_end|>", true, true},
-    {"<|end|>", true, true},
-    {"<end_of_turn>", true, true},
-    {"<end_of_utterance>", true, true},
-    {"<|end_of_text|>", true, true},
-    {"<|endoftext|>", true, true},
-    {"<\uFF5Cend\u2581of\u2581sentence\uFF5C>", true, true},  // DeepSeek
-    {"<EOT>", true, true},
-    {"_<EOT>", true, true},
-    {"\u2581<EOT>", true, true},  // CodeLlama
-    {"[EOT]", false, true},
-    {"<|eom_id|>", true},
+    {"<|eot_id|>", EndsAs::kMark, true},
+    {"<|im_end|>", EndsAs::kMark, true},
+    {"<|end|>", EndsAs::kMark, true},
+    {"<end_of_turn>", EndsAs::kMark, true},
+    {"<turn|>", EndsAs::kMark, true},
+    {"<end_of_utterance>", EndsAs::kMark, true},
+    {"<|end_of_text|>", EndsAs::kMark, true},
+    {"<|endoftext|>", EndsAs::kMark, true},
+    {"<\uFF5Cend\u2581of\u2581sentence\uFF5C>", EndsAs::kMark, true},  // DeepSeek
+    {"<EOT>", EndsAs::kMark, true},
+    {"_<EOT>", EndsAs::kMark, true},
+    {"\u2581<EOT>", EndsAs::kMark, true},  // CodeLlama
+    {"[EOT]", EndsAs::kControl, true},
+    {"<|eom_id|>", EndsAs::kMark},
+    {"<|return|>", EndsAs::kMark},
+    // Where a tool is called, or has its say.
+    {"<|call|>", EndsAs::kMark},
+    {"<|calls|>", EndsAs::kMark},
+    {"<|flush|>", EndsAs::kMark},
+    {"<|tool_response>", EndsAs::kMark},
+    {"[e~[", EndsAs::kMark},
     // Between files and repositories: a model that completes code has said all when it writes one.
-    {"<|fim_pad|>", true},
-    {"<|fim_repo|>", true},
-    {"<|repo_name|>", true},
-    {"<|file_sep|>", true},
-    {"<fim-pad>", false},
-    {"<fim_pad>", false},
-    {"<fim-repo>", false},
-    {"<reponame>", false},
-    {"<REPO>", false},
-    {"<PAD>", false},
-    {"[PAD]", false},
-    {"</s>", false},
-    {"<eos>", false},
-    {"[EOS]", false},
+    {"<|fim_pad|>", EndsAs::kMark},
+    {"<|fim_repo|>", EndsAs::kMark},
+    {"<|repo_name|>", EndsAs::kMark},
+    {"<|file_sep|>", EndsAs::kMark},
+    {"<fim-pad>", EndsAs::kControl},
+    {"<fim_pad>", EndsAs::kControl},
+    {"<fim-repo>", EndsAs::kControl},
+    {"<reponame>", EndsAs::kControl},
+    {"<REPO>", EndsAs::kControl},
+    {"<PAD>", EndsAs::kControl},
+    {"[PAD]", EndsAs::kControl},
+    {"</s>", EndsAs::kText},  // in Qwen's and Gemma's vocabularies a tag of HTML
+    {"<eos>", EndsAs::kControl},
+    {"[EOS]", EndsAs::kControl},
 };
 
 constexpr std::string_view kEndKeys[] = {"tokenizer.ggml.eom_token_id", "tokenizer.ggml.fim_pad_token_id",
@@ -174,8 +189,9 @@ void ResolveEnds(Vocabulary& vocabulary) {
   }
   for (const EndText& end : kEndTexts) {
     const auto at = found.find(end.text);
-    if (at == found.end() || !(end.in_any_type || HasType(vocabulary, at->second, TokenType::kControl))) continue;
-    SetType(vocabulary, at->second, TokenType::kControl);
+    if (at == found.end()) continue;
+    if (end.as == EndsAs::kControl && !HasType(vocabulary, at->second, TokenType::kControl)) continue;
+    if (end.as == EndsAs::kMark) SetType(vocabulary, at->second, TokenType::kControl);
     vocabulary.ends.push_back(at->second);
     if (end.ends_turn && !vocabulary.eot) vocabulary.eot = at->second;
   }
