@@ -14,6 +14,7 @@
 #include "common.h"
 #include "eval/perplexity.h"
 #include "kvcache/residual/sidecar.h"
+#include "train/train_less.h"
 
 namespace lesskv {
 namespace {
@@ -119,6 +120,10 @@ void TrainMass(MassCommand& c) {
   CheckModel(sidecar, c.output, opened.model->fingerprint(), opened.model->identity());
   if (!sidecar.has_maps())
     Fail(ErrorCode::kNotFound, "{}: holds no feature maps (train them with 'lesskv train less')", c.output);
+  for (const std::string& policy : c.policies) {
+    CacheSpec::Parse(policy + "+less");  // what less cannot stand beside
+    train::RequireLoss(*opened.engine->MakeCacheConfig(CacheSpec::Parse(policy), opened.ctx), c.step, "train mass");
+  }
   MassSearch search(c, opened, std::move(sidecar));
   const int best = search.Best();
   if (best != 0) WriteSidecar(c.output, search.Shifted(best));

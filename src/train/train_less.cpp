@@ -133,6 +133,11 @@ class Trainer {
     require(o_.rate > 0 && o_.rate < 1, "--lr must lie between 0 and 1");
     require(o_.dropout >= 0 && o_.dropout < 1, "--dropout must lie between 0 and 1");
     require(o_.ctx >= 16, "--ctx must be at least 16");
+    const CacheShape shape = engine_.model().MakeCacheShape(o_.ctx, engine_.compute());
+    for (const std::string& policy : o_.policies) {
+      const auto config = CacheConfig::Create(CacheSpec::Parse(policy), shape);
+      for (const size_t step : o_.steps) RequireLoss(*config, step, "train less");
+    }
     require(!o_.work_folder.empty(), "a work folder is needed");
     require(model.local.empty() && model.architecture.unrotated_every == 0,
             "models whose layers differ (local ones, ones without rotation) are not supported");
@@ -555,6 +560,16 @@ class Trainer {
 };
 
 }  // namespace
+
+void RequireLoss(const CacheConfig& config, size_t step, std::string_view command) {
+  if (config.global().selector->SaysHowMany()) return;  // its budgets are bounds only
+  const size_t n_tokens = config.shape().ctx, seen = (n_tokens - 1) / step * step;  // before the last step
+  const std::vector<size_t> budgets = config.Budgets(n_tokens);
+  if (std::any_of(budgets.begin(), budgets.end(), [&](size_t rows) { return rows < seen; })) return;
+  Fail(ErrorCode::kInvalidArgument,
+       "{}: '{}' loses no token of a text of {} before its last step of {}, so that there is nothing to learn", command,
+       config.spec().ToString(), n_tokens, step);
+}
 
 TrainLessPlan PlanTraining(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options) {
   return Trainer(engine, tokenizer, options, {}, nullptr).Plan();

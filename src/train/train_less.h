@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/engine.h"
@@ -68,6 +69,10 @@ struct TrainLessReport {
   double capture_seconds = 0, train_seconds = 0;
   std::vector<double> validation, baseline, baseline_plus;  // a trained layer
 };
+
+// Refuses (Error kInvalidArgument) a cache that loses nothing of a text of its context length before the text's last step
+// of `step` tokens: nobody misses anything then, and there is nothing to learn. `command`: for the message.
+void RequireLoss(const CacheConfig& config, size_t step, std::string_view command);
 
 // Throws Error for options that make no sense, and when one layer takes more than disk_bytes.
 TrainLessPlan PlanTraining(Engine& engine, const Tokenizer& tokenizer, const TrainLessOptions& options);

@@ -315,6 +315,35 @@ TEST_F(TrainLessTest, RefusesOptionsThatMakeNoSense) {
   refuses([](auto& o) { o.ctx = 1u << 20; });  // no text is that long
 }
 
+// A row that leaves with a text's last step is missed by nobody.
+TEST_F(TrainLessTest, RefusesWhatLosesNothingOfATextBeforeItsLastStep) {
+  const auto loses = [&](const char* spec, size_t step) {
+    const CacheShape shape = model_->MakeCacheShape(64, ComputeType::kF32);
+    try {
+      RequireLoss(*CacheConfig::Create(CacheSpec::Parse(spec), shape), step, "train less");
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      return false;
+    }
+    return true;
+  };
+  for (const char* spec : {"full", "full+q8", "h2o(100%)", "window(5000000)", "window(56)", "tova(64)"})
+    EXPECT_FALSE(loses(spec, 8)) << spec;
+  for (const char* spec : {"h2o(50%)", "window(55)", "snapkv(40)+pyramid"}) EXPECT_TRUE(loses(spec, 8)) << spec;
+  EXPECT_TRUE(loses("window(62)", 1));
+  EXPECT_FALSE(loses("window(63)", 1));
+  EXPECT_FALSE(loses("window(8)", 64)) << "a text in one step";
+  options_.policies.emplace_back("h2o(100%)");
+  try {
+    Run();
+    FAIL() << "expected a refusal";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("'h2o(100%)' loses no token of a text of 64"), std::string::npos)
+        << error.what();
+  }
+  EXPECT_FALSE(fs::exists(options_.work_folder));
+}
+
 // ------------------------------------------------------------------------------------------------------------ capture
 
 // What a record says of a policy is what the cache does: resident pairs at each query, output and log-mass over them.
