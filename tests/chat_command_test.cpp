@@ -88,6 +88,16 @@ TEST_F(ChatCommand, AnswersEachLineAndEndsWithTheInput) {
   EXPECT_EQ(Chat("").out, "");
 }
 
+TEST_F(ChatCommand, WhatEditorsAddToLinesIsLeftOut) {
+  const Result plain = Chat("The sea was\n/stats\n");
+  ASSERT_EQ(plain.status, 0) << plain.err;
+  const Result crlf = Chat("\xef\xbb\xbfThe sea was\r\n/stats\r\n");
+  EXPECT_EQ(crlf.status, 0) << crlf.err;
+  EXPECT_EQ(crlf.out, plain.out);
+  EXPECT_EQ(Chat("The sea \\\r\nwas\r\n").out, Chat("The sea \\\nwas\n").out) << "a line that goes on in the next";
+  EXPECT_EQ(Chat("/stats").out, "cache    full: empty\n") << "the last line needs no end";
+}
+
 // The second answer depends on the first question; after /clear it does not.
 TEST_F(ChatCommand, RemembersUntilCleared) {
   const std::string first = Chat("The sea was\n").out, second = Chat("She had never\n").out;

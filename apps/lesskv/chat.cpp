@@ -13,6 +13,7 @@
 #include "commands.h"
 #include "conversation.h"
 #include "line_reader.h"
+#include "prompt_bar.h"
 
 namespace lesskv {
 namespace {
@@ -158,17 +159,18 @@ class Chat {
   }
 
   void Ask(const std::string& question) {
-    ProgressBar bar("prompt");
+    std::optional<PromptBar> bar;
     GenerateOptions hooks;
     ForgetInterrupt();
     hooks.stop = &stop_;
-    hooks.on_prompt_progress = [&](double done) { bar.Show(done); };
+    hooks.on_prompt_progress = [&](double done) { bar->Show(done); };
     hooks.on_text = [&](std::string_view text) {
-      bar.Clear();
+      bar->Clear();
       Print(text);
     };
-    const GenerateResult result = conversation_.Ask(question, hooks);
-    bar.Clear();
+    const GenerateResult result = conversation_.Ask(
+        question, hooks, [&](size_t n_tokens, double seconds) { bar.emplace(n_tokens, seconds); });
+    bar.reset();
     Print("\n");
     Tell(result);
   }

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "engine/session.h"
+#include "prompt_bar.h"
 
 namespace lesskv {
 
@@ -57,7 +58,8 @@ std::vector<int32_t> Conversation::BeginTurn(const std::string& question) {
   return turn.tokens;
 }
 
-GenerateResult Conversation::Ask(const std::string& question, const GenerateOptions& hooks) {
+GenerateResult Conversation::Ask(const std::string& question, const GenerateOptions& hooks,
+                                 const std::function<void(size_t n_tokens, double seconds)>& on_question) {
   const std::vector<int32_t> before = sequence_ ? sequence_->tokens() : std::vector<int32_t>();
   GenerateOptions options = hooks;
   static_cast<GenerationOptions&>(options) = options_.generation;
@@ -67,6 +69,9 @@ GenerateResult Conversation::Ask(const std::string& question, const GenerateOpti
   try {
     const std::vector<int32_t> tokens = BeginTurn(question);
     RequireRoom(*sequence_, tokens.size());
+    if (on_question)
+      on_question(tokens.size(), EstimatePrompt(*opened_.engine, MakeConfig(spec_, {}), sequence_->tokens().size(),
+                                                tokens.size(), hooks.stop));
     result = Generate(*opened_.engine, *opened_.tokenizer, *sequence_, tokens, options);
   } catch (...) {
     Undo(before);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -25,8 +26,10 @@ class Conversation {
 
   // Reads the question and answers. `hooks`: callbacks and the flag that stops; the rest of it is ignored. Throws
   // Error, with the conversation as it was, for a question that does not fit the context or memory. A question that was
-  // stopped while it was read (no token generated) leaves the conversation as it was, too.
-  GenerateResult Ask(const std::string& question, const GenerateOptions& hooks);
+  // stopped while it was read (no token generated) leaves the conversation as it was, too. `on_question`: called before
+  // it is read, with its tokens and about how many seconds that will take (EstimatePrompt).
+  GenerateResult Ask(const std::string& question, const GenerateOptions& hooks,
+                     const std::function<void(size_t n_tokens, double seconds)>& on_question = {});
 
   void Clear();
   // The cache as a session file, and back; see SaveSession and LoadSession. Load throws with the conversation as it

@@ -4,10 +4,12 @@
 #include <langinfo.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <clocale>
 #include <cstdio>
 #include <cstring>
-#include <iostream>
+#include <string_view>
+#include <utility>
 
 #include "base/error.h"
 #include "base/interrupt.h"
@@ -63,14 +65,22 @@ LineReader::LineReader() {
 
 LineReader::~LineReader() = default;
 
-std::optional<std::string> LineReader::Read(const std::string& prompt) {
+std::optional<std::string> LineReader::ReadPlain() {
+  const InterruptsAsByDefault by_default;  // nothing runs that would have to be stopped
   std::string line;
-  if (editor_ == nullptr) {
-    const InterruptsAsByDefault by_default;  // nothing runs that would have to be stopped
-    if (std::getline(std::cin, line)) return line;
-    if (std::cin.bad()) Fail(ErrorCode::kIo, "standard input cannot be read");
-    return std::nullopt;
-  }
+  int c = 0;
+  while ((c = std::getc(stdin)) != EOF && c != '\n') line += static_cast<char>(c);
+  if (std::ferror(stdin) != 0) Fail(ErrorCode::kIo, "standard input cannot be read: {}", std::strerror(errno));
+  if (c == EOF && line.empty()) return std::nullopt;
+  if (line.ends_with('\r')) line.pop_back();
+  constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
+  if (std::exchange(at_start_, false) && line.starts_with(kByteOrderMark)) line.erase(0, kByteOrderMark.size());
+  return line;
+}
+
+std::optional<std::string> LineReader::Read(const std::string& prompt) {
+  if (editor_ == nullptr) return ReadPlain();
+  std::string line;
   const KeyInterrupts keys;
   editor_->prompt = prompt;
   int size = 0;

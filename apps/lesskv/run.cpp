@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -16,6 +15,7 @@
 #include "engine/resident_runs.h"
 #include "engine/run_info.h"
 #include "engine/session.h"
+#include "prompt_bar.h"
 
 namespace lesskv {
 namespace {
@@ -166,6 +166,9 @@ void Report(const Sequence& sequence, const GenerateResult& result) {
   Say("cache       {}: {} now, {} at most, {:.0f} of {} tokens; a full f16 cache: {}\n", sequence.config().spec_text(),
       HumanBytes(stats.kv_bytes), HumanBytes(stats.kv_bytes_peak), stats.tokens_resident, stats.tokens_seen,
       HumanBytes(stats.kv_bytes_full));
+  if (const LocalLayers local = CountLocal(sequence.config().shape()); local.n_layers > 0)
+    Say("local       {} layers keep a window of {} tokens; the spec and the tokens above are the other layers'\n",
+        local.n_layers, local.window);
   const RecallStats& recall = stats.recall;
   if (recall.queries > 0)
     Say("recall      {:.0f} rows read a query\n", static_cast<double>(recall.rows_read) / static_cast<double>(recall.queries));
@@ -193,36 +196,6 @@ void ReportHeads(const SequenceCache& cache) {
   }
 }
 
-constexpr size_t kManyTokens = 65536;
-constexpr double kLongPrompt = 60;  // seconds; what takes longer is announced
-
-// About how many seconds a prompt of very many tokens will take, for which even the first layer's end is long to wait;
-// 0 for others. From two short ones of the same cache: reading n tokens after `seen` takes
-// a n + b ((seen + n)^2 - seen^2).
-double EstimatePrompt(Engine& engine, const std::shared_ptr<const CacheConfig>& config, size_t seen, size_t n,
-                      const std::atomic<bool>* stop) {
-  if (n < kManyTokens) return 0;
-  const auto seconds_each = [&](size_t n_probe) {
-    Sequence probe(config);
-    const std::vector<int32_t> tokens(n_probe);
-    const auto start = std::chrono::steady_clock::now();
-    engine.Prefill({{&probe, tokens, LogitsRows::kNone}}, {}, {.stop = stop});
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() /
-           static_cast<double>(n_probe);
-  };
-  constexpr size_t kShort = 512, kLonger = 2048;
-  seconds_each(kShort);  // warms up
-  double few = seconds_each(kShort), many = seconds_each(kLonger);
-  for (int again = 0; again < 2; ++again) {  // the least of three: on a busy machine one that waited would hide what grows
-    few = std::min(few, seconds_each(kShort));
-    many = std::min(many, seconds_each(kLonger));
-  }
-  const double b = std::max(0.0, (many - few) / static_cast<double>(kLonger - kShort));
-  const double a = std::max(0.0, few - b * static_cast<double>(kShort));
-  const auto before = static_cast<double>(seen), added = static_cast<double>(n);
-  return a * added + b * added * (2 * before + added);
-}
-
 void Run(const RunOptions& options) {
   GenerateOptions generate{MakeGenerationOptions(options.sampling)};
   generate.sequence_goes_on = !options.session.empty();
@@ -242,8 +215,7 @@ void Run(const RunOptions& options) {
   generate.stop = &StopOnInterrupt();
   const double seconds = EstimatePrompt(engine, engine.MakeCacheConfig(spec, opened.ctx), sequence.tokens().size(),
                                         start.tokens.size(), generate.stop);
-  ProgressBar bar(fmt::format("prompt of {} tokens", start.tokens.size()), kLongPrompt);
-  bar.Expect(seconds);
+  PromptBar bar(start.tokens.size(), seconds);
   generate.on_prompt_progress = [&](double done) { bar.Show(done); };
   generate.on_text = [&](std::string_view text) {
     bar.Clear();
