@@ -117,6 +117,7 @@ class Converter {
                     [&](size_t n_rows) { Advance(n_rows * row_bytes); });
   }
 
+  void Finish() { bar_.Clear(); }
   const EncodingLosses& losses() const { return encoder_.losses(); }
 
  private:
@@ -171,6 +172,7 @@ void Quantize(const QuantizeOptions& options) {
   }
   plan.Report();
   writer.Write(options.out);
+  converter.Finish();
   Say(std::string_view(converter.losses().Warning(target)));
   Say("{}: {}, was {}\n", options.out, HumanBytes(std::filesystem::file_size(options.out)),
       HumanBytes(file.file_bytes()));
