@@ -26,27 +26,26 @@ struct BenchOptions {
 
 void AddBenchOptions(CLI::App& command, BenchOptions& o) {
   const CLI::Range counts(int64_t{0}, int64_t{1} << 30), numbers(int64_t{1}, int64_t{1} << 30);
-  const auto list = [&](const char* name, auto& values, const char* help) {
-    return command.add_option(name, values, help)->delimiter(',')->allow_extra_args(false)->option_text("N,...")
-        ->capture_default_str();
+  const auto list = [&](const char* names, auto& values, const char* help, const CLI::Range& range) {
+    AddList(command, names, values, help, range)->allow_extra_args(false)->option_text("N,...");
   };
   command.add_option("-m,--model", o.models, "Model file (GGUF); may be repeated")
       ->required()->option_text("MODEL")->allow_extra_args(false);
   command.add_option("--kv", o.specs, "Cache spec, such as full or h2o(5%)+less; may be repeated (default: full)")
       ->option_text("SPEC")->allow_extra_args(false);
-  list("-p,--prompt", o.speed.prompts, "Prompt tokens; 0 for no such test")->check(counts);
-  list("-n,--predict", o.speed.predicts, "Generated tokens; 0 for no such test")->check(counts);
-  list("-d,--depth", o.speed.depths, "Tokens in the cache before the test, put there without computing them")
-      ->check(counts);
-  list("--batch", o.speed.batches, "Sequences processed together; tokens/s are those of all")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 16));
+  list("-p,--prompt", o.speed.prompts, "Prompt tokens; 0 for no such test", counts);
+  list("-n,--predict", o.speed.predicts, "Generated tokens; 0 for no such test", counts);
+  list("-d,--depth", o.speed.depths, "Tokens in the cache before the test, put there without computing them",
+       counts);
+  list("--batch", o.speed.batches, "Sequences processed together; tokens/s are those of all",
+       CLI::Range(int64_t{1}, int64_t{1} << 16));
   command.add_option("--memory", o.memory, "Instead of --batch: as many sequences as fit this much cache memory, such "
                                            "as 256MiB; measures generation only")->option_text("BYTES");
   command.add_option("-r,--repetitions", o.speed.repeat, "Times that each test is run, after one to warm up")
       ->check(CLI::Range(1, 1000))->option_text("N")->capture_default_str();
   command.add_option("-c,--ctx", o.speed.ctx, "Context length that percentages of a cache spec refer to (default: "
                                               "what the longest test needs)")->check(numbers)->option_text("N");
-  list("-t,--threads", o.threads, "Threads; 0 for all CPUs")->check(CLI::Range(0, 1024));
+  list("-t,--threads", o.threads, "Threads; 0 for all CPUs", CLI::Range(0, 1024));
   command.add_option("--compute", o.compute, "Arithmetic of products: auto, f32, bf16, int8")->option_text("TYPE");
   AddModelLoading(command, o.loading);
   command.add_flag("--random-sidecar", o.random_sidecar, "Give less feature maps with random weights: for speed only");

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -86,8 +87,8 @@ void AddModelOptions(CLI::App& command, ModelOptions& options) {
                                               "(default: what the model was trained for)")->option_text("N");
   command.add_option("-t,--threads", options.threads, "Threads (default: all CPUs)")
       ->check(CLI::Range(0, ThreadPool::kMaxThreads))->option_text("N");
-  command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 where the CPU has it, "
-                                                  "int8 with AVX2), f32, bf16, int8")->option_text("TYPE");
+  command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 with AMX, int8 "
+                                                  "elsewhere, f32 where a CPU has neither), f32, bf16, int8")->option_text("TYPE");
 }
 
 void AddSeed(CLI::App& command, uint64_t& seed, const char* help) {
@@ -115,6 +116,37 @@ void RequirePlainValues(CLI::App& app) {
   }
   for (CLI::App* command : app.get_subcommands({})) RequirePlainValues(*command);
 }
+
+template <typename Item>
+CLI::Option* AddList(CLI::App& command, const std::string& names, std::vector<Item>& values, const std::string& help,
+                     const CLI::Validator& check) {
+  const std::string name = names.substr(names.rfind(',') + 1);
+  const auto read = [&values, name, check](const std::vector<std::string>& given) {
+    values.clear();
+    for (std::string items = fmt::format("{},", fmt::join(given, ",")); !items.empty();) {
+      std::string item = items.substr(0, items.find(','));
+      items.erase(0, item.size() + 1);
+      std::string wrong;
+      Item value{};
+      if constexpr (std::is_arithmetic_v<Item>) {
+        wrong = ReadNumber(item, value);
+      } else {
+        if (item.empty()) wrong = "expected a value, found an empty one";
+        value = item;
+      }
+      if (wrong.empty()) wrong = check(item);
+      if (!wrong.empty()) throw CLI::ValidationError(name, wrong);
+      values.push_back(value);
+    }
+  };
+  return command.add_option_function<std::vector<std::string>>(names, read, help);
+}
+
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<int>&, const std::string&, const CLI::Validator&);
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<size_t>&, const std::string&, const CLI::Validator&);
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<double>&, const std::string&, const CLI::Validator&);
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<std::string>&, const std::string&,
+                              const CLI::Validator&);
 
 void AddModelLoading(CLI::App& command, ModelLoading& loading) {
   const auto add = [&](const char* name, ModelLoading value, const char* text) {
@@ -215,7 +247,8 @@ std::string PromptText(const std::string* prompt, const std::string* file) {
 bool StdinIsPipe() {
   struct stat status {};
   if (fstat(STDIN_FILENO, &status) != 0) return false;
-  return S_ISFIFO(status.st_mode) || S_ISREG(status.st_mode) || S_ISSOCK(status.st_mode);
+  const mode_t mode = status.st_mode;
+  return S_ISFIFO(mode) || S_ISREG(mode) || S_ISSOCK(mode) || S_ISDIR(mode);  // of a folder reading says what is wrong
 }
 
 void CheckOutputPath(const std::string& option, const std::string& path) {

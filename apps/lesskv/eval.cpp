@@ -227,12 +227,11 @@ void AddRecall(CLI::App& parent) {
   CLI::App* command = parent.add_subcommand("recall", "Answers to questions about something far back in the prompt");
   auto o = std::make_shared<RecallFlags>();
   AddCommonOptions(*command, o->common);
-  command->add_option("--task", o->tasks, "kv, kv_words, needle or variable; several with commas")
-      ->delimiter(',')->option_text("TASK,...")->capture_default_str();
-  command->add_option("--length", o->lengths, "Prompt lengths in tokens, with commas (default: the context)")
-      ->delimiter(',')->check(AtLeast(1))->option_text("N,...");
-  command->add_option("--depths", o->depths, "Where the answer stands, 0 (first) to 1 (last), with commas")
-      ->delimiter(',')->option_text("X,...")->capture_default_str();
+  AddList(*command, "--task", o->tasks, "kv, kv_words, needle or variable; several with commas")->option_text("TASK,...");
+  AddList(*command, "--length", o->lengths, "Prompt lengths in tokens, with commas (default: the context)", AtLeast(1))
+      ->option_text("N,...");
+  AddList(*command, "--depths", o->depths, "Where the answer stands, 0 (first) to 1 (last), with commas")
+      ->option_text("X,...");
   command->add_option("--samples", o->samples, "Questions of each task, length and depth")
       ->check(AtLeast(1))->option_text("N")->capture_default_str();
   command->add_option("--words", o->words, "File with the words of keys and values (default: a built-in list)")
@@ -267,9 +266,10 @@ void AddRuler(CLI::App& parent) {
   };
   auto o = std::make_shared<Flags>();
   AddCommonOptions(*command, o->common);
-  command->add_option("--task", o->tasks, "niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2; "
-                                          "several with commas; all: all of them, qa_1 and qa_2 where --qa holds such questions")
-      ->delimiter(',')->option_text("TASK,...")->capture_default_str();
+  AddList(*command, "--task", o->tasks,
+          "niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2; "
+          "several with commas; all: all of them, qa_1 and qa_2 where --qa holds such questions")
+      ->option_text("TASK,...");
   command->add_option("--length", o->length, "Tokens of document and question (default: the context less 128)")
       ->check(AtLeast(1))->option_text("N");
   command->add_option("--samples", o->samples, "Documents of each task")->check(AtLeast(1))->option_text("N")->capture_default_str();
