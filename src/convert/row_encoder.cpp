@@ -38,8 +38,21 @@ float Lost(const float* row, size_t n, DType type, const std::byte* encoded) {
 
 }  // namespace
 
-void EncodingLosses::Add(const std::string& tensor, size_t row, float loss) {
-  if (loss <= kMuch) return;
+float EncodingLosses::Much(DType type) {
+  switch (type) {
+    case DType::kQ5_0:
+    case DType::kQ5_1:
+    case DType::kQ5_K:
+      return 0.12f;
+    case DType::kQ6_K:
+      return 0.06f;
+    default:
+      return 0.25f;
+  }
+}
+
+void EncodingLosses::Add(const std::string& tensor, size_t row, DType type, float loss) {
+  if (loss <= Much(type)) return;
   ++rows;
   if (loss <= most) return;
   most = loss;
@@ -49,8 +62,8 @@ void EncodingLosses::Add(const std::string& tensor, size_t row, float loss) {
 std::string EncodingLosses::Warning(DType type) const {
   if (rows == 0) return "";
   return fmt::format(
-      "warning: {} cannot hold {} row{}: the error is more than a quarter of the values, most in {} ({:.0f} %)\n",
-      Traits(type).name, rows, rows == 1 ? "" : "s", where, 100 * most);
+      "warning: {} cannot hold {} row{}: the error is more than {:.0f} % of the values, most in {} ({:.0f} %)\n",
+      Traits(type).name, rows, rows == 1 ? "" : "s", 100 * Much(type), where, 100 * most);
 }
 
 void RowEncoder::Encode(const std::string& tensor, size_t n_rows, size_t n, DType target, const ReadRow& read,
@@ -82,7 +95,7 @@ void RowEncoder::EncodeSlab(const std::string& tensor, size_t first_row, size_t 
   });
   for (size_t r = 0; r < n_rows; ++r) {
     CheckRange(tensor, first_row + r, largest_[r], target);
-    losses_.Add(tensor, first_row + r, lost_[r]);
+    losses_.Add(tensor, first_row + r, target, lost_[r]);
   }
   sink.Write(encoded_);
 }

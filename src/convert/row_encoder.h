@@ -15,12 +15,15 @@ namespace lesskv {
 // What encoding changed in the rows that it changed most: a value that a block's half-precision scale or minimum cannot
 // reach is cut to what it can, without an error of its own.
 struct EncodingLosses {
-  static constexpr float kMuch = 0.25f;  // of a row's root mean square; 4-bit types lose a tenth of normal rows
+  // What is much for a type, of a row's root mean square: beyond what rounding takes from any row of it. Of normal rows
+  // types of 4 bits lose a tenth, and each further bit halves that.
+  static float Much(DType type);
+
   size_t rows = 0;
   float most = 0;
   std::string where = {};
 
-  void Add(const std::string& tensor, size_t row, float loss);
+  void Add(const std::string& tensor, size_t row, DType type, float loss);
   // A sentence for people that ends in a newline; empty where nothing was lost.
   std::string Warning(DType type) const;
 };
