@@ -395,6 +395,13 @@ TEST_F(ConvertTest, DamagedDirectoriesAreRefused) {
       {"has no tokenizer.json", [](const fs::path& m) { fs::remove(m / "tokenizer.json"); }},
       {"bos_token: expected a token of the vocabulary, found '<none>'",
        [](const fs::path& m) { Edit(m / "tokenizer_config.json", [](Json& j) { j["bos_token"] = "<none>"; }); }},
+      {"single: '<|start|>' is put before every text, but nothing says that it is the beginning token: bos_token is missing in "
+       "tokenizer_config.json, and bos_token_id in config.json",
+       [](const fs::path& m) {
+         fs::remove(m / "tokenizer_config.json");
+         for (const char* name : {"config.json", "generation_config.json"})
+           if (fs::exists(m / name)) Edit(m / name, [](Json& j) { j.erase("bos_token_id"); });
+       }},
       {"eos_token_id: expected token ids below 290",
        [](const fs::path& m) { Edit(m / "generation_config.json", [](Json& j) { j["eos_token_id"] = 290; }); }},
   };

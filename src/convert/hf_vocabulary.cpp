@@ -255,9 +255,17 @@ class Reader {
       }
       const auto id = Lookup(part, "SpecialToken", part.Object("SpecialToken").Text("id"));
       const bool known = text_seen ? id == v_.eos && !v_.add_eos : id == v_.bos && !v_.add_bos;
+      const std::string text = part.Object("SpecialToken").Text("id");
+      // Without these names it is a token like others, which GGUF cannot put around every text.
+      if (id && !(text_seen ? v_.eos : v_.bos))
+        Fail(ErrorCode::kBadFile,
+             "{}: {} is put {} every text, but nothing says that it is the {} token: {} is missing in "
+             "tokenizer_config.json, and {} in config.json",
+             part.where(), Quoted(text), text_seen ? "behind" : "before", text_seen ? "end" : "beginning",
+             text_seen ? "eos_token" : "bos_token", text_seen ? "eos_token_id" : "bos_token_id");
       if (!known)
         part.Refuse("SpecialToken", text_seen ? "the end token behind the text" : "the beginning token before the text",
-                    Quoted(part.Object("SpecialToken").Text("id")));
+                    Quoted(text));
       (text_seen ? v_.add_eos : v_.add_bos) = true;
     }
   }
