@@ -15,7 +15,8 @@ namespace {
 // Keys that usually have one value in a whole report; a table states them once.
 constexpr std::string_view kCaptionKeys[] = {
     "model", "model_fingerprint", "mode", "step",    "prompt", "ask",     "ctx",
-    "texts", "windows",           "seed", "threads", "isa",    "compute", "version"};
+    "texts", "windows",           "seed", "threads", "isa",    "compute", "version", "n_local_layers",
+    "local_window"};
 
 // Bytes in a string that a terminal shows as one column each: code points, good enough for our tables.
 size_t Width(std::string_view text) {
