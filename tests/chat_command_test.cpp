@@ -318,7 +318,7 @@ TEST_F(ChatCommand, OnATerminalCtrlCTakesAQuestionBackThatIsBeingRead) {
   std::string question;
   for (int i = 0; i < 300; ++i) question += "so far ";
   terminal.Type(question + "\n");
-  ASSERT_TRUE(terminal.WaitFor("prompt [")) << terminal.seen();
+  ASSERT_TRUE(terminal.WaitFor(" tokens [")) << terminal.seen();
   ASSERT_TRUE(terminal.TypeUntil("\x03", "the question was not read")) << terminal.seen();
   EXPECT_EQ(context(), before);
   terminal.Type("/exit\n");

@@ -71,6 +71,9 @@ TEST_F(CommandLine, WhatCannotBeWrittenIsNotLostInSilence) {
 TEST_F(CommandLine, APromptThatCannotBeReadIsNoEmptyPrompt) {
   ExpectOneSentence(Shell("$L run -m $M -f - -n 3 < ."), 1, "standard input cannot be read");
   ExpectOneSentence(Shell("$L run -m $M -f - -n 3 <&-"), 1, "standard input cannot be read");
+  for (const char* command : {"$L run -m $M -n 3", "$L tokenize -m $M", "$L chat -m $M --chat-template plain"})
+    ExpectOneSentence(Shell(std::string(command) + " < ."), 1, "standard input cannot be read: Is a directory");
+  ExpectOneSentence(Shell("$L chat -m $M --chat-template plain <&-"), 1, "standard input cannot be read: Bad file");
 }
 
 // ---- numbers
@@ -103,6 +106,15 @@ const BadValue kBadValues[] = {
     {"$L run -m $M -p x --kv ''", "--kv"},
     {"$L run -m $M -p x --kv 'h2o(0%)'", "above 0%"},
     {"$L bench -m $M --seed x", "--seed"},
+    {"$L bench -m $M -p 8,,16", "--prompt: expected a whole number from 0, found \"\""},
+    {"$L bench -m $M -p 8,", "--prompt: expected a whole number from 0, found \"\""},
+    {"$L bench -m $M -n ''", "--predict: expected a value, found an empty one"},
+    {"$L bench -m $M --batch 4,0", "--batch: Value 0 not in range"},
+    {"$L eval recall -m $M --length 64,,128", "--length: expected a whole number from 0, found \"\""},
+    {"$L eval recall -m $M --length 64,0", "--length: Value 0 not in range"},
+    {"$L eval recall -m $M --depths 0,,1", "--depths: expected a number, found \"\""},
+    {"$L eval recall -m $M --task kv,,needle", "--task: expected a value, found an empty one"},
+    {"$L eval ruler -m $M --task ,vt", "--task: expected a value, found an empty one"},
     {"$L plan -m $M --parallel ''", "--parallel"},
     {"$L eval perplexity -m $M --text $T --step ''", "--step"},
     {"$L info ''", "file"},
@@ -110,6 +122,12 @@ const BadValue kBadValues[] = {
     {"$L train less -m $M --text $T -o x.gguf --layers 99999999999999999999", "--layers: expected a layer from 0"},
     {"$L train less -m $M --text $T -o x.gguf --layers 1-", "--layers: expected a layer from 0"},
     {"$L train less -m $M --text $T -o x.gguf --kv full", "'full' lets no token leave"},
+    {"$L train less -m $S --text $T -o x.gguf -c 256 --kv 'h2o(100%)'", "'h2o(100%)' loses no token of a text of 256"},
+    {"$L train less -m $S --text $T -o x.gguf -c 256 --kv 'h2o(5%)' 'window(5000000)'", "loses no token of a text of 256"},
+    {"cp ${S%.gguf}.less.gguf m.gguf; $L train mass -m $S --text $T -o m.gguf -c 256 --kv 'h2o(100%)'; s=$?; rm m.gguf; exit $s",
+     "train mass: 'h2o(100%)' loses no token of a text of 256"},
+    {"cp ${S%.gguf}.less.gguf m.gguf; $L train mass -m $S --text $T -o m.gguf -c 256 --kv full; s=$?; rm m.gguf; exit $s",
+     "'full' lets no token leave"},
     {"$L train less -m $M --text $T -o .", "-o .: expected a file, found a folder"},
     {"$L train less -m $M --text $T -o nowhere/x.gguf", "-o nowhere/x.gguf: there is no folder"},
 };
@@ -198,8 +216,8 @@ TEST_F(CommandLine, NamesThatTheSystemRefusesAreASentence) {
     const char* said = bad == "loop" ? "symbolic links" : "name too long";
     for (const char* command : {"$L run -m $M -p x --session {}", "$L run -m {} -p x", "$L run -m $M -f {}",
                                 "$L info {}", "$L eval perplexity -m $M --text {}", "$L eval choices -m $M --file {}",
-                                "$L train less -m $M --text $T -o {}", "$L train less -m $M --text {} -o x.gguf",
-                                "$L train less -m $M --text $T -o x.gguf --sequences 2 -c 16 --work {}",
+                                "$L train less -m $M --text $T -o {}", "$L train less -m $M --text {} -o x.gguf --kv 'h2o(8)'",
+                                "$L train less -m $M --text $T -o x.gguf --sequences 2 -c 16 --kv 'h2o(4)' --work {}",
                                 "$L run -m $M -p x --kv 'h2o(5%)+less(file=\"{}\")'"}) {
       const Result result = Shell(fmt::format(fmt::runtime(command), bad));
       SCOPED_TRACE(command);
@@ -228,6 +246,19 @@ TEST_F(CommandLine, WhatEditorsAddToAPromptIsLeftOut) {
   EXPECT_EQ(text("cat crlf | $L run"), plain);
   Write("two", "the sea\n\n");  // only the last one
   EXPECT_EQ(text("$L run -f two"), text("$L run -p 'the sea\n'"));
+}
+
+TEST_F(CommandLine, LocalLayersAreToldBesideTheCache) {
+  const std::string gemma = Path("gemma3.gguf");
+  ASSERT_EQ(Shell("$L convert " LESSKV_SOURCE_DIR "/tests/data/huggingface/gemma3 " + gemma + " --type f16").status, 0);
+  const auto local = nlohmann::json::parse(Shell("$L info --json " + gemma).out);
+  const auto n = local["n_local_layers"].get<size_t>(), window = local["local_window"].get<size_t>();
+  ASSERT_GT(n, 0u);
+  const std::string run = Shell("$L run -p 'the sea' -n 3 -m " + gemma).err;
+  EXPECT_NE(run.find(fmt::format("local       {} layers keep a window of {} tokens", n, window)), std::string::npos) << run;
+  EXPECT_EQ(Shell("$L run -p 'the sea' -n 3 -m $M").err.find("local  "), std::string::npos);
+  const std::string table = Shell("$L eval perplexity --text $T --max-windows 1 -c 64 -m " + gemma).out;
+  EXPECT_NE(table.find(fmt::format("n_local_layers {}, local_window {}", n, window)), std::string::npos) << table;
 }
 
 // ---- terminals
@@ -273,6 +304,12 @@ TEST_F(CommandLine, ProgressFitsTheTerminal) {
   }
   for (const char* terminal : {"export TERM=dumb; ", "unset TERM; "})
     EXPECT_EQ(OnTerminal(terminal + command, 100), "") << terminal;
+}
+
+TEST_F(CommandLine, WhatQuantizeSaysStandsOnALineOfItsOwn) {
+  const std::string seen = OnTerminal(Variables() + "export TERM=xterm; $L quantize $M " + Path("q.gguf") + " F16", 100);
+  EXPECT_NE(seen.find("100%"), std::string::npos) << seen;
+  EXPECT_NE(seen.find("\r" + Path("q.gguf") + ": "), std::string::npos) << seen;
 }
 
 }  // namespace
