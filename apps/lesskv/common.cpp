@@ -142,9 +142,12 @@ CLI::Option* AddList(CLI::App& command, const std::string& names, std::vector<It
   return command.add_option_function<std::vector<std::string>>(names, read, help);
 }
 
-template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<int>&, const std::string&, const CLI::Validator&);
-template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<size_t>&, const std::string&, const CLI::Validator&);
-template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<double>&, const std::string&, const CLI::Validator&);
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<int>&, const std::string&,
+                              const CLI::Validator&);
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<size_t>&, const std::string&,
+                              const CLI::Validator&);
+template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<double>&, const std::string&,
+                              const CLI::Validator&);
 template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<std::string>&, const std::string&,
                               const CLI::Validator&);
 

@@ -36,8 +36,8 @@ void AddSeed(CLI::App& command, uint64_t& seed, const char* help);
 // After all options are there: numbers must be decimal and within their type's range, and no value may be empty but a
 // prompt. CLI11 alone reads 010 as eight, what is too large as the largest there is, and nothing as zero.
 void RequirePlainValues(CLI::App& app);
-// An option of numbers or words between commas, none of them empty (CLI11's own lists leave empty ones out), each of which
-// `check` takes.
+// An option of numbers or words between commas, none of them empty (CLI11's own lists leave empty ones out), each of
+// which `check` takes.
 template <typename Item>
 CLI::Option* AddList(CLI::App& command, const std::string& names, std::vector<Item>& values, const std::string& help,
                      const CLI::Validator& check = {});

@@ -227,7 +227,8 @@ void AddRecall(CLI::App& parent) {
   CLI::App* command = parent.add_subcommand("recall", "Answers to questions about something far back in the prompt");
   auto o = std::make_shared<RecallFlags>();
   AddCommonOptions(*command, o->common);
-  AddList(*command, "--task", o->tasks, "kv, kv_words, needle or variable; several with commas")->option_text("TASK,...");
+  AddList(*command, "--task", o->tasks, "kv, kv_words, needle or variable; several with commas")
+      ->option_text("TASK,...");
   AddList(*command, "--length", o->lengths, "Prompt lengths in tokens, with commas (default: the context)", AtLeast(1))
       ->option_text("N,...");
   AddList(*command, "--depths", o->depths, "Where the answer stands, 0 (first) to 1 (last), with commas")

@@ -16,8 +16,8 @@ class LineReader {
 
   bool on_terminal() const { return editor_ != nullptr; }
 
-  // The next line without its end (LF or CR LF) and, at the beginning of a pipe, without a byte order mark; nothing when
-  // there are no more. `prompt` is shown on a terminal only. Throws Error kIo where the input cannot be read.
+  // The next line without its end (LF or CR LF) and, at the beginning of a pipe, without a byte order mark; nothing
+  // when there are no more. `prompt` is shown on a terminal only. Throws Error kIo where the input cannot be read.
   std::optional<std::string> Read(const std::string& prompt);
 
  private:
