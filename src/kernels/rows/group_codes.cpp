@@ -250,7 +250,7 @@ HWY_INLINE void OverLanes(const V (&v)[4], float* HWY_RESTRICT out) {
 using D4 = hn::CappedTag<float, 4>;
 
 template <class Op, class DV>
-HWY_INLINE hn::Vec<D4> ToFour(DV d, hn::Vec<DV> v) {
+HWY_INLINE hn::Vec<D4> ToFour(DV, hn::Vec<DV> v) {
   if constexpr (hn::MaxLanes(DV()) == 4) {
     return v;
   } else {
