@@ -303,6 +303,8 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "h2o(14)+split+ada+q4+recent(7)", "snapkv(24, window=4)+zigzag(0.1)+ada(0)+q8+recent(6)", "tova(12)+zigzag(0.1)+q4+recent(20)",
         "snapkv(14, window=4)+pyramid(4)+q8+recent(4)", "window(12, sinks=2)+q4+recent(5)+prefill(chunk=5)",
         "elastic(0.4, merge=off, at=9)+q8+recent(4)", "snapkv(14, window=4)+match+f32", "snapkv(14, window=4)+match+f32+pyramid", "h2o(12)+match(values=off)+f32",
+        "h2o(40)+match(every=16)+f32", "tova(24)+match(queries=5, every=16)", "h2o(44)+pyramid(2)+match(every=17)+q8(rotate=true)+prefill(chunk=6)",
+        "snapkv(30, window=4)+match(every=16)+f32+prefill(chunk=7)", "kvzap(60, window=3)+split(48)+match(queries=9, every=20)+f32",
         "h2o(12)+match(queries=5)+q8(rotate=true)+prefill(chunk=20)", "snapkv(14)+match(weights=off)+f32+prefill(chunk=19)"})
     add(more);
   std::sort(specs.begin(), specs.end());

@@ -47,7 +47,7 @@ TEST_F(Seams, AStoreOfAnotherLayoutAnswersAsRows) {
                                  "window(12, sinks=2, positions=cache)", "h2o(12)+less", "h2o(12)+pyramid+less",
                                  "h2o(12)+prefill(chunk=7)", "window(12)+less+prefill(chunk=5)", "sample(12)",
                                  "cascade(14, levels=3, sinks=2)", "h2o(12)+merge(weighted=true, keys=unrotated)",
-                                 "elastic(0.3, weighted=true, keys=unrotated)", "snapkv(14, window=4)+match(lambda=3)"})
+                                 "elastic(0.3, weighted=true, keys=unrotated)", "snapkv(14, window=4)+match(lambda=3)", "h2o(40)+match(every=16)"})
     for (const std::string codec : {"plain", "plain(rotated=true)"}) {
       SCOPED_TRACE(spec + "+" + codec);
       SequenceCache rows(Config(spec + "+f32")), plain(Config(spec + "+" + codec));

@@ -36,6 +36,11 @@ void AddCacheStats(Json& result, const CacheStats& stats, const CacheConfig& con
   result["kv_bytes_slack"] = stats.kv_bytes_slack;
   result["kv_bytes_full"] = stats.kv_bytes_full;
   result["sidecar_bytes"] = config.sidecar_bytes();
+  if (const Residual* residual = config.global().residual.get();
+      residual != nullptr && residual->Fits(StepKind::kPrompt).n_queries > 0) {
+    result["fits"] = stats.fits.taken;
+    result["fits_refused"] = stats.fits.refused;
+  }
   const RecallStats& recall = stats.recall;
   if (recall.queries > 0)
     result["rows_read"] = static_cast<double>(recall.rows_read) / static_cast<double>(recall.queries);

@@ -377,10 +377,13 @@ void CacheBatch::KeepQueries(const Tile& tile, size_t stride, const Observation&
 
 // Evenly spread over the step, its last one among them; as the model gave them.
 void CacheBatch::KeepFitQueries(const Tile& tile, size_t layer, const float* queries) {
-  const PolicyCache& part = tile.item->Part(layer);
+  PolicyCache& part = tile.item->Part(layer);
   const size_t most = part.ResidualFits().n_queries, n = tile.item->n_rows();
-  if (most == 0) return;
-  const size_t apart = CeilDiv(n, most), width = part.policy.layers[tile.query.layer].q_dim();
+  const size_t width = part.policy.layers[tile.query.layer].q_dim();
+  if (part.policy.bunches().rows > 1)
+    part.KeepQueries(tile.query.layer, tile.first, tile.n, queries + (tile.item->first_row + tile.first) * width);
+  if (most == 0 || part.FitsKeptQueries()) return;
+  const size_t apart = CeilDiv(n, most);
   std::vector<float>& kept = tile.item->work.fit_queries;
   for (size_t i = tile.first; i < tile.first + tile.n; ++i) {
     if ((n - 1 - i) % apart != 0) continue;

@@ -34,13 +34,14 @@ BudgetRequest LayerPolicy::Request(size_t rows, size_t n_tokens) const {
   BudgetRequest request{{}, rows, selector->Window(rows), n_tokens, protect.CountFrom(static_cast<int32_t>(selector->Sinks())),
                         selector->MustKeepOneSetALayer()};
   request.apart = codec->traits().apart_rows;
-  const size_t sinks = selector->Sinks();
-  const auto holds = [&](size_t budget) {
-    return std::max(selector->Window(budget), sinks > 0 ? sinks + 1 : 0) + request.n_protected <= budget;
-  };
-  while (request.smallest < rows && !holds(request.smallest)) ++request.smallest;
+  while (request.smallest < rows && !Holds(request.smallest)) ++request.smallest;
   for (const LayerShape& layer : layers) request.n_kv_heads.push_back(layer.n_kv_heads);
   return request;
+}
+
+bool LayerPolicy::Holds(size_t budget) const {
+  const size_t sinks = selector->Sinks();
+  return std::max(selector->Window(budget), sinks > 0 ? sinks + 1 : 0) + protect.CountFrom(static_cast<int32_t>(sinks)) <= budget;
 }
 
 std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {
@@ -58,11 +59,17 @@ std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {
            protect.size(), name, model_layers[heads.LayerOf(i)], budgets[i], own);
   }
   for (size_t i = 0; i < budgets.size() && codec->traits().group_rows > 1; ++i) CheckGroups(i, budgets[i]);
+  const size_t bunch = bunches().rows;
+  for (size_t i = 0; i < budgets.size() && bunch > 1; ++i)
+    if (budgets[i] < bunch || !Holds(budgets[i] + 1 - bunch))
+      Fail(ErrorCode::kInvalidArgument,
+           "'{}': {} rows cannot leave a head at once where layer {} keeps {}, its own window and protected tokens among them",
+           name, bunch, model_layers[heads.LayerOf(i)], budgets[i]);
   return budgets;
 }
 
 size_t LayerPolicy::RowsThatStay(size_t n, size_t budget) const {
-  const size_t group = codec->traits().group_rows;
+  const size_t group = std::max(codec->traits().group_rows, bunches().rows);
   return n > budget ? n - CeilDiv(n - budget, group) * group : n;
 }
 

@@ -56,7 +56,9 @@ struct LayerPolicy {
     return {layers, compute, unrotated_keys(), !selector->Bounded(), budgeter->differ() != BudgetsDiffer::kNowhere,
             selector->SaysHowMany()};
   }
-  // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such.
+  Bunches bunches() const { return residual == nullptr ? Bunches{} : residual->LeaveInBunches(); }
+  // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such, or as
+  // many at a time as the residual wants.
   size_t RowsThatStay(size_t n, size_t budget) const;
   // Rows of a head that stay whatever their scores after so many tokens: the selector's window and protected tokens.
   size_t RowsThatAlwaysStay(size_t tokens_seen) const;
@@ -66,6 +68,8 @@ struct LayerPolicy {
   std::vector<size_t> Budgets(size_t rows, size_t n_tokens) const;
 
  private:
+  // Whether a budget holds what always stays.
+  bool Holds(size_t budget) const;
   void CheckGroups(size_t head, size_t budget) const;
 };
 

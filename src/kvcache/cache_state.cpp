@@ -20,6 +20,7 @@ void SavePart(const PolicyCache& part, ByteWriter& out) {
   out.Raw(part.has_absorbed.data(), part.has_absorbed.size());
   out.Put<uint64_t>(part.states.size());
   out.Raw(part.states.data(), part.states.size());
+  out.Raw(part.kept_queries.data(), part.kept_queries.size());
 }
 
 // Budgets read from a file: some division of what the configuration allows, with room for what always stays.
@@ -107,6 +108,10 @@ void LoadPart(PolicyCache& part, ByteReader& in, size_t tokens_seen) {
                                  part.tracks() ? part.columns() : LedgerColumns{}, tokens_seen);
   if (part.tracks()) CheckSets(part), CheckGroups(part);
   LoadStates(part, in, tokens_seen);
+  if (tokens_seen > 0 && part.KeptQueryBytes() > 0) {
+    part.kept_queries = CountedBuffer(part.counter, part.KeptQueryBytes());
+    in.Raw(part.kept_queries.data(), part.kept_queries.size());
+  }
   const uint64_t left = std::accumulate(part.departed.begin(), part.departed.end(), uint64_t{0});
   if (part.Rows() + left != tokens_seen * heads.size())
     Fail(ErrorCode::kBadFile, "saved cache: {} rows and {} that left are not the tokens seen by {} heads, {}",

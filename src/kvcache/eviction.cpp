@@ -44,6 +44,8 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
     LedgerRows& rows = work.ledger_rows[h];
     rows = cache.Ledger(layer, h).Gather(cache.step.seen, cache.step.n, cache.columns(), !cache.decides_budgets, work.spills[h]);
     head.budget = cache.budgets[policy.heads(layer, h)];
+    if (policy.bunches().rows > 1 && rows.positions.size() > head.budget)
+      head.budget = policy.RowsThatStay(rows.positions.size(), head.budget);
     head.positions = rows.positions;
     head.votes = rows.votes;
     head.weights = rows.weights;

@@ -73,9 +73,12 @@ void ReadBlock(const PolicyCache& cache, size_t layer, const LayerStep& work, si
 void FitKept(PolicyCache& cache, size_t layer, LayerStep& work) {
   const FitRule rule = cache.ResidualFits();
   if (rule.n_queries == 0) return;
+  const auto leaves_enough = [&](const auto& departures) { return departures.size() >= rule.least_leaving; };
+  if (std::none_of(work.departures.begin(), work.departures.end(), leaves_enough)) return;
+  if (cache.FitsKeptQueries()) work.fit_queries = cache.KeptQueries(layer);
   std::vector<Block> blocks(work.departures.size());
   ParallelFor(blocks.size(), [&](size_t h) {
-    if (work.departures[h].size() < rule.least_leaving) return;
+    if (!leaves_enough(work.departures[h])) return;
     NameRows(cache, work, h, blocks[h]);
     if (blocks[h].fit.n_kept > 0) ReadBlock(cache, layer, work, h, blocks[h]);
   });
@@ -91,6 +94,7 @@ void FitKept(PolicyCache& cache, size_t layer, LayerStep& work) {
     for (size_t r = 0; r < kept.size(); ++r) work.heads[fit.kv_head].weights[kept[r]] = fit.kept_weights[r];
     cache.store->RewriteValues(layer, fit.kv_head, kept, fit.kept_values.data());
   });
+  for (const FitBlock& fit : fits) ++(fit.fitted ? cache.fits.taken : cache.fits.refused);
 }
 
 }  // namespace lesskv

@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/error.h"
+#include "kernels/quants/half.h"
 #include "kvcache/eviction.h"
 
 namespace lesskv {
@@ -34,10 +35,12 @@ std::unique_ptr<PolicyCache> PolicyCache::Clone(ByteCounter& into) const {
   copy->store = store->Clone(into);
   for (size_t i = 0; i < ledgers.size(); ++i) copy->ledgers[i] = ledgers[i].Clone(into);
   copy->states = states.Clone(into);
+  copy->kept_queries = kept_queries.Clone(into);
   copy->has_absorbed = has_absorbed;
   copy->budgets = budgets;
   copy->budget_rows_ = budget_rows_;
   copy->departed = departed;
+  copy->fits = fits;
   return copy;
 }
 
@@ -73,6 +76,7 @@ void PolicyCache::Begin(const StepInfo& info) {
     ReserveLedgers(new_budgets, !later && !says_how_many_);
     if (StateFloats() > 0 && states.size() == 0)
       states = CountedBuffer(counter, policy.heads.size() * StateFloats() * sizeof(float));
+    if (kept_queries.size() == 0 && KeptQueryBytes() > 0) kept_queries = CountedBuffer(counter, KeptQueryBytes());
     deferred.clear();
     if (defers) deferred.resize(policy.layers.size());
   } catch (...) {
@@ -138,7 +142,7 @@ void PolicyCache::TakeBackRoom(const std::vector<size_t>& old_budgets) {
   store->CancelStep();
   for (size_t i = 0; i < ledgers.size(); ++i)
     ledgers[i].Shrink(counter, Room(old_budgets, i), columns());
-  if (step.seen == 0) states = CountedBuffer();
+  if (step.seen == 0) states = CountedBuffer(), kept_queries = CountedBuffer();
 }
 
 void PolicyCache::Cancel() {
@@ -161,6 +165,43 @@ void PolicyCache::End() {
 size_t PolicyCache::FitQueryFloats(size_t layer) const {
   const size_t most = ResidualFits().n_queries;
   return most == 0 ? 0 : CeilDiv(step.n, CeilDiv(step.n, most)) * policy.layers[layer].q_dim();
+}
+
+size_t PolicyCache::KeptQueryBytes() const {
+  size_t numbers = 0;
+  for (const LayerShape& layer : policy.layers) numbers += policy.bunches().n_kept() * layer.q_dim();
+  return numbers * sizeof(uint16_t);
+}
+
+// A position's place follows from the position: those of any bunch of tokens have places of their own.
+size_t PolicyCache::KeptQueryAt(size_t layer, size_t position) const {
+  const Bunches bunches = policy.bunches();
+  size_t at = position / bunches.apart() % bunches.n_kept() * policy.layers[layer].q_dim();
+  for (size_t l = 0; l < layer; ++l) at += bunches.n_kept() * policy.layers[l].q_dim();
+  return at;
+}
+
+void PolicyCache::KeepQueries(size_t layer, size_t first, size_t n, const float* rows) {
+  const Bunches bunches = policy.bunches();
+  const size_t width = policy.layers[layer].q_dim(), end = step.seen + step.n;
+  for (size_t i = 0; i < n; ++i) {
+    const size_t position = step.seen + first + i;
+    if (position % bunches.apart() != 0 || position + bunches.rows < end) continue;
+    uint16_t* to = kept_queries.As<uint16_t>().data() + KeptQueryAt(layer, position);
+    for (size_t c = 0; c < width; ++c) to[c] = FloatToHalf(rows[i * width + c]);
+  }
+}
+
+std::vector<float> PolicyCache::KeptQueries(size_t layer) const {
+  const Bunches bunches = policy.bunches();
+  const size_t width = policy.layers[layer].q_dim(), end = step.seen + step.n;
+  std::vector<float> queries;
+  for (size_t position = end - std::min(end, bunches.rows); position < end; ++position) {
+    if (position % bunches.apart() != 0) continue;
+    const uint16_t* from = kept_queries.As<uint16_t>().data() + KeptQueryAt(layer, position);
+    for (size_t c = 0; c < width; ++c) queries.push_back(HalfToFloat(from[c]));
+  }
+  return queries;
 }
 
 // Rows of a layer's heads after a step in which as many leave as must, or as may.

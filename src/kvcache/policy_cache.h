@@ -70,6 +70,12 @@ class PolicyCache {
   // How the residual fits rows in the step in progress.
   FitRule ResidualFits() const { return evicts && policy.residual != nullptr ? policy.residual->Fits(step.kind) : FitRule{}; }
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
+  // Whether the step in progress, shorter than a bunch of rows, is fitted on queries that were kept (Bunches).
+  bool FitsKeptQueries() const { return step.kind != StepKind::kPrompt && step.n < policy.bunches().rows; }
+  // Those of the step's tokens [first, first + n) that later fits of a layer may need: rows [n, n_heads, head_dim], unrotated.
+  void KeepQueries(size_t layer, size_t first, size_t n, const float* rows);
+  std::vector<float> KeptQueries(size_t layer) const;  // of the last bunch of tokens, in order
+  size_t KeptQueryBytes() const;
   bool ReadsState(size_t layer) const;
   // Budgets decided during the step: of a layer, or, where all layers wait, of all of them.
   void SetBudgets(size_t first_layer, std::span<const size_t> new_budgets);
@@ -92,9 +98,11 @@ class PolicyCache {
   std::unique_ptr<KvStore> store;
   std::vector<HeadLedger> ledgers;    // [heads]
   CountedBuffer states;               // residual states, float [heads, StateFloats()]
+  CountedBuffer kept_queries;         // f16, a layer after the other [Bunches::n_kept(), n_heads, head_dim]
   std::vector<uint8_t> has_absorbed;  // a layer: some state is not empty
   std::vector<size_t> budgets;        // [heads]; empty until a step evicts
   std::array<uint64_t, kFates> departed = {};  // rows that left, by fate
+  FitStats fits;
 
   // The step in progress.
   StepInfo step;
@@ -112,6 +120,7 @@ class PolicyCache {
   // Work memory of the step, uncounted: given back, not only emptied.
   void FreeInputScores() { std::vector<float>().swap(input_scores); }
   size_t FitQueryFloats(size_t layer) const;
+  size_t KeptQueryAt(size_t layer, size_t position) const;  // index in kept_queries
 
   bool tracks_ = false;
   bool bounded_ = false, packs_ = false, says_how_many_ = false;

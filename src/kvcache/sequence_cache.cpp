@@ -124,6 +124,7 @@ CacheStats SequenceCache::Stats() const {
   for (const auto& part : impl_->parts) stats.kv_bytes_slack += part->SlackBytes();
   stats.kv_bytes_full = impl_->config->FullBytes(stats.tokens_seen);
   stats.recall = global.store->recall();
+  stats.fits = global.fits;
   stats.tokens_resident -= mean(stats.recall.rows_offloaded);
   stats.tokens_offloaded += mean(stats.recall.rows_offloaded);
   return stats;

@@ -36,6 +36,7 @@ struct CacheStats {
   size_t kv_bytes_slack = 0;   // of kv_bytes, what rounding rows to tiles and blocks costs
   size_t kv_bytes_full = 0;    // CacheConfig::FullBytes of the tokens seen
   RecallStats recall;          // of the global layers
+  FitStats fits;               // likewise
 };
 
 class SequenceCache final : public KvCache {

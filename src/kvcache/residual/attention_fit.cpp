@@ -96,14 +96,17 @@ void SolveCholesky(std::vector<double>& s, std::vector<double>& b, size_t k, siz
 
 std::vector<double> FitMass(std::span<const double> a, std::span<const double> m, size_t n, const MassFit& fit) {
   CHECK(a.size() == m.size() * n && fit.lowest <= fit.highest);
-  std::vector<double> w(n, std::clamp(1.0, fit.lowest, fit.highest));
+  CHECK(fit.towards.empty() || fit.towards.size() == n);
+  const auto drawn_to = [&](size_t j) { return fit.towards.empty() ? 1.0 : fit.towards[j]; };
+  std::vector<double> w(n);
+  for (size_t j = 0; j < n; ++j) w[j] = std::clamp(drawn_to(j), fit.lowest, fit.highest);
   if (m.empty() || n == 0) return w;
   const double mu = fit.ridge * SumOfSquares(a) / static_cast<double>(n);
   std::vector<double> h = GramOfColumns(a, n), b(n);
   for (size_t q = 0; q < m.size(); ++q) AddTimes(b.data(), m[q], &a[q * n], n);
   double largest = 0;
   for (const double x : b) largest = std::max(largest, std::abs(x));
-  for (size_t i = 0; i < n; ++i) h[i * n + i] += mu, b[i] += mu;
+  for (size_t i = 0; i < n; ++i) h[i * n + i] += mu, b[i] += mu * drawn_to(i);
   const double step = 1 / LargestRowSum(h, n);
   if (!std::isfinite(step)) return w;
   std::vector<double> ahead = w, gradient(n), next(n);

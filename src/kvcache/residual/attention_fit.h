@@ -12,12 +12,13 @@ namespace lesskv {
 struct MassFit {
   double ridge = 0.03;  // towards weights of 1, relative to the mean square of a row's column
   double lowest = 0, highest = std::numeric_limits<double>::infinity();
+  std::span<const double> towards = {};  // [n] weights other than 1 to draw to
 };
 
-// Weights w of n rows that minimise |A w - m|^2 + mu |w - 1|^2, mu = ridge |A|_F^2 / n, lowest <= w <= highest.
+// Weights w of n rows that minimise |A w - m|^2 + mu |w - t|^2, t = 1 or `towards`, mu = ridge |A|_F^2 / n, lowest <= w <= highest.
 //   a [n_queries, n] exp of the kept rows' scores, m [n_queries] masses of the block, both relative to the same number a
-//   query. Accelerated projected gradient from w = 1 until no bound-respecting direction descends by more than 1e-6 of
-//   the largest A^T m, or 500 steps. Without queries every weight is 1.
+//   query. Accelerated projected gradient from t until no bound-respecting direction descends by more than 1e-6 of
+//   the largest A^T m, or 500 steps. Without queries it is t.
 std::vector<double> FitMass(std::span<const double> a, std::span<const double> m, size_t n, const MassFit& fit);
 
 // Values C of n rows that minimise |X C - Y|_F^2 + lambda |C - V|_F^2, lambda = ridge |X|_F^2 / n > 0: a row that no query

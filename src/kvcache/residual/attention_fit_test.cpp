@@ -67,6 +67,24 @@ TEST(AttentionFit, TwoRowsAnswerTwoQueriesExactly) {
   EXPECT_NEAR(OutputError(Attention(other.a, exact), c, Doubles{0.875}, 2, 1), 0, 1e-10);
 }
 
+// Fact 4: one shift a query for both sides; a shift for each gives other weights.
+TEST(AttentionFit, BothSidesAreRelativeToOneNumber) {
+  const MassFit any{0, -1e9, 1e9};
+  const Block relative({0, 1}, {0, 1}), absolute({0, 1}, {0, 1}, false);
+  ExpectNear(FitMass(relative.a, relative.m, 2, any), {-1, 4}, 1e-3);
+  ExpectNear(FitMass(absolute.a, absolute.m, 2, any), {-1, 4}, 1e-3);
+  ExpectNear(FitMass(Doubles{1, 1, 0.5, 1}, Doubles{3, 7.0 / 4}, 2, any), {2.5, 0.5}, 1e-3);
+}
+
+// Weights are drawn to what they were, all the way where nothing else pulls.
+TEST(AttentionFit, RidgeDrawsToTheOldWeights) {
+  const Block block({0, 1}, {0, 2});
+  const Doubles old = {4, 0.5};
+  ExpectNear(FitMass(block.a, block.m, 2, {1e9, 0, 1e9, old}), old, 1e-6);
+  ExpectNear(FitMass(block.a, block.m, 2, {0, 0, 1e9, old}), {5.0 / 3, 4.0 / 3}, 1e-3);
+  ExpectNear(FitMass({}, {}, 2, {0.03, 0, 1e9, old}), old, 0);
+}
+
 // Fact 4: another common factor a query is another problem where nothing fits exactly.
 TEST(AttentionFit, QueriesAreRelativeToTheBlocksMass) {
   Block block({0, 1, -1}, {0, 2});

@@ -6,8 +6,10 @@
 //   C = argmin |X C - Y|^2 + lambda |C - V|^2   X_qj = softmax over kept rows of s_qj + log w_j, Y the block's outputs
 //
 // Choices: the queries are every n-th of the step's, of all query heads of the group, rotated anew behind all keys, so
-// that each sees every row; both ridges draw to what a row was without a fit. The authors' plain least squares lets
+// that each sees every row; both ridges draw to what a row was before the fit. The authors' plain least squares lets
 // values explode where no query reads a row. A head whose fit is not finite, or worse than none, keeps its rows as they are.
+// While text comes in small steps a fit needs rows that leave together and queries of more than one token: every=N lets N
+// rows leave at a time and answers the queries of the last N tokens. Rows that weigh more than 1 leave with their weight.
 #include <algorithm>
 #include <cmath>
 
@@ -78,13 +80,18 @@ class MatchResidual final : public Residual {
     size_t queries;
     double value_ridge, mass_ridge;
     bool weighs, replaces;
+    size_t every;
   };
   explicit MatchResidual(const Options& options) : options_(options) {}
 
   Weights weights() const override { return Weights::kInLogits; }
   FitRule Fits(StepKind kind) const override {
-    if (kind == StepKind::kDecode) return {};
-    return {options_.queries, kind == StepKind::kStream ? kLeastLeaving : 1};
+    if (kind == StepKind::kDecode && options_.every == 0) return {};
+    return {options_.queries, kind == StepKind::kPrompt ? 1 : kLeastLeaving};
+  }
+  Bunches LeaveInBunches() const override {
+    const size_t rows = std::max<size_t>(options_.every, 1);
+    return {rows, std::min(options_.queries, rows)};
   }
 
   void Fit(std::span<FitBlock> blocks) const override {
@@ -129,7 +136,7 @@ class MatchResidual final : public Residual {
     const std::vector<double> before(block.weights, block.weights + n), values(block.values, block.values + n * d),
         outputs(target.outputs.begin(), target.outputs.end());
     const std::vector<double> ones(block.n_queries, 1.0);
-    const MassFit bounds{options_.mass_ridge, std::exp(-3.0), std::exp(7.0)};
+    const MassFit bounds{options_.mass_ridge, std::exp(-3.0), std::exp(7.0), before};
     const std::vector<double> w = options_.weighs ? FitMass(mass, ones, n, bounds) : before;
     const std::vector<double> x = Attention(mass, w);
     const std::vector<double> c = options_.replaces ? FitValues(x, outputs, values, n, d, options_.value_ridge) : values;
@@ -148,12 +155,22 @@ class MatchResidual final : public Residual {
 constexpr Parameter kParameters[] = {
     {.name = "queries", .kind = Parameter::Kind::kCount, .default_value = "256",
      .help = "positions of a prompt (or chunk), evenly spread, whose queries the fit answers", .min = 1, .max = 1 << 16},
+    {.name = "every", .kind = Parameter::Kind::kCount, .default_value = "0",
+     .help = "rows that leave a head at a time, so that what stays is fitted while text streams in or is generated, on the "
+             "queries of as many last tokens (at least 16; 0: only at the end of a prompt, or of a chunk that 16 rows leave)",
+     .max = 1 << 16},
     {.name = "weights", .kind = Parameter::Kind::kWord, .default_value = "on", .help = "kept rows get weights", .choices = "on|off"},
     {.name = "values", .kind = Parameter::Kind::kWord, .default_value = "on", .help = "kept rows get new values", .choices = "on|off"},
     {.name = "lambda", .kind = Parameter::Kind::kReal, .default_value = "0.3", .help = "how strongly values stay what they were",
      .min = 1e-6, .max = 1e6},
     {.name = "mu", .kind = Parameter::Kind::kReal, .default_value = "0.03", .help = "how strongly weights stay near 1", .max = 1e6},
 };
+
+void Validate(const Arguments& arguments) {
+  const size_t every = arguments.Count("every");
+  if (every > 0 && every < kLeastLeaving)
+    Fail(ErrorCode::kInvalidArgument, "cache spec: match(every={}): fewer than {} rows are not worth a fit", every, kLeastLeaving);
+}
 
 }  // namespace
 
@@ -164,17 +181,19 @@ extern const Method kMatchMethod{
     .reference = "arXiv 2602.16284",
     .parameters = kParameters,
     .traits =
-        [](const Arguments&) {
+        [](const Arguments& arguments) {
           return MethodTraits{.needs_true_positions = true,
                               .needs_eviction = true,
                               .needs_full_keys = true,
                               .needs_rewrites = true,
+                              .needs_known_rows = arguments.Count("every") > 0,
                               .fits_rows = true};
         },
+    .validate = Validate,
     .make_residual = [](const Arguments& arguments, const MethodContext&) -> MadeResidual {
       return {std::make_unique<MatchResidual>(MatchResidual::Options{
                   arguments.Count("queries"), arguments.Real("lambda"), arguments.Real("mu"),
-                  arguments.Text("weights") == "on", arguments.Text("values") == "on"}),
+                  arguments.Text("weights") == "on", arguments.Text("values") == "on", arguments.Count("every")}),
               ""};
     },
 };

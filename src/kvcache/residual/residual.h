@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -57,6 +58,22 @@ struct FitRule {
   size_t least_leaving = 1;
 };
 
+// What came of a residual's fits of kept rows, one a KV head and time, since the cache was made or restored: those that
+// were refused were not finite or answered worse than no fit, and left their head as it was.
+struct FitStats {
+  uint64_t taken = 0, refused = 0;
+};
+
+// Rows that leave a head `rows` at a time while text comes in small steps, so that a fit has enough of them: it then answers
+// the queries of the last `rows` tokens, at most `queries` of them, evenly spread, which the cache keeps.
+struct Bunches {
+  size_t rows = 1;  // 1: rows leave as they must, and no query is kept
+  size_t queries = 1;
+
+  size_t apart() const { return (rows + queries - 1) / queries; }        // a query is kept of every so many positions
+  size_t n_kept() const { return rows > 1 ? (rows + apart() - 1) / apart() : 0; }
+};
+
 class Residual {
  public:
   virtual ~Residual() = default;
@@ -77,6 +94,7 @@ class Residual {
   // own parallel region.
   virtual FitRule Fits(StepKind) const { return {}; }
   virtual void Fit(std::span<FitBlock>) const {}
+  virtual Bunches LeaveInBunches() const { return {}; }
 
   // Folds evicted rows into their heads' states; at most one entry a KV head. Runs its own parallel region.
   virtual void Absorb(size_t /*layer*/, std::span<const EvictedRows>) const {}
