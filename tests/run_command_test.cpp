@@ -72,6 +72,22 @@ TEST_F(RunCommand, ASidecarServesEveryQuantisationOfItsModel) {
   EXPECT_NE(foreign.err.find("belongs to the model"), std::string::npos) << foreign.err;
 }
 
+// One fit a KV head at the prompt's end, more where what is generated is fitted too.
+TEST_F(RunCommand, FitsOfKeptRowsAreCounted) {
+  std::filesystem::copy_file(std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small.gguf", Path("m.gguf"));
+  const auto fits = [&](const std::string& spec) -> double {
+    const auto run = nlohmann::json::parse(
+        Shell(fmt::format("$L run -m m.gguf -f $T -n 40 --temp 0 --json --kv-stats --kv '{}'", spec)).out);
+    size_t heads = 0;
+    for (const auto& layer : run["kv_rows"]) heads += layer.size();
+    if (!run.contains("fits")) return -1;
+    return (run["fits"].get<double>() + run["fits_refused"].get<double>()) / static_cast<double>(heads);
+  };
+  EXPECT_EQ(fits("h2o(30)"), -1);
+  EXPECT_EQ(fits("h2o(30)+match"), 1);
+  EXPECT_GE(fits("h2o(30)+match(every=16)"), 3);
+}
+
 // What the training commands measure goes into one sidecar, found beside the model, and serves in one spec.
 TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
   std::filesystem::copy_file(std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small.gguf", Path("m.gguf"));

@@ -41,7 +41,8 @@ BudgetRequest LayerPolicy::Request(size_t rows, size_t n_tokens) const {
 
 bool LayerPolicy::Holds(size_t budget) const {
   const size_t sinks = selector->Sinks();
-  return std::max(selector->Window(budget), sinks > 0 ? sinks + 1 : 0) + protect.CountFrom(static_cast<int32_t>(sinks)) <= budget;
+  const size_t own = std::max(selector->Window(budget), sinks > 0 ? sinks + 1 : 0);
+  return own + protect.CountFrom(static_cast<int32_t>(sinks)) <= budget;
 }
 
 std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {

@@ -57,8 +57,8 @@ struct LayerPolicy {
             selector->SaysHowMany()};
   }
   Bunches bunches() const { return residual == nullptr ? Bunches{} : residual->LeaveInBunches(); }
-  // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such, or as
-  // many at a time as the residual wants.
+  // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such, or
+  // as many at a time as the residual wants.
   size_t RowsThatStay(size_t n, size_t budget) const;
   // Rows of a head that stay whatever their scores after so many tokens: the selector's window and protected tokens.
   size_t RowsThatAlwaysStay(size_t tokens_seen) const;

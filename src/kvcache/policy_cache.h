@@ -72,7 +72,8 @@ class PolicyCache {
   Observation BudgeterMeasures() const { return decides_budgets ? policy.budgeter->Measures() : Observation{}; }
   // Whether the step in progress, shorter than a bunch of rows, is fitted on queries that were kept (Bunches).
   bool FitsKeptQueries() const { return step.kind != StepKind::kPrompt && step.n < policy.bunches().rows; }
-  // Those of the step's tokens [first, first + n) that later fits of a layer may need: rows [n, n_heads, head_dim], unrotated.
+  // Those of the step's tokens [first, first + n) that later fits of a layer may need: rows [n, n_heads, head_dim],
+  // unrotated.
   void KeepQueries(size_t layer, size_t first, size_t n, const float* rows);
   std::vector<float> KeptQueries(size_t layer) const;  // of the last bunch of tokens, in order
   size_t KeptQueryBytes() const;

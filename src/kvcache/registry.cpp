@@ -136,9 +136,8 @@ std::optional<std::string> Conflict(const Method& a, const MethodTraits& a_trait
       return fmt::format("'{}' with this scope divides its rows itself, which '{}' would do", x.name, y.name);
     if (tx.says_how_many && divides)
       return fmt::format("'{}' says itself how many rows each head keeps, which '{}' would divide", x.name, y.name);
-    const bool knows_before = y.stage == Stage::kResidual ? ty.needs_known_rows
-                                                          : (y.stage == Stage::kCodec || y.stage == Stage::kWrap) && !ty.movable_rows;
-    if (tx.says_how_many && knows_before)
+    const bool stores = y.stage == Stage::kCodec || y.stage == Stage::kWrap;
+    if (tx.says_how_many && ((stores && !ty.movable_rows) || (y.stage == Stage::kResidual && ty.needs_known_rows)))
       return fmt::format("how many rows '{}' keeps is known only when they are chosen, but '{}' must know before", x.name,
                          y.name);
     if (tx.same_rows && divides)

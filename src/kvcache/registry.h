@@ -88,7 +88,7 @@ struct MethodTraits {
   bool fixes_rotation = false;        // wrap: keys cannot be rotated any more once they are stored
   bool groups_rows = false;           // codec: rows leave in groups
   bool needs_single_rows = false;     // select: rows leave one by one
-  bool needs_known_rows = false;      // select, residual, codec: budgets must be known before a prompt, not divided at its end
+  bool needs_known_rows = false;      // select, residual, codec: budgets must be known before a prompt, not cut at its end
   bool fits_rows = false;             // residual: changes weights and values of rows that stay
   bool divides_rows = false;          // select: divides its rows at a prompt's end itself (Method::make_divider) where no budget or share term does
   bool insists_on_scope = false;      // select: in a way that the spec asks for, so that no such term may

@@ -15,7 +15,8 @@ struct MassFit {
   std::span<const double> towards = {};  // [n] weights other than 1 to draw to
 };
 
-// Weights w of n rows that minimise |A w - m|^2 + mu |w - t|^2, t = 1 or `towards`, mu = ridge |A|_F^2 / n, lowest <= w <= highest.
+// Weights w of n rows that minimise |A w - m|^2 + mu |w - t|^2, t = 1 or `towards`, mu = ridge |A|_F^2 / n,
+// lowest <= w <= highest.
 //   a [n_queries, n] exp of the kept rows' scores, m [n_queries] masses of the block, both relative to the same number a
 //   query. Accelerated projected gradient from t until no bound-respecting direction descends by more than 1e-6 of
 //   the largest A^T m, or 500 steps. Without queries it is t.

@@ -7,9 +7,9 @@
 //
 // Choices: the queries are every n-th of the step's, of all query heads of the group, rotated anew behind all keys, so
 // that each sees every row; both ridges draw to what a row was before the fit. The authors' plain least squares lets
-// values explode where no query reads a row. A head whose fit is not finite, or worse than none, keeps its rows as they are.
-// While text comes in small steps a fit needs rows that leave together and queries of more than one token: every=N lets N
-// rows leave at a time and answers the queries of the last N tokens. Rows that weigh more than 1 leave with their weight.
+// values explode where no query reads a row. A head whose fit is not finite, or worse than none, keeps its rows as they
+// are. While text comes in small steps a fit needs rows that leave together and queries of more than one token: every=N
+// lets N rows leave at a time and answers the queries of the last N tokens.
 #include <algorithm>
 #include <cmath>
 
@@ -156,8 +156,9 @@ constexpr Parameter kParameters[] = {
     {.name = "queries", .kind = Parameter::Kind::kCount, .default_value = "256",
      .help = "positions of a prompt (or chunk), evenly spread, whose queries the fit answers", .min = 1, .max = 1 << 16},
     {.name = "every", .kind = Parameter::Kind::kCount, .default_value = "0",
-     .help = "rows that leave a head at a time, so that what stays is fitted while text streams in or is generated, on the "
-             "queries of as many last tokens (at least 16; 0: only at the end of a prompt, or of a chunk that 16 rows leave)",
+     .help = "rows that leave a head at a time, so that what stays is fitted while text streams in or is generated, on "
+             "the queries of as many last tokens (at least 16; 0: only at the end of a prompt, or of a chunk that 16 "
+             "rows leave)",
      .max = 1 << 16},
     {.name = "weights", .kind = Parameter::Kind::kWord, .default_value = "on", .help = "kept rows get weights", .choices = "on|off"},
     {.name = "values", .kind = Parameter::Kind::kWord, .default_value = "on", .help = "kept rows get new values", .choices = "on|off"},
@@ -169,7 +170,8 @@ constexpr Parameter kParameters[] = {
 void Validate(const Arguments& arguments) {
   const size_t every = arguments.Count("every");
   if (every > 0 && every < kLeastLeaving)
-    Fail(ErrorCode::kInvalidArgument, "cache spec: match(every={}): fewer than {} rows are not worth a fit", every, kLeastLeaving);
+    Fail(ErrorCode::kInvalidArgument, "cache spec: match(every={}): fewer than {} rows are not worth a fit", every,
+         kLeastLeaving);
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ struct FitStats {
   uint64_t taken = 0, refused = 0;
 };
 
-// Rows that leave a head `rows` at a time while text comes in small steps, so that a fit has enough of them: it then answers
-// the queries of the last `rows` tokens, at most `queries` of them, evenly spread, which the cache keeps.
+// Rows that leave a head `rows` at a time while text comes in small steps, so that a fit has enough of them: it then
+// answers the queries of the last `rows` tokens, at most `queries` of them, evenly spread, which the cache keeps.
 struct Bunches {
   size_t rows = 1;  // 1: rows leave as they must, and no query is kept
   size_t queries = 1;
