@@ -68,8 +68,9 @@ std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodCon
 }
 
 constexpr Parameter kParameters[] = {
-    {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "", .help = "rows kept, half heavy, half recent",
-     .min = 1, .positional = true},
+    {.name = "rows", .kind = Parameter::Kind::kRows, .default_value = "",
+     .help = "rows kept, half heavy, half recent (of a percentage each half is rounded down, as in the paper)", .min = 1,
+     .positional = true},
     {.name = "heavy", .kind = Parameter::Kind::kRows, .default_value = "", .help = "rows kept for their score"},
     {.name = "recent", .kind = Parameter::Kind::kRows, .default_value = "", .help = "most recent rows kept"},
     {.name = "extra", .kind = Parameter::Kind::kCount, .default_value = "0",
