@@ -47,6 +47,7 @@ BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "s
 TRAINED_SCORES = ["kvzap(10%, scope=head)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
 RECALL = ["full+cluster(5%)", "full+cluster(10%)", "full+cluster(10%, share=group)"]
 MERGING = ["elastic(0.9)", "elastic(0.9, merge=off)", "h2o(10%)+merge", "cascade(10%, block=0)", "window(10%, positions=cache)"]
+HALF = ["elastic(0.5)", "elastic(0.5, merge=off)", "h2o(50%)", "snapkv(40%)"]  # beside each other at about half of the bytes
 MATCHING = [f"{s}({b}){t}" for b in ("2%", "5%", "10%") for s in ("h2o", "snapkv") for t in ("", "+match")]
 STATES = [f"h2o({b})+less" for b in ("2%", "5%", "10%")]
 # Rows instead: those that lie in the same tiles of 16 as a budget's own (what `match` adds is a fraction of a row), and a tile more (about a state).
@@ -106,6 +107,7 @@ def runs():
   divergence("budgets", "smollm2", 2048, 4, BUDGETS)
   divergence("states", "smollm2", 2048, 4, EXTRA_ROWS, 5)
   divergence("recall", "smollm2", 2048, 4, ["cascade(10%)"])
+  divergence("recall", "smollm2", 2048, 4, HALF)
   divergence("bits", "qwen", 2048, 2, QWEN)
   divergence("bits", "smollm2", 4096, 3, LONG)
   for spec in NEEDLES:
