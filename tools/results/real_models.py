@@ -108,6 +108,11 @@ def runs():
   divergence("states", "smollm2", 2048, 4, EXTRA_ROWS, 5)
   divergence("recall", "smollm2", 2048, 4, ["cascade(10%)"])
   divergence("recall", "smollm2", 2048, 4, HALF)
+  divergence("recall", "qwen", 2048, 2, ["elastic(0.5)", "h2o(50%)"])
+  divergence("states", "qwen", 2048, 2, ["h2o(10%)+match", "h2o(208)"])
+  divergence("states", "qwen", 2048, 2, ["h2o(10%)+less", "h2o(224)"])
+  divergence("budgets", "qwen", 2048, 2, ["snapkv(10%)+ada", "snapkv(10%)+zigzag"])
+  divergence("bits", "qwen", 2048, 2, ["full+kivi(2)", "full+kivi(k=4, v=2)"])
   divergence("bits", "qwen", 2048, 2, QWEN)
   divergence("bits", "smollm2", 4096, 3, LONG)
   for spec in NEEDLES:
