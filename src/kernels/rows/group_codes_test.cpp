@@ -298,6 +298,39 @@ TEST_P(GroupCodesIsa, ProductsAreThoseOfDecodedRows) {
       }
 }
 
+// Whole numbers add up without overflow where every code and every query or weight is the largest, in its high part (1) as
+// in its low one (just below 1).
+TEST_P(GroupCodesIsa, TheLargestSumsFit) {
+  constexpr size_t kRows = 128;
+  for (const size_t bits : {2, 3, 4})
+    for (const size_t d : {64, 512}) {
+      SCOPED_TRACE(testing::Message() << bits << " bits, " << d << " channels");
+      std::vector<float> x(kRows * d, 1.0f);
+      for (size_t i = 0; i < kRows; i += 32) std::fill_n(&x[i * d], d, -1.0f);  // a group's minimum; codes of 0
+      for (size_t i = 0; i < kRows; ++i)
+        for (size_t c = 0; c < d; c += 32) x[i * d + c] = -1.0f;
+      const Stored keys(Format(RowSide::kKeys, bits, 32, d), x), values(Format(RowSide::kValues, bits, 32, d), x);
+      const std::vector<float> k = keys.Decoded(0, kRows), v = values.Decoded(0, kRows);
+      std::vector<float> q(2 * d), weights(2 * kRows), scores(2 * kRows), out(2 * d);
+      for (size_t c = 0; c < d; ++c) q[c * 2] = 1, q[c * 2 + 1] = c < 2 ? 1 : 16255.0f / 16256;
+      for (size_t i = 0; i < kRows; ++i) weights[i] = 1, weights[kRows + i] = i < 2 ? 1 : 16255.0f / 16256;
+      ScoreKeyUnits(keys.format, keys.data(), 0, kRows, q.data(), 2, scores.data(), kRows);
+      AddValueUnits(values.format, values.data(), 0, kRows, weights.data(), kRows, 2, out.data(), d);
+      for (size_t m = 0; m < 2; ++m) {
+        for (size_t i = 0; i < kRows; ++i) {
+          double want = 0;
+          for (size_t c = 0; c < d; ++c) want += double(q[c * 2 + m]) * k[i * d + c];
+          EXPECT_NEAR(scores[m * kRows + i], want, 1e-3 * double(d)) << i;
+        }
+        for (size_t c = 0; c < d; ++c) {
+          double want = 0;
+          for (size_t i = 0; i < kRows; ++i) want += double(weights[m * kRows + i]) * v[i * d + c];
+          EXPECT_NEAR(out[m * d + c], want, 1e-3 * double(kRows)) << c;
+        }
+      }
+    }
+}
+
 // A row decodes to the same bits wherever a call begins, on every instruction set.
 TEST_P(GroupCodesIsa, RowsDecodeAlikeInAnyPiece) {
   for (const RowSide side : {RowSide::kKeys, RowSide::kValues})
