@@ -132,7 +132,7 @@ bool Engine::StepRun::AfterLayer(size_t layers_done, double done, double share) 
 
 // Steps in the middle of this one have work memory of their own; what this one works in stays where it is.
 void Engine::StepRun::Pause() {
-  if (!engine_.in_pause_) engine_.in_pause_.emplace();
+  if (!engine_.in_pause_) engine_.in_pause_ = Work{};
   Work own = std::exchange(engine_.work_, *std::exchange(engine_.in_pause_, std::nullopt));
   control_.pause();
   engine_.in_pause_ = std::exchange(engine_.work_, std::move(own));
