@@ -106,7 +106,7 @@ struct Arena {
   float* base;
   size_t used;
   float* Take(size_t n) {
-    float* p = base + used;
+    float* p = base == nullptr ? nullptr : base + used;
     used += Padded(n);
     return p;
   }
