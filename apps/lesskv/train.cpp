@@ -1,4 +1,5 @@
-// lesskv train: LESS feature maps (or parts of them merged), budgets and scores for a model, into its sidecar.
+// lesskv train: LESS feature maps (or parts of them merged), budgets, scores, dictionaries and matrices for a model, into
+// its sidecar.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -13,6 +14,7 @@
 #include "commands.h"
 #include "common.h"
 #include "engine/run_info.h"
+#include "train/train_balance.h"
 #include "train/train_budgets.h"
 #include "train/train_csr.h"
 #include "train/train_kvzap.h"
@@ -148,6 +150,7 @@ void Train(TrainCommand& c) {
     report.sidecar.budgets = existing->budgets;
     report.sidecar.scores = existing->scores;
     report.sidecar.dictionaries = existing->dictionaries;
+    report.sidecar.balance = existing->balance;
   }
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
@@ -399,6 +402,59 @@ void AddCsr(CLI::App& train) {
   csr->callback([c] { TrainCsr(*c); });
 }
 
+struct BalanceCommand {
+  ModelOptions model;
+  std::string output;
+  bool json = false;
+  train::TrainBalanceOptions options;
+};
+
+void PrintBalance(const BalanceCommand& c, const train::TrainBalanceReport& r, const Sidecar& sidecar) {
+  const SidecarBalance& b = sidecar.balance;
+  Json layers = Json::array();
+  std::string table = "| layer | 2 bits | 3 bits | 4 bits |\n|---|---|---|---|\n";
+  double mean[3] = {};
+  for (size_t l = 0; l < b.n_kv_heads.size(); ++l) {
+    layers.push_back({r.error[0][l], r.error[1][l], r.error[2][l]});
+    table += fmt::format("| {} | {:.3f} | {:.3f} | {:.3f} |\n", l, r.error[0][l], r.error[1][l], r.error[2][l]);
+    for (size_t i = 0; i < 3; ++i) mean[i] += r.error[i][l] / static_cast<double>(b.n_kv_heads.size());
+  }
+  const size_t bytes = b.keys.size() * sizeof(uint16_t);
+  if (c.json)
+    WriteResult(Dump({{"model", FingerprintString(sidecar.model_fingerprint)}, {"version", Version()}, {"seed", c.options.seed},
+                      {"tokens", b.tokens}, {"positions", b.positions}, {"bytes", bytes}, {"seconds", r.seconds},
+                      {"mean_error", {mean[0], mean[1], mean[2]}}, {"error", layers}}) + "\n");
+  else
+    WriteResult(table + fmt::format("squared error of scores to expect, of that without matrices: {:.3f}, {:.3f}, {:.3f}; {}; "
+                                    "{} tokens, up to position {}, {:.0f} s\n",
+                                    mean[0], mean[1], mean[2], HumanBytes(bytes), b.tokens, b.positions, r.seconds));
+}
+
+void TrainBalance(BalanceCommand& c) {
+  CheckOutputPath("-o", c.output);
+  const OpenedModel opened = OpenModel(c.model);
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  StatusLine status;
+  const train::TrainBalanceReport report = train::TrainBalance(
+      *opened.engine, *opened.tokenizer, c.options,
+      [&](double done) { if (status.enabled()) status.Set(fmt::format("balance {:3.0f} %", 100 * done)); },
+      &StopOnInterrupt());
+  status.Clear();
+  sidecar.balance = report.balance;
+  WriteSidecar(c.output, sidecar);
+  PrintBalance(c, report, sidecar);
+  FlushResults();
+}
+
+void AddBalance(CLI::App& train) {
+  auto c = std::make_shared<BalanceCommand>();
+  CLI::App* balance = train.add_subcommand("balance", "Find the matrices behind which keys are coded, for balanced");
+  AddMeasureOptions(*balance, *c, c->options.seed, "Tokens of a text");
+  balance->add_option("--positions", c->options.positions, "Longest context to be ready for (default: the trained one)")
+      ->check(CLI::Range(128, 1 << 24));
+  balance->callback([c] { TrainBalance(*c); });
+}
+
 }  // namespace
 
 void AddTrainCommand(CLI::App& app) {
@@ -409,6 +465,7 @@ void AddTrainCommand(CLI::App& app) {
   AddBudgets(*train);
   AddKvzap(*train);
   AddCsr(*train);
+  AddBalance(*train);
 }
 
 }  // namespace lesskv

@@ -33,6 +33,7 @@
   X(Q4)                   \
   X(Mix)                  \
   X(Kivi)                 \
+  X(Balanced)             \
   X(Csr)                  \
   X(Think)                \
   X(Recent)               \

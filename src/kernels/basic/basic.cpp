@@ -309,6 +309,57 @@ void SimdBf16ToF32(const uint16_t* x, size_t n, float* out) {
   Widen(x, n, out, [](hn::Vec<D16> v) HWY_ATTR { return WidenBf16(v); });
 }
 
+// Rows i .. i + kRows - 1 of a small product, kVectors vectors from column j on.
+template <size_t kRows, size_t kVectors>
+HWY_INLINE void ProductTile(size_t k, const float* a, size_t a_row, size_t a_column, const float* b, size_t b_row,
+                            V (&sum)[kRows][kVectors]) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  for (size_t i = 0; i < kRows; ++i)
+    for (size_t v = 0; v < kVectors; ++v) sum[i][v] = hn::Zero(d);
+  for (size_t l = 0; l < k; ++l) {
+    V column[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) column[v] = hn::LoadU(d, b + l * b_row + v * lanes);
+    for (size_t i = 0; i < kRows; ++i) {
+      const V factor = hn::Set(d, a[i * a_row + l * a_column]);
+      for (size_t v = 0; v < kVectors; ++v) sum[i][v] = hn::MulAdd(factor, column[v], sum[i][v]);
+    }
+  }
+}
+
+template <size_t kRows>
+void ProductRows(size_t n, size_t k, const float* a, size_t a_row, size_t a_column, const float* b, size_t b_row, float* c,
+                 size_t c_row) {
+  constexpr size_t kVectors = 4;
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  size_t j = 0;
+  for (; j + kVectors * lanes <= n; j += kVectors * lanes) {
+    V sum[kRows][kVectors];
+    ProductTile<kRows, kVectors>(k, a, a_row, a_column, b + j, b_row, sum);
+    for (size_t i = 0; i < kRows; ++i)
+      for (size_t v = 0; v < kVectors; ++v) hn::StoreU(sum[i][v], d, c + i * c_row + j + v * lanes);
+  }
+  for (; j + lanes <= n; j += lanes) {
+    V sum[kRows][1];
+    ProductTile<kRows, 1>(k, a, a_row, a_column, b + j, b_row, sum);
+    for (size_t i = 0; i < kRows; ++i) hn::StoreU(sum[i][0], d, c + i * c_row + j);
+  }
+  for (; j < n; ++j)
+    for (size_t i = 0; i < kRows; ++i) {
+      float sum = 0;
+      for (size_t l = 0; l < k; ++l) sum = std::fma(a[i * a_row + l * a_column], b[l * b_row + j], sum);
+      c[i * c_row + j] = sum;
+    }
+}
+
+void SimdSmallProduct(size_t m, size_t n, size_t k, const float* a, size_t a_row, size_t a_column, const float* b,
+                      size_t b_row, float* c, size_t c_row) {
+  size_t i = 0;
+  for (; i + 4 <= m; i += 4) ProductRows<4>(n, k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row);
+  for (; i < m; ++i) ProductRows<1>(n, k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row);
+}
+
 }  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace lesskv
@@ -331,6 +382,7 @@ HWY_EXPORT(SimdSoftmax);
 HWY_EXPORT(SimdLogSumExp);
 HWY_EXPORT(SimdAdd);
 HWY_EXPORT(SimdAxpy);
+HWY_EXPORT(SimdSmallProduct);
 HWY_EXPORT(SimdF32ToF16);
 HWY_EXPORT(SimdF32ToBf16);
 HWY_EXPORT(SimdF16ToF32);
@@ -492,6 +544,17 @@ size_t ArgMax(const float* x, size_t n) {
     if (x[i] == max) return i;
   }
   return 0;
+}
+
+void SmallProduct(size_t m, size_t n, size_t k, const float* a, size_t a_row, size_t a_column, const float* b, size_t b_row,
+                  float* c, size_t c_row) {
+  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdSmallProduct)(m, n, k, a, a_row, a_column, b, b_row, c, c_row);
+  for (size_t i = 0; i < m; ++i)
+    for (size_t j = 0; j < n; ++j) {
+      float sum = 0;
+      for (size_t l = 0; l < k; ++l) sum += a[i * a_row + l * a_column] * b[l * b_row + j];
+      c[i * c_row + j] = sum;
+    }
 }
 
 size_t LowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end) {

@@ -41,6 +41,11 @@ void Add(float* x, const float* y, size_t n);            // x += y
 void Scale(float* x, float factor, size_t n);            // x *= factor
 void Axpy(float* y, float a, const float* x, size_t n);  // y += a * x
 
+// c[i * c_row + j] = sum over k of a[i * a_row + k * a_column] * b[k * b_row + j], for i < m and j < n: a product of small
+// matrices, one of which lies in cache. Each sum is added up in the order of k, whatever m and n are. c may be neither a nor b.
+void SmallProduct(size_t m, size_t n, size_t k, const float* a, size_t a_row, size_t a_column, const float* b, size_t b_row,
+                  float* c, size_t c_row);
+
 // Index of the largest value, the lowest one among equals; 0 when all are NaN. NaN never wins. n >= 1.
 size_t ArgMax(const float* x, size_t n);
 

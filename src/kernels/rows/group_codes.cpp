@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "base/check.h"
+#include "kernels/basic/basic.h"
 #include "kernels/basic/cpu.h"
 #include "kernels/quants/half.h"
 
@@ -598,6 +599,43 @@ void ScalarAddValues(const GroupFormat& f, const std::byte* units, size_t first,
     }
 }
 
+// ---- Keys that are their means
+
+const uint16_t* Means(const GroupFormat& f, const std::byte* units, size_t row) {
+  return reinterpret_cast<const uint16_t*>(units) + row / f.group * f.head_dim;
+}
+
+// Calls f(means, first row from `first` on, how many) for the groups of rows [first, first + n).
+template <typename F>
+void ForMeans(const GroupFormat& format, const std::byte* units, size_t first, size_t n, F&& f) {
+  for (size_t i = 0, count; i < n; i += count) {
+    count = std::min(n - i, format.group - (first + i) % format.group);
+    float means[kMostChannels];
+    F16ToF32(Means(format, units, first + i), format.head_dim, means);
+    f(means, i, count);
+  }
+}
+
+void WriteMeans(const GroupFormat& f, std::byte* at, const float* keys) {
+  auto* means = reinterpret_cast<uint16_t*>(at);
+  for (size_t c = 0; c < f.head_dim; ++c) {
+    float sum = 0;
+    for (size_t t = 0; t < f.group; ++t) sum += keys[t * f.head_dim + c];
+    means[c] = FloatToHalf(sum / static_cast<float>(f.group));
+  }
+}
+
+void ScoreMeans(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* q, size_t stacked,
+                float* scores, size_t stride) {
+  ForMeans(f, units, first, n, [&](const float* means, size_t i, size_t count) {
+    for (size_t m = 0; m < stacked; ++m) {
+      float score = 0;
+      for (size_t c = 0; c < f.head_dim; ++c) score += q[c * stacked + m] * means[c];
+      std::fill_n(scores + m * stride + i, count, score);
+    }
+  });
+}
+
 // ---- Encoding
 
 // The stored parameters of a group, and its codes.
@@ -679,16 +717,19 @@ void PutCode(const GroupFormat& f, const Unit& unit, size_t word, size_t place, 
 }  // namespace
 
 bool Supports(const GroupFormat& f) {
-  return f.bits >= 2 && f.bits <= 4 && f.group > 0 && f.group % 16 == 0 && f.group <= kMostRows && f.head_dim > 0 &&
+  const bool means = f.bits == 0 && f.side == RowSide::kKeys;
+  return (means || (f.bits >= 2 && f.bits <= 4)) && f.group > 0 && f.group % 16 == 0 && f.group <= kMostRows && f.head_dim > 0 &&
          f.head_dim % (f.side == RowSide::kKeys ? kGroupedChannels : f.group) == 0 && f.head_dim <= kMostChannels;
 }
 
 size_t UnitBytes(const GroupFormat& f) {
   CHECK(Supports(f), "{} channels in groups of {} with {} bits", f.head_dim, f.group, f.bits);
+  if (f.bits == 0) return f.head_dim * sizeof(uint16_t);
   return f.unit_rows() * f.head_dim * (f.bits * f.group + 32) / f.group / 8;
 }
 
 void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
+  if (f.bits == 0) return WriteMeans(f, at, keys);
   const Unit unit = Run(f, at).At(0);
   const size_t codes = CodesAWord(f.bits);
   std::memset(at, 0, UnitBytes(f));
@@ -717,6 +758,10 @@ void WriteValueRow(const GroupFormat& f, std::byte* at, size_t lane, const float
 }
 
 void ExpandKeyUnits(const GroupFormat& f, const std::byte* units, size_t first, size_t n, float* out, size_t stride) {
+  if (f.bits == 0)
+    return ForMeans(f, units, first, n, [&](const float* means, size_t i, size_t count) {
+      for (size_t c = 0; c < f.head_dim; ++c) std::fill_n(out + c * stride + i, count, means[c]);
+    });
   const bool simd = ActiveIsa() != Isa::kScalar;
   const UnitRun run = Run(f, units);
   for (size_t i = 0; i < n;) {
@@ -748,6 +793,7 @@ void ExpandValueUnits(const GroupFormat& f, const std::byte* units, size_t first
 
 void ScoreKeyUnits(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* q, size_t stacked,
                    float* scores, size_t stride) {
+  if (f.bits == 0) return ScoreMeans(f, units, first, n, q, stacked, scores, stride);
   if (ActiveIsa() == Isa::kScalar) return ScalarScores(f, units, first, n, q, stacked, scores, stride);
   HWY_DYNAMIC_DISPATCH(SimdScores)(Run(f, units), first, n, q, stacked, scores, stride);
 }

@@ -15,6 +15,8 @@
 // lower two, as they do of 2 bits, and behind all words lie the third ones, 16 bits a word: a nibble for each byte, its
 // lowest bit for the first quad.
 //
+// Keys may also have 0 bits: each channel is its mean over the group, and a unit the means alone, f16 [head_dim].
+//
 // Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded to two bytes relative
 // to the largest of the (query, group), weights times scales relative to the largest of a (query, channel group) and 128
 // tokens: an error of at most half of a 16,256th of that largest, times the code, in each part of a sum. The scalar kernels
@@ -39,7 +41,7 @@ enum class GroupFit : uint8_t { kExtremes, kFitted };
 
 struct GroupFormat {
   RowSide side = RowSide::kKeys;
-  size_t bits = 2;    // 2, 3 or 4
+  size_t bits = 2;    // 2, 3 or 4; of keys also 0
   size_t group = 32;  // a multiple of 16, at most 256; a divisor of 256 keeps the pieces of attention whole
   size_t head_dim = 0;
   GroupFit fit = GroupFit::kExtremes;
@@ -50,7 +52,7 @@ struct GroupFormat {
 // head_dim must be a multiple of kGroupedChannels, of values also of the group, and at most kMostGroupedChannels.
 bool Supports(const GroupFormat& format);
 
-// n * head_dim * (bits + 32 / group) / 8 for the n rows of a unit.
+// n * head_dim * (bits + 32 / group) / 8 for the n rows of a unit; without bits, of keys, 2 * head_dim.
 size_t UnitBytes(const GroupFormat& format);
 
 // Encodes a unit of keys [group, head_dim].

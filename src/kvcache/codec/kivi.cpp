@@ -55,7 +55,7 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
   const KiviOptions options = Options(a);
   for (const LayerShape& layer : context.layers) {
     if (layer.window > 0) return std::make_unique<ExactCodec>();
-    if (!Supports(options.Keys(layer.head_dim)) || !Supports(options.Values(layer.head_dim)))
+    if (!Supports(options.Keys(layer.head_dim)[0]) || !Supports(options.Values(layer.head_dim)))
       Fail(ErrorCode::kInvalidArgument,
            "codec kivi needs a head size that is a multiple of its group of {}, or a smaller multiple of 16, at most "
            "512; this model's is {}",

@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/threads.h"
+#include "kernels/basic/basic.h"
 #include "kernels/quants/half.h"
 #include "kernels/rows/hadamard.h"
 #include "kvcache/codec/head_job.h"
@@ -13,98 +14,202 @@
 namespace lesskv {
 namespace {
 
-constexpr size_t kAtOnce = 4;  // queries, as the kernels take them
+constexpr size_t kAtOnce = KeyBases::kMostAtOnce;  // queries, as the kernels take them
+constexpr size_t kTakenBack = 32;                  // rows that leave their basis at a time
+
+// The bytes of a group of keys, all parts.
+size_t GroupBytes(const std::vector<GroupFormat>& parts) {
+  size_t bytes = 0;
+  for (const GroupFormat& part : parts) bytes += UnitBytes(part);
+  return bytes;
+}
 
 }  // namespace
 
+std::vector<GroupFormat> BalancedParts(size_t bits, size_t group, size_t head_dim) {
+  const auto part = [&](size_t channels, size_t of_bits) { return GroupFormat{RowSide::kKeys, of_bits, group, channels}; };
+  const size_t quarter = (head_dim / kGroupedChannels + 2) / 4 * kGroupedChannels;
+  if (bits == 4 || head_dim < 2 * quarter || quarter == 0) return {part(head_dim, bits)};
+  std::vector<GroupFormat> parts = {part(quarter, 4)};
+  if (head_dim > 2 * quarter) parts.push_back(part(head_dim - 2 * quarter, bits));
+  parts.push_back(part(quarter, bits == 2 ? 0 : 2));
+  return parts;
+}
+
+std::vector<GroupFormat> KiviOptions::Keys(size_t head_dim) const {
+  if (bases) return BalancedParts(key_bits, group, head_dim);
+  return {{RowSide::kKeys, key_bits, group, KeptChannels(pruned, head_dim, kGroupedChannels)}};
+}
+
 // ---- Coded rows of one head
 
-std::byte* KiviStore::Head::KeyUnit(size_t unit) const {
-  const size_t row = unit * formats->keys.group;
-  return const_cast<std::byte*>(blocks[row / block_rows].data()) +
-         row % block_rows / formats->keys.group * UnitBytes(formats->keys);
+std::byte* KiviStore::Head::KeyUnit(size_t part, size_t unit) const {
+  const size_t row = unit * formats->group, units = block_rows / formats->group;
+  auto* at = const_cast<std::byte*>(blocks[row / block_rows].data());
+  for (size_t i = 0; i < part; ++i) at += units * UnitBytes(formats->keys[i]);
+  return at + row % block_rows / formats->group * UnitBytes(formats->keys[part]);
 }
 
 std::byte* KiviStore::Head::ValueUnit(size_t unit) const {
   const size_t row = unit * kTileRows;
-  return const_cast<std::byte*>(blocks[row / block_rows].data()) +
-         block_rows / formats->keys.group * UnitBytes(formats->keys) +
+  return const_cast<std::byte*>(blocks[row / block_rows].data()) + block_rows / formats->group * GroupBytes(formats->keys) +
          row % block_rows / kTileRows * UnitBytes(formats->values);
 }
 
+uint16_t* KiviStore::Head::Sink(RowSide side, size_t row) const {
+  const size_t at = (side == RowSide::kKeys ? 0 : n_sinks) + row;
+  return reinterpret_cast<uint16_t*>(const_cast<std::byte*>(sinks.data())) + at * formats->exact.keys.head_dim;
+}
+
 template <typename F>
-void KiviStore::Head::ForBlocks(bool keys, size_t first, size_t n, F&& f) const {
+void KiviStore::Head::ForKeyBlocks(size_t part, size_t first, size_t n, F&& f) const {
   for (size_t done = 0; done < n;) {
     const size_t row = (first + done) % block_rows, block = (first + done) / block_rows * block_rows;
     const size_t count = std::min(n - done, block_rows - row);
-    f(keys ? KeyUnit(block / formats->keys.group) : ValueUnit(block / kTileRows), row, count, done);
+    f(KeyUnit(part, block / formats->group), row, count, done);
     done += count;
   }
 }
 
-// Channels that are stored come first, then each goes to its place, the last one first: no place is taken that is still
-// to be read.
+template <typename F>
+void KiviStore::Head::ForValueBlocks(size_t first, size_t n, F&& f) const {
+  for (size_t done = 0; done < n;) {
+    const size_t row = (first + done) % block_rows, block = (first + done) / block_rows * block_rows;
+    const size_t count = std::min(n - done, block_rows - row);
+    f(ValueUnit(block / kTileRows), row, count, done);
+    done += count;
+  }
+}
+
 void KiviStore::Head::ExpandKeys(size_t first, size_t n, float* out, size_t stride) const {
-  ForBlocks(true, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-    ExpandKeyUnits(formats->keys, units, row, count, out + done, stride);
-  });
+  const size_t d = formats->exact.keys.head_dim;
+  if (formats->bases) {
+    // Some rows at a time: they are not where they belong before they are taken back.
+    float z[kMostGroupedChannels * kTakenBack];
+    for (size_t done = 0, count; done < n; done += count) {
+      count = std::min(n - done, kTakenBack);
+      ExpandParts(first + done, count, z, kTakenBack);
+      formats->bases->FromBasis(formats->layer, kv_head, count, z, kTakenBack, out + done, stride);
+    }
+  } else {
+    ExpandParts(first, n, out, stride);
+  }
+  // Channels that are stored come first, then each goes to its place, the last one first: no place is taken that is still
+  // to be read.
   const std::span<const uint16_t> channels = Channels();
-  for (size_t c = formats->exact.keys.head_dim, left = channels.size(); c-- > 0 && !channels.empty();) {
+  for (size_t c = d, left = channels.size(); c-- > 0 && !channels.empty();) {
     if (left == 0 || channels[left - 1] != c)
       std::fill_n(out + c * stride, n, 0.0f);
     else if (--left != c)
       std::copy_n(out + left * stride, n, out + c * stride);
   }
+  for (size_t row = first; row < std::min(first + n, sink_keys); ++row)
+    for (size_t c = 0; c < d; ++c) out[c * stride + row - first] = HalfToFloat(Sink(RowSide::kKeys, row)[c]);
+}
+
+void KiviStore::Head::ExpandParts(size_t first, size_t n, float* out, size_t stride) const {
+  for (size_t part = 0; part < formats->keys.size(); ++part) {
+    const GroupFormat& f = formats->keys[part];
+    ForKeyBlocks(part, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
+      ExpandKeyUnits(f, units, row, count, out + done, stride);
+    });
+    out += f.head_dim * stride;
+  }
 }
 
 void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t stride) const {
-  ForBlocks(false, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
+  ForValueBlocks(first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
     ExpandValueUnits(formats->values, units, row, count, out + done * stride, stride);
   });
   const size_t d = formats->values.head_dim;
   for (size_t i = 0; i < n && formats->hadamard_block > 0; ++i) Hadamard(out + i * stride, d, formats->hadamard_block);
+  for (size_t row = first; row < std::min(first + n, sink_values); ++row)
+    F16ToF32(Sink(RowSide::kValues, row), d, out + (row - first) * stride);
+}
+
+void KiviStore::Head::CodedScores(size_t first, size_t n, const float* q, size_t n_queries, float* scores,
+                                  size_t stride) const {
+  float more[kAtOnce * kMaxRows];
+  for (size_t part = 0; part < formats->keys.size(); ++part) {
+    const GroupFormat& f = formats->keys[part];
+    float* to = part == 0 ? scores : more;
+    const size_t to_stride = part == 0 ? stride : kMaxRows;
+    ForKeyBlocks(part, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
+      ScoreKeyUnits(f, units, row, count, q, n_queries, to + done, to_stride);
+    });
+    for (size_t m = 0; m < n_queries && part > 0; ++m) Add(scores + m * stride, more + m * kMaxRows, n);
+    q += f.head_dim * n_queries;
+  }
 }
 
 bool KiviStore::Head::Scores(size_t first, size_t n, const float* q, size_t stacked, float* scores,
                              size_t stride) const {
-  const auto score = [&](const float* queries, size_t n_queries, float* to) {
-    ForBlocks(true, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-      ScoreKeyUnits(formats->keys, units, row, count, queries, n_queries, to + done, stride);
-    });
-  };
   const std::span<const uint16_t> channels = Channels();
-  if (channels.empty()) score(q, stacked, scores);
-  for (size_t m = 0; m < stacked && !channels.empty(); m += kAtOnce) {
-    const size_t count = std::min(kAtOnce, stacked - m);
+  const bool as_they_are = channels.empty() && formats->bases == nullptr;
+  for (size_t m = 0, count; m < stacked; m += count) {
+    count = std::min(kAtOnce, stacked - m);
+    if (as_they_are && count == stacked) {
+      CodedScores(first, n, q, stacked, scores, stride);
+      break;
+    }
     float some[kAtOnce * kMostGroupedChannels];
-    for (size_t c = 0; c < channels.size(); ++c) std::copy_n(q + channels[c] * stacked + m, count, some + c * count);
-    score(some, count, scores + m * stride);
+    if (formats->bases) {
+      formats->bases->Queries(formats->layer, kv_head, count, q + m, stacked, some);
+    } else {
+      for (size_t c = 0; c < formats->keys[0].head_dim; ++c)
+        std::copy_n(q + (channels.empty() ? c : channels[c]) * stacked + m, count, some + c * count);
+    }
+    CodedScores(first, n, some, count, scores + m * stride, stride);
   }
+  for (size_t row = first; row < std::min(first + n, sink_keys); ++row) ScoreSink(row, q, stacked, scores + row - first, stride);
   return true;
+}
+
+void KiviStore::Head::ScoreSink(size_t row, const float* q, size_t stacked, float* scores, size_t stride) const {
+  float key[kMostGroupedChannels];
+  F16ToF32(Sink(RowSide::kKeys, row), formats->exact.keys.head_dim, key);
+  for (size_t m = 0; m < stacked; m += kAtOnce) {
+    const size_t count = std::min(kAtOnce, stacked - m);
+    float sums[kAtOnce] = {};
+    for (size_t c = 0; c < formats->exact.keys.head_dim; ++c)
+      for (size_t i = 0; i < count; ++i) sums[i] += q[c * stacked + m + i] * key[c];
+    for (size_t i = 0; i < count; ++i) scores[(m + i) * stride] = sums[i];
+  }
 }
 
 void KiviStore::Head::AddCodedValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
                                      float* out, size_t out_stride) const {
-  ForBlocks(false, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
+  ForValueBlocks(first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
     AddValueUnits(formats->values, units, row, count, weights + done, stride, stacked, out, out_stride);
   });
 }
 
-// The transform is its own inverse and linear: of the sum rather than of every value.
 bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
                                 float* out, size_t out_stride) const {
-  if (formats->hadamard_block == 0) {
+  const size_t d = formats->values.head_dim, exact = std::min(n, sink_values - std::min(first, sink_values));
+  if (formats->hadamard_block == 0 && exact == 0) {
     AddCodedValues(first, n, weights, stride, stacked, out, out_stride);
     return true;
   }
-  const size_t d = formats->values.head_dim;
   for (size_t m = 0; m < stacked; m += kAtOnce) {
     const size_t count = std::min(kAtOnce, stacked - m);
+    const float* from = weights + m * stride;
+    // Rows that are exact do not weigh as they are coded: they would also coarsen the weights of the others.
+    float others[kAtOnce * kMaxRows];
+    for (size_t i = 0; i < count && exact > 0; ++i) {
+      std::fill_n(others + i * kMaxRows, exact, 0.0f);
+      std::copy_n(from + i * stride + exact, n - exact, others + i * kMaxRows + exact);
+    }
+    // The transform is its own inverse and linear: of the sum rather than of every value.
     float sums[kAtOnce * kMostGroupedChannels] = {};
-    AddCodedValues(first, n, weights + m * stride, stride, count, sums, d);
-    Hadamard(sums, count * d, formats->hadamard_block);
-    for (size_t i = 0; i < count; ++i)
-      for (size_t c = 0; c < d; ++c) out[(m + i) * out_stride + c] += sums[i * d + c];
+    AddCodedValues(first, n, exact > 0 ? others : from, exact > 0 ? kMaxRows : stride, count, sums, d);
+    if (formats->hadamard_block > 0) Hadamard(sums, count * d, formats->hadamard_block);
+    for (size_t row = first; row < first + exact; ++row) {
+      float value[kMostGroupedChannels];
+      F16ToF32(Sink(RowSide::kValues, row), d, value);
+      for (size_t i = 0; i < count; ++i) Axpy(sums + i * d, from[i * stride + row - first], value, d);
+    }
+    for (size_t i = 0; i < count; ++i) Add(out + (m + i) * out_stride, sums + i * d, d);
   }
   return true;
 }
@@ -117,25 +222,27 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
     const size_t d = layer.head_dim;
     formats_.push_back(
         {options.Keys(d), options.Values(d), {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}},
-         options.rotate ? HadamardBlock(d) : 0});
+         formats_.size(), options.group, options.bases.get(), options.rotate ? HadamardBlock(d) : 0});
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
     if (d > formats_[widest_].exact.keys.head_dim) widest_ = formats_.size() - 1;
   }
   staging_.resize(most_heads_);
   if (options.pruned > 0) {
     std::vector<size_t> n_kept;
-    for (const Formats& f : formats_) n_kept.push_back(f.keys.head_dim);
+    for (const Formats& f : formats_) n_kept.push_back(f.keys[0].head_dim);
     sets_.emplace(shape.layers, n_kept);
   }
   for (size_t i = 0; i < heads_.size(); ++i) {
     heads_[i].formats = &formats_[table_.LayerOf(i)];
+    heads_[i].kv_head = i - table_(table_.LayerOf(i), 0);
+    heads_[i].n_sinks = options.sinks;
     if (sets_) heads_[i].sets = &*sets_, heads_[i].index = i;
     if (shape.grows) heads_[i].block_rows = RoundUp(kKiviBlockRows, options.group);
   }
 }
 
 size_t KiviStore::BlockBytes(const Formats& formats, size_t rows) {
-  return rows / formats.keys.group * UnitBytes(formats.keys) + rows / kTileRows * UnitBytes(formats.values);
+  return rows / formats.group * GroupBytes(formats.keys) + rows / kTileRows * UnitBytes(formats.values);
 }
 
 // A window of another size with the same exact rows.
@@ -153,17 +260,17 @@ void KiviStore::ResizeWindow(Head& head, size_t rows) {
 void KiviStore::ResizeArena(Head& head, size_t rows) {
   if (head.block_rows == rows && !head.blocks.empty()) return;
   const Formats& f = *head.formats;
-  CountedBuffer block(*counter_, BlockBytes(f, rows));
-  const size_t old_rows = head.blocks.empty() ? 0 : head.block_rows;
-  const size_t key_bytes = std::min(rows, old_rows) / f.keys.group * UnitBytes(f.keys);
-  if (key_bytes > 0 && block.data() != nullptr) {
-    std::memcpy(block.data(), head.blocks[0].data(), key_bytes);
-    std::memcpy(block.data() + rows / f.keys.group * UnitBytes(f.keys), head.ValueUnit(0),
-                std::min(rows, old_rows) / kTileRows * UnitBytes(f.values));
-  }
-  head.blocks.clear();
-  head.blocks.push_back(std::move(block));
+  Head old;
+  old.formats = &f;
+  old.block_rows = head.block_rows;
+  old.blocks.emplace_back(*counter_, BlockBytes(f, rows));
+  std::swap(old.blocks, head.blocks);
   head.block_rows = rows;
+  const size_t both = old.blocks.empty() ? 0 : std::min(rows, old.block_rows);
+  if (both == 0 || head.blocks[0].data() == nullptr) return;
+  for (size_t part = 0; part < f.keys.size(); ++part)
+    std::memcpy(head.KeyUnit(part, 0), old.KeyUnit(part, 0), both / f.group * UnitBytes(f.keys[part]));
+  std::memcpy(head.ValueUnit(0), old.ValueUnit(0), both / kTileRows * UnitBytes(f.values));
 }
 
 void KiviStore::Grow(Head& head, size_t rows) {
@@ -172,16 +279,20 @@ void KiviStore::Grow(Head& head, size_t rows) {
 
 // Gives back blocks without coded rows.
 void KiviStore::Trim(Head& head) {
-  while (!head.blocks.empty() && head.Capacity() - head.block_rows >= head.coded_keys) head.blocks.pop_back();
+  const size_t coded = std::max(head.coded_keys, head.coded_values);
+  while (!head.blocks.empty() && head.Capacity() - head.block_rows >= coded) head.blocks.pop_back();
 }
 
 void KiviStore::ReserveHead(size_t i, const StepRoom& room) {
   Head& head = heads_[i];
-  ResizeWindow(head, std::max(head.window.rows, WindowOf(i)));
+  const size_t window = WindowOf(i);
+  ResizeWindow(head, std::max(head.window.rows, options_.WindowRoom(window)));
+  if (head.sinks.size() == 0)
+    head.sinks = CountedBuffer(*counter_, 2 * options_.sinks * head.formats->exact.keys.head_dim * sizeof(uint16_t));
   const size_t all = head.n_rows + room.n_step;
   if (shape_.grows) {
     if (!room.evicts)
-      Grow(head, all - (head.n_rows - head.coded_keys + room.n_step) % WindowOf(i));
+      Grow(head, std::max(all - options_.ExactKeys(head.n_rows - head.coded_keys + room.n_step, window), all - std::min(all, window)));
     else
       Grow(head, room.budgets_later ? head.coded_keys : std::min(all, std::max(head.n_rows, budgets_[i])));
   } else if (head.Capacity() < RoundUp(budgets_[i], options_.group)) {
@@ -229,7 +340,7 @@ void KiviStore::SetBudgets(size_t layer, std::span<const size_t> budgets) {
       Fail(ErrorCode::kInvalidArgument, "kivi: a head's budget of {} rows is below two groups of {}", budgets[h],
            options_.group);
     budgets_[i] = budgets[h];
-    ResizeWindow(heads_[i], std::max(heads_[i].window.rows, WindowOf(i)));
+    ResizeWindow(heads_[i], std::max(heads_[i].window.rows, options_.WindowRoom(WindowOf(i))));
     if (shape_.grows)
       Grow(heads_[i], std::min(heads_[i].n_rows + n_step_, budgets[h]));
     else if (heads_[i].Capacity() < budgets[h])
@@ -248,7 +359,7 @@ void KiviStore::CancelStep() {
       else
         ResizeArena(head, head.rows_before);
       if (head.window_before == 0)
-        head.window = ExactRows{}, head.first_value = 0;
+        head.window = ExactRows{}, head.first_value = 0, head.sinks = CountedBuffer();
       else
         ResizeWindow(head, head.window_before);
     } catch (const std::exception&) {
@@ -267,7 +378,7 @@ void KiviStore::EndStep() {
       Trim(heads_[i]);
     else if (evicts_)
       ResizeArena(heads_[i], RoundUp(budgets_[i], options_.group));
-    if (evicts_) ResizeWindow(heads_[i], WindowOf(i));
+    if (evicts_) ResizeWindow(heads_[i], options_.WindowRoom(WindowOf(i)));
   }
   if (is_prompt_)
     for (ExactRows& staging : staging_) staging = ExactRows{};
@@ -289,6 +400,9 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
     to.coded_values = from.coded_values;
     to.window = from.window.Clone(counter);
     to.first_value = from.first_value;
+    to.sinks = from.sinks.Clone(counter);
+    to.sink_keys = from.sink_keys;
+    to.sink_values = from.sink_values;
   }
   copy->staging_.clear();
   for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
@@ -377,7 +491,7 @@ SlotMap KiviStore::Close(size_t layer, size_t kv_head, std::span<const Departure
     map.moves.push_back({static_cast<uint32_t>(row), static_cast<uint32_t>(row - next)});
     if (row >= kept.first) kept.rest.push_back(static_cast<uint32_t>(row));
   }
-  const size_t keys = kept.n - std::min(kept.n, (head.n_rows - head.coded_keys + n_step_) % window);
+  const size_t keys = kept.n - std::min(kept.n, options_.ExactKeys(head.n_rows - head.coded_keys + n_step_, window));
   if (sets_ && keys > 0 && !sets_->chosen(i))
     sets_->Choose(i, keys, [&](size_t row, float* key) {
       ReadExact(head, Staging(layer, kv_head), RowSide::kKeys, kept.Old(row), key);
@@ -396,8 +510,8 @@ SlotMap KiviStore::Close(size_t layer, size_t kv_head, std::span<const Departure
 
 // Brings the head's rows to `keys` coded keys and `values` coded values of those kept.
 void KiviStore::CodeRows(Head& head, const ExactRows& staging, const Kept& kept, size_t keys, size_t values) {
-  CHECK(keys % options_.group == 0 && keys <= head.Capacity(), "{} keys to be coded with room for {}", keys,
-        head.Capacity());
+  CHECK(keys % options_.group == 0 && std::max(keys, values) <= head.Capacity(), "{} keys and {} values to be coded with room for {}",
+        keys, values, head.Capacity());
   CodeKeys(head, staging, kept, keys);
   CodeValues(head, staging, kept, values);
   KeepExactKeys(head, staging, kept.n - keys);
@@ -405,20 +519,38 @@ void KiviStore::CodeRows(Head& head, const ExactRows& staging, const Kept& kept,
 }
 
 void KiviStore::CodeKeys(Head& head, const ExactRows& staging, const Kept& kept, size_t keys) {
-  const GroupFormat& f = head.formats->keys;
-  const std::span<const uint16_t> channels = head.Channels();
-  std::vector<float> rows(f.group * f.head_dim), key(head.formats->exact.keys.head_dim);
+  const Formats& f = *head.formats;
+  const size_t d = f.exact.keys.head_dim;
+  std::vector<float> rows(f.group * d), part_rows(f.group * d);
   for (size_t unit = std::min(kept.first, head.coded_keys) / f.group; unit < keys / f.group; ++unit) {
     const size_t old = kept.Old(unit * f.group);
     if (old < head.coded_keys) {
-      if (old != unit * f.group) std::memmove(head.KeyUnit(unit), head.KeyUnit(old / f.group), UnitBytes(f));
+      if (old == unit * f.group) continue;
+      if (unit == 0) head.sink_keys = 0;  // they left
+      for (size_t part = 0; part < f.keys.size(); ++part)
+        std::memmove(head.KeyUnit(part, unit), head.KeyUnit(part, old / f.group), UnitBytes(f.keys[part]));
       continue;
     }
-    for (size_t i = 0; i < f.group; ++i) {
-      ReadExact(head, staging, RowSide::kKeys, kept.Old(unit * f.group + i), key.data());
-      for (size_t c = 0; c < f.head_dim; ++c) rows[i * f.head_dim + c] = key[channels.empty() ? c : channels[c]];
+    for (size_t i = 0; i < f.group; ++i)
+      ReadExact(head, staging, RowSide::kKeys, kept.Old(unit * f.group + i), &rows[i * d]);
+    if (unit == 0) {
+      head.sink_keys = head.n_sinks;
+      for (size_t row = 0; row < head.n_sinks; ++row) F32ToF16(&rows[row * d], d, head.Sink(RowSide::kKeys, row));
+      // Codes of exact rows are not read. They are those of a neighbour, so that they widen no channel.
+      for (size_t row = 0; row < head.n_sinks; ++row) std::copy_n(&rows[head.n_sinks * d], d, &rows[row * d]);
     }
-    WriteKeyUnit(f, head.KeyUnit(unit), rows.data());
+    if (f.bases) {
+      std::swap(rows, part_rows);
+      f.bases->ToBasis(f.layer, head.kv_head, f.group, part_rows.data(), rows.data());
+    }
+    const std::span<const uint16_t> channels = head.Channels();
+    for (size_t part = 0, first = 0; part < f.keys.size(); first += f.keys[part++].head_dim) {
+      const size_t width = f.keys[part].head_dim;
+      for (size_t i = 0; i < f.group; ++i)
+        for (size_t c = 0; c < width; ++c)
+          part_rows[i * width + c] = rows[i * d + (channels.empty() ? first + c : channels[c])];
+      WriteKeyUnit(f.keys[part], head.KeyUnit(part, unit), part_rows.data());
+    }
   }
 }
 
@@ -429,12 +561,17 @@ void KiviStore::CodeValues(Head& head, const ExactRows& staging, const Kept& kep
     const size_t old = kept.Old(row);
     if (old >= head.coded_values) {
       ReadExact(head, staging, RowSide::kValues, old, value.data());
+      if (row < head.n_sinks && row == head.sink_values) {
+        F32ToF16(value.data(), value.size(), head.Sink(RowSide::kValues, row));
+        ++head.sink_values;
+      }
       if (head.formats->hadamard_block > 0) Hadamard(value.data(), value.size(), head.formats->hadamard_block);
       WriteValueRow(f, head.ValueUnit(row / kTileRows), row % kTileRows, value.data());
       ++row;
       continue;
     }
     // Whole units move: what leaves are whole groups, and a group is a number of units.
+    if (row == 0 && old != 0) head.sink_values = 0;
     if (old != row) std::memmove(head.ValueUnit(row / kTileRows), head.ValueUnit(old / kTileRows), UnitBytes(f));
     row += std::min(kTileRows, head.coded_values - old);
   }
@@ -471,7 +608,12 @@ void KiviStore::Save(ByteWriter& out) const {
     const Formats& f = *head.formats;
     for (const size_t n : {head.n_rows, head.coded_keys, head.coded_values}) out.Put<uint64_t>(n);
     if (sets_ && head.n_rows > 0) sets_->Save(head.index, out);
-    for (size_t unit = 0; unit < head.coded_keys / f.keys.group; ++unit) out.Raw(head.KeyUnit(unit), UnitBytes(f.keys));
+    if (head.n_sinks > 0) {
+      for (const size_t n : {head.sink_keys, head.sink_values}) out.Put<uint64_t>(n);
+      out.Raw(head.sinks.data(), head.sinks.size());
+    }
+    for (size_t unit = 0; unit < head.coded_keys / f.group; ++unit)
+      for (size_t part = 0; part < f.keys.size(); ++part) out.Raw(head.KeyUnit(part, unit), UnitBytes(f.keys[part]));
     for (size_t unit = 0; unit < CeilDiv(head.coded_values, kTileRows); ++unit)
       out.Raw(head.ValueUnit(unit), UnitBytes(f.values));
     std::vector<float> row(f.exact.keys.head_dim);
@@ -484,6 +626,13 @@ void KiviStore::Save(ByteWriter& out) const {
     save(RowSide::kKeys, head.coded_keys);
     save(RowSide::kValues, head.coded_values);
   }
+}
+
+void KiviStore::LoadSinks(Head& head, size_t keys, size_t values, ByteReader& in) {
+  head.sinks = CountedBuffer(*counter_, 2 * head.n_sinks * head.formats->exact.keys.head_dim * sizeof(uint16_t));
+  head.sink_keys = in.Count(std::min(keys, head.n_sinks), "a head's number of exact first keys");
+  head.sink_values = in.Count(std::min(values, head.n_sinks), "a head's number of exact first values");
+  in.Raw(head.sinks.data(), head.sinks.size());
 }
 
 void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
@@ -499,21 +648,23 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
     const Formats& f = *head.formats;
     const size_t n_rows = in.Count(shape_.grows ? max_rows : budgets[i], "a head's number of rows");
     const size_t keys = in.Count(n_rows, "a head's number of coded keys");
-    const size_t values = in.Count(keys, "a head's number of coded values");
-    if (keys % options_.group != 0 || n_rows - values > WindowOf(i))
+    const size_t values = in.Count(n_rows, "a head's number of coded values");
+    if (keys % options_.group != 0 || n_rows - values > WindowOf(i) || n_rows - keys > options_.WindowRoom(WindowOf(i)))
       Fail(ErrorCode::kBadFile, "saved cache: {} keys and {} values of {} are coded, which cannot be", keys, values, n_rows);
     if (sets_ && n_rows > 0) sets_->Load(i, in);
     if (sets_ && keys > 0 && !sets_->chosen(i))
       Fail(ErrorCode::kBadFile, "saved cache: a head has coded keys, but its channels were not chosen");
     if (shape_.grows)
-      Grow(head, keys);
+      Grow(head, std::max(keys, values));
     else
       ResizeArena(head, RoundUp(budgets[i], options_.group));
-    if (max_rows > 0) ResizeWindow(head, WindowOf(i));
+    if (max_rows > 0) ResizeWindow(head, options_.WindowRoom(WindowOf(i)));
+    if (head.n_sinks > 0) LoadSinks(head, keys, values, in);
     head.n_rows = n_rows;
     head.coded_keys = keys;
     head.coded_values = values;
-    for (size_t unit = 0; unit < keys / f.keys.group; ++unit) in.Raw(head.KeyUnit(unit), UnitBytes(f.keys));
+    for (size_t unit = 0; unit < keys / f.group; ++unit)
+      for (size_t part = 0; part < f.keys.size(); ++part) in.Raw(head.KeyUnit(part, unit), UnitBytes(f.keys[part]));
     for (size_t unit = 0; unit < CeilDiv(values, kTileRows); ++unit) in.Raw(head.ValueUnit(unit), UnitBytes(f.values));
     std::vector<float> row(f.exact.keys.head_dim);
     const auto load = [&](const RowFormat& format, std::byte* region, size_t n) {

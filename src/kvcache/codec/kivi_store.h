@@ -14,7 +14,13 @@
 // what is coded depends on the tokens alone, as above; the choice itself on the queries that the first step of at least R
 // tokens, or of the last ones to make R, ends with.
 //
-// A head's coded rows lie in blocks: units of keys, then units of values (group_codes.h). Heads that grow own blocks of
+// With `bases` keys are coded behind a trained matrix (key_bases.h), which puts their channels in the order of what they
+// add to scores: parts of them have more bits, fewer, or none (their mean in each group). That is ours, as are two options
+// for exact rows. `sinks` keeps the first rows of a head in f16 beside their codes for as long as their group stays: they
+// receive much attention, or add keys that stand out to the first group. `lags` codes a group of keys only when a full
+// window of newer ones is exact, not once the window is full: coded keys are then group * floor((l - R) / group).
+//
+// A head's coded rows lie in blocks: units of keys, part by part, then units of values (group_codes.h). Heads that grow own blocks of
 // kKiviBlockRows rows, bounded ones a single block of their budget.
 #pragma once
 
@@ -28,6 +34,7 @@
 #include "kvcache/codec/channel_sets.h"
 #include "kvcache/codec/codec.h"
 #include "kvcache/codec/exact_rows.h"
+#include "kvcache/codec/key_bases.h"
 #include "kvcache/codec/kv_store.h"
 #include "kvcache/memory.h"
 
@@ -44,15 +51,30 @@ struct KiviOptions {
   bool rotate = false;
   double pruned = 0;  // share of the channels that coded keys lack, so that a multiple of kGroupedChannels stays
 
-  size_t KeyChannels(size_t head_dim) const { return KeptChannels(pruned, head_dim, kGroupedChannels); }
-  GroupFormat Keys(size_t head_dim) const { return {RowSide::kKeys, key_bits, group, KeyChannels(head_dim)}; }
+  size_t sinks = 0;     // first rows that stay exact beside their codes; at most the group
+  bool lags = false;    // keys wait until `window` newer ones are exact
+  std::shared_ptr<const KeyBases> bases = nullptr;  // null: keys are coded as they are
+
+  // The parts of a coded key's channels: one, but behind a matrix.
+  std::vector<GroupFormat> Keys(size_t head_dim) const;
   GroupFormat Values(size_t head_dim) const {
     return {RowSide::kValues, value_bits, std::min(group, head_dim), head_dim,
             rotate ? GroupFit::kFitted : GroupFit::kExtremes};
   }
   // The exact rows of a head that may keep `budget` rows; 0 where that is too few.
   size_t Window(size_t budget) const { return std::min(window, budget / 2 / group * group); }
+  // Of n keys that are exact, with a window of so many, those that stay so.
+  size_t ExactKeys(size_t n, size_t exact_window) const {
+    if (!lags) return n % exact_window;
+    return n < exact_window + group ? n : exact_window + (n - exact_window) % group;
+  }
+  // The most keys and values that are exact between steps.
+  size_t WindowRoom(size_t exact_window) const { return exact_window + (lags ? group : 0); }
 };
+
+// The widths of the parts of a head's channels that keys of so many bits have behind a matrix, and the bits of each: a
+// quarter more than the others, a quarter fewer, as many bits in all.
+std::vector<GroupFormat> BalancedParts(size_t bits, size_t group, size_t head_dim);
 
 class KiviStore final : public KvStore {
  public:
@@ -83,29 +105,43 @@ class KiviStore final : public KvStore {
 
  private:
   struct Formats {  // of one layer
-    GroupFormat keys, values;  // of keys the channels that are stored
+    std::vector<GroupFormat> keys;  // the channels that are stored, in parts
+    GroupFormat values;
     ExactFormats exact;
+    size_t layer = 0, group = 0;
+    const KeyBases* bases = nullptr;  // of coded keys
     size_t hadamard_block = 0;  // of coded values; 0: they lie as they are
   };
   struct Head final : RowReader {
     const Formats* formats = nullptr;
     const ChannelSets* sets = nullptr;  // where coded keys lack channels
     size_t index = 0;                   // the head's in `sets`
+    size_t kv_head = 0, n_sinks = 0;    // its number in the layer; its room for exact first rows
     std::vector<CountedBuffer> blocks;
     size_t block_rows = 0;
     size_t n_rows = 0, coded_keys = 0, coded_values = 0;
     ExactRows window;        // keys from slot 0 on, values in a ring
     size_t first_value = 0;  // slot of its oldest value
+    CountedBuffer sinks;     // f16 [2 (keys, values), options.sinks, head_dim]
+    size_t sink_keys = 0, sink_values = 0;  // rows in it, the head's first ones
     size_t rows_before = 0, window_before = 0;  // what CancelStep goes back to
 
-    std::byte* KeyUnit(size_t unit) const;
+    std::byte* KeyUnit(size_t part, size_t unit) const;
     std::byte* ValueUnit(size_t unit) const;
     std::span<const uint16_t> Channels() const { return sets == nullptr ? std::span<const uint16_t>() : sets->Kept(index); }
     size_t Capacity() const { return blocks.size() * block_rows; }
-    // Calls f(first unit of a block, first row in it, n, rows done) for the parts of slots [first, first + n).
+    uint16_t* Sink(RowSide side, size_t row) const;
+    // Calls f(first unit of a block, first row in it, n, rows done) for the stretches of slots [first, first + n) of a
+    // part of the keys, or of the values.
     template <typename F>
-    void ForBlocks(bool keys, size_t first, size_t n, F&& f) const;
+    void ForKeyBlocks(size_t part, size_t first, size_t n, F&& f) const;
+    template <typename F>
+    void ForValueBlocks(size_t first, size_t n, F&& f) const;
 
+    // Scores of at most KeyBases::kMostAtOnce queries, q[c * n_queries + m], with the channels as they are coded.
+    void CodedScores(size_t first, size_t n, const float* q, size_t n_queries, float* scores, size_t stride) const;
+    void ScoreSink(size_t row, const float* q, size_t stacked, float* scores, size_t stride) const;
+    void ExpandParts(size_t first, size_t n, float* out, size_t stride) const;
     // AddValues in the space that values are coded in.
     void AddCodedValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked, float* out,
                         size_t out_stride) const;
@@ -144,6 +180,7 @@ class KiviStore final : public KvStore {
   void CodeValues(Head& head, const ExactRows& staging, const Kept& kept, size_t values);
   void KeepExactKeys(Head& head, const ExactRows& staging, size_t n);
   void KeepExactValues(Head& head, const ExactRows& staging, size_t n);
+  void LoadSinks(Head& head, size_t keys, size_t values, ByteReader& in);
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
 
   ByteCounter* counter_;

@@ -258,9 +258,9 @@ void CheckAtoms(const GgufFile& file, const char* tensor, const std::vector<uint
   }
 }
 
-void ReadAtoms(const GgufFile& file, const char* name, size_t dim, size_t n_atoms, size_t n, std::vector<uint16_t>& halves) {
+void ReadHalves(const GgufFile& file, const char* name, std::vector<size_t> ne, std::vector<uint16_t>& halves) {
   const GgufTensor* tensor = &RequiredTensor(file, name);
-  const std::vector<size_t> ne = {dim, n_atoms, n, 1};
+  ne.resize(4, 1);
   if (tensor->n_dims > 4 || !std::equal(ne.begin(), ne.end(), tensor->ne.begin()))
     Fail(ErrorCode::kBadFile, "{}: tensor {} must have shape {}, found {}", file.name(), name, NeString(ne),
          tensor->ShapeString());
@@ -268,6 +268,10 @@ void ReadAtoms(const GgufFile& file, const char* name, size_t dim, size_t n_atom
     Fail(ErrorCode::kBadFile, "{}: tensor {} must be of type f16, found {}", file.name(), name, Traits(tensor->type).name);
   halves.resize(Elements(ne));
   std::memcpy(halves.data(), tensor->data.data(), halves.size() * sizeof(uint16_t));
+}
+
+void ReadAtoms(const GgufFile& file, const char* name, size_t dim, size_t n_atoms, size_t n, std::vector<uint16_t>& halves) {
+  ReadHalves(file, name, {dim, n_atoms, n}, halves);
   CheckAtoms(file, name, halves, dim);
 }
 
@@ -302,6 +306,29 @@ void AddDictionaries(const SidecarDictionaries& d, GgufWriter& writer) {
                    std::as_bytes(std::span(d.keys)));
   writer.AddTensor("csr.values", DType::kF16, {values_dim, d.n_atoms, d.values.size() / d.n_atoms / values_dim},
                    std::as_bytes(std::span(d.values)));
+}
+
+void ReadBalance(const GgufFile& file, SidecarBalance& b) {
+  if (file.Find("balance.head_count_kv") == nullptr) return;
+  const size_t n_heads = ReadHeads(file, "balance.head_count_kv", b.n_kv_heads);
+  b.head_dim = ReadSize(file, "balance.head_dim", 1, 512);
+  b.tokens = file.GetOr<uint64_t>("balance.train.tokens", 0);
+  b.positions = file.GetOr<uint64_t>("balance.train.positions", 0);
+  ReadHalves(file, "balance.keys", {b.head_dim, b.head_dim, n_heads}, b.keys);
+  if (b.empty()) Fail(ErrorCode::kBadFile, "{}: tensor balance.keys is empty", file.name());
+  for (const uint16_t half : b.keys)
+    if (!std::isfinite(HalfToFloat(half)))
+      Fail(ErrorCode::kBadFile, "{}: tensor balance.keys holds a number that is not finite", file.name());
+}
+
+void AddBalance(const SidecarBalance& b, GgufWriter& writer) {
+  if (b.empty()) return;
+  writer.AddArray("balance.head_count_kv", std::vector<uint32_t>(b.n_kv_heads.begin(), b.n_kv_heads.end()));
+  writer.Add("balance.head_dim", static_cast<uint32_t>(b.head_dim));
+  writer.Add("balance.train.tokens", b.tokens);
+  writer.Add("balance.train.positions", b.positions);
+  writer.AddTensor("balance.keys", DType::kF16, {b.head_dim, b.head_dim, b.keys.size() / b.head_dim / b.head_dim},
+                   std::as_bytes(std::span(b.keys)));
 }
 
 SidecarTraining ReadTraining(const GgufFile& file) {
@@ -427,7 +454,9 @@ Sidecar ReadSidecar(const std::string& path) {
   ReadBudgets(file, sidecar.budgets);
   ReadScores(file, sidecar.scores);
   ReadDictionaries(file, sidecar.dictionaries);
-  const bool has_others = !sidecar.budgets.empty() || !sidecar.scores.empty() || !sidecar.dictionaries.empty();
+  ReadBalance(file, sidecar.balance);
+  const bool has_others = !sidecar.budgets.empty() || !sidecar.scores.empty() || !sidecar.dictionaries.empty() ||
+                          !sidecar.balance.empty();
   if (has_others && file.Find("less.block_count") == nullptr) return sidecar;  // no feature maps
   sidecar.shape = ReadShape(file);
   sidecar.training = ReadTraining(file);
@@ -443,6 +472,7 @@ void WriteSidecar(const std::string& path, const Sidecar& sidecar) {
   AddBudgets(sidecar.budgets, writer);
   AddScores(sidecar.scores, writer);
   AddDictionaries(sidecar.dictionaries, writer);
+  AddBalance(sidecar.balance, writer);
   Sidecar copy = sidecar;  // Fields hands out mutable vectors; sources point into the copy until Write returns
   for (size_t layer = 0; layer < copy.shape.n_layers; ++layer) {
     if (copy.layers[layer].empty()) continue;

@@ -1,5 +1,6 @@
 // The sidecar: what was trained for one model, as a GGUF file beside it (NAME.less.gguf for NAME.gguf): feature maps of
-// the LESS state, a division of the budget among its heads, scores of rows, dictionaries of `csr`, or several of these.
+// the LESS state, a division of the budget among its heads, scores of rows, dictionaries of `csr`, matrices of `balanced`,
+// or several of these.
 // docs/formats.md, section "Sidecar", lists keys and tensors. Parameters are kept here as they were trained (unfolded,
 // float32 in memory); FeatureMaps turns them into what runs.
 #pragma once
@@ -112,6 +113,20 @@ struct SidecarDictionaries {
   bool operator==(const SidecarDictionaries&) const = default;
 };
 
+// Matrices behind which keys are coded (`balanced`), one a KV head, f16: keys times B and queries times the inverse of B
+// transposed have the same covariance, which is diagonal, its largest entries first (balanced truncation: Moore, IEEE
+// Transactions on Automatic Control 26, 1981). Of keys as they are stored, behind RoPE.
+struct SidecarBalance {
+  size_t head_dim = 0;
+  std::vector<size_t> n_kv_heads;  // of each global layer
+  std::vector<uint16_t> keys;      // B [heads, head_dim, head_dim], row-major: z_j = sum over c of k_c B[c, j]
+  uint64_t tokens = 0;             // training tokens
+  uint64_t positions = 0;          // up to which they were rotated
+
+  bool empty() const { return keys.empty(); }
+  bool operator==(const SidecarBalance&) const = default;
+};
+
 struct Sidecar {
   SidecarShape shape;  // all 0 where there are no maps
   uint64_t model_fingerprint = 0;  // of the file it was trained on
@@ -123,6 +138,7 @@ struct Sidecar {
   SidecarBudgets budgets;
   SidecarScores scores;
   SidecarDictionaries dictionaries;
+  SidecarBalance balance;
 
   bool has_maps() const { return shape.n_layers > 0; }
 };
