@@ -159,6 +159,7 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
       scores.quantiles.push_back(scores.bias.back() + 0.05f * (static_cast<float>(q) - 50));
   }
   if (shape.head_dim % SidecarDictionaries::kValueChunks == 0) AddDictionaries(shape, rng);
+  AddBalance(shape, rng);
   WriteSidecar(path_, sidecar_);
 }
 
@@ -188,6 +189,16 @@ void TempSidecar::AddDictionaries(const TinyShape& shape, Rng& rng) {
                 FloatToHalf(1 / std::sqrt(static_cast<float>(chunk))));
 }
 
+// Matrices not far from those that change nothing.
+void TempSidecar::AddBalance(const TinyShape& shape, Rng& rng) {
+  SidecarBalance& b = sidecar_.balance;
+  const size_t d = shape.head_dim;
+  b.head_dim = d;
+  b.n_kv_heads.assign(shape.n_layers, shape.n_kv_heads);
+  for (size_t i = 0; i < shape.n_layers * shape.n_kv_heads * d * d; ++i)
+    b.keys.push_back(FloatToHalf((i % (d * d) % (d + 1) == 0 ? 1.0f : 0.0f) + 0.2f / std::sqrt(static_cast<float>(d)) * rng.Normal()));
+}
+
 TempSidecar::~TempSidecar() { std::filesystem::remove(path_); }
 
 std::shared_ptr<const CacheConfig> MakeConfig(const std::string& spec, const TinyShape& shape,
@@ -200,15 +211,20 @@ namespace {
 // The example with a chunk, and groups, that are small beside the texts of these tests.
 std::string Example(const Method& method) {
   if (method.name == "kivi") return "kivi(2, group=16, window=16)";
+  if (method.name == "balanced") return "balanced(2, group=16, window=16, sinks=3)";
   if (method.name == "cluster") return "cluster(12, sinks=2, size=5, every=8, add=2, skip=1)";
   if (method.name == "think") return "think(0.4, window=4)";
   if (method.name == "recent") return "recent(4)";
   return method.stage == Stage::kPrefill ? "prefill(chunk=7)" : std::string(method.Example());
 }
 
+bool InGroups(const std::string& spec) {
+  return spec.find("kivi") != std::string::npos || spec.find("balanced") != std::string::npos;
+}
+
 // A pair as a spec; where rows lie in groups, with budgets that hold some.
 std::string WithRoom(const std::string& spec) {
-  if (spec.find("kivi") == std::string::npos) return spec;
+  if (!InGroups(spec)) return spec;
   std::string text = spec;
   for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "cascade(5%)", "kvzap(5%)", "snapkv(10%)"})
     if (const size_t at = text.find(few); at != std::string::npos)
@@ -220,7 +236,7 @@ std::string WithRoom(const std::string& spec) {
 }
 
 bool TakesHeadSize(const std::string& spec, size_t head_dim) {
-  if (spec.find("kivi") != std::string::npos) return head_dim % 32 == 0;
+  if (InGroups(spec)) return head_dim % 32 == 0;
   const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos ||
                       spec.find("csr") != std::string::npos;
   if (blocks && spec.find("think") != std::string::npos) return head_dim % 32 == 0 && head_dim > 32;
@@ -267,6 +283,9 @@ std::vector<std::string> LegalSpecs(const TinyShape& shape) {
         "full+kivi(k=4, v=2, group=32, window=64)+prefill(chunk=11)",
         "h2o(41)+kivi(2, group=16, window=16)+less+prefill(chunk=5)", "h2o(70)+kivi(k=3, v=2, group=16, rotate=true)+less",
         "window(49, sinks=2, positions=cache)+kivi(4, group=16)", "snapkv(40, window=4)+kivi(2, group=16, window=16)",
+        "full+balanced(3, group=32, window=9)+prefill(chunk=11)", "full+balanced(k=4, v=2, group=16, window=20, sinks=0)",
+        "h2o(41)+balanced(2, group=16, window=16)+less+prefill(chunk=5)", "snapkv(40, window=4)+balanced(3, group=16, window=5, sinks=9)",
+        "h2o(60)+split(4)+balanced(2, group=16, window=16)", "kvzap(66, scope=head)+balanced(2, group=16, window=16)",
         "full+csr(4, window=9)", "full+csr(6, atoms=33, sample=8, guard=5)+prefill(chunk=11)",
         "full+csr(4, window=9, coefficients=f8)", "snapkv(24, window=4)+csr(6, coefficients=f8, sample=8, guard=5)+less",
         "h2o(41)+csr(4, window=16, sample=16)+less+prefill(chunk=5)", "snapkv(24, window=4)+csr(2, guard=12)+less",

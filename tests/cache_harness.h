@@ -69,6 +69,7 @@ class TempSidecar {
 
  private:
   void AddDictionaries(const TinyShape& shape, Rng& rng);
+  void AddBalance(const TinyShape& shape, Rng& rng);
 
   std::string path_;
   Sidecar sidecar_;

@@ -200,14 +200,16 @@ TEST(Contract, NothingEvictedEqualsFull) {
       for (const char* rest : {"+f32", "+f16", "+bf16", "+f32+less", "+f16+pyramid", "+f16+zigzag", "+f32+split", "+f32+ada", "+f32+prefill(chunk=7)", "+f32+merge",
                                "+f32+match", "+kivi(2, group=16, window=32)",
                                "+kivi(k=4, v=2, group=16, window=32)+prefill(chunk=7)", "+kivi(4, group=16, window=16)+think(0.5)", "+csr(4, window=9)",
-                               "+csr(4, sample=8, guard=7)+prefill(chunk=7)"}) {
+                               "+csr(4, sample=8, guard=7)+prefill(chunk=7)", "+balanced(2, group=16, window=32)",
+                               "+balanced(3, group=16, window=20, sinks=5)+prefill(chunk=7)"}) {
         std::string rows = select->name == "cascade" ? "(200, positions=true)" : select->name == "elastic" ? "(1)" : "(200)";
         const auto has = [&](const char* term) { return std::string(rest).find(term) != std::string::npos; };
-        if (select->name == "kvzap" && (has("kivi") || has("csr"))) rows = "(200, scope=head)";
+        const bool in_groups = has("kivi") || has("balanced");
+        if (select->name == "kvzap" && (in_groups || has("csr"))) rows = "(200, scope=head)";
         const MethodTraits traits = TraitsOf(ParseTerm(std::string(select->name) + rows));
-        if ((has("kivi") || has("csr")) && shape.head_dim % 16 != 0) continue;
+        if ((in_groups || has("csr")) && shape.head_dim % 16 != 0) continue;
         if (traits.needs_known_rows && (has("zigzag") || has("ada"))) continue;
-        if (has("kivi") && (traits.needs_rewrites || traits.needs_single_rows)) continue;
+        if (in_groups && (traits.needs_rewrites || traits.needs_single_rows)) continue;
         if (has("csr") && traits.needs_rewrites) continue;
         if ((has("prefill") && !traits.acts_in_stream) || (has("match") && traits.takes_no_fit) ||
             ((has("pyramid") || has("zigzag") || has("split") || has("ada")) && traits.same_rows))
@@ -217,7 +219,7 @@ TEST(Contract, NothingEvictedEqualsFull) {
         SCOPED_TRACE(spec + ", " + shape.Name());
         const CacheSpec parsed = CacheSpec::Parse(spec);
         std::string full = "full";
-        for (const char* kept : {"f32", "f16", "bf16", "kivi", "think", "csr", "prefill"})
+        for (const char* kept : {"f32", "f16", "bf16", "kivi", "balanced", "think", "csr", "prefill"})
           if (const SpecTerm* term = parsed.Find(kept)) full += "+" + ToString(*term);
         SequenceCache a(MakeConfig(spec, shape, sidecar)), b(MakeConfig(full, shape, sidecar));
         ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));
@@ -315,7 +317,8 @@ TEST(Contract, ProtectedTokensStay) {
       // Refused where it does not fit: some layer has no three rows beside its window.
       EXPECT_NE(std::string(error.what()).find("protected"), std::string::npos) << error.what();
       EXPECT_TRUE(spec.find("pyramid") != std::string::npos || spec == "h2o(heavy=0, recent=11)+f32" ||
-                  spec == "tova(1)+f32" || spec.find("kivi") != std::string::npos)
+                  spec == "tova(1)+f32" || spec.find("kivi") != std::string::npos ||
+                  spec.find("balanced") != std::string::npos)
           << error.what();
       return;
     }
@@ -492,9 +495,11 @@ TEST(Contract, DamagedBytesNeverCrash) {
                            "kvzap(threshold=0.2, window=5)+f32", "full+think(window=3)",
                            "h2o(14)+ada+think(0.6, window=3)", "snapkv(14, window=4)+f32+think(window=5, generated=full)",
                            "full+think(0.5)+kivi(2, group=16, window=32)", "full+think(0.5)+kivi(2, group=16, window=16)",
-                           "h2o(24)+match(every=16)+f32"}) {
+                           "h2o(24)+match(every=16)+f32", "full+balanced(2, group=16, window=16)", "h2o(66)+balanced(3, group=16, window=16)"}) {
     SCOPED_TRACE(spec);
-    const TinyShape& shape = kTinyShapes[std::string(spec).find("kivi") == std::string::npos ? 1 : 3];
+    const std::string text_of(spec);
+    const bool in_groups = text_of.find("kivi") != std::string::npos || text_of.find("balanced") != std::string::npos;
+    const TinyShape& shape = kTinyShapes[in_groups ? 3 : 1];
     const TempSidecar sidecar(shape);
     const Text text = RandomText(shape, 160, 17);
     const auto config = MakeConfig(spec, shape, sidecar, {{1, 2}});
@@ -633,7 +638,7 @@ TEST(Contract, EqualValuesComeOutAsTheyAre) {
     Text text = RandomText(shape, 120, 22);
     for (auto& v : text.v) std::fill(v.begin(), v.end(), 0.75f);
     const bool blocks = spec.find("q8") != std::string::npos || spec.find("q4") != std::string::npos;
-    const bool rotated = spec.find("rotate=true") != std::string::npos;  // scales in f16 of one channel that has it all
+    const bool rotated = spec.find("rotate=true") != std::string::npos || spec.find("balanced") != std::string::npos;  // scales in f16 of one channel that has it all
     for (const Outputs& step : LiveAll(cache, text, UsualLife()))
       for (const auto& layer : step)
         for (float x : layer) ASSERT_NEAR(x, 0.75f, blocks ? 0.75 / 7 : rotated ? 0.75 / 1024 : 1e-5);

@@ -85,7 +85,7 @@ struct MethodTraits {
   bool needs_rewrites = false;        // select, residual
   bool plain_rows = false;            // codec: keys are stored channel by channel, so that some can be left out
   bool needs_plain_rows = false;      // wrap
-  bool fixes_rotation = false;        // wrap: keys cannot be rotated any more once they are stored
+  bool fixes_rotation = false;        // codec, wrap: keys cannot be rotated any more once they are stored
   bool groups_rows = false;           // codec: rows leave in groups
   bool needs_single_rows = false;     // select: rows leave one by one
   bool needs_known_rows = false;      // select, residual, codec: budgets must be known before a prompt, not cut at its end

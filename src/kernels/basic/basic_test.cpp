@@ -53,6 +53,40 @@ TEST_P(BasicTest, SumsAndProducts) {
   }
 }
 
+// Every size of tile and rest, strides of rows and columns, and the same bits whatever else is computed beside a sum.
+TEST_P(BasicTest, SmallProducts) {
+  Rng rng(3);
+  for (const size_t m : {1, 3, 4, 9})
+    for (const size_t n : {1, 5, 16, 20, 64, 131})
+      for (const size_t k : {1, 7, 64}) {
+        const Guarded a(m * k, rng), b(k * (n + 3), rng);
+        Guarded c(m * (n + 1), rng), other(m * (n + 1), rng), one(1, rng);
+        const float* at = a.storage.data() + 1;
+        const float* bt = b.storage.data() + 1;
+        const Guarded before = c;
+        SmallProduct(m, n, k, at, k, 1, bt, n + 3, c.data(), n + 1);
+        std::vector<float> transposed(m * k);
+        for (size_t i = 0; i < m; ++i)
+          for (size_t l = 0; l < k; ++l) transposed[l * m + i] = a[i * k + l];
+        SmallProduct(m, n, k, transposed.data(), 1, m, bt, n + 3, other.data(), n + 1);
+        for (size_t i = 0; i < m; ++i) {
+          for (size_t j = 0; j < n; ++j) {
+            double sum = 0, size = 0;
+            for (size_t l = 0; l < k; ++l) {
+              sum += static_cast<double>(a[i * k + l]) * b[l * (n + 3) + j];
+              size += std::fabs(static_cast<double>(a[i * k + l]) * b[l * (n + 3) + j]);
+            }
+            ASSERT_NEAR(c[i * (n + 1) + j], sum, 1e-6 * size) << m << " " << n << " " << k;
+            ASSERT_EQ(c[i * (n + 1) + j], other[i * (n + 1) + j]);
+            SmallProduct(1, 1, k, at + i * k, k, 1, bt + j, n + 3, one.data(), 1);
+            ASSERT_EQ(one[0], c[i * (n + 1) + j]);
+          }
+          ASSERT_EQ(c[i * (n + 1) + n], before[i * (n + 1) + n]);  // the gap between rows
+        }
+        EXPECT_TRUE(c.Intact());
+      }
+}
+
 TEST_P(BasicTest, ElementwiseOperations) {
   Rng rng(2);
   for (size_t n : kLengths) {

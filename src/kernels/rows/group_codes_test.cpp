@@ -73,6 +73,9 @@ TEST(GroupCodes, BytesAreThoseOfThePaper) {
       const GroupFormat f = Format(side, static_cast<size_t>(bits), static_cast<size_t>(group), 128);
       EXPECT_DOUBLE_EQ(static_cast<double>(UnitBytes(f)) * 8 / static_cast<double>(f.unit_rows() * 128), want);
     }
+  EXPECT_EQ(UnitBytes(Format(RowSide::kKeys, 0, 64, 48)), 96u);
+  EXPECT_FALSE(Supports(Format(RowSide::kValues, 0, 32, 64)));
+  EXPECT_FALSE(Supports(Format(RowSide::kKeys, 1, 32, 64)));
   EXPECT_FALSE(Supports(Format(RowSide::kValues, 2, 32, 80)));
   EXPECT_FALSE(Supports(Format(RowSide::kValues, 2, 128, 64)));
   EXPECT_FALSE(Supports(Format(RowSide::kKeys, 2, 32, 72)));
@@ -362,6 +365,38 @@ TEST_P(GroupCodesIsa, NaNStaysWhereItIs) {
 
 INSTANTIATE_TEST_SUITE_P(Isas, GroupCodesIsa, testing::ValuesIn(AvailableIsas()),
                          [](const auto& isa) { return std::string(IsaName(isa.param)); });
+
+// Keys without bits are the mean of their group, rounded to f16, and score as that, however they are cut.
+TEST(GroupCodes, KeysWithoutBitsAreMeans) {
+  for (const Isa isa : AvailableIsas()) {
+    ForceIsa(isa);
+    const GroupFormat f = Format(RowSide::kKeys, 0, 32, 48);
+    const size_t n = 96;
+    const Stored stored(f, Random(n * 48, 41));
+    const std::vector<float> decoded = stored.Decoded(0, n), q = Random(48 * 5, 42);
+    for (size_t r = 0; r < n; ++r)
+      for (size_t c = 0; c < 48; ++c) {
+        double mean = 0;
+        for (size_t i = r / 32 * 32; i < r / 32 * 32 + 32; ++i) mean += stored.rows[i * 48 + c] / 32;
+        ASSERT_NEAR(decoded[r * 48 + c], mean, 1e-3 * std::fabs(mean) + 1e-6);
+      }
+    EXPECT_EQ(stored.Decoded(30, 7), std::vector<float>(decoded.begin() + 30 * 48, decoded.begin() + 37 * 48));
+    std::vector<float> scores(5 * 100, -1), part(5 * 100, -1);
+    ScoreKeyUnits(f, stored.data(), 0, n, q.data(), 5, scores.data(), 100);
+    ScoreKeyUnits(f, stored.data(), 17, 50, q.data(), 5, part.data(), 100);
+    for (size_t m = 0; m < 5; ++m) {
+      for (size_t r = 0; r < n; ++r) {
+        double want = 0;
+        for (size_t c = 0; c < 48; ++c) want += double(q[c * 5 + m]) * decoded[r * 48 + c];
+        ASSERT_NEAR(scores[m * 100 + r], want, 1e-5);
+      }
+      for (size_t i = 0; i < 50; ++i) ASSERT_EQ(part[m * 100 + i], scores[m * 100 + 17 + i]);
+      ASSERT_EQ(scores[m * 100 + n], -1);
+      ASSERT_EQ(part[m * 100 + 50], -1);
+    }
+  }
+  ForceIsa(BestIsa());
+}
 
 }  // namespace
 }  // namespace lesskv

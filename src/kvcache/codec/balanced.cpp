@@ -14,7 +14,7 @@ class BalancedCodec final : public Codec {
  public:
   BalancedCodec(const KiviOptions& options, std::string artefact) : options_(options), artefact_(std::move(artefact)) {}
   CodecTraits traits() const override {
-    return {.group_rows = options_.group, .window_rows = options_.window, .rewrites_rows = false};
+    return {.group_rows = options_.group, .window_rows = RoundUp(options_.window, options_.group), .rewrites_rows = false};
   }
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<KiviStore>(counter, shape, options_);
@@ -108,7 +108,7 @@ extern const Method kBalancedMethod{
     .reference = "",
     .parameters = kParameters,
     .traits = [](const Arguments&) {
-          return MethodTraits{.rewrites_rows = false, .groups_rows = true, .needs_known_rows = true,
+          return MethodTraits{.rewrites_rows = false, .fixes_rotation = true, .groups_rows = true, .needs_known_rows = true,
                               .reads_sidecar = true};
         },
     .validate = Validate,

@@ -514,6 +514,8 @@ void KiviStore::CodeRows(Head& head, const ExactRows& staging, const Kept& kept,
         keys, values, head.Capacity());
   CodeKeys(head, staging, kept, keys);
   CodeValues(head, staging, kept, values);
+  head.sink_keys = std::min(head.sink_keys, keys);
+  head.sink_values = std::min(head.sink_values, values);
   KeepExactKeys(head, staging, kept.n - keys);
   KeepExactValues(head, staging, kept.n - values);
 }
@@ -603,15 +605,19 @@ void KiviStore::KeepExactValues(Head& head, const ExactRows& staging, size_t n) 
 
 // ---- Saved state
 
+void KiviStore::SaveSinks(const Head& head, ByteWriter& out) {
+  for (const size_t n : {head.sink_keys, head.sink_values}) out.Put<uint64_t>(n);
+  const size_t row_bytes = head.formats->exact.keys.head_dim * sizeof(uint16_t);
+  for (size_t row = 0; row < head.sink_keys; ++row) out.Raw(head.Sink(RowSide::kKeys, row), row_bytes);
+  for (size_t row = 0; row < head.sink_values; ++row) out.Raw(head.Sink(RowSide::kValues, row), row_bytes);
+}
+
 void KiviStore::Save(ByteWriter& out) const {
   for (const Head& head : heads_) {
     const Formats& f = *head.formats;
     for (const size_t n : {head.n_rows, head.coded_keys, head.coded_values}) out.Put<uint64_t>(n);
     if (sets_ && head.n_rows > 0) sets_->Save(head.index, out);
-    if (head.n_sinks > 0) {
-      for (const size_t n : {head.sink_keys, head.sink_values}) out.Put<uint64_t>(n);
-      out.Raw(head.sinks.data(), head.sinks.size());
-    }
+    if (head.n_sinks > 0) SaveSinks(head, out);
     for (size_t unit = 0; unit < head.coded_keys / f.group; ++unit)
       for (size_t part = 0; part < f.keys.size(); ++part) out.Raw(head.KeyUnit(part, unit), UnitBytes(f.keys[part]));
     for (size_t unit = 0; unit < CeilDiv(head.coded_values, kTileRows); ++unit)
@@ -632,7 +638,9 @@ void KiviStore::LoadSinks(Head& head, size_t keys, size_t values, ByteReader& in
   head.sinks = CountedBuffer(*counter_, 2 * head.n_sinks * head.formats->exact.keys.head_dim * sizeof(uint16_t));
   head.sink_keys = in.Count(std::min(keys, head.n_sinks), "a head's number of exact first keys");
   head.sink_values = in.Count(std::min(values, head.n_sinks), "a head's number of exact first values");
-  in.Raw(head.sinks.data(), head.sinks.size());
+  const size_t row_bytes = head.formats->exact.keys.head_dim * sizeof(uint16_t);
+  for (size_t row = 0; row < head.sink_keys; ++row) in.Raw(head.Sink(RowSide::kKeys, row), row_bytes);
+  for (size_t row = 0; row < head.sink_values; ++row) in.Raw(head.Sink(RowSide::kValues, row), row_bytes);
 }
 
 void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {

@@ -30,6 +30,7 @@
 #include <span>
 #include <vector>
 
+#include "base/checked.h"
 #include "kernels/rows/group_codes.h"
 #include "kvcache/codec/channel_sets.h"
 #include "kvcache/codec/codec.h"
@@ -68,8 +69,8 @@ struct KiviOptions {
     if (!lags) return n % exact_window;
     return n < exact_window + group ? n : exact_window + (n - exact_window) % group;
   }
-  // The most keys and values that are exact between steps.
-  size_t WindowRoom(size_t exact_window) const { return exact_window + (lags ? group : 0); }
+  // Room for the most keys and values that are exact between steps.
+  size_t WindowRoom(size_t exact_window) const { return RoundUp(exact_window + (lags ? group : 0), kTileRows); }
 };
 
 // The widths of the parts of a head's channels that keys of so many bits have behind a matrix, and the bits of each: a
@@ -180,6 +181,7 @@ class KiviStore final : public KvStore {
   void CodeValues(Head& head, const ExactRows& staging, const Kept& kept, size_t values);
   void KeepExactKeys(Head& head, const ExactRows& staging, size_t n);
   void KeepExactValues(Head& head, const ExactRows& staging, size_t n);
+  static void SaveSinks(const Head& head, ByteWriter& out);
   void LoadSinks(Head& head, size_t keys, size_t values, ByteReader& in);
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
 

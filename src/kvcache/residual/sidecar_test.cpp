@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "format/gguf_writer.h"
+#include "kvcache/codec/key_bases.h"
 #include "kvcache/residual/feature_maps.h"
 
 namespace lesskv {
@@ -199,6 +200,35 @@ TEST(Sidecar, Dictionaries) {
   EXPECT_TRUE(says(refused([&](auto& b) { b.key_of = {1, 0, 0}; }), "csr.key_dictionaries must number dictionaries in order"));
   EXPECT_TRUE(says(refused([&](auto& b) { b.key_of = {0, 0, 0}; }), "csr.keys must have shape [4, 3, 1, 1]"));
   EXPECT_TRUE(says(refused([&](auto& b) { b.key_of = {0, 1}; }), "csr.value_dictionaries must be of 2 layers"));
+}
+
+// Matrices alone, and what they must not hold.
+TEST(Sidecar, MatricesOfKeys) {
+  Sidecar sidecar;
+  sidecar.model_name = "tiny";
+  SidecarBalance& b = sidecar.balance;
+  b = {.head_dim = 2, .n_kv_heads = {1, 2}, .keys = {}, .tokens = 99, .positions = 4096};
+  const uint16_t one = 0x3c00, half = 0x3800;
+  for (size_t i = 0; i < 3; ++i) b.keys.insert(b.keys.end(), {one, half, 0, one});
+  const std::string path = TempPath("balance.less.gguf");
+  WriteSidecar(path, sidecar);
+  EXPECT_TRUE(ReadSidecar(path).balance == b);
+  EXPECT_FALSE(ReadSidecar(path).has_maps());
+  const auto refused = [&](const std::function<void(SidecarBalance&)>& damage) {
+    Sidecar bad = sidecar;
+    damage(bad.balance);
+    WriteSidecar(path, bad);
+    return Refusal(ErrorCode::kBadFile, [&] { ReadSidecar(path); });
+  };
+  const auto says = [](const std::string& message, const char* what) { return message.find(what) != std::string::npos; };
+  EXPECT_TRUE(says(refused([&](auto& bad) { bad.keys[5] = 0x7c00; }), "balance.keys holds a number that is not finite"));
+  EXPECT_TRUE(says(refused([&](auto& bad) { bad.n_kv_heads = {1, 1}; }), "balance.keys must have shape [2, 2, 2, 1]"));
+  EXPECT_TRUE(says(refused([&](auto& bad) { bad.n_kv_heads = {0, 3}; }), "balance.head_count_kv must hold numbers between 1"));
+
+  EXPECT_EQ(KeyBases::Create(b, {2}, path)->Bytes(), 3 * 2 * 4 * sizeof(float));
+  b.keys = {one, half, 0, one, one, half, one, half, 0, one, one, half};
+  const std::string singular = Refusal(ErrorCode::kBadFile, [&] { KeyBases::Create(b, {2}, path); });
+  EXPECT_TRUE(says(singular, "a matrix that cannot be inverted, that of head 1")) << singular;
 }
 
 }  // namespace
