@@ -57,6 +57,9 @@ TEST(Registry, KnownPairs) {
   EXPECT_FALSE(conflict("ada", "pyramid"));
   EXPECT_FALSE(conflict("kivi", "think"));
   EXPECT_TRUE(conflict("csr", "think"));
+  EXPECT_TRUE(conflict("balanced", "think"));
+  EXPECT_TRUE(conflict("cascade", "balanced"));
+  EXPECT_FALSE(conflict("h2o", "balanced"));
   for (const char* other : {"full", "window", "tova", "prefill"}) EXPECT_TRUE(conflict(other, "ada")) << other;
   for (const Method* a : Methods())
     for (const Method* b : Methods()) EXPECT_EQ(Conflict(*a, *b).has_value(), Conflict(*b, *a).has_value());

@@ -42,6 +42,7 @@ THREE_BITS = ["full+q4+recent", "full+q4(rotate=true)+recent", "full+mix(k=q8, v
 STREAMED = ["full", "full+q4", "full+q4(rotate=true)+recent", "full+kivi(4, group=64)", "full+kivi(k=4, v=3, group=64)", "full+kivi(3, group=64)",
             "full+kivi(k=3, v=2, group=128)"]
 FITTED = ["full+kivi(k=4, v=3, group=64, window=64, rotate=true)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"]
+BALANCED = ["full+balanced(2)", "full+balanced(k=3, v=2)", "full+balanced(3)", "full+balanced(4)"]
 SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o", "tova", "snapkv")]
 BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + ["h2o(10%)+split"]
 TRAINED_SCORES = ["kvzap(10%, scope=head)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
@@ -57,6 +58,8 @@ TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent"
 COMBINED = ["h2o(10%)+less+q4(rotate=true)+recent", "h2o(20%)+less+q4(rotate=true)+recent", "h2o(20%)+split+less+q4(rotate=true)+recent",
             "h2o(40%)+split+q4(rotate=true)+recent"]
 DIVIDED = ["h2o(10%)+split+less+q4(rotate=true)+recent", "h2o(20%)+split+q4(rotate=true)+recent"]
+BALANCED_TOGETHER = ["h2o(50%)+split+balanced(2)", "h2o(40%)+split+balanced(3)", "h2o(40%)+split+less+balanced(2)", "h2o(20%)+split+less+balanced(3)",
+                     "h2o(20%)+split+balanced(3)"]
 QWEN_TOGETHER = ["full+mix(k=q8, v=q4)+recent", "h2o(40%)+split+mix(k=q8, v=q4)+recent", "h2o(20%)+split+mix(k=q8, v=q4)+recent"]
 
 # The longer text, and the larger model, get a part of all that.
@@ -115,6 +118,13 @@ def runs():
   divergence("bits", "qwen", 2048, 2, ["full+kivi(2)", "full+kivi(k=4, v=2)"])
   divergence("bits", "qwen", 2048, 2, QWEN)
   divergence("bits", "smollm2", 4096, 3, LONG)
+  for model, windows in (("smollm2", 4), ("qwen", 2)):
+    divergence("balanced", model, 2048, windows, BALANCED)
+    divergence("balanced together", model, 2048, windows, BALANCED_TOGETHER)
+  divergence("balanced", "smollm2", 4096, 3, [*BALANCED[:3], "full+kivi(2)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"])
+  divergence("balanced", "qwen", 4096, 1, ["full", *BALANCED[:3], "full+kivi(2)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"])
+  for model, windows in (("smollm2", 3), ("qwen", 1)):
+    bits(model, 4096, windows, ["full", *BALANCED])
   for spec in NEEDLES:
     out.append(("ruler smollm2", "smollm2", ["ruler", "--task", ",".join(RULER_TASKS), "--length", "1400", "-c", "1536", "--samples", "10", "--ask", "after",
                                              "--keep", "4", "--compute", "int8", "--text", "TEXT", "--kv", spec]))
@@ -165,12 +175,12 @@ def measure(args) -> None:
 # -- the page
 
 SECTIONS = (  # runs whose names begin so, title
-  (("bits", "three bits"), "Rows of few bits"),
+  (("bits", "three bits", "balanced smollm2", "balanced qwen"), "Rows of few bits"),
   (("rows",), "Which rows stay"),
   (("budgets",), "Where the rows go"),
   (("states",), "What is left of the others"),
   (("recall",), "Recall, merging, trained scores"),
-  (("together",), "Together"),
+  (("together", "balanced together"), "Together"),
 )
 COLOURS = {"few bits": "#d95f02", "rows": "#1b9e77", "divided rows": "#7570b3", "state or fit": "#e7298a", "recall": "#666666", "together": "#1f78b4"}
 
@@ -188,7 +198,7 @@ def bits(row) -> float:
 
 def family(spec) -> str:
   terms = spec.split("+")
-  codec = any(t.startswith(("q8", "q4", "mix", "kivi", "csr", "think")) for t in terms)
+  codec = any(t.startswith(("q8", "q4", "mix", "kivi", "balanced", "csr", "think")) for t in terms)
   if "cluster" in spec:
     return "recall"
   if codec:
