@@ -2,7 +2,7 @@
 """Measures the tables and the picture of docs/results.md on pretrained models with `lesskv eval`.
 
   real_models.py --text wiki.test.raw --model smollm2=FILE.gguf --model qwen=FILE.gguf [--books FILE ...] [--tech FILE ...] [--lesskv PROGRAM] [--jobs 2]
-                 [--only WORD ...]
+                 [--csr smollm2=FILE] [--only WORD ...]
   real_models.py --render
 
 Every finished run is a line of real_models.jsonl beside this script, under its command line and the model's identity; running again does what is
@@ -43,6 +43,8 @@ STREAMED = ["full", "full+q4", "full+q4(rotate=true)+recent", "full+kivi(4, grou
             "full+kivi(k=3, v=2, group=128)"]
 FITTED = ["full+kivi(k=4, v=3, group=64, window=64, rotate=true)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"]
 BALANCED = ["full+balanced(2)", "full+balanced(k=3, v=2)", "full+balanced(3)", "full+balanced(4)"]
+# The codec's own dictionaries stand in a file of their own (`lesskv train csr`), not in the sidecar that comes with the project.
+CSR = [f'full+csr({n}, file="DICTIONARIES")' for n in (4, 8, 16)]
 SELECTORS = [f"{s}({b})" for b in ("5%", "10%", "20%") for s in ("window", "h2o", "tova", "snapkv")]
 BUDGETS = [f"snapkv(10%)+{t}" for t in ("pyramid", "zigzag", "ada", "pooled", "split")] + ["h2o(10%)+split"]
 TRAINED_SCORES = ["kvzap(10%, scope=head)", "kvzap(10%)+pooled", "kvzap(10%)+split"]
@@ -58,8 +60,9 @@ TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent"
 COMBINED = ["h2o(10%)+less+q4(rotate=true)+recent", "h2o(20%)+less+q4(rotate=true)+recent", "h2o(20%)+split+less+q4(rotate=true)+recent",
             "h2o(40%)+split+q4(rotate=true)+recent"]
 DIVIDED = ["h2o(10%)+split+less+q4(rotate=true)+recent", "h2o(20%)+split+q4(rotate=true)+recent"]
-BALANCED_TOGETHER = ["h2o(50%)+split+balanced(2)", "h2o(40%)+split+balanced(3)", "h2o(40%)+split+less+balanced(2)", "h2o(20%)+split+less+balanced(3)",
-                     "h2o(20%)+split+balanced(3)"]
+SMALL_GROUPS = "group=32, window=32"  # budgets of few rows, where a head must keep two groups
+BALANCED_TOGETHER = ["h2o(50%)+balanced(2)", f"h2o(50%)+split+balanced(2, {SMALL_GROUPS})", f"h2o(40%)+split+balanced(3, {SMALL_GROUPS})",
+                     f"h2o(40%)+split+less+balanced(2, {SMALL_GROUPS})", f"h2o(20%)+less+balanced(3, {SMALL_GROUPS})"]
 QWEN_TOGETHER = ["full+mix(k=q8, v=q4)+recent", "h2o(40%)+split+mix(k=q8, v=q4)+recent", "h2o(20%)+split+mix(k=q8, v=q4)+recent"]
 
 # The longer text, and the larger model, get a part of all that.
@@ -123,6 +126,8 @@ def runs():
     divergence("balanced together", model, 2048, windows, BALANCED_TOGETHER)
   divergence("balanced", "smollm2", 4096, 3, [*BALANCED[:3], "full+kivi(2)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"])
   divergence("balanced", "qwen", 4096, 1, ["full", *BALANCED[:3], "full+kivi(2)", "full+kivi(k=3, v=2, group=64, window=64, rotate=true)"])
+  for ctx, windows in ((2048, 2), (4096, 1)):
+    divergence("csr", "smollm2", ctx, windows, CSR)
   for model, windows in (("smollm2", 3), ("qwen", 1)):
     bits(model, 4096, windows, ["full", *BALANCED])
   for spec in NEEDLES:
@@ -151,6 +156,11 @@ def execute(args, lock, name, model, arguments) -> None:
     return
   given = [*arguments[:at], *[a for f in files for a in ("--text", f)], *arguments[at + 2:]]
   begin = time.time()
+  if any("DICTIONARIES" in a for a in given):
+    if model not in args.csr:
+      print(f"{name}: left out, no --csr {model}=FILE", file=sys.stderr)
+      return
+    given = [a.replace("DICTIONARIES", str(args.csr[model])) for a in given]
   done = subprocess.run([str(args.lesskv), "eval", given[0], "-m", str(args.models[model]), "-t", "1", "-o", "json", *given[1:]],
                         capture_output=True, text=True)
   if done.returncode != 0:
@@ -175,7 +185,7 @@ def measure(args) -> None:
 # -- the page
 
 SECTIONS = (  # runs whose names begin so, title
-  (("bits", "three bits", "balanced smollm2", "balanced qwen"), "Rows of few bits"),
+  (("bits", "three bits", "balanced smollm2", "balanced qwen", "csr"), "Rows of few bits"),
   (("rows",), "Which rows stay"),
   (("budgets",), "Where the rows go"),
   (("states",), "What is left of the others"),
@@ -379,13 +389,14 @@ def main() -> None:
   parser.add_argument("--books", action="append", default=[], help="held-out books; may be repeated")
   parser.add_argument("--tech", action="append", default=[], help="technical prose that nothing was trained on; may be repeated")
   parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help=f"NAME one of {', '.join(MODELS)}")
+  parser.add_argument("--csr", action="append", default=[], metavar="NAME=FILE", help="dictionaries of `lesskv train csr` for a model")
   parser.add_argument("--lesskv", type=Path, default=ROOT / "build/release/apps/lesskv/lesskv")
   parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
   parser.add_argument("--only", action="append")
   parser.add_argument("--render", action="store_true", help="only write the page")
   args = parser.parse_args()
   args.texts = {"TEXT": [str(args.text)] if args.text else [], "BOOKS": args.books, "TECH": args.tech}
-  args.models = dict(m.split("=", 1) for m in args.model)
+  args.models, args.csr = (dict(m.split("=", 1) for m in given) for given in (args.model, args.csr))
   if unknown := set(args.models) - set(MODELS):
     parser.error(f"no model named {', '.join(sorted(unknown))}")
   measure(args)

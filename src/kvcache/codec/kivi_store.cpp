@@ -62,21 +62,10 @@ uint16_t* KiviStore::Head::Sink(RowSide side, size_t row) const {
 }
 
 template <typename F>
-void KiviStore::Head::ForKeyBlocks(size_t part, size_t first, size_t n, F&& f) const {
+void KiviStore::Head::ForBlocks(size_t first, size_t n, F&& f) const {
   for (size_t done = 0; done < n;) {
-    const size_t row = (first + done) % block_rows, block = (first + done) / block_rows * block_rows;
-    const size_t count = std::min(n - done, block_rows - row);
-    f(KeyUnit(part, block / formats->group), row, count, done);
-    done += count;
-  }
-}
-
-template <typename F>
-void KiviStore::Head::ForValueBlocks(size_t first, size_t n, F&& f) const {
-  for (size_t done = 0; done < n;) {
-    const size_t row = (first + done) % block_rows, block = (first + done) / block_rows * block_rows;
-    const size_t count = std::min(n - done, block_rows - row);
-    f(ValueUnit(block / kTileRows), row, count, done);
+    const size_t row = (first + done) % block_rows, count = std::min(n - done, block_rows - row);
+    f(first + done - row, row, count, done);
     done += count;
   }
 }
@@ -110,16 +99,16 @@ void KiviStore::Head::ExpandKeys(size_t first, size_t n, float* out, size_t stri
 void KiviStore::Head::ExpandParts(size_t first, size_t n, float* out, size_t stride) const {
   for (size_t part = 0; part < formats->keys.size(); ++part) {
     const GroupFormat& f = formats->keys[part];
-    ForKeyBlocks(part, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-      ExpandKeyUnits(f, units, row, count, out + done, stride);
+    ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
+      ExpandKeyUnits(f, KeyUnit(part, block / f.group), row, count, out + done, stride);
     });
     out += f.head_dim * stride;
   }
 }
 
 void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t stride) const {
-  ForValueBlocks(first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-    ExpandValueUnits(formats->values, units, row, count, out + done * stride, stride);
+  ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
+    ExpandValueUnits(formats->values, ValueUnit(block / kTileRows), row, count, out + done * stride, stride);
   });
   const size_t d = formats->values.head_dim;
   for (size_t i = 0; i < n && formats->hadamard_block > 0; ++i) Hadamard(out + i * stride, d, formats->hadamard_block);
@@ -134,8 +123,8 @@ void KiviStore::Head::CodedScores(size_t first, size_t n, const float* q, size_t
     const GroupFormat& f = formats->keys[part];
     float* to = part == 0 ? scores : more;
     const size_t to_stride = part == 0 ? stride : kMaxRows;
-    ForKeyBlocks(part, first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-      ScoreKeyUnits(f, units, row, count, q, n_queries, to + done, to_stride);
+    ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
+      ScoreKeyUnits(f, KeyUnit(part, block / f.group), row, count, q, n_queries, to + done, to_stride);
     });
     for (size_t m = 0; m < n_queries && part > 0; ++m) Add(scores + m * stride, more + m * kMaxRows, n);
     q += f.head_dim * n_queries;
@@ -179,8 +168,8 @@ void KiviStore::Head::ScoreSink(size_t row, const float* q, size_t stacked, floa
 
 void KiviStore::Head::AddCodedValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
                                      float* out, size_t out_stride) const {
-  ForValueBlocks(first, n, [&](const std::byte* units, size_t row, size_t count, size_t done) {
-    AddValueUnits(formats->values, units, row, count, weights + done, stride, stacked, out, out_stride);
+  ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
+    AddValueUnits(formats->values, ValueUnit(block / kTileRows), row, count, weights + done, stride, stacked, out, out_stride);
   });
 }
 

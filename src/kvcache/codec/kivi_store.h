@@ -51,7 +51,6 @@ struct KiviOptions {
   // fitted scales lose without it, as they cut off the same channel of every token.
   bool rotate = false;
   double pruned = 0;  // share of the channels that coded keys lack, so that a multiple of kGroupedChannels stays
-
   size_t sinks = 0;     // first rows that stay exact beside their codes; at most the group
   bool lags = false;    // keys wait until `window` newer ones are exact
   std::shared_ptr<const KeyBases> bases = nullptr;  // null: keys are coded as they are
@@ -132,12 +131,9 @@ class KiviStore final : public KvStore {
     std::span<const uint16_t> Channels() const { return sets == nullptr ? std::span<const uint16_t>() : sets->Kept(index); }
     size_t Capacity() const { return blocks.size() * block_rows; }
     uint16_t* Sink(RowSide side, size_t row) const;
-    // Calls f(first unit of a block, first row in it, n, rows done) for the stretches of slots [first, first + n) of a
-    // part of the keys, or of the values.
+    // Calls f(first row of a block, first row in it, n, rows done) for the stretches of rows [first, first + n).
     template <typename F>
-    void ForKeyBlocks(size_t part, size_t first, size_t n, F&& f) const;
-    template <typename F>
-    void ForValueBlocks(size_t first, size_t n, F&& f) const;
+    void ForBlocks(size_t first, size_t n, F&& f) const;
 
     // Scores of at most KeyBases::kMostAtOnce queries, q[c * n_queries + m], with the channels as they are coded.
     void CodedScores(size_t first, size_t n, const float* q, size_t n_queries, float* scores, size_t stride) const;
@@ -167,7 +163,7 @@ class KiviStore final : public KvStore {
     return staging_[defers_ ? table_(layer, kv_head) : kv_head];
   }
   size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
-  // Rows coded at most once a head has so many.
+  // Of a block with room for so many rows.
   static size_t BlockBytes(const Formats& formats, size_t rows);
   void ResizeWindow(Head& head, size_t rows);
   void ResizeArena(Head& head, size_t rows);
