@@ -60,9 +60,9 @@ TOGETHER = ["h2o(20%)+q4(rotate=true)+recent", "h2o(40%)+q4(rotate=true)+recent"
 COMBINED = ["h2o(10%)+less+q4(rotate=true)+recent", "h2o(20%)+less+q4(rotate=true)+recent", "h2o(20%)+split+less+q4(rotate=true)+recent",
             "h2o(40%)+split+q4(rotate=true)+recent"]
 DIVIDED = ["h2o(10%)+split+less+q4(rotate=true)+recent", "h2o(20%)+split+q4(rotate=true)+recent"]
-SMALL_GROUPS = "group=32, window=32"  # budgets of few rows, where a head must keep two groups
-BALANCED_TOGETHER = ["h2o(50%)+balanced(2)", f"h2o(50%)+split+balanced(2, {SMALL_GROUPS})", f"h2o(40%)+split+balanced(3, {SMALL_GROUPS})",
-                     f"h2o(40%)+split+less+balanced(2, {SMALL_GROUPS})", f"h2o(20%)+less+balanced(3, {SMALL_GROUPS})"]
+SMALL_GROUPS = "group=32, window=32"  # where few rows stay: a head must keep three groups
+BALANCED_TOGETHER = ["h2o(50%)+balanced(2)", f"h2o(50%)+split(96)+balanced(2, {SMALL_GROUPS})", f"h2o(40%)+split(96)+less+balanced(2, {SMALL_GROUPS})",
+                     f"h2o(20%)+split(96)+less+balanced(3, {SMALL_GROUPS})", f"h2o(20%)+less+balanced(3, {SMALL_GROUPS})"]
 QWEN_TOGETHER = ["full+mix(k=q8, v=q4)+recent", "h2o(40%)+split+mix(k=q8, v=q4)+recent", "h2o(20%)+split+mix(k=q8, v=q4)+recent"]
 
 # The longer text, and the larger model, get a part of all that.
