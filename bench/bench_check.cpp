@@ -168,7 +168,7 @@ void CheckSteps(Guard& guard) {
     double most, most_avx2;  // times the window's
   } bounds[] = {{"window(4096)", 1, 1},       {"h2o(4096)", 1.15, 1.40},  {"tova(4096)", 1.15, 1.40},
                 {"h2o(4096)+less", 1.40, 1.75}, {"full+q8", 0.95, 1.20},    {"full+q4", 0.95, 1.20},
-                {"full+kivi(2)", 1.15, 1.60}};
+                {"full+kivi(2)", 0.80, 1.10}, {"full+kivi(4)", 0.95, 1.35}};
   const CacheShape shape = CacheShape::Uniform(2, 32, 8, 64, 2 * kRows, {.n_dims = 64}, AutoCompute());
   std::vector<std::string> specs;
   for (const auto& bound : bounds) specs.push_back(bound.spec);

@@ -37,9 +37,18 @@ constexpr size_t CodesAWord(size_t bits) { return bits == 4 ? 8 : 16; }
 constexpr size_t QuadsAWord(size_t bits) { return CodesAWord(bits) / kQuad; }
 constexpr size_t WordBits(size_t bits) { return bits == 4 ? 4 : 2; }  // of a code: the third bit is in the tail
 
-// Queries and weights are rounded relative to the largest to two signed bytes, high * 128 + low.
-constexpr size_t kParts = 2;
-constexpr float kMost = 127 * 128;
+// What queries and weights become, relative to the largest.
+enum class Rounding {
+  kTwoBytes,  // signed ones, high * 128 + low
+  kCentred,   // a signed byte; what that loses of its products with the middle of the codes is put back
+  kCarried,   // an unsigned byte; what it loses is added to the number 16 places on, so that sums keep what many lose
+};
+constexpr Rounding KeyRounding(size_t bits) { return bits == 2 ? Rounding::kCentred : Rounding::kTwoBytes; }
+constexpr Rounding ValueRounding(size_t bits) { return bits == 2 ? Rounding::kCarried : Rounding::kTwoBytes; }
+constexpr size_t Parts(Rounding r) { return r == Rounding::kTwoBytes ? 2 : 1; }
+constexpr float Most(Rounding r) { return r == Rounding::kTwoBytes ? 127 * 128 : r == Rounding::kCentred ? 127 : 254; }
+constexpr size_t LargestByte(Rounding r) { return r == Rounding::kCarried ? 255 : 127; }
+constexpr float kMiddle = 1.5f;  // of codes of two bits
 
 // The parts of a unit.
 struct Unit {
@@ -88,37 +97,47 @@ HWY_INLINE V LoadHalf(const uint16_t* p) {
   return hn::PromoteTo(D(), hn::LoadU(DHalf(), reinterpret_cast<const hwy::float16_t*>(p)));
 }
 
-// Sums of products of codes with lists of signed bytes, four neighbours in a 32-bit lane. Without an instruction for that
-// x86 adds them up in 16 bits, which hold the products of WordsAFlush words, and then in 32.
+// Sums of products of codes with lists of bytes, signed or not, four neighbours in a 32-bit lane. Without an instruction
+// for that x86 adds them up in 16 bits, which hold the products of WordsAFlush words, and then in 32.
 #undef LESSKV_QUAD_TARGET
 #if HWY_TARGET == HWY_AVX3
 #define LESSKV_QUAD_TARGET __attribute__((target(HWY_TARGET_STR ",avx512vnni")))
-using Sums = int32_t __attribute__((vector_size(64)));
+using Sums = VI;
 constexpr bool kSumsIn16 = false;
 
 // The instruction set level promises VNNI where it lets Highway have AVX-512 (cpu.h).
+template <bool kSigned>
 HWY_INLINE LESSKV_QUAD_TARGET void AddQuads(VU codes, VI list, Sums& sums) {
-  sums = __builtin_bit_cast(Sums, _mm512_dpbusd_epi32(__builtin_bit_cast(__m512i, sums), codes.raw, list.raw));
+  const __m512i c = codes.raw, x = list.raw;
+  sums.raw = kSigned ? _mm512_dpbusd_epi32(sums.raw, c, x) : _mm512_dpbusd_epi32(sums.raw, x, c);
 }
-HWY_INLINE VI Total(Sums sums) { return VI{__builtin_bit_cast(__m512i, sums)}; }
+HWY_INLINE VI Total(Sums sums) { return sums; }
 #elif HWY_TARGET == HWY_AVX2
 #define LESSKV_QUAD_TARGET
-using Sums = int16_t __attribute__((vector_size(32)));
+using Sums = hn::Vec<hn::Repartition<int16_t, D>>;
 constexpr bool kSumsIn16 = true;
 
+template <bool kSigned>
 HWY_INLINE void AddQuads(VU codes, VI list, Sums& sums) {
-  sums += __builtin_bit_cast(Sums, _mm256_maddubs_epi16(codes.raw, list.raw));
+  const __m256i c = codes.raw, x = list.raw;
+  sums.raw = _mm256_add_epi16(sums.raw, kSigned ? _mm256_maddubs_epi16(c, x) : _mm256_maddubs_epi16(x, c));
 }
-HWY_INLINE VI Total(Sums sums) {
-  return VI{_mm256_madd_epi16(__builtin_bit_cast(__m256i, sums), _mm256_set1_epi16(1))};
-}
+HWY_INLINE VI Total(Sums sums) { return VI{_mm256_madd_epi16(sums.raw, _mm256_set1_epi16(1))}; }
+HWY_INLINE void Keep(Sums& sums) { asm("" : "+x"(sums.raw)); }
 #else
 #define LESSKV_QUAD_TARGET
 using Sums = VI;
 constexpr bool kSumsIn16 = false;
 
+template <bool kSigned>
 HWY_INLINE void AddQuads(VU codes, VI list, Sums& sums) {
 #if HWY_ARCH_ARM_A64
+  if (!kSigned) {
+    const uint8x16_t c = vreinterpretq_u8_u32(codes.raw), x = vreinterpretq_u8_s32(list.raw);
+    const uint16x8_t some = vpaddq_u16(vmull_u8(vget_low_u8(c), vget_low_u8(x)), vmull_high_u8(c, x));
+    sums.raw = vreinterpretq_s32_u32(vpadalq_u16(vreinterpretq_u32_s32(sums.raw), some));
+    return;
+  }
   const int8x16_t c = vreinterpretq_s8_u32(codes.raw), x = vreinterpretq_s8_s32(list.raw);
   sums.raw = vpadalq_s16(sums.raw, vpaddq_s16(vmull_s8(vget_low_s8(c), vget_low_s8(x)), vmull_high_s8(c, x)));
 #else
@@ -126,18 +145,19 @@ HWY_INLINE void AddQuads(VU codes, VI list, Sums& sums) {
   const DI di;
   for (int shift = 0; shift < 32; shift += 8) {
     const VI code = hn::BitCast(di, hn::And(hn::ShiftRightSame(codes, shift), hn::Set(du, 0xffu)));
-    sums = hn::Add(sums, hn::Mul(code, hn::ShiftRight<24>(hn::ShiftLeftSame(list, 24 - shift))));
+    const VI signed_byte = hn::ShiftRight<24>(hn::ShiftLeftSame(list, 24 - shift));
+    sums = hn::Add(sums, hn::Mul(code, kSigned ? signed_byte : hn::And(signed_byte, hn::Set(di, 0xff))));
   }
 #endif
 }
 HWY_INLINE VI Total(Sums sums) { return sums; }
 #endif
 
-HWY_INLINE Sums NoSums() { return __builtin_bit_cast(Sums, hn::Zero(DI()).raw); }
+HWY_INLINE Sums NoSums() { return __builtin_bit_cast(Sums, hn::Zero(DI())); }
 
-// Words whose products 16 bits hold: 2 * 127 * the largest code a quad.
-constexpr size_t WordsAFlush(size_t bits) {
-  return 32767 / (2 * 127 * ((size_t{1} << bits) - 1)) / QuadsAWord(bits);
+// Words whose products 16 bits hold: two bytes times the largest code a quad.
+constexpr size_t WordsAFlush(size_t bits, Rounding rounding) {
+  return 32767 / (2 * LargestByte(rounding) * ((size_t{1} << bits) - 1)) / QuadsAWord(bits);
 }
 // What is multiplied at once: as many sums as registers hold, of lists and of columns.
 constexpr size_t kMostLists = kLanes == 16 ? 8 : 4;
@@ -151,6 +171,23 @@ HWY_INLINE void ForColumns(size_t n, F&& f) {
   if (c < n) f(c, std::integral_constant<size_t, 16>());
 }
 
+// What is fetched while bytes are read: those `distance` further on, or behind `stop` those of the units read next.
+struct Ahead {
+  uintptr_t stop;
+  uintptr_t distance, jump;  // modulo 2^64
+
+  // While units [first, last) of a run are read, and then those from `next` on (none: null).
+  static Ahead While(const UnitRun& run, size_t last, size_t distance, const std::byte* next) {
+    const auto stop = reinterpret_cast<uintptr_t>(run.units + last * run.unit_bytes);
+    return {stop, distance, next == nullptr ? -distance : reinterpret_cast<uintptr_t>(next) - stop};
+  }
+  // The line of p.
+  HWY_INLINE void Fetch(const void* p) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(p) + distance;
+    __builtin_prefetch(reinterpret_cast<const char*>(at < stop ? at : at + jump));
+  }
+};
+
 // The third bits of the 16 codes of a word: bit 2 of the bytes of the first quad, bit 3 of the second's, and so on.
 HWY_INLINE VU HighBits(const uint16_t* tails) {
   const DU du;
@@ -160,18 +197,22 @@ HWY_INLINE VU HighBits(const uint16_t* tails) {
 }
 
 // Adds the products of the lists, which are list_stride bytes apart, with the codes of one word (and its tail) in each lane.
-template <size_t kBits, size_t kLists, size_t kVectors>
+template <size_t kBits, bool kSigned, size_t kLists, size_t kVectors>
 HWY_INLINE LESSKV_QUAD_TARGET void AddWord(const uint32_t* words, const uint16_t* tails, const int8_t* lists,
-                                           size_t list_stride, Sums (&sum)[kLists][kVectors]) {
+                                           size_t list_stride, const Ahead& ahead, Sums (&sum)[kLists][kVectors]) {
   const DU du;
   constexpr uint32_t kMask = ((1u << WordBits(kBits)) - 1) * 0x01010101u;
   VU word[kVectors], high[kVectors];
+#pragma GCC unroll 16
   for (size_t v = 0; v < kVectors; ++v) {
+    if (v * kLanes % 16 == 0) ahead.Fetch(words + v * kLanes);
     word[v] = hn::LoadU(du, words + v * kLanes);
     if constexpr (kBits == 3) high[v] = HighBits(tails + v * kLanes);
   }
+  if (kBits == 3) ahead.Fetch(tails);
   for (size_t quad = 0; quad < QuadsAWord(kBits); ++quad) {
     VU code[kVectors];
+#pragma GCC unroll 16
     for (size_t v = 0; v < kVectors; ++v) {
       code[v] = hn::And(word[v], hn::Set(du, kMask));
       word[v] = hn::ShiftRight<static_cast<int>(WordBits(kBits))>(word[v]);
@@ -180,56 +221,84 @@ HWY_INLINE LESSKV_QUAD_TARGET void AddWord(const uint32_t* words, const uint16_t
         high[v] = hn::ShiftRight<1>(high[v]);
       }
     }
+#pragma GCC unroll 16
     for (size_t l = 0; l < kLists; ++l) {
       int32_t four;
       hwy::CopyBytes<4>(lists + l * list_stride + quad * kQuad, &four);
       const VI list = hn::Set(DI(), four);
-      for (size_t v = 0; v < kVectors; ++v) AddQuads(code[v], list, sum[l][v]);
+#pragma GCC unroll 16
+      for (size_t v = 0; v < kVectors; ++v) {
+        AddQuads<kSigned>(code[v], list, sum[l][v]);
+#if HWY_TARGET == HWY_AVX2
+        // GCC would add up the products of a word apart; four quads need more registers than there are.
+        if (kBits != 4) Keep(sum[l][v]);
+#endif
+      }
     }
   }
 }
 
-// sums[l * columns + i] += products of list l with the codes of column i: n_units times n_words words (and their tails), those
-// of a column `pitch` apart, units unit_bytes; of the lists, which are list_stride apart, the first kLists.
-template <size_t kBits, size_t kLists, size_t kColumns>
-HWY_NOINLINE LESSKV_QUAD_TARGET void SumQuads(const uint32_t* words, const uint16_t* tails, size_t pitch, size_t n_words,
-                                              size_t unit_bytes, size_t n_units, const int8_t* lists, size_t list_stride,
-                                              int32_t* HWY_RESTRICT sums) {
-  const DI di;
-  constexpr size_t kVectors = kColumns / kLanes;
+// The codes of some columns: n_words words (and their tails) of n_units units; those of a column are `pitch` apart.
+struct Columns {
+  const uint32_t* words;
+  const uint16_t* tails;
+  size_t pitch, n_words, unit_bytes, n_units;
+};
+
+// Calls put(m, i, sums) with the sums of products of MB rounded queries or weights from m0 on with the codes of kLanes
+// columns from i on. Lists are kRoom bytes apart, Parts(kRounding) a query.
+template <size_t kBits, Rounding kRounding, size_t MB, size_t kColumns, size_t kRoom, class Put>
+HWY_NOINLINE LESSKV_QUAD_TARGET void SumQuads(const Columns& from, const int8_t* lists, size_t m0, const Ahead& ahead,
+                                              const Put& put) {
+  constexpr size_t kParts = Parts(kRounding), kVectors = kColumns / kLanes, kLists = MB * kParts;
+  constexpr size_t kFlush = WordsAFlush(kBits, kRounding);
   Sums sum[kLists][kVectors];
+  VI total[kLists][kVectors];
+#pragma GCC unroll 16
   for (size_t l = 0; l < kLists; ++l)
+#pragma GCC unroll 16
     for (size_t v = 0; v < kVectors; ++v) sum[l][v] = NoSums();
-  size_t left = WordsAFlush(kBits);
-  for (size_t u = 0; u < n_units; ++u, words += unit_bytes / 4, tails += unit_bytes / 2)
-    for (size_t w = 0; w < n_words; ++w, lists += CodesAWord(kBits)) {
-      if (kSumsIn16 && left-- == 0) {
-        for (size_t l = 0; l < kLists; ++l)
-          for (size_t v = 0; v < kVectors; ++v) {
-            int32_t* to = sums + l * kColumns + v * kLanes;
-            hn::Store(hn::Add(hn::Load(di, to), Total(sum[l][v])), di, to);
-            sum[l][v] = NoSums();
-          }
-        left = WordsAFlush(kBits) - 1;
+  const uint32_t* words = from.words;
+  const uint16_t* tails = from.tails;
+  lists += m0 * kParts * kRoom;
+  const Ahead local = ahead;
+  size_t left = kFlush;
+  bool flushed = false;
+  const auto flush = [&]() HWY_ATTR {
+#pragma GCC unroll 16
+    for (size_t l = 0; l < kLists; ++l)
+#pragma GCC unroll 16
+      for (size_t v = 0; v < kVectors; ++v) {
+        const VI some = Total(sum[l][v]);
+        total[l][v] = flushed ? hn::Add(total[l][v], some) : some;
+        sum[l][v] = NoSums();
       }
-      AddWord<kBits, kLists, kVectors>(words + w * pitch, tails + w * pitch, lists, list_stride, sum);
+    flushed = true;
+  };
+  for (size_t u = 0; u < from.n_units; ++u, words += from.unit_bytes / 4, tails += from.unit_bytes / 2)
+    for (size_t w = 0; w < from.n_words; ++w, lists += CodesAWord(kBits)) {
+      if (kSumsIn16 && left-- == 0) {
+        flush();
+        left = kFlush - 1;
+      }
+      const size_t at = w * from.pitch;
+      AddWord<kBits, kRounding != Rounding::kCarried>(words + at, tails + at, lists, kRoom, local, sum);
     }
-  for (size_t l = 0; l < kLists; ++l)
-    for (size_t v = 0; v < kVectors; ++v) {
-      int32_t* to = sums + l * kColumns + v * kLanes;
-      hn::Store(kSumsIn16 ? hn::Add(hn::Load(di, to), Total(sum[l][v])) : Total(sum[l][v]), di, to);
-    }
+  if (kSumsIn16) flush();
+  const auto of = [&](size_t l, size_t v) HWY_ATTR { return kSumsIn16 ? total[l][v] : Total(sum[l][v]); };
+#pragma GCC unroll 16
+  for (size_t m = 0; m < MB; ++m)
+#pragma GCC unroll 16
+    for (size_t v = 0; v < kVectors; ++v)
+      put(m0 + m, v * kLanes,
+          kParts == 1 ? of(m, v) : hn::Add(hn::ShiftLeft<7>(of(m * kParts, v)), of((m + 1) * kParts - 1, v)));
 }
 
-// The same for any number of lists, into sums that hold nothing yet.
-template <size_t kBits, size_t kLists, size_t kColumns>
-HWY_INLINE void SumLists(const uint32_t* words, const uint16_t* tails, size_t pitch, size_t n_words, size_t unit_bytes,
-                         size_t n_units, const int8_t* lists, size_t list_stride, int32_t* HWY_RESTRICT sums) {
-  constexpr size_t kNow = kLists < kMostLists ? kLists : kMostLists;
-  for (size_t i = 0; kSumsIn16 && i < kLists * kColumns; i += kLanes) hn::Store(hn::Zero(DI()), DI(), sums + i);
-  for (size_t l = 0; l < kLists; l += kNow)
-    SumQuads<kBits, kNow, kColumns>(words, tails, pitch, n_words, unit_bytes, n_units, lists + l * list_stride, list_stride,
-                                    sums + l * kColumns);
+// The same for any MB.
+template <size_t kBits, Rounding kRounding, size_t MB, size_t kColumns, size_t kRoom, class Put>
+HWY_INLINE void SumAll(const Columns& from, const int8_t* lists, const Ahead& ahead, const Put& put) {
+  constexpr size_t kNow = std::min(MB, kMostLists / Parts(kRounding));
+  for (size_t m = 0; m < MB; m += kNow) SumQuads<kBits, kRounding, kNow, kColumns, kRoom>(from, lists, m, ahead, put);
 }
 
 struct MaxOf {
@@ -241,6 +310,8 @@ struct SumOf {
   HWY_INLINE hn::Vec<DV> operator()(DV, hn::Vec<DV> a, hn::Vec<DV> b) const { return hn::Add(a, b); }
 };
 
+using D4 = hn::CappedTag<float, 4>;
+
 // out[m] = Op over the lanes of v[m].
 #if HWY_TARGET == HWY_SCALAR
 template <class Op>
@@ -248,8 +319,6 @@ HWY_INLINE void OverLanes(const V (&v)[4], float* HWY_RESTRICT out) {
   for (size_t m = 0; m < 4; ++m) out[m] = hn::GetLane(v[m]);
 }
 #else
-using D4 = hn::CappedTag<float, 4>;
-
 template <class Op, class DV>
 HWY_INLINE hn::Vec<D4> ToFour(DV, hn::Vec<DV> v) {
   if constexpr (hn::MaxLanes(DV()) == 4) {
@@ -271,67 +340,132 @@ HWY_INLINE void OverLanes(const V (&v)[4], float* HWY_RESTRICT out) {
 #endif
 
 // Numbers rounded, [query][part][kRoom].
-template <size_t kRoom>
+template <Rounding kRounding, size_t kRoom>
 struct Rounded {
-  HWY_ALIGN int8_t codes[4 * 2][kRoom];
-  HWY_ALIGN float worth[4];  // of a code
-  HWY_ALIGN float start[4];  // what is added to a sum: the minima's part of it
+  HWY_ALIGN int8_t codes[4 * Parts(kRounding)][kRoom];
+  HWY_ALIGN float worth[4];    // of a code
+  HWY_ALIGN float start[4];    // what is added to a sum: the minima's part of it
+  HWY_ALIGN float inverse[4];  // of worth
 };
 
-constexpr float kRounding = 12582912;
+// Scales and minima of n numbers, 16 neighbours at a time.
+struct Parameters {
+  const uint16_t* scales;
+  const uint16_t* minima;
+  size_t pitch;  // halves from one 16 to the next
 
-// The lowest byte of each lane.
-HWY_INLINE void StoreBytes(VU lanes, int8_t* to) {
-  const hn::Rebind<uint8_t, D> d8;
-  hn::StoreU(hn::TruncateTo(d8, lanes), d8, reinterpret_cast<uint8_t*>(to));
+  size_t At(size_t i) const { return i / 16 * pitch + i % 16; }
+};
+
+// Whole numbers in the lowest 16 bits of the lanes of four vectors, as bytes of one part or two, `room` apart.
+template <size_t kParts>
+HWY_INLINE void StoreParts(const VU (&x)[4], int8_t* to, size_t room) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t i = 0; i < 4; ++i) {
+    const auto one = static_cast<int16_t>(hn::GetLane(x[i]));
+    to[i] = static_cast<int8_t>(kParts == 1 ? one : one >> 7);
+    if (kParts == 2) to[room + i] = static_cast<int8_t>(one & 127);
+  }
+#else
+  const hn::Repartition<int16_t, D> d16;
+  const hn::Repartition<int8_t, D> d8;
+  const auto a = hn::ConcatEven(d16, hn::BitCast(d16, x[1]), hn::BitCast(d16, x[0]));
+  const auto b = hn::ConcatEven(d16, hn::BitCast(d16, x[3]), hn::BitCast(d16, x[2]));
+  const auto bytes = [&](auto first, auto second) HWY_ATTR {
+    return hn::ConcatEven(d8, hn::BitCast(d8, second), hn::BitCast(d8, first));
+  };
+  if constexpr (kParts == 1) {
+    hn::StoreU(bytes(a, b), d8, to);
+  } else {
+    const auto low = hn::Set(d16, 127);
+    hn::StoreU(bytes(hn::ShiftRight<7>(a), hn::ShiftRight<7>(b)), d8, to);
+    hn::StoreU(bytes(hn::And(a, low), hn::And(b, low)), d8, to + room);
+  }
+#endif
 }
 
-// MB lists of n numbers (whole vectors), `stride` apart, times scales and rounded relative to the largest of each list.
-template <size_t MB, size_t kRoom>
-HWY_INLINE void Round(const float* numbers, size_t stride, const float* scales, const float* minima, size_t n,
-                      Rounded<kRoom>& out) {
+// Rounding MB lists of n numbers, a multiple of 16 and `stride` apart, times scales relative to the largest of each list
+// takes two steps, Scale and Round. The first one looks for the largest while the sums of lists before go on.
+template <bool kSigned, size_t MB, Rounding kRounding, size_t kRoom>
+HWY_NOINLINE void Scale(const float* numbers, size_t stride, const Parameters& p, size_t n, const Ahead& ahead,
+                        float (&scaled)[MB][kRoom], Rounded<kRounding, kRoom>& out) {
   const D d;
-  HWY_ALIGN float scaled[MB][kRoom];
-  V largest[4], start[4];
-  for (size_t m = 0; m < 4; ++m) largest[m] = start[m] = hn::Zero(d);
+  const DI di;
+  V start[4], most[4];
+  VI largest[4];  // numbers that are not negative compare as their bits do
+  for (size_t m = 0; m < 4; ++m) start[m] = hn::Zero(d), largest[m] = hn::Zero(di);
   for (size_t i = 0; i < n; i += kLanes) {
-    const V scale = hn::Load(d, scales + i), minimum = hn::Load(d, minima + i);
+    const size_t at = p.At(i);
+    if (i % 16 == 0) {
+      ahead.Fetch(p.scales + at);
+      ahead.Fetch(p.minima + at);
+    }
+    const V scale = LoadHalf(p.scales + at);
+    V base = LoadHalf(p.minima + at);
+    if (kRounding == Rounding::kCentred) base = hn::MulAdd(scale, hn::Set(d, kMiddle), base);
     for (size_t m = 0; m < MB; ++m) {
       const V number = hn::LoadU(d, numbers + m * stride + i), x = hn::Mul(number, scale);
-      start[m] = hn::MulAdd(number, minimum, start[m]);
-      largest[m] = hn::Max(largest[m], hn::Abs(x));
+      start[m] = hn::MulAdd(number, base, start[m]);
+      largest[m] = hn::Max(largest[m], hn::BitCast(di, kSigned ? hn::Abs(x) : x));
       hn::Store(x, d, scaled[m] + i);
     }
   }
-  HWY_ALIGN float most[4];
-  OverLanes<MaxOf>(largest, most);
   OverLanes<SumOf>(start, out.start);
-  for (size_t m = 0; m < MB; ++m) {
-    out.worth[m] = most[m] / kMost;
-    const V inverse = hn::Set(d, most[m] > 0 ? kMost / most[m] : 0.0f);
-    int8_t* high = out.codes[m * kParts];
-    int8_t* low = out.codes[m * kParts + 1];
-    for (size_t i = 0; i < n; i += kLanes) {
-      // Added to 1.5 * 2^23 a number is rounded to a whole one, which lies in the lowest bits.
-      const VU code = hn::BitCast(DU(), hn::MulAdd(hn::Load(d, scaled[m] + i), inverse, hn::Set(d, kRounding)));
-      StoreBytes(hn::ShiftRight<7>(code), high + i);
-      StoreBytes(hn::And(code, hn::Set(DU(), 127u)), low + i);
-    }
+  for (size_t m = 0; m < 4; ++m) most[m] = hn::BitCast(d, largest[m]);
+  OverLanes<MaxOf>(most, out.inverse);
+  const D4 d4;
+  for (size_t m = 0; m < 4; m += hn::MaxLanes(d4)) {
+    const auto four = hn::Load(d4, out.inverse + m), finite = hn::Max(four, hn::Set(d4, 1e-34f));
+    hn::Store(hn::Mul(four, hn::Set(d4, 1 / Most(kRounding))), d4, out.worth + m);
+    hn::Store(hn::Div(hn::Set(d4, Most(kRounding)), finite), d4, out.inverse + m);
   }
 }
 
-// n halves at a time, whole vectors.
-HWY_INLINE void LoadHalves(const uint16_t* from, size_t n, float* to) {
-  for (size_t i = 0; i < n; i += kLanes) hn::Store(LoadHalf(from + i), D(), to + i);
-}
-
-// The sums of query m in the columns from i on, as floats.
-template <size_t kColumns>
-HWY_INLINE V Products(const int32_t* sums, size_t m, size_t i, float worth) {
+template <size_t MB, Rounding kRounding, size_t kRoom>
+HWY_NOINLINE void Round(float (&scaled)[MB][kRoom], size_t n, Rounded<kRounding, kRoom>& out) {
+  const D d;
   const DI di;
-  const VI high = hn::Load(di, sums + m * kParts * kColumns + i), low = hn::Load(di, sums + (m * kParts + 1) * kColumns + i);
-  const VI sum = hn::Add(hn::ShiftLeft<7>(high), low);
-  return hn::Mul(hn::ConvertTo(D(), sum), hn::Set(D(), worth));
+  // Added to 1.5 * 2^23 a number is rounded to a whole one, which lies in the lowest bits.
+  const V rounding = hn::Set(d, 12582912);
+  constexpr size_t kTile = std::max<size_t>(16 / kLanes, 4);  // vectors
+  V carried[MB][kTile];
+  VI sum[4];
+  for (size_t m = 0; m < 4; ++m) sum[m] = hn::Zero(di);
+#pragma GCC unroll 4
+  for (size_t m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kTile; ++v) carried[m][v] = hn::Zero(d);
+  // Four vectors at a time: zeros behind the last number.
+  for (size_t i = n; i % (4 * kLanes) != 0; i += kLanes)
+    for (size_t m = 0; m < MB; ++m) hn::Store(hn::Zero(d), d, scaled[m] + i);
+  for (size_t i = 0; i < n; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (size_t m = 0; m < MB; ++m) {
+      VU code[4];
+#pragma GCC unroll 4
+      for (size_t v = 0; v < 4; ++v) {
+        const V x = hn::Load(d, scaled[m] + i + v * kLanes), inverse = hn::Set(d, out.inverse[m]);
+        V shifted;
+        if (kRounding == Rounding::kCarried) {
+          V& carry = carried[m][16 / kLanes > 4 ? (i / kLanes + v) % kTile : v % (16 / kLanes)];
+          const V number = hn::MulAdd(x, inverse, carry);
+          shifted = hn::Add(number, rounding);
+          carry = hn::Sub(number, hn::Sub(shifted, rounding));
+        } else {
+          shifted = hn::MulAdd(x, inverse, rounding);
+        }
+        code[v] = hn::BitCast(DU(), shifted);
+        if (kRounding == Rounding::kCentred)
+          sum[m] = hn::Add(sum[m], hn::Sub(hn::BitCast(di, shifted), hn::BitCast(di, rounding)));
+      }
+      StoreParts<Parts(kRounding)>(code, out.codes[m * Parts(kRounding)] + i, kRoom);
+    }
+  if (kRounding != Rounding::kCentred) return;
+  V sums[4];
+  for (size_t m = 0; m < 4; ++m) sums[m] = hn::ConvertTo(d, sum[m]);
+  HWY_ALIGN float sum_of[4];
+  OverLanes<SumOf>(sums, sum_of);
+  for (size_t m = 0; m < MB; ++m) out.start[m] -= kMiddle * out.worth[m] * sum_of[m];
 }
 
 // Of so many that are left: there are kernels for 4, 2 and 1.
@@ -339,44 +473,52 @@ constexpr size_t QueriesAtOnce(size_t left) { return left >= 4 ? 4 : left >= 2 ?
 
 // ---- Keys
 
-using RoundedQueries = Rounded<kMostChannels>;
+template <size_t kBits>
+using RoundedQueries = Rounded<KeyRounding(kBits), kMostChannels>;
+
+constexpr size_t kKeysAhead = 2048;  // bytes
 
 // Scores of one whole group, [m * stride + row].
 template <size_t kBits, size_t MB>
-void ScoreGroup(const Unit& unit, size_t group, size_t dim, const RoundedQueries& q, float* scores, size_t stride) {
-  const D d;
-  HWY_ALIGN int32_t sums[MB * kParts * kMostColumns];
-  ForColumns(group, [&](size_t t, auto columns) {
-    SumLists<kBits, MB * kParts, columns>(unit.words + t, unit.tails + t, group, dim / CodesAWord(kBits), 0, 1, q.codes[0],
-                                          kMostChannels, sums);
-    for (size_t m = 0; m < MB; ++m)
-      for (size_t i = 0; i < columns; i += kLanes)
-        hn::StoreU(hn::Add(Products<columns>(sums, m, i, q.worth[m]), hn::Set(d, q.start[m])), d,
-                   scores + m * stride + t + i);
+void ScoreGroup(const UnitRun& run, size_t index, const RoundedQueries<kBits>& q, const Ahead& ahead, float* scores,
+                size_t stride) {
+  const Unit unit = run.At(index);
+  ForColumns(run.group, [&](size_t t, auto columns) {
+    const Columns from = {unit.words + t, unit.tails + t, run.group, run.dim / CodesAWord(kBits), 0, 1};
+    const auto put = [&](size_t m, size_t i, VI sums) HWY_ATTR {
+      const D d;
+      hn::StoreU(hn::MulAdd(hn::ConvertTo(d, sums), hn::Set(d, q.worth[m]), hn::Set(d, q.start[m])), d,
+                 scores + m * stride + t + i);
+    };
+    SumAll<kBits, KeyRounding(kBits), MB, columns, kMostChannels>(from, q.codes[0], ahead, put);
   });
 }
 
 template <size_t kBits, size_t MB>
-void ScoreRows(const UnitRun& run, size_t first, size_t n, const float* queries, float* scores,
-               size_t stride) {
-  RoundedQueries rounded;
-  HWY_ALIGN float scales[kMostChannels], minima[kMostChannels];
-  HWY_ALIGN float apart[4 * kMostRows];
-  size_t index = first / run.group, unit_row = index * run.group;
-  for (size_t row = first; row < first + n; ++index, unit_row += run.group) {
+void ScoreRows(const UnitRun& run, size_t first, size_t n, const float* queries, float* scores, size_t stride,
+               const std::byte* next) {
+  RoundedQueries<kBits> rounded[2];
+  HWY_ALIGN float scaled[MB][kMostChannels], apart[4 * kMostRows];
+  const size_t begin = first / run.group, end = (first + n + run.group - 1) / run.group;
+  const Ahead ahead = Ahead::While(run, end, kKeysAhead, next);
+  const auto scale = [&](size_t index) {
     const Unit unit = run.At(index);
-    LoadHalves(unit.scales, run.dim, scales);
-    LoadHalves(unit.minima, run.dim, minima);
-    Round<MB>(queries, kMostChannels, scales, minima, run.dim, rounded);
-    const size_t end = std::min(first + n, unit_row + run.group);
-    if (row == unit_row && end == unit_row + run.group) {
-      ScoreGroup<kBits, MB>(unit, run.group, run.dim, rounded, scores + (row - first), stride);
+    Scale<true>(queries, kMostChannels, {unit.scales, unit.minima, 16}, run.dim, ahead, scaled, rounded[index % 2]);
+  };
+  scale(begin);
+  for (size_t index = begin, row = first; index < end; ++index) {
+    RoundedQueries<kBits>& q = rounded[index % 2];
+    Round(scaled, run.dim, q);
+    if (index + 1 < end) scale(index + 1);
+    const size_t unit_row = index * run.group, stop = std::min(first + n, unit_row + run.group);
+    if (stop - row == run.group) {
+      ScoreGroup<kBits, MB>(run, index, q, ahead, scores + (row - first), stride);
     } else {
-      ScoreGroup<kBits, MB>(unit, run.group, run.dim, rounded, apart, run.group);
+      ScoreGroup<kBits, MB>(run, index, q, ahead, apart, run.group);
       for (size_t m = 0; m < MB; ++m)
-        for (size_t r = row; r < end; ++r) scores[m * stride + r - first] = apart[m * run.group + r - unit_row];
+        for (size_t r = row; r < stop; ++r) scores[m * stride + r - first] = apart[m * run.group + r - unit_row];
     }
-    row = end;
+    row = stop;
   }
 }
 
@@ -392,7 +534,7 @@ void Unstack(const float* q, size_t dim, float* out) {
 
 template <size_t kBits>
 void ScoreAll(const UnitRun& run, size_t first, size_t n, const float* q, size_t stacked,
-              float* scores, size_t stride) {
+              float* scores, size_t stride, const std::byte* next) {
   HWY_ALIGN float queries[4 * kMostChannels];
   for (size_t m = 0, count; m < stacked; m += count) {
     count = QueriesAtOnce(stacked - m);
@@ -404,31 +546,31 @@ void ScoreAll(const UnitRun& run, size_t first, size_t n, const float* q, size_t
     }
     float* to = scores + m * stride;
     switch (count) {
-      case 1: ScoreRows<kBits, 1>(run, first, n, queries, to, stride); break;
-      case 2: ScoreRows<kBits, 2>(run, first, n, queries, to, stride); break;
-      default: ScoreRows<kBits, 4>(run, first, n, queries, to, stride); break;
+      case 1: ScoreRows<kBits, 1>(run, first, n, queries, to, stride, next); break;
+      case 2: ScoreRows<kBits, 2>(run, first, n, queries, to, stride, next); break;
+      default: ScoreRows<kBits, 4>(run, first, n, queries, to, stride, next); break;
     }
   }
 }
 
 void SimdScores(const UnitRun& run, size_t first, size_t n, const float* q, size_t stacked,
-                float* scores, size_t stride) {
+                float* scores, size_t stride, const std::byte* next) {
   switch (run.bits) {
-    case 2: return ScoreAll<2>(run, first, n, q, stacked, scores, stride);
-    case 3: return ScoreAll<3>(run, first, n, q, stacked, scores, stride);
-    default: return ScoreAll<4>(run, first, n, q, stacked, scores, stride);
+    case 2: return ScoreAll<2>(run, first, n, q, stacked, scores, stride, next);
+    case 3: return ScoreAll<3>(run, first, n, q, stacked, scores, stride, next);
+    default: return ScoreAll<4>(run, first, n, q, stacked, scores, stride, next);
   }
 }
 
 // ---- Values
 
-using RoundedWeights = Rounded<kWeightRows>;
+template <size_t kBits>
+using RoundedWeights = Rounded<ValueRounding(kBits), kWeightRows>;
 
 // Up to kWeightRows rows that lie in the same aligned block of as many.
 template <size_t kBits, size_t MB>
-void AddBlock(const UnitRun& run, size_t row, size_t n, const float* weights, size_t stride,
+void AddBlock(const UnitRun& run, size_t row, size_t n, const float* weights, size_t stride, const Ahead& ahead,
               float* out, size_t out_stride) {
-  const D d;
   const size_t first = row / kTileRows, lane = row % kTileRows, n_units = (lane + n + kTileRows - 1) / kTileRows;
   HWY_ALIGN float padded[MB * kWeightRows];
   if (lane > 0 || n < n_units * kTileRows) {
@@ -438,61 +580,66 @@ void AddBlock(const UnitRun& run, size_t row, size_t n, const float* weights, si
     stride = kWeightRows;
   }
   const Unit unit = run.At(first);
-  RoundedWeights rounded;
-  HWY_ALIGN float scales[kWeightRows], minima[kWeightRows];
-  HWY_ALIGN int32_t sums[MB * kParts * kMostColumns];
-  for (size_t g = 0; g < run.dim / run.group; ++g) {
-    for (size_t u = 0; u < n_units; ++u) {
-      const Unit at = run.At(first + u);
-      LoadHalves(at.scales + g * kTileRows, kTileRows, scales + u * kTileRows);
-      LoadHalves(at.minima + g * kTileRows, kTileRows, minima + u * kTileRows);
-    }
-    Round<MB>(weights, stride, scales, minima, n_units * kTileRows, rounded);
+  const size_t n_groups = run.dim / run.group;
+  RoundedWeights<kBits> rounded[2];
+  HWY_ALIGN float scaled[MB][kWeightRows];
+  const auto scale = [&](size_t g) {
+    Scale<false>(weights, stride, {unit.scales + g * kTileRows, unit.minima + g * kTileRows, run.unit_bytes / 2},
+          n_units * kTileRows, ahead, scaled, rounded[g % 2]);
+  };
+  scale(0);
+  for (size_t g = 0; g < n_groups; ++g) {
+    RoundedWeights<kBits>& w = rounded[g % 2];
+    Round(scaled, n_units * kTileRows, w);
+    if (g + 1 < n_groups) scale(g + 1);
     ForColumns(run.group, [&](size_t in_group, auto columns) {
       const size_t c = g * run.group + in_group;
-      SumLists<kBits, MB * kParts, columns>(unit.words + c, unit.tails + c, run.dim, kTileRows / CodesAWord(kBits),
-                                                  run.unit_bytes, n_units, rounded.codes[0], kWeightRows, sums);
-      for (size_t m = 0; m < MB; ++m)
-        for (size_t i = 0; i < columns; i += kLanes) {
-          float* to = out + m * out_stride + c + i;
-          const V old = hn::Add(hn::LoadU(d, to), hn::Set(d, rounded.start[m]));
-          hn::StoreU(hn::Add(Products<columns>(sums, m, i, rounded.worth[m]), old), d, to);
-        }
+      const size_t n_words = kTileRows / CodesAWord(kBits);
+      const Columns from = {unit.words + c, unit.tails + c, run.dim, n_words, run.unit_bytes, n_units};
+      const auto put = [&](size_t m, size_t i, VI sums) HWY_ATTR {
+        const D d;
+        float* to = out + m * out_stride + c + i;
+        const V old = hn::Add(hn::LoadU(d, to), hn::Set(d, w.start[m]));
+        hn::StoreU(hn::MulAdd(hn::ConvertTo(d, sums), hn::Set(d, w.worth[m]), old), d, to);
+      };
+      SumAll<kBits, ValueRounding(kBits), MB, columns, kWeightRows>(from, w.codes[0], ahead, put);
     });
   }
 }
 
 template <size_t kBits, size_t MB>
 void AddRows(const UnitRun& run, size_t first, size_t n, const float* weights, size_t stride,
-             float* out, size_t out_stride) {
+             float* out, size_t out_stride, const std::byte* next) {
+  const size_t last = (first + n + kTileRows - 1) / kTileRows, block_bytes = kWeightRows / kTileRows * run.unit_bytes;
+  const Ahead ahead = Ahead::While(run, last, block_bytes, next);
   for (size_t row = first; row < first + n;) {
     const size_t count = std::min(first + n, (row / kWeightRows + 1) * kWeightRows) - row;
-    AddBlock<kBits, MB>(run, row, count, weights + (row - first), stride, out, out_stride);
+    AddBlock<kBits, MB>(run, row, count, weights + (row - first), stride, ahead, out, out_stride);
     row += count;
   }
 }
 
 template <size_t kBits>
 void AddAll(const UnitRun& run, size_t first, size_t n, const float* weights, size_t stride,
-            size_t stacked, float* out, size_t out_stride) {
+            size_t stacked, float* out, size_t out_stride, const std::byte* next) {
   for (size_t m = 0, count; m < stacked; m += count) {
     count = QueriesAtOnce(stacked - m);
     const float* w = weights + m * stride;
     float* to = out + m * out_stride;
     switch (count) {
-      case 1: AddRows<kBits, 1>(run, first, n, w, stride, to, out_stride); break;
-      case 2: AddRows<kBits, 2>(run, first, n, w, stride, to, out_stride); break;
-      default: AddRows<kBits, 4>(run, first, n, w, stride, to, out_stride); break;
+      case 1: AddRows<kBits, 1>(run, first, n, w, stride, to, out_stride, next); break;
+      case 2: AddRows<kBits, 2>(run, first, n, w, stride, to, out_stride, next); break;
+      default: AddRows<kBits, 4>(run, first, n, w, stride, to, out_stride, next); break;
     }
   }
 }
 
 void SimdAddValues(const UnitRun& run, size_t first, size_t n, const float* weights, size_t stride,
-                   size_t stacked, float* out, size_t out_stride) {
+                   size_t stacked, float* out, size_t out_stride, const std::byte* next) {
   switch (run.bits) {
-    case 2: return AddAll<2>(run, first, n, weights, stride, stacked, out, out_stride);
-    case 3: return AddAll<3>(run, first, n, weights, stride, stacked, out, out_stride);
-    default: return AddAll<4>(run, first, n, weights, stride, stacked, out, out_stride);
+    case 2: return AddAll<2>(run, first, n, weights, stride, stacked, out, out_stride, next);
+    case 3: return AddAll<3>(run, first, n, weights, stride, stacked, out, out_stride, next);
+    default: return AddAll<4>(run, first, n, weights, stride, stacked, out, out_stride, next);
   }
 }
 
@@ -552,9 +699,11 @@ HWY_EXPORT(SimdAddValues);
 HWY_EXPORT(SimdExpandKeys);
 HWY_EXPORT(SimdExpandValue);
 
+// Of a format that is supported.
 UnitRun Run(const GroupFormat& f, const std::byte* units) {
-  return {units, UnitBytes(f), f.bits, f.group, f.head_dim, f.side == RowSide::kKeys ? f.head_dim : f.head_dim / f.group * kTileRows,
-          f.unit_rows() * f.head_dim / CodesAWord(f.bits)};
+  const size_t n_parameters = f.side == RowSide::kKeys ? f.head_dim : f.head_dim / f.group * kTileRows;
+  const size_t n_codes = f.unit_rows() * f.head_dim, n_words = n_codes / CodesAWord(f.bits);
+  return {units, n_codes * f.bits / 8 + n_parameters * 4, f.bits, f.group, f.head_dim, n_parameters, n_words};
 }
 
 // ---- The scalar reference: one number at a time
@@ -725,7 +874,7 @@ bool Supports(const GroupFormat& f) {
 size_t UnitBytes(const GroupFormat& f) {
   CHECK(Supports(f), "{} channels in groups of {} with {} bits", f.head_dim, f.group, f.bits);
   if (f.bits == 0) return f.head_dim * sizeof(uint16_t);
-  return f.unit_rows() * f.head_dim * (f.bits * f.group + 32) / f.group / 8;
+  return Run(f, nullptr).unit_bytes;
 }
 
 void WriteKeyUnit(const GroupFormat& f, std::byte* at, const float* keys) {
@@ -792,16 +941,16 @@ void ExpandValueUnits(const GroupFormat& f, const std::byte* units, size_t first
 }
 
 void ScoreKeyUnits(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* q, size_t stacked,
-                   float* scores, size_t stride) {
+                   float* scores, size_t stride, const std::byte* next) {
   if (f.bits == 0) return ScoreMeans(f, units, first, n, q, stacked, scores, stride);
   if (ActiveIsa() == Isa::kScalar) return ScalarScores(f, units, first, n, q, stacked, scores, stride);
-  HWY_DYNAMIC_DISPATCH(SimdScores)(Run(f, units), first, n, q, stacked, scores, stride);
+  HWY_DYNAMIC_DISPATCH(SimdScores)(Run(f, units), first, n, q, stacked, scores, stride, next);
 }
 
 void AddValueUnits(const GroupFormat& f, const std::byte* units, size_t first, size_t n, const float* weights,
-                   size_t stride, size_t stacked, float* out, size_t out_stride) {
+                   size_t stride, size_t stacked, float* out, size_t out_stride, const std::byte* next) {
   if (ActiveIsa() == Isa::kScalar) return ScalarAddValues(f, units, first, n, weights, stride, stacked, out, out_stride);
-  HWY_DYNAMIC_DISPATCH(SimdAddValues)(Run(f, units), first, n, weights, stride, stacked, out, out_stride);
+  HWY_DYNAMIC_DISPATCH(SimdAddValues)(Run(f, units), first, n, weights, stride, stacked, out, out_stride, next);
 }
 
 }  // namespace lesskv

@@ -17,10 +17,15 @@
 //
 // Keys may also have 0 bits: each channel is its mean over the group, and a unit the means alone, f16 [head_dim].
 //
-// Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded to two bytes relative
-// to the largest of the (query, group), weights times scales relative to the largest of a (query, channel group) and 128
-// tokens: an error of at most half of a 16,256th of that largest, times the code, in each part of a sum. The scalar kernels
-// (ForceIsa) round nothing.
+// Products are summed up as whole numbers: the queries times the scales of a group of keys are rounded relative to the
+// largest of the (query, group), weights times scales relative to the largest of a (query, channel group) and 128 tokens.
+//   3 and 4 bits  to two bytes: an error of at most half of a 16,256th of the largest, times the code, in each part
+//   2 bits        to one byte, as the codes err far more. Keys: at most half of a 127th of the largest, times the code's
+//                 distance from 1.5. Values: at most a 254th, times the code; what a weight loses is added to the one 16
+//                 tokens on, so that many small weights beside a large one keep their sum. With heads of up to 128 the
+//                 squared error of a sum grows by less than a 500th of what the codes have lost, with a channel or a token
+//                 that dwarfs the others by less than a 100th (by up to half if weights did not carry what they lose).
+// The scalar kernels (ForceIsa) round nothing.
 #pragma once
 
 #include <cstddef>
@@ -67,12 +72,15 @@ void ExpandKeyUnits(const GroupFormat& format, const std::byte* units, size_t fi
 void ExpandValueUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, float* out,
                       size_t stride);
 
+// Of the two below `next` names what the caller reads afterwards, units of either side, to be fetched meanwhile; or null.
+//
 // scores[m * stride + i] = q_m . key of row first + i; channel c of query m is q[c * stacked + m].
 void ScoreKeyUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, const float* q,
-                   size_t stacked, float* scores, size_t stride);
+                   size_t stacked, float* scores, size_t stride, const std::byte* next = nullptr);
 
 // out[m * out_stride + c] += sum over i of weights[m * stride + i] * channel c of row first + i; weights are at least 0.
 void AddValueUnits(const GroupFormat& format, const std::byte* units, size_t first, size_t n, const float* weights,
-                   size_t stride, size_t stacked, float* out, size_t out_stride);
+                   size_t stride, size_t stacked, float* out, size_t out_stride,
+                   const std::byte* next = nullptr);
 
 }  // namespace lesskv

@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/threads.h"
+#include "kernels/attention/attention_isa.h"
 #include "kernels/basic/basic.h"
 #include "kernels/quants/half.h"
 #include "kernels/rows/hadamard.h"
@@ -16,13 +17,6 @@ namespace {
 
 constexpr size_t kAtOnce = KeyBases::kMostAtOnce;  // queries, as the kernels take them
 constexpr size_t kTakenBack = 32;                  // rows that leave their basis at a time
-
-// The bytes of a group of keys, all parts.
-size_t GroupBytes(const std::vector<GroupFormat>& parts) {
-  size_t bytes = 0;
-  for (const GroupFormat& part : parts) bytes += UnitBytes(part);
-  return bytes;
-}
 
 }  // namespace
 
@@ -43,17 +37,22 @@ std::vector<GroupFormat> KiviOptions::Keys(size_t head_dim) const {
 
 // ---- Coded rows of one head
 
-std::byte* KiviStore::Head::KeyUnit(size_t part, size_t unit) const {
-  const size_t row = unit * formats->group, units = block_rows / formats->group;
-  auto* at = const_cast<std::byte*>(blocks[row / block_rows].data());
-  for (size_t i = 0; i < part; ++i) at += units * UnitBytes(formats->keys[i]);
-  return at + row % block_rows / formats->group * UnitBytes(formats->keys[part]);
+std::byte* KiviStore::Head::KeyUnit(size_t part, size_t row) const {
+  const KeyPart& p = formats->keys[part];
+  auto* units = const_cast<std::byte*>(blocks[row / block_rows].data());
+  return units + block_rows / formats->group * p.bytes_before + row % block_rows / formats->group * p.bytes;
 }
 
-std::byte* KiviStore::Head::ValueUnit(size_t unit) const {
-  const size_t row = unit * kTileRows;
-  return const_cast<std::byte*>(blocks[row / block_rows].data()) + block_rows / formats->group * GroupBytes(formats->keys) +
-         row % block_rows / kTileRows * UnitBytes(formats->values);
+std::byte* KiviStore::Head::ValueUnit(size_t row) const {
+  auto* units = const_cast<std::byte*>(blocks[row / block_rows].data());
+  return units + block_rows / formats->group * formats->key_bytes + row % block_rows / kTileRows * formats->value_bytes;
+}
+
+// Decode scores the keys of a split, then adds its values.
+const std::byte* KiviStore::Head::After(bool keys, size_t row) const {
+  if (keys && (row % kSplitRows == 0 || row >= coded_keys)) return ValueUnit((row - 1) / kSplitRows * kSplitRows);
+  if (row >= (keys ? coded_keys : coded_values)) return nullptr;
+  return keys ? KeyUnit(0, row) : ValueUnit(row);
 }
 
 uint16_t* KiviStore::Head::Sink(RowSide side, size_t row) const {
@@ -98,9 +97,9 @@ void KiviStore::Head::ExpandKeys(size_t first, size_t n, float* out, size_t stri
 
 void KiviStore::Head::ExpandParts(size_t first, size_t n, float* out, size_t stride) const {
   for (size_t part = 0; part < formats->keys.size(); ++part) {
-    const GroupFormat& f = formats->keys[part];
+    const GroupFormat& f = formats->keys[part].format;
     ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
-      ExpandKeyUnits(f, KeyUnit(part, block / f.group), row, count, out + done, stride);
+      ExpandKeyUnits(f, KeyUnit(part, block), row, count, out + done, stride);
     });
     out += f.head_dim * stride;
   }
@@ -108,7 +107,7 @@ void KiviStore::Head::ExpandParts(size_t first, size_t n, float* out, size_t str
 
 void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t stride) const {
   ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
-    ExpandValueUnits(formats->values, ValueUnit(block / kTileRows), row, count, out + done * stride, stride);
+    ExpandValueUnits(formats->values, ValueUnit(block), row, count, out + done * stride, stride);
   });
   const size_t d = formats->values.head_dim;
   for (size_t i = 0; i < n && formats->hadamard_block > 0; ++i) Hadamard(out + i * stride, d, formats->hadamard_block);
@@ -120,11 +119,14 @@ void KiviStore::Head::CodedScores(size_t first, size_t n, const float* q, size_t
                                   size_t stride) const {
   float more[kAtOnce * kMaxRows];
   for (size_t part = 0; part < formats->keys.size(); ++part) {
-    const GroupFormat& f = formats->keys[part];
+    const GroupFormat& f = formats->keys[part].format;
+    const bool last = part + 1 == formats->keys.size();
     float* to = part == 0 ? scores : more;
     const size_t to_stride = part == 0 ? stride : kMaxRows;
     ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
-      ScoreKeyUnits(f, KeyUnit(part, block / f.group), row, count, q, n_queries, to + done, to_stride);
+      const size_t end = first + done + count;
+      ScoreKeyUnits(f, KeyUnit(part, block), row, count, q, n_queries, to + done, to_stride,
+                    last ? After(true, end) : KeyUnit(part + 1, first + done));
     });
     for (size_t m = 0; m < n_queries && part > 0; ++m) Add(scores + m * stride, more + m * kMaxRows, n);
     q += f.head_dim * n_queries;
@@ -145,7 +147,7 @@ bool KiviStore::Head::Scores(size_t first, size_t n, const float* q, size_t stac
     if (formats->bases) {
       formats->bases->Queries(formats->layer, kv_head, count, q + m, stacked, some);
     } else {
-      for (size_t c = 0; c < formats->keys[0].head_dim; ++c)
+      for (size_t c = 0; c < formats->keys[0].format.head_dim; ++c)
         std::copy_n(q + (channels.empty() ? c : channels[c]) * stacked + m, count, some + c * count);
     }
     CodedScores(first, n, some, count, scores + m * stride, stride);
@@ -169,7 +171,8 @@ void KiviStore::Head::ScoreSink(size_t row, const float* q, size_t stacked, floa
 void KiviStore::Head::AddCodedValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked,
                                      float* out, size_t out_stride) const {
   ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
-    AddValueUnits(formats->values, ValueUnit(block / kTileRows), row, count, weights + done, stride, stacked, out, out_stride);
+    AddValueUnits(formats->values, ValueUnit(block), row, count, weights + done, stride, stacked, out, out_stride,
+                  After(false, first + done + count));
   });
 }
 
@@ -209,16 +212,23 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
     : counter_(&counter), shape_(shape), options_(options), table_(shape.layers), heads_(table_.size()) {
   for (const LayerShape& layer : shape.layers) {
     const size_t d = layer.head_dim;
-    formats_.push_back(
-        {options.Keys(d), options.Values(d), {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}},
-         formats_.size(), options.group, options.bases.get(), options.rotate ? HadamardBlock(d) : 0});
+    Formats f{.keys = {}, .values = options.Values(d),
+              .exact = {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}},
+              .layer = formats_.size(), .group = options.group, .bases = options.bases.get(),
+              .hadamard_block = options.rotate ? HadamardBlock(d) : 0};
+    for (const GroupFormat& part : options.Keys(d)) {
+      f.keys.push_back({part, UnitBytes(part), f.key_bytes});
+      f.key_bytes += UnitBytes(part);
+    }
+    f.value_bytes = UnitBytes(f.values);
+    formats_.push_back(std::move(f));
     most_heads_ = std::max(most_heads_, layer.n_kv_heads);
     if (d > formats_[widest_].exact.keys.head_dim) widest_ = formats_.size() - 1;
   }
   staging_.resize(most_heads_);
   if (options.pruned > 0) {
     std::vector<size_t> n_kept;
-    for (const Formats& f : formats_) n_kept.push_back(f.keys[0].head_dim);
+    for (const Formats& f : formats_) n_kept.push_back(f.keys[0].format.head_dim);
     sets_.emplace(shape.layers, n_kept);
   }
   for (size_t i = 0; i < heads_.size(); ++i) {
@@ -231,7 +241,7 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
 }
 
 size_t KiviStore::BlockBytes(const Formats& formats, size_t rows) {
-  return rows / formats.group * GroupBytes(formats.keys) + rows / kTileRows * UnitBytes(formats.values);
+  return rows / formats.group * formats.key_bytes + rows / kTileRows * formats.value_bytes;
 }
 
 // A window of another size with the same exact rows.
@@ -258,8 +268,8 @@ void KiviStore::ResizeArena(Head& head, size_t rows) {
   const size_t both = old.blocks.empty() ? 0 : std::min(rows, old.block_rows);
   if (both == 0 || head.blocks[0].data() == nullptr) return;
   for (size_t part = 0; part < f.keys.size(); ++part)
-    std::memcpy(head.KeyUnit(part, 0), old.KeyUnit(part, 0), both / f.group * UnitBytes(f.keys[part]));
-  std::memcpy(head.ValueUnit(0), old.ValueUnit(0), both / kTileRows * UnitBytes(f.values));
+    std::memcpy(head.KeyUnit(part, 0), old.KeyUnit(part, 0), both / f.group * f.keys[part].bytes);
+  std::memcpy(head.ValueUnit(0), old.ValueUnit(0), both / kTileRows * f.value_bytes);
 }
 
 void KiviStore::Grow(Head& head, size_t rows) {
@@ -519,7 +529,7 @@ void KiviStore::CodeKeys(Head& head, const ExactRows& staging, const Kept& kept,
       if (old == unit * f.group) continue;
       if (unit == 0) head.sink_keys = 0;  // they left
       for (size_t part = 0; part < f.keys.size(); ++part)
-        std::memmove(head.KeyUnit(part, unit), head.KeyUnit(part, old / f.group), UnitBytes(f.keys[part]));
+        std::memmove(head.KeyUnit(part, unit * f.group), head.KeyUnit(part, old), f.keys[part].bytes);
       continue;
     }
     for (size_t i = 0; i < f.group; ++i)
@@ -535,12 +545,12 @@ void KiviStore::CodeKeys(Head& head, const ExactRows& staging, const Kept& kept,
       f.bases->ToBasis(f.layer, head.kv_head, f.group, part_rows.data(), rows.data());
     }
     const std::span<const uint16_t> channels = head.Channels();
-    for (size_t part = 0, first = 0; part < f.keys.size(); first += f.keys[part++].head_dim) {
-      const size_t width = f.keys[part].head_dim;
+    for (size_t part = 0, first = 0; part < f.keys.size(); first += f.keys[part++].format.head_dim) {
+      const size_t width = f.keys[part].format.head_dim;
       for (size_t i = 0; i < f.group; ++i)
         for (size_t c = 0; c < width; ++c)
           part_rows[i * width + c] = rows[i * d + (channels.empty() ? first + c : channels[c])];
-      WriteKeyUnit(f.keys[part], head.KeyUnit(part, unit), part_rows.data());
+      WriteKeyUnit(f.keys[part].format, head.KeyUnit(part, unit * f.group), part_rows.data());
     }
   }
 }
@@ -557,13 +567,13 @@ void KiviStore::CodeValues(Head& head, const ExactRows& staging, const Kept& kep
         ++head.sink_values;
       }
       if (head.formats->hadamard_block > 0) Hadamard(value.data(), value.size(), head.formats->hadamard_block);
-      WriteValueRow(f, head.ValueUnit(row / kTileRows), row % kTileRows, value.data());
+      WriteValueRow(f, head.ValueUnit(row), row % kTileRows, value.data());
       ++row;
       continue;
     }
     // Whole units move: what leaves are whole groups, and a group is a number of units.
     if (row == 0 && old != 0) head.sink_values = 0;
-    if (old != row) std::memmove(head.ValueUnit(row / kTileRows), head.ValueUnit(old / kTileRows), UnitBytes(f));
+    if (old != row) std::memmove(head.ValueUnit(row), head.ValueUnit(old), head.formats->value_bytes);
     row += std::min(kTileRows, head.coded_values - old);
   }
 }
@@ -608,9 +618,9 @@ void KiviStore::Save(ByteWriter& out) const {
     if (sets_ && head.n_rows > 0) sets_->Save(head.index, out);
     if (head.n_sinks > 0) SaveSinks(head, out);
     for (size_t unit = 0; unit < head.coded_keys / f.group; ++unit)
-      for (size_t part = 0; part < f.keys.size(); ++part) out.Raw(head.KeyUnit(part, unit), UnitBytes(f.keys[part]));
+      for (size_t part = 0; part < f.keys.size(); ++part) out.Raw(head.KeyUnit(part, unit * f.group), f.keys[part].bytes);
     for (size_t unit = 0; unit < CeilDiv(head.coded_values, kTileRows); ++unit)
-      out.Raw(head.ValueUnit(unit), UnitBytes(f.values));
+      out.Raw(head.ValueUnit(unit * kTileRows), f.value_bytes);
     std::vector<float> row(f.exact.keys.head_dim);
     const auto save = [&](RowSide side, size_t first) {
       for (size_t i = first; i < head.n_rows; ++i) {
@@ -661,8 +671,8 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
     head.coded_keys = keys;
     head.coded_values = values;
     for (size_t unit = 0; unit < keys / f.group; ++unit)
-      for (size_t part = 0; part < f.keys.size(); ++part) in.Raw(head.KeyUnit(part, unit), UnitBytes(f.keys[part]));
-    for (size_t unit = 0; unit < CeilDiv(values, kTileRows); ++unit) in.Raw(head.ValueUnit(unit), UnitBytes(f.values));
+      for (size_t part = 0; part < f.keys.size(); ++part) in.Raw(head.KeyUnit(part, unit * f.group), f.keys[part].bytes);
+    for (size_t unit = 0; unit < CeilDiv(values, kTileRows); ++unit) in.Raw(head.ValueUnit(unit * kTileRows), f.value_bytes);
     std::vector<float> row(f.exact.keys.head_dim);
     const auto load = [&](const RowFormat& format, std::byte* region, size_t n) {
       for (size_t slot = 0; slot < n; ++slot) {

@@ -104,13 +104,18 @@ class KiviStore final : public KvStore {
   std::span<const uint16_t> kept_channels(size_t layer, size_t kv_head) const { return At(layer, kv_head).Channels(); }
 
  private:
+  struct KeyPart {
+    GroupFormat format;
+    size_t bytes, bytes_before;  // of a unit, and of those of the parts before it
+  };
   struct Formats {  // of one layer
-    std::vector<GroupFormat> keys;  // the channels that are stored, in parts
+    std::vector<KeyPart> keys;  // the channels that are stored, in parts
     GroupFormat values;
     ExactFormats exact;
     size_t layer = 0, group = 0;
     const KeyBases* bases = nullptr;  // of coded keys
     size_t hadamard_block = 0;  // of coded values; 0: they lie as they are
+    size_t key_bytes = 0, value_bytes = 0;  // of a group of keys, all parts, and of a unit of values
   };
   struct Head final : RowReader {
     const Formats* formats = nullptr;
@@ -126,9 +131,12 @@ class KiviStore final : public KvStore {
     size_t sink_keys = 0, sink_values = 0;  // rows in it, the head's first ones
     size_t rows_before = 0, window_before = 0;  // what CancelStep goes back to
 
-    std::byte* KeyUnit(size_t part, size_t unit) const;
-    std::byte* ValueUnit(size_t unit) const;
+    // Of a part of a key's channels, and of values: the unit that a coded row lies in.
+    std::byte* KeyUnit(size_t part, size_t row) const;
+    std::byte* ValueUnit(size_t row) const;
     std::span<const uint16_t> Channels() const { return sets == nullptr ? std::span<const uint16_t>() : sets->Kept(index); }
+    // Where a decode step reads on after the coded row before `row`: units of either side, or null.
+    const std::byte* After(bool keys, size_t row) const;
     size_t Capacity() const { return blocks.size() * block_rows; }
     uint16_t* Sink(RowSide side, size_t row) const;
     // Calls f(first row of a block, first row in it, n, rows done) for the stretches of rows [first, first + n).

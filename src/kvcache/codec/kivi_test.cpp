@@ -95,7 +95,10 @@ TEST(Kivi, AttentionIsThatOfDecodedRows) {
         std::vector<float> first(out.begin(), out.begin() + static_cast<ptrdiff_t>(kHeads * kDim));
         copy.store->Reserve({.n_step = 1, .budgets = {}});
         copy.store->Append(0, 0, 1, &rows.k[token * kKvHeads * kDim], &rows.v[token * kKvHeads * kDim]);
-        EXPECT_LE(Deviation(first, Exact(copy, rows, token, token + 1)), 1e-6) << IsaName(isa) << ", step of " << n;
+        // Up to four queries meet codes of two bits with a byte a number, which err a thousand times as much as these.
+        const bool bytes = n <= 4 && isa != Isa::kScalar && std::min(options.key_bits, options.value_bits) == 2;
+        EXPECT_LE(Deviation(first, Exact(copy, rows, token, token + 1)), bytes ? 4e-4 : 1e-6)
+            << IsaName(isa) << ", step of " << n;
       }
       Subject brief(options);
       for (size_t i = 0; i < options.window; ++i) EXPECT_EQ(brief.Step(rows, 1), f16.Step(rows, 1)) << i;
