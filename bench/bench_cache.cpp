@@ -3,7 +3,10 @@
 // come and go the specs take turns and the ratio to the first spec is the number to look at.
 //
 //   bench_cache [--kv SPEC]... [--seen 1024,32768] [--layers 4] [--kv-heads 8] [--group 4] [--dim 64] [--ctx 81920]
-//               [--hidden 512] [--rank 8] [--threads 2] [--repeat 41] [--random-rows]
+//               [--hidden 512] [--rank 8] [--threads 2] [--repeat 41] [--random-rows] [--clones N]
+//
+// With --clones a second table says what N clones of each cache take, in memory that they share and in memory of their
+// own.
 //
 // The default specs answer two questions at a context of 81,920 tokens, 5 % of which are 4,096 rows: what h2o's score
 // bookkeeping costs beside a window of as many rows, and what LESS adds (random feature maps, written to a temporary
@@ -13,6 +16,7 @@
 #include <chrono>
 #include <cstdio>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -32,6 +36,7 @@ struct Options {
   int threads = 0;
   size_t repeat = 41;
   bool random_rows = false;
+  size_t clones = 0;
 };
 
 double Seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -46,6 +51,34 @@ struct Subject {
 double Median(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
   return values[values.size() / 2];
+}
+
+// Of all caches, memory that they share once.
+size_t Bytes(const std::vector<std::unique_ptr<SequenceCache>>& caches) {
+  std::set<const void*> seen;
+  size_t bytes = 0;
+  for (const auto& cache : caches) {
+    bytes += cache->Stats().kv_bytes;
+    for (const SharedPart& part : cache->ShareableParts())
+      if (!seen.insert(part.memory).second) bytes -= part.bytes;
+  }
+  return bytes;
+}
+
+void MeasureClones(const SequenceCache& cache, const std::string& name, size_t n) {
+  constexpr double kMiB = 1 << 20;
+  for (const bool apart : {false, true}) {
+    std::vector<std::unique_ptr<SequenceCache>> clones;
+    std::vector<double> times;
+    for (size_t i = 0; i < n; ++i) {
+      const double start = Seconds();
+      clones.push_back(apart ? cache.CloneApart() : cache.Clone());
+      times.push_back(Seconds() - start);
+    }
+    std::printf("%-36s %10zu %10zu %10s %14.2f %14.2f %14.1f\n", name.c_str(), cache.tokens_seen(), n,
+                apart ? "apart" : "shared", static_cast<double>(cache.Stats().kv_bytes) / kMiB,
+                static_cast<double>(Bytes(clones)) / kMiB, Median(times) * 1e6);
+  }
 }
 
 void Run(const Options& options) {
@@ -89,6 +122,11 @@ void Run(const Options& options) {
                   subject.cache->Stats().tokens_resident, time * 1e6, time * 1e6 / static_cast<double>(options.layers),
                   time / base);
     }
+    if (options.clones == 0) continue;
+    std::printf("\n%-36s %10s %10s %10s %14s %14s %14s\n", "cache", "seen", "clones", "memory", "MiB of one",
+                "MiB of all", "us a clone");
+    for (const Subject& subject : subjects) MeasureClones(*subject.cache, subject.name, options.clones);
+    std::printf("\n");
   }
 }
 
@@ -110,6 +148,7 @@ int main(int argc, char** argv) {
   app.add_option("--threads", options.threads);
   app.add_option("--repeat", options.repeat);
   app.add_flag("--random-rows", options.random_rows, "Put the tokens there without attending them");
+  app.add_option("--clones", options.clones, "Also measure so many clones of each cache");
   CLI11_PARSE(app, argc, argv);
   if (options.specs.empty()) options.specs = {"window(5%)", "h2o(5%)", "tova(5%)", "h2o(5%)+less"};
   try {

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <new>
 
 #include "base/error.h"
@@ -118,7 +120,7 @@ TEST_F(CacheMemory, WhatIsNotCountedIsBookkeeping) {
         Live(cache, text, seen, step);
         seen += step.n;
       }
-      EXPECT_LE(plain_bytes - base, 2048 + 640 * shape.n_layers * shape.n_kv_heads);
+      EXPECT_LE(plain_bytes - base, 2048 + 672 * shape.n_layers * shape.n_kv_heads);
     }
   }
 }
@@ -274,6 +276,98 @@ TEST_F(CacheMemory, FailedReservationLeavesTheCacheAsItWas) {
       EXPECT_TRUE(cache.Serialize() == plain.Serialize());
       EXPECT_EQ(cache.Stats().kv_bytes, plain.Stats().kv_bytes);
     }
+  }
+}
+
+// What a clone has in common with its original is there once, whoever is freed first, and each counts it as its own.
+TEST_F(CacheMemory, ClonesShareWhatWillNotChange) {
+  const TinyShape shape{3, 2, 1, 32, 4096};  // no allocation of 2 MiB, which would not go through operator new
+  const TempSidecar sidecar(shape);
+  const size_t n = 2000, n_clones = 16;
+  const Text text = RandomText(shape, n + 300, 5);
+  const auto total = [](const std::vector<std::unique_ptr<SequenceCache>>& caches) {
+    std::map<const void*, size_t> times;
+    size_t bytes = 0;
+    for (const auto& cache : caches) {
+      bytes += cache->Stats().kv_bytes;
+      for (const SharedPart& part : cache->ShareableParts())
+        if (times[part.memory]++ > 0) bytes -= part.bytes;
+    }
+    return bytes;
+  };
+  // Bytes of a clone's own: rows of two blocks at most, and what is exact or in the head's own atoms.
+  for (const auto& [spec, tail_rows] : std::vector<std::pair<std::string, size_t>>{
+           {"full+f32", 128}, {"full+q8", 64}, {"full+kivi(2)", 256}, {"full+csr(4, window=9)", 256},
+           {"full+q4+recent(32)", 128}, {"full+f32+cluster(200)", 256}}) {
+    SCOPED_TRACE(spec);
+    WarmUp(spec, shape, sidecar, text, {{n, StepKind::kPrompt}, {300, StepKind::kStream}});
+    const size_t base = live_bytes;
+    {
+      std::vector<std::unique_ptr<SequenceCache>> caches;
+      caches.push_back(std::make_unique<SequenceCache>(MakeConfig(spec, shape, sidecar)));
+      Live(*caches[0], text, 0, {n, StepKind::kPrompt});
+      const size_t one = live_bytes - base, tail = RowBytes(shape, 3, tail_rows);
+      ASSERT_EQ(one, caches[0]->Stats().kv_bytes);
+      for (size_t i = 0; i < n_clones; ++i) caches.push_back(caches[i / 2]->Clone());
+      EXPECT_LE(live_bytes - base, one + n_clones * tail);
+      ASSERT_EQ(live_bytes - base, total(caches));
+      for (const auto& cache : caches) EXPECT_EQ(cache->Stats().kv_bytes, one);
+      for (size_t i = 0; i < caches.size(); i += 3) Live(*caches[i], text, n, {300, StepKind::kStream});
+      ASSERT_EQ(live_bytes - base, total(caches));
+      caches.erase(caches.begin());
+      ASSERT_EQ(live_bytes - base, total(caches));
+      caches.erase(caches.begin() + 3, caches.begin() + 9);
+      ASSERT_EQ(live_bytes - base, total(caches));
+      caches.erase(caches.begin(), caches.end() - 1);
+      ASSERT_EQ(live_bytes - base, caches[0]->Stats().kv_bytes);
+      ASSERT_EQ(live_bytes - base, total(caches));
+    }
+    ASSERT_EQ(live_bytes, base) << "something was not freed";
+  }
+}
+
+// Whichever allocation of a clone fails, and of a step of one that shares: both are as they were.
+TEST_F(CacheMemory, FailedClonesLeaveTheCacheAsItWas) {
+  const TinyShape shape{3, 4, 2, 32, 1024};
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 800, 6);
+  for (const std::string spec :
+       {"full+f32", "full+kivi(2)", "full+csr(4, window=9)", "full+f32+cluster(200)", "h2o(60)+less"}) {
+    SCOPED_TRACE(spec);
+    const auto config = MakeConfig(spec, shape, sidecar);
+    SequenceCache cache(config);
+    Live(cache, text, 0, {400, StepKind::kPrompt});
+    const auto saved = cache.Serialize();
+    std::unique_ptr<SequenceCache> clone;
+    size_t failures = 0;
+    const auto each_failure = [&](const std::function<void()>& attempt) {
+      const size_t before = live_bytes;
+      for (long fail_at = 0;; ++fail_at) {
+        allocations_until_failure = fail_at;
+        bool failed = false;
+        try {
+          attempt();
+        } catch (const Error& error) {
+          failed = true;
+          EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
+        }
+        allocations_until_failure = -1;
+        if (!failed) return;
+        ++failures;
+        ASSERT_LE(live_bytes, before) << "allocation " << fail_at;
+        ASSERT_TRUE(cache.Serialize() == saved) << "allocation " << fail_at;
+        ASSERT_TRUE(clone == nullptr || clone->Serialize() == saved) << "allocation " << fail_at;
+      }
+    };
+    each_failure([&] { clone = cache.Clone(); });
+    EXPECT_GT(failures, 0u);
+    failures = 0;
+    each_failure([&] { clone->BeginStep(300, StepKind::kStream); });
+    EXPECT_GT(failures, 0u);
+    RunLayers(*clone, shape, text, 400, 300);
+    clone->EndStep();
+    Live(cache, text, 400, {300, StepKind::kStream});
+    EXPECT_TRUE(clone->Serialize() == cache.Serialize());
   }
 }
 

@@ -133,7 +133,8 @@ class Bench {
     report_.rows.push_back(Row(spec, *config, test, plan, samples));
   }
 
-  // New sequences at the test's depth: one is filled, the others are copies of it.
+  // New sequences at the test's depth: one is filled, the others are copies of it, in memory of their own as those of
+  // different texts have it.
   std::vector<Sequence> MakeSequences(const std::shared_ptr<const CacheConfig>& config, const Test& test) const {
     auto cache = std::make_unique<SequenceCache>(config);
     if (test.depth > 0) cache->FillRandom(test.depth, options_.seed);
@@ -141,7 +142,7 @@ class Bench {
     sequences.emplace_back(std::move(cache), std::vector<int32_t>(test.depth));
     while (sequences.size() < test.batch) {
       CheckStop();
-      sequences.push_back(sequences[0].Clone());
+      sequences.emplace_back(sequences[0].cache().CloneApart(), sequences[0].tokens());
     }
     return sequences;
   }

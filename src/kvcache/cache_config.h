@@ -54,7 +54,7 @@ struct LayerPolicy {
   }
   StoreShape store_shape() const {
     return {layers, compute, unrotated_keys(), !selector->Bounded(), budgeter->differ() != BudgetsDiffer::kNowhere,
-            selector->SaysHowMany()};
+            selector->SaysHowMany(), !selector->Evicts()};
   }
   Bunches bunches() const { return residual == nullptr ? Bunches{} : residual->LeaveInBunches(); }
   // Of n rows of a head with this budget, once those in excess have left: in whole groups where the codec has such, or

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <span>
@@ -19,9 +21,17 @@ struct ByteCounter {
   size_t now = 0;
   size_t peak = 0;
   bool only_counts = false;  // for plans: buffers have a size but no memory
+  bool apart = false;        // of a copy that has memory of its own: what it might share it copies
+};
+
+// Memory that caches may hold together, by its address.
+struct SharedPart {
+  const void* memory = nullptr;
+  size_t bytes = 0;
 };
 
 // One aligned allocation, counted while it lives; of 2 MiB and more in large pages. Move-only. The counter must outlive it.
+// Several buffers may hold the same memory (Share): each counts all of it, as if it were alone; the last one frees it.
 class CountedBuffer {
  public:
   CountedBuffer() = default;
@@ -36,11 +46,16 @@ class CountedBuffer {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
     std::swap(counter_, other.counter_);
+    std::swap(owners_, other.owners_);
     return *this;
   }
   ~CountedBuffer() {
     if (counter_ != nullptr) counter_->now -= size_;
     if (data_ == nullptr) return;
+    if (owners_ != nullptr) {
+      if (owners_->fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+      delete owners_;
+    }
     if (size_ >= kLargePage)
       FreeLargePages(data_, size_);
     else
@@ -52,6 +67,22 @@ class CountedBuffer {
     if (data_ != nullptr) std::memcpy(copy.data_, data_, size_);
     return copy;
   }
+
+  // The same memory once more, counted by `counter` too, for who will only read it as long as it is shared(). Buffers of
+  // one memory may be freed, and shared again, on different threads.
+  CountedBuffer Share(ByteCounter& counter) const {
+    if (data_ == nullptr || counter.apart) return Clone(counter);
+    CountedBuffer same;
+    same.owners_ = &Owners();
+    same.owners_->fetch_add(1, std::memory_order_relaxed);
+    same.counter_ = &counter;
+    same.size_ = size_;
+    same.data_ = data_;
+    counter.now += size_;
+    counter.peak = std::max(counter.peak, counter.now);
+    return same;
+  }
+  bool shared() const { return owners_ != nullptr && owners_->load(std::memory_order_acquire) > 1; }
 
   std::byte* data() { return data_; }
   const std::byte* data() const { return data_; }
@@ -76,9 +107,21 @@ class CountedBuffer {
     if (!large) std::memset(data_, 0, bytes);
   }
 
+  // Who is first, of several threads that share this buffer, makes the count.
+  std::atomic<uint32_t>& Owners() const {
+    const std::atomic_ref<std::atomic<uint32_t>*> owners(owners_);
+    std::atomic<uint32_t>* held = owners.load(std::memory_order_acquire);
+    if (held != nullptr) return *held;
+    auto* const made = new std::atomic<uint32_t>(1);
+    if (owners.compare_exchange_strong(held, made, std::memory_order_acq_rel)) return *made;
+    delete made;
+    return *held;
+  }
+
   ByteCounter* counter_ = nullptr;
   size_t size_ = 0;
   std::byte* data_ = nullptr;
+  mutable std::atomic<uint32_t>* owners_ = nullptr;  // how many buffers have this memory; null while it is one
 };
 
 // Counts bytes that were allocated elsewhere (a vector's), while it lives. Move-only.

@@ -72,12 +72,23 @@ SequenceCache::SequenceCache(std::shared_ptr<const CacheConfig> config)
 SequenceCache::SequenceCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 SequenceCache::~SequenceCache() = default;
 
-std::unique_ptr<SequenceCache> SequenceCache::Clone() const {
+std::unique_ptr<SequenceCache> SequenceCache::Clone() const { return Copy(false); }
+std::unique_ptr<SequenceCache> SequenceCache::CloneApart() const { return Copy(true); }
+
+std::unique_ptr<SequenceCache> SequenceCache::Copy(bool apart) const {
   CHECK(!impl_->in_step, "a cache cannot be cloned in the middle of a step");
   auto copy = std::make_unique<Impl>(impl_->config);
+  copy->counter.apart = apart;
   for (size_t i = 0; i < copy->parts.size(); ++i) copy->parts[i] = impl_->parts[i]->Clone(copy->counter);
   copy->tokens_seen = impl_->tokens_seen;
+  copy->counter.apart = false;  // its own clones may share
   return std::unique_ptr<SequenceCache>(new SequenceCache(std::move(copy)));
+}
+
+std::vector<SharedPart> SequenceCache::ShareableParts() const {
+  std::vector<SharedPart> parts;
+  for (const auto& part : impl_->parts) part->store->AddShareable(parts);
+  return parts;
 }
 
 void SequenceCache::BeginStep(size_t n_tokens, StepKind kind) { impl_->Begin(n_tokens, kind); }

@@ -43,7 +43,14 @@ class SequenceCache final : public KvCache {
  public:
   explicit SequenceCache(std::shared_ptr<const CacheConfig> config);
   ~SequenceCache() override;
+  // Goes on as this one would, bit for bit. Blocks of rows that will not change (of heads that nothing ever leaves) are
+  // held once by both and by further clones, which may be used and freed on different threads; all else is copied. Each
+  // counts all of its kv_bytes, as if it were alone.
   std::unique_ptr<SequenceCache> Clone() const;
+  // The same with memory of its own alone.
+  std::unique_ptr<SequenceCache> CloneApart() const;
+  // Of kv_bytes, those that clones made now would share or that earlier ones do: each part once, by address.
+  std::vector<SharedPart> ShareableParts() const;
 
   void BeginStep(size_t n_tokens, StepKind kind);
   // Takes back a BeginStep whose first Append has not come: another sequence of the same step could not begin.
@@ -80,6 +87,7 @@ class SequenceCache final : public KvCache {
   struct Impl;
   struct RandomFill;
   explicit SequenceCache(std::unique_ptr<Impl> impl);
+  std::unique_ptr<SequenceCache> Copy(bool apart) const;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -91,6 +91,31 @@ TEST_F(ChoicesTest, EachChoiceIsWhatItsSeedSaysAlone) {
   EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().kv_bytes_reserved == 0; }));
 }
 
+TEST_F(ChoicesTest, ChoicesHoldThePromptOnce) {
+  const auto full = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const size_t n = 2000, one = full->Plan(n, 40).bytes_end, tail = full->Plan(256, 0).bytes_end + 4 * (n + 40);
+  std::vector<int32_t> prompt(n);
+  for (size_t i = 0; i < n; ++i) prompt[i] = static_cast<int32_t>(100 + i % 97);
+  Start({.max_prompt = n});
+  for (const char* const spec : {"full", "h2o(24)"}) {
+    Drawn({{"prompt", prompt}, {"n", 3}, {"temperature", 4}, {"kv_policy", spec}});
+    ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+    const SpecMetrics metrics = scheduler_->Metrics().specs[spec];
+    ASSERT_EQ(metrics.idle, 3u);
+    if (spec == std::string("full")) {
+      EXPECT_GT(metrics.idle_bytes, one);
+      EXPECT_LT(metrics.idle_bytes, one + 3 * tail);
+    }
+    const std::string line = fmt::format("lesskv_spec_idle_bytes{{spec=\"{}\"}} {}\n", spec, metrics.idle_bytes);
+    EXPECT_NE(Get("/metrics").body.find(line), std::string::npos);
+  }
+  Stop();
+  Start({.scheduler = {.max_running = 3, .max_idle = 0}, .max_prompt = n});
+  Drawn({{"prompt", prompt}, {"n", 3}});
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+  EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
+}
+
 TEST_F(ChoicesTest, AStreamSaysOfEachEventWhoseItIs) {
   Start();
   const Json whole = Drawn({{"n", 3}, {"logprobs", 0}});

@@ -48,7 +48,32 @@ Sequence Adopt(Sequence sequence, const std::shared_ptr<const CacheConfig>& conf
   return Sequence(std::move(cache), sequence.tokens());
 }
 
-const PrefixCache::Entry* PrefixCache::Find(const Beginning& beginning) {
+size_t SharedMemory::Add(const std::vector<SharedPart>& parts) {
+  size_t bytes = 0;
+  for (const SharedPart& part : parts)
+    if (!parts_.insert(part.memory).second) bytes += part.bytes;
+  return bytes;
+}
+
+size_t SharedMemory::BytesOf(const std::vector<SharedPart>& parts) const {
+  size_t bytes = 0;
+  for (const SharedPart& part : parts)
+    if (parts_.contains(part.memory)) bytes += part.bytes;
+  return bytes;
+}
+
+void PrefixCache::CountShared(const SharedMemory& running) {
+  SharedMemory all = running;
+  bytes_ = 0;
+  for (Entry& entry : entries_) {
+    const std::vector<SharedPart> parts = entry.sequence->cache().ShareableParts();
+    entry.running = running.BytesOf(parts);
+    entry.counted = all.Add(parts);
+    bytes_ += entry.own_bytes();
+  }
+}
+
+std::list<PrefixCache::Entry>::const_iterator PrefixCache::Longest(const Beginning& beginning) const {
   auto best = entries_.end();
   for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
     const std::vector<int32_t>& tokens = entry->sequence->tokens();
@@ -58,6 +83,16 @@ const PrefixCache::Entry* PrefixCache::Find(const Beginning& beginning) {
         CommonPrefix(tokens, beginning.prompt) == tokens.size())
       best = entry;
   }
+  return best;
+}
+
+const PrefixCache::Entry* PrefixCache::Look(const Beginning& beginning) const {
+  const auto best = Longest(beginning);
+  return best == entries_.end() ? nullptr : &*best;
+}
+
+const PrefixCache::Entry* PrefixCache::Find(const Beginning& beginning) {
+  const auto best = Longest(beginning);
   if (best == entries_.end()) return nullptr;
   entries_.splice(entries_.begin(), entries_, best);
   return &entries_.front();
@@ -90,7 +125,7 @@ std::shared_ptr<const Sequence> PrefixCache::Add(Sequence sequence, bool shared)
 }
 
 void PrefixCache::Remove(std::list<Entry>::iterator entry) {
-  bytes_ -= entry->bytes;
+  bytes_ -= entry->own_bytes();
   entries_.erase(entry);
 }
 
@@ -107,7 +142,7 @@ size_t PrefixCache::DropOldestOnDisk() {
     return entry.sequence->Stats().recall.file_bytes > 0;
   });
   if (oldest == entries_.rend()) return 0;
-  const size_t bytes = oldest->bytes;
+  const size_t bytes = oldest->own_bytes();
   Remove(std::prev(oldest.base()));
   return bytes;
 }
@@ -116,7 +151,7 @@ size_t PrefixCache::DropOldest(const Entry* spared) {
   for (auto entry = entries_.end(); entry != entries_.begin();) {
     --entry;
     if (&*entry == spared) continue;
-    const size_t bytes = entry->bytes;
+    const size_t bytes = entry->own_bytes();
     Remove(entry);
     return bytes;
   }

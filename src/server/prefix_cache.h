@@ -7,6 +7,7 @@
 #include <list>
 #include <memory>
 #include <span>
+#include <unordered_set>
 #include <vector>
 
 #include "engine/engine.h"
@@ -31,6 +32,17 @@ size_t CommonPrefix(std::span<const int32_t> a, std::span<const int32_t> b);
 // the same or do not matter. Throws Error when the spans do not fit.
 Sequence Adopt(Sequence sequence, const std::shared_ptr<const CacheConfig>& config);
 
+// Memory of several caches, each part once.
+class SharedMemory {
+ public:
+  // The bytes of those parts that are here already; takes in the others.
+  size_t Add(const std::vector<SharedPart>& parts);
+  size_t BytesOf(const std::vector<SharedPart>& parts) const;  // that are here
+
+ private:
+  std::unordered_set<const void*> parts_;
+};
+
 // What a prompt is looked up for.
 struct Beginning {
   std::span<const int32_t> prompt;
@@ -43,11 +55,16 @@ class PrefixCache {
   struct Entry {
     std::shared_ptr<Sequence> sequence;  // may be shared with who saves it, and then is only read
     bool shared = false;                 // several texts begin so: copies are handed out
-    size_t bytes = 0;
+    size_t bytes = 0;                    // as if it were alone
+    size_t counted = 0;                  // of these, in memory that is counted with others (CountShared)
+    size_t running = 0;                  // of these, with running texts
+    size_t own_bytes() const { return bytes - counted; }
   };
 
   // The one that has seen most of the prompt's beginning, and less than all of it; null: none. Counts as used.
   const Entry* Find(const Beginning& beginning);
+  // The same, without counting as used.
+  const Entry* Look(const Beginning& beginning) const;
   // How many of the prompt's first tokens, at most, some sequence here has seen, too.
   size_t LongestCommon(const Beginning& beginning) const;
 
@@ -61,11 +78,16 @@ class PrefixCache {
   // Likewise of those that have rows on a disk.
   size_t DropOldestOnDisk();
 
+  // Counts memory that caches share once: that of `running` with the running texts, what the others share with
+  // whichever was used last. Until the next call caches that come count in full.
+  void CountShared(const SharedMemory& running);
+
   const std::list<Entry>& entries() const { return entries_; }
   size_t size() const { return entries_.size(); }
-  size_t bytes() const { return bytes_; }
+  size_t bytes() const { return bytes_; }  // of all entries, shared memory once
 
  private:
+  std::list<Entry>::const_iterator Longest(const Beginning& beginning) const;
   void Remove(std::list<Entry>::iterator entry);
 
   std::list<Entry> entries_;  // the last used first

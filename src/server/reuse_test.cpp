@@ -153,6 +153,61 @@ TEST_F(ReuseTest, IdleCachesMakeRoomOldestFirst) {
   EXPECT_EQ(Cached(Ask(texts[0], {{"max_tokens", 1}})), 0u);
 }
 
+// A beginning that several texts share is there once: it counts once, and more of them run at a time.
+TEST_F(ReuseTest, ASharedBeginningCountsOnce) {
+  const size_t n = 8192, n_tail = 8, n_output = 2000, n_texts = 6;
+  const auto full = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const auto bytes = [&](size_t tokens) { return full->Plan(tokens, 0).bytes_end; };
+  const size_t one = full->Plan(n + n_tail, n_output).bytes_peak, limit = 2 * one + one / 4;
+  Start({.scheduler = {.max_running = n_texts, .max_queued = 8, .kv_memory = limit, .step_tokens = 512},
+         .max_prompt = n + n_tail});
+  const auto prompt = [&](int32_t last) {
+    std::vector<int32_t> ids(n + n_tail);
+    for (size_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>(100 + i % 97);
+    std::fill(ids.begin() + static_cast<std::ptrdiff_t>(n), ids.end(), last);
+    return ids;
+  };
+  Ask(prompt(50), {{"max_tokens", 2}});
+  Ask(prompt(51), {{"max_tokens", 2}});  // what both begin with is kept
+  for (int32_t i = 52; i < 55; ++i) EXPECT_EQ(Cached(Ask(prompt(i), {{"max_tokens", 2}})), n);
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().idle == 6; }));
+  const size_t tail = bytes(n_tail + 2) + 4 * (n + n_tail + 2);  // and the tokens' ids
+  EXPECT_GE(scheduler_->Metrics().idle_bytes, 2 * bytes(n));
+  EXPECT_LE(scheduler_->Metrics().idle_bytes, 2 * bytes(n) + 6 * tail);
+  std::vector<std::unique_ptr<Connection>> streams;
+  for (size_t i = 0; i < n_texts; ++i) {
+    streams.push_back(std::make_unique<Connection>(port_));
+    const Json body = {{"prompt", prompt(60 + static_cast<int32_t>(i))},
+                       {"temperature", 0},
+                       {"max_tokens", n_output},
+                       {"stream", true}};
+    streams[i]->Send(RequestText("POST", "/v1/completions", body.dump()));
+  }
+  size_t most = 0;
+  ASSERT_TRUE(Soon([&] {
+    const SchedulerMetrics metrics = scheduler_->Metrics();
+    EXPECT_LE(metrics.kv_bytes_reserved, limit);
+    EXPECT_LE(metrics.kv_bytes, metrics.kv_bytes_reserved);
+    EXPECT_LE(metrics.kv_bytes + metrics.idle_bytes, limit);
+    most = std::max(most, metrics.running);
+    return most >= 4;
+  }));
+  ASSERT_TRUE(Soon([&] {
+    const SchedulerMetrics metrics = scheduler_->Metrics();
+    return metrics.running >= 4 && metrics.kv_bytes <= bytes(n) + metrics.running * bytes(n_output + 2 * 128);
+  }));
+  streams.clear();
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+  const SchedulerMetrics after = scheduler_->Metrics();
+  EXPECT_EQ(after.kv_bytes_reserved, 0u);
+  EXPECT_EQ(after.kv_bytes, 0u);
+  EXPECT_LE(after.idle_bytes, limit);
+  const Json again = Ask(prompt(60), {{"max_tokens", 40}});
+  EXPECT_EQ(Cached(again), n);
+  Streamed alone(engine_, *tokenizer_, "full");
+  EXPECT_EQ(Text(again), alone.Say(prompt(60), 40));
+}
+
 TEST_F(ReuseTest, MemoryOfIdleCachesIsReturned) {
 #ifdef __SANITIZE_ADDRESS__
   GTEST_SKIP() << "AddressSanitizer keeps freed memory";

@@ -170,6 +170,7 @@ void Scheduler::Stop() {
 SchedulerMetrics Scheduler::Metrics() const {
   const std::lock_guard lock(mutex_);
   SchedulerMetrics metrics = metrics_;
+  metrics.kv_bytes_reserved = Reserved();
   metrics.queued = waiting_.size();
   metrics.loading = loading_.size();
   return metrics;
@@ -237,7 +238,7 @@ bool Scheduler::BeginNext(std::unique_lock<std::mutex>& lock) {
   }
   if (const std::optional<Waiting> next = NextAdmitted()) {
     lock.unlock();
-    if (!StartLoading(*next)) Begin(*next, std::nullopt);
+    if (next->joins || !StartLoading(*next)) Begin(*next, std::nullopt);
     lock.lock();
     return true;
   }
@@ -249,11 +250,16 @@ bool Scheduler::BeginNext(std::unique_lock<std::mutex>& lock) {
 std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
   if (waiting_.empty()) return std::nullopt;
   const auto first = std::ranges::min_element(waiting_, {}, &Waiting::turn);
-  const Waiting next = *first;
+  Waiting next = *first;
   size_t places = RunningPlaces() + next.job->request().choices;
   for (const Loading& loading : loading_) places += loading.text.job->request().choices;
   if (places > options_.max_running) return std::nullopt;
-  if (options_.kv_memory != 0 && metrics_.kv_bytes_reserved + next.bytes > options_.kv_memory) return std::nullopt;
+  if (options_.kv_memory != 0 && Reserved() + next.bytes > options_.kv_memory) {
+    const JobRequest& request = next.job->request();
+    const PrefixCache::Entry* const idle = request.reuse ? idle_.Look({request.prompt, *request.config}) : nullptr;
+    if (idle == nullptr || Reserved() + next.bytes - idle->running > options_.kv_memory) return std::nullopt;
+    next.joins = true;
+  }
   metrics_.kv_bytes_reserved += next.bytes;
   waiting_.erase(first);
   turn_ = std::max(turn_, next.turn);
@@ -317,6 +323,8 @@ void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
   } catch (const std::bad_alloc&) {
     fail(Error(ErrorCode::kOutOfMemory, "memory for the text's cache cannot be had"));
   }
+  beginning_ = nullptr;
+  CountShared();
 }
 
 // One that has seen the prompt's beginning, or a new one.
@@ -327,6 +335,8 @@ Sequence Scheduler::BeginSequence(const Waiting& next, std::optional<Sequence> s
       if (std::optional<Sequence> found = FindBeginning(request, std::move(stored)))
         return Adopt(std::move(*found), request.config);
     } catch (const Error&) {  // such as spans that fit the budget when a prompt is read anew only
+      if (next.joins) throw;
+      beginning_ = nullptr;
     }
   }
   MakeRoom(nullptr);
@@ -342,24 +352,46 @@ std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request, std:
     return stored;
   }
   if (idle == nullptr) return std::nullopt;
+  beginning_ = idle;
   MakeRoom(idle);
   if (idle->shared && HasRoom(0)) return PrefixCache::Copy(idle);
+  beginning_ = nullptr;
   return idle_.Take(idle);
 }
+
+// Counts memory that caches share once, after any has come or gone: with the text that began first, with idle caches
+// where no text has it. Shared rows do not change, so that what a text may still take is not less for them.
+void Scheduler::CountShared() {
+  SharedMemory running;
+  size_t shared = 0;
+  for (const auto& text : running_) {
+    text->counted = running.Add(text->sequence.cache().ShareableParts());
+    shared += text->counted;
+  }
+  if (beginning_ != nullptr) shared += running.Add(beginning_->sequence->cache().ShareableParts());
+  idle_.CountShared(running);
+  const std::lock_guard lock(mutex_);
+  shared_ = shared;
+}
+
+// What running texts, and those that the store is asked for, may reach together.
+size_t Scheduler::Reserved() const { return metrics_.kv_bytes_reserved - shared_; }
 
 // Whether the idle caches, and so many bytes more, fit beside what the running ones may reach.
 bool Scheduler::HasRoom(size_t more) const {
   if (options_.kv_memory == 0) return true;
   const std::lock_guard lock(mutex_);
-  return metrics_.kv_bytes_reserved + idle_.bytes() + more <= options_.kv_memory;
+  return Reserved() + idle_.bytes() + more <= options_.kv_memory;
 }
 
 // Lets idle caches go, those first that were not used for longest, until so many bytes more fit.
 void Scheduler::MakeRoom(const PrefixCache::Entry* spared, size_t more) {
+  CountShared();
   while (idle_.size() > options_.max_idle || !HasRoom(more)) {
     const size_t bytes = idle_.DropOldest(spared);
     if (bytes == 0) return;
     ReturnMemory(bytes);
+    CountShared();
     const std::lock_guard lock(mutex_);
     ++metrics_.idle_dropped;
   }
@@ -391,7 +423,8 @@ size_t Scheduler::SharedBeginning(const Running& text) const {
 }
 
 void Scheduler::KeepShared(const Running& text) {
-  const size_t bytes = text.sequence.Stats().kv_bytes;
+  size_t bytes = text.sequence.Stats().kv_bytes;
+  for (const SharedPart& part : text.sequence.cache().ShareableParts()) bytes -= part.bytes;
   MakeRoom(nullptr, bytes);
   if (!HasRoom(bytes)) return;
   try {
@@ -612,6 +645,7 @@ std::vector<Scheduler::Running*> Scheduler::BeginChoices(Running& text) {
     text.bytes -= bytes;
     --text.places;
   }
+  if (request.choices > 1) CountShared();
   GenerationOptions options = request.options;
   for (Running* const choice : choices) {
     choice->generation.emplace(tokenizer_, options, request.prompt, request.config->shape().ctx);
@@ -661,8 +695,9 @@ void Scheduler::Settle() {
   for (auto& text : running_)
     if (text->ended && text.get() != reading_) ended.push_back(std::move(text));
   std::erase(running_, nullptr);
+  if (!ended.empty()) CountShared();
+  for (const auto& text : ended) CountEnded(*text);
   for (const auto& text : ended) {
-    CountEnded(*text);
     const size_t bytes = text->sequence.Stats().kv_bytes;
     Keep(std::move(text->sequence), false);
     if (options_.max_idle == 0) ReturnMemory(bytes);
@@ -676,10 +711,10 @@ void Scheduler::Settle() {
   }
   for (const auto& text : running_) {
     const CacheStats stats = text->sequence.Stats();
-    metrics_.kv_bytes += stats.kv_bytes;
+    metrics_.kv_bytes += stats.kv_bytes - text->counted;
     SpecMetrics& of_spec = metrics_.Of(text->sequence.config().spec_text());
     ++of_spec.running;
-    of_spec.kv_bytes += stats.kv_bytes;
+    of_spec.kv_bytes += stats.kv_bytes - text->counted;
     of_spec.kv_bytes_logical += stats.kv_bytes_full;
     of_spec.tokens_resident += stats.tokens_resident;
     slots_.push_back({text->sequence.config().spec_text(), text->job->request().prompt.size(), text->fed, text->cached,
@@ -692,7 +727,7 @@ void Scheduler::Settle() {
   for (const PrefixCache::Entry& entry : idle_.entries()) {
     SpecMetrics& of_spec = metrics_.Of(entry.sequence->config().spec_text());
     ++of_spec.idle;
-    of_spec.idle_bytes += entry.bytes;
+    of_spec.idle_bytes += entry.own_bytes();
   }
 }
 

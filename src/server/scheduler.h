@@ -109,7 +109,8 @@ struct SchedulerOptions {
 struct SpecMetrics {
   double tokens_evicted = 0, tokens_absorbed = 0, tokens_merged = 0, tokens_recalled = 0;
   uint64_t prefix_hits = 0;
-  // Now, of running texts: bytes that their caches hold, and that f16 full caches of the same texts would hold.
+  // Now, of running texts: bytes that their caches hold, and that f16 full caches of the same texts would hold. Memory
+  // that several hold counts once, with the text that began first, and with idle caches where no running one has it.
   size_t running = 0, kv_bytes = 0, kv_bytes_logical = 0;
   double tokens_resident = 0;
   size_t idle = 0, idle_bytes = 0;  // caches of texts that have ended
@@ -121,7 +122,7 @@ struct SchedulerMetrics {
   uint64_t prompt_tokens = 0, generated_tokens = 0, steps = 0;
   std::map<std::string, SpecMetrics> specs;  // at most kMostSpecs, and kOtherSpecs for the rest
   size_t running = 0, loading = 0, queued = 0;
-  size_t kv_bytes = 0, kv_bytes_reserved = 0;  // held by running texts, and at most to be held by them
+  size_t kv_bytes = 0, kv_bytes_reserved = 0;  // held by running texts (shared memory once), and at most to be held
   uint64_t prefix_hits = 0, prefix_tokens = 0;  // texts that went on with a cache, and prompt tokens they did not read
   uint64_t idle_dropped = 0;                    // idle caches that had to make room
   size_t idle = 0, idle_bytes = 0;              // caches of texts that have ended
@@ -180,6 +181,7 @@ class Scheduler {
     size_t fed = 0;           // tokens of the prompt, these included
     size_t next_fed = 0;      // of which the step in work takes so many more
     size_t shared = 0;        // tokens of the prompt at which a copy is kept, for others that begin so; 0: nowhere
+    size_t counted = 0;       // bytes of its cache that are counted with another running one (CountShared)
     CacheStats before = {};   // of the sequence, when the text began
     int32_t last_token = -1;  // sampled, not fed
     std::optional<Generation> generation = {};
@@ -191,7 +193,8 @@ class Scheduler {
   struct Waiting {
     std::shared_ptr<Job> job;
     size_t bytes;
-    uint64_t turn = 0;  // the lowest is next; of equal ones the first that came
+    uint64_t turn = 0;   // the lowest is next; of equal ones the first that came
+    bool joins = false;  // there is room for it only beside running texts that share its beginning
   };
   // One that has its place and its bytes, and begins when the store has said what it has. Others begin meanwhile.
   struct Loading {
@@ -213,6 +216,8 @@ class Scheduler {
   void Begin(const Waiting& next, std::optional<Sequence> stored);
   Sequence BeginSequence(const Waiting& next, std::optional<Sequence> stored);
   std::optional<Sequence> FindBeginning(const JobRequest& request, std::optional<Sequence> stored);
+  void CountShared();
+  size_t Reserved() const;
   bool HasRoom(size_t more) const;
   void MakeRoom(const PrefixCache::Entry* spared, size_t more = 0);
   size_t SharedBeginning(const Running& text) const;
@@ -247,6 +252,7 @@ class Scheduler {
   std::chrono::steady_clock::time_point resumed_;  // since when that goes on,
   std::chrono::steady_clock::duration pause_due_;  // and for how long
   PrefixCache idle_;                               // of the thread alone, too
+  const PrefixCache::Entry* beginning_ = nullptr;  // what the text that begins at the moment has a copy of
   size_t unreturned_ = 0;                          // bytes freed since the system got memory back
   mutable std::mutex mutex_;                       // of what follows
   std::condition_variable work_;
@@ -255,6 +261,7 @@ class Scheduler {
   std::map<std::string, uint64_t> turns_after_;  // of clients: behind their last admitted text, where that is beyond
   std::vector<Loading> loading_;
   SchedulerMetrics metrics_;
+  size_t shared_ = 0;  // of metrics_.kv_bytes_reserved, what is there once for several texts
   std::vector<SlotState> slots_;
   bool stopping_ = false;
   std::thread thread_;

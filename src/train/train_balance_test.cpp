@@ -107,6 +107,7 @@ TEST_F(TrainBalanceTest, MatricesAreRepeatableAndServeTheCodec) {
     }
     return "accepted";
   };
+  sidecar.balance = {};
   WriteSidecar(path, sidecar);
   EXPECT_NE(refusal("full+balanced(2)").find("holds no matrices for keys (train them with 'lesskv train balance')"), std::string::npos);
   sidecar.balance = report.balance;

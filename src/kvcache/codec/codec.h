@@ -35,6 +35,7 @@ struct StoreShape {
   bool grows = false;           // no bound on the rows of a head while decoding
   bool packs = false;           // budgets differ between heads: they share memory of exactly so many rows
   bool exact_growth = false;    // room for the rows that stay is made when they are known (StepRoom::budgets_later)
+  bool keeps_all = false;       // nothing ever leaves: what is full does not change, and clones share it
 };
 
 struct RowTypes;  // row_store.h

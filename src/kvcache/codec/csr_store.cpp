@@ -269,7 +269,8 @@ std::unique_ptr<KvStore> CsrStore::Clone(ByteCounter& counter) const {
   for (size_t i = 0; i < heads_.size(); ++i) {
     const Head& from = heads_[i];
     Head& to = copy->heads_[i];
-    for (const CountedBuffer& block : from.blocks) to.blocks.push_back(block.Clone(counter));
+    for (size_t b = 0; b < from.blocks.size(); ++b)
+      to.blocks.push_back(b < SettledBlocks(from) ? from.blocks[b].Share(counter) : from.blocks[b].Clone(counter));
     to.block_rows = from.block_rows;
     to.n_coded = from.n_coded;
     to.n_exact = from.n_exact;
@@ -281,6 +282,11 @@ std::unique_ptr<KvStore> CsrStore::Clone(ByteCounter& counter) const {
   copy->staging_.clear();
   for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
   return copy;
+}
+
+void CsrStore::AddShareable(std::vector<SharedPart>& parts) const {
+  for (const Head& head : heads_)
+    for (size_t b = 0; b < SettledBlocks(head); ++b) parts.push_back({head.blocks[b].data(), head.blocks[b].size()});
 }
 
 size_t CsrStore::SlackBytes(std::span<const size_t> budgets) const {

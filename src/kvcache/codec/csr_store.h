@@ -72,6 +72,7 @@ class CsrStore final : public KvStore {
            std::shared_ptr<const CsrDictionaries> dictionaries);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void AddShareable(std::vector<SharedPart>& parts) const override;
   void Reserve(const StepRoom& room) override;
   void SetBudgets(size_t first_layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
@@ -150,6 +151,10 @@ class CsrStore final : public KvStore {
   const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
   Head& At(size_t layer, size_t kv_head) { return heads_[table_(layer, kv_head)]; }
   const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
+  // A head's first blocks that are full, where rows stay.
+  size_t SettledBlocks(const Head& head) const {
+    return shape_.keeps_all && head.block_rows > 0 ? head.n_coded / head.block_rows : 0;
+  }
   size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
   void ResizeWindow(Head& head, size_t rows);
   void ResizeArena(Head& head, size_t rows);

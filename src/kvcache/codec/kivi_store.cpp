@@ -392,7 +392,8 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
   for (size_t i = 0; i < heads_.size(); ++i) {
     const Head& from = heads_[i];
     Head& to = copy->heads_[i];
-    for (const CountedBuffer& block : from.blocks) to.blocks.push_back(block.Clone(counter));
+    for (size_t b = 0; b < from.blocks.size(); ++b)
+      to.blocks.push_back(b < SettledBlocks(from) ? from.blocks[b].Share(counter) : from.blocks[b].Clone(counter));
     to.block_rows = from.block_rows;
     to.n_rows = from.n_rows;
     to.coded_keys = from.coded_keys;
@@ -406,6 +407,11 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
   copy->staging_.clear();
   for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
   return copy;
+}
+
+void KiviStore::AddShareable(std::vector<SharedPart>& parts) const {
+  for (const Head& head : heads_)
+    for (size_t b = 0; b < SettledBlocks(head); ++b) parts.push_back({head.blocks[b].data(), head.blocks[b].size()});
 }
 
 // ---- Steps

@@ -81,6 +81,7 @@ class KiviStore final : public KvStore {
   KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOptions& options);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void AddShareable(std::vector<SharedPart>& parts) const override;
   void Reserve(const StepRoom& room) override;
   void SetBudgets(size_t layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
@@ -169,6 +170,10 @@ class KiviStore final : public KvStore {
   const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
   const ExactRows& Staging(size_t layer, size_t kv_head) const {
     return staging_[defers_ ? table_(layer, kv_head) : kv_head];
+  }
+  // A head's first blocks that are full of coded rows, where these stay.
+  size_t SettledBlocks(const Head& head) const {
+    return shape_.keeps_all && head.block_rows > 0 ? std::min(head.coded_keys, head.coded_values) / head.block_rows : 0;
   }
   size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
   // Of a block with room for so many rows.

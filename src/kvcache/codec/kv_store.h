@@ -108,7 +108,10 @@ struct RecallStats {
 class KvStore {
  public:
   virtual ~KvStore() = default;
+  // May hold memory together with this one: such as neither will write to (CountedBuffer::Share).
   virtual std::unique_ptr<KvStore> Clone(ByteCounter& counter) const = 0;
+  // Adds the memory that clones made now would share.
+  virtual void AddShareable(std::vector<SharedPart>& /*parts*/) const {}
 
   // Makes room for a step in every layer. Throws Error(kOutOfMemory) without having changed any row.
   virtual void Reserve(const StepRoom& room) = 0;

@@ -34,35 +34,60 @@ RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes
   for (Head& head : heads_) head.region_rows = shape.packs ? kPackedBlockRows : kBlockRows;
 }
 
-std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
+std::set<const CountedBuffer*> RowStore::Settled(const SettledRows& settled) const {
+  std::set<const CountedBuffer*> full, others;
+  for (size_t layer = 0; layer < shape_.layers.size() && shape_.keeps_all; ++layer) {
+    for (size_t h = 0; h < Layer(layer).n_kv_heads; ++h) {
+      const Head& head = At(layer, h);
+      const size_t rows = std::min(head.n_rows, settled(layer, h));
+      for (size_t r = 0; r < head.regions.size(); ++r)
+        ((r + 1) * head.region_rows <= rows ? full : others).insert(head.regions[r].memory.get());
+    }
+  }
+  for (const CountedBuffer* memory : others) full.erase(memory);
+  return full;
+}
+
+std::unique_ptr<RowStore> RowStore::CloneWith(ByteCounter& counter, const SettledRows& settled) const {
   auto copy = std::make_unique<RowStore>(counter, shape_, types_, key_dims_);
-  copy->defers_ = defers_;
-  copy->staging_.resize(staging_.size());
-  std::map<const CountedBuffer*, std::shared_ptr<CountedBuffer>> shared;  // regions that heads share stay shared
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    const Share& from = heads_[i].share;
-    copy->heads_[i].share = from;
-    if (from.region.memory == nullptr) continue;
-    std::shared_ptr<CountedBuffer>& memory = shared[from.region.memory.get()];
-    if (memory == nullptr) memory = std::make_shared<CountedBuffer>(from.region.memory->Clone(counter));
-    copy->heads_[i].share.region = {memory, memory->data() + (from.region.data - from.region.memory->data())};
-  }
-  const auto clone = [&](const Formats& formats, const Head& from, Head& to) {
-    to.region_rows = from.region_rows;
-    to.n_rows = from.n_rows;
-    const std::vector<const Formats*> all(from.regions.size(), &formats);
-    if (to.regions.empty()) to.regions = Allocate(counter, all, std::vector<size_t>(from.regions.size(), from.region_rows));
-    for (size_t r = 0; r < to.regions.size(); ++r)
-      if (from.regions[r].data != nullptr)
-        std::memcpy(to.regions[r].data, from.regions[r].data, formats.Bytes(from.RowsOf(r)));
+  const std::set<const CountedBuffer*> stays = Settled(settled);
+  std::map<const CountedBuffer*, std::shared_ptr<CountedBuffer>> copies;  // what regions lie in together stays so
+  const auto copy_region = [&](Region& region) {
+    if (region.memory == nullptr) return;
+    const CountedBuffer& from = *region.memory;
+    std::shared_ptr<CountedBuffer>& to = copies[&from];
+    if (to == nullptr)
+      to = std::make_shared<CountedBuffer>(stays.contains(&from) ? from.Share(counter) : from.Clone(counter));
+    if (region.data != nullptr) region.data = to->data() + (region.data - from.data());
+    region.memory = to;
   };
-  for (size_t i = 0; i < heads_.size(); ++i) {
-    const size_t rows = heads_[i].capacity();
-    if (shape_.exact_growth) copy->GrowExactly(i, {&rows, 1});
-    clone(FormatsOf(i), heads_[i], copy->heads_[i]);
+  copy->defers_ = defers_;
+  copy->heads_ = heads_;
+  copy->staging_ = staging_;
+  for (std::vector<Head>* const heads : {&copy->heads_, &copy->staging_}) {
+    for (Head& head : *heads) {
+      copy_region(head.share.region);
+      for (Region& region : head.regions) copy_region(region);
+    }
   }
-  for (size_t i = 0; i < staging_.size(); ++i) clone(StagingFormats(i), staging_[i], copy->staging_[i]);
   return copy;
+}
+
+std::unique_ptr<KvStore> RowStore::Clone(ByteCounter& counter) const {
+  return CloneWith(counter, [this](size_t layer, size_t kv_head) { return At(layer, kv_head).n_rows; });
+}
+
+void RowStore::AddShareable(const SettledRows& settled, std::vector<SharedPart>& parts) const {
+  for (const CountedBuffer* memory : Settled(settled)) parts.push_back({memory->data(), memory->size()});
+}
+
+void RowStore::AddShareable(std::vector<SharedPart>& parts) const {
+  AddShareable([this](size_t layer, size_t kv_head) { return At(layer, kv_head).n_rows; }, parts);
+}
+
+const RowStore::Region& RowStore::Writable(const Region& region) {
+  CHECK(region.memory == nullptr || !region.memory->shared(), "rows of another cache would be written");
+  return region;
 }
 
 std::byte* RowStore::Values(const Formats& formats, const Region& region, size_t region_rows) {
@@ -102,16 +127,20 @@ void RowStore::ResizeArena(const Formats& formats, Head& head, size_t rows) {
 }
 
 void RowStore::Grow(std::span<const size_t> rows) {
-  const auto missing = [&](size_t i) {
-    const size_t capacity = heads_[i].capacity();
-    return rows[i] > capacity ? CeilDiv(rows[i] - capacity, heads_[i].region_rows) : 0;
-  };
-  std::vector<const Formats*> formats;
-  for (size_t i = 0; i < heads_.size(); ++i) formats.insert(formats.end(), missing(i), &FormatsOf(i));
-  const std::vector<size_t> block_rows(formats.size(), heads_.empty() ? 0 : heads_[0].region_rows);
-  const std::vector<Region> blocks = Allocate(*counter_, formats, block_rows);
-  for (size_t i = 0, next = 0; i < heads_.size(); ++i)
-    for (size_t n = missing(i); n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
+  for (const bool filled : {true, false}) {
+    std::vector<size_t> missing(heads_.size());
+    std::vector<const Formats*> formats;
+    for (size_t i = 0; i < heads_.size(); ++i) {
+      const size_t capacity = heads_[i].capacity(), block = heads_[i].region_rows;
+      if (rows[i] <= capacity) continue;
+      missing[i] = filled ? (rows[i] - capacity) / block : CeilDiv(rows[i] - capacity, block);
+      formats.insert(formats.end(), missing[i], &FormatsOf(i));
+    }
+    const std::vector<size_t> block_rows(formats.size(), heads_.empty() ? 0 : heads_[0].region_rows);
+    const std::vector<Region> blocks = Allocate(*counter_, formats, block_rows);
+    for (size_t i = 0, next = 0; i < heads_.size(); ++i)
+      for (size_t n = missing[i]; n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
+  }
 }
 
 void RowStore::LengthenLast(const Formats& formats, Head& head, size_t rows) {
@@ -313,7 +342,7 @@ void RowStore::Append(size_t layer, size_t first, size_t n, const float* keys, c
       const Place at = FindIn(head, first_row + done);
       const size_t run = std::min(n - done, at.run);
       const size_t offset = done * stride + h * d;
-      WriteRows(formats.keys, Keys(*at.region), at.slot, run, keys + offset, stride);
+      WriteRows(formats.keys, Keys(Writable(*at.region)), at.slot, run, keys + offset, stride);
       WriteRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, run, values + offset, stride);
       done += run;
     }
@@ -435,7 +464,7 @@ void RowStore::RewriteValues(size_t layer, size_t kv_head, std::span<const uint3
   if (formats.hadamard_block > 0) Hadamard(own.data(), own.size(), formats.hadamard_block);
   for (size_t i = 0; i < rows.size(); ++i) {
     const Place at = Find(layer, kv_head, rows[i]);
-    WriteRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, 1, &own[i * d], d);
+    WriteRows(formats.values, Values(formats, Writable(*at.region), at.region_rows), at.slot, 1, &own[i * d], d);
   }
 }
 
@@ -463,7 +492,7 @@ void RowStore::Merge(size_t layer, size_t kv_head, std::span<const Departure> le
       Hadamard(merged_values.data(), d, formats.hadamard_block);
     }
     const Place at = Find(layer, kv_head, target);
-    WriteRows(formats.keys, Keys(*at.region), at.slot, 1, merged_keys.data(), d);
+    WriteRows(formats.keys, Keys(Writable(*at.region)), at.slot, 1, merged_keys.data(), d);
     WriteRows(formats.values, Values(formats, *at.region, at.region_rows), at.slot, 1, merged_values.data(), d);
   }
 }
@@ -526,14 +555,14 @@ void RowStore::Reorder(size_t layer, size_t kv_head, size_t first, std::span<con
     size_t i = start;
     for (; from[i] != start; i = from[i]) {
       const Place next = FindIn(head, first + from[i]);
-      CopyRow(formats.keys, Keys(*next.region), next.slot, Keys(*to.region), to.slot);
+      CopyRow(formats.keys, Keys(*next.region), next.slot, Keys(Writable(*to.region)), to.slot);
       CopyRow(formats.values, Values(formats, *next.region, next.region_rows), next.slot,
               Values(formats, *to.region, to.region_rows), to.slot);
       done[i] = 1;
       to = next;
     }
     done[i] = 1;
-    CopyRow(formats.keys, aside_keys, 0, Keys(*to.region), to.slot);
+    CopyRow(formats.keys, aside_keys, 0, Keys(Writable(*to.region)), to.slot);
     CopyRow(formats.values, aside_values, 0, Values(formats, *to.region, to.region_rows), to.slot);
   }
 }
@@ -569,7 +598,7 @@ SlotMap RowStore::Compact(size_t layer, size_t kv_head, std::span<const Departur
   } else {
     for (size_t i = 0; i < map.moves.size() && !counter_->only_counts; ++i) {
       const Place to = FindIn(head, map.moves[i].to);
-      Bring(layer, kv_head, map.moves[i].from, *to.region, to.region_rows, to.slot, write);
+      Bring(layer, kv_head, map.moves[i].from, Writable(*to.region), to.region_rows, to.slot, write);
     }
   }
   head.n_rows = map.n_rows;

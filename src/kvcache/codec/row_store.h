@@ -2,9 +2,10 @@
 //
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
-// can hold them. Where budgets differ between heads (StoreShape::packs) all heads share one region, in which each has
-// exactly its budget side by side with the others', so that only the whole is rounded up; rows that a growing head
-// takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
+// can hold them; those that the step fills and the last ones have one each, because full ones are shared with clones
+// where nothing ever leaves (StoreShape::keeps_all). Where budgets differ between heads (StoreShape::packs) all heads
+// share one region, in which each has exactly its budget side by side with the others', so that only the whole is rounded
+// up; rows that a growing head takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
 // when their head is closed. Where a selector says how many rows stay (StoreShape::exact_growth) heads grow a layer at a
 // time to what its close leaves: whole blocks, and a last one of no more tiles than that needs, which a longer one
 // replaces. What a head takes then depends on its rows alone. Where rows may leave after a step, the step's own rows wait in a staging area that all
@@ -19,6 +20,7 @@
 
 #include <functional>
 #include <memory>
+#include <set>
 #include <span>
 #include <vector>
 
@@ -45,6 +47,7 @@ class RowStore final : public KvStore {
   RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims = {});
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void AddShareable(std::vector<SharedPart>& parts) const override;
   void Reserve(const StepRoom& room) override;
   void SetBudgets(size_t first_layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
@@ -60,6 +63,12 @@ class RowStore final : public KvStore {
   size_t SlackBytes(std::span<const size_t> budgets) const override;
   void Save(ByteWriter& out) const override;
   void Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) override;
+
+  // For stores around this one that change rows they have already (Reorder): how many of a head's first rows they will
+  // not change.
+  using SettledRows = std::function<size_t(size_t layer, size_t kv_head)>;
+  std::unique_ptr<RowStore> CloneWith(ByteCounter& counter, const SettledRows& settled) const;
+  void AddShareable(const SettledRows& settled, std::vector<SharedPart>& parts) const;
 
   // For stores around this one that read some rows only.
   // The query as jobs over spans of this store need it: transformed where rows are. Its memory is the list's.
@@ -137,6 +146,9 @@ class RowStore final : public KvStore {
   Place Find(size_t layer, size_t kv_head, uint32_t row) const;
   static Place FindIn(const Head& head, size_t row);
 
+  // The memory of blocks that all are full, of rows that will not change.
+  std::set<const CountedBuffer*> Settled(const SettledRows& settled) const;
+  static const Region& Writable(const Region& region);
   static std::byte* Keys(const Region& region) { return region.data; }
   static std::byte* Values(const Formats& formats, const Region& region, size_t region_rows);
   // A region each of rows[i] rows for formats[i], side by side in one allocation.

@@ -118,5 +118,43 @@ TEST(RowStore, TransformedLowBitRowsAnswerAsExactOnesToTheirPrecision) {
       }
 }
 
+// Full blocks of a store that keeps all, and the last one of each head apart.
+TEST(RowStore, WhatACloneSharesIsNotWritten) {
+  const LayerShape shape = Shape(64, RopeStyle::kHalves);
+  const size_t n = 2 * kBlockRows + 10, width = shape.n_kv_heads * shape.head_dim;
+  const std::vector<float> keys = Random(n * width, 1), values = Random(n * width, 2);
+  for (const bool keeps_all : {true, false}) {
+    ByteCounter counter, other;
+    StoreShape of{{shape}, ComputeType::kF32, false, true};
+    of.keeps_all = keeps_all;
+    RowStore store(counter, of, {RowType::kF32, RowType::kF32});
+    store.Reserve({.n_step = n, .budgets = {}});
+    store.Append(0, 0, n, keys.data(), values.data());
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) store.Close(0, h, {});
+    store.EndStep();
+    std::vector<SharedPart> parts;
+    store.AddShareable(parts);
+    ASSERT_EQ(parts.size(), keeps_all ? 1 : 0);
+    auto clone = store.Clone(other);
+    EXPECT_EQ(counter.now, other.now);
+    const uint32_t swapped[] = {1, 0}, rows[] = {0, 1, n - 2, n - 1};
+    const auto read = [&](const KvStore& from) {
+      std::vector<float> k(4 * shape.head_dim), v(k.size());
+      from.ReadRows(0, 1, rows, k.data(), v.data());
+      return k;
+    };
+    const std::vector<float> before = read(store);
+    store.Reorder(0, 1, n - 2, swapped);
+    EXPECT_EQ(read(*clone), before);
+    EXPECT_NE(read(store), before);
+    if (keeps_all) {
+      EXPECT_DEATH(store.Reorder(0, 1, 0, swapped), "rows of another cache");
+    }
+    clone.reset();
+    EXPECT_EQ(other.now, 0u);
+    store.Reorder(0, 1, 0, swapped);
+  }
+}
+
 }  // namespace
 }  // namespace lesskv

@@ -37,6 +37,7 @@ class WindowStore : public KvStore {
               const WindowFormats& whole, const WindowOptions& options);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void AddShareable(std::vector<SharedPart>& parts) const override { old_->AddShareable(parts); }
   void Reserve(const StepRoom& room) override;
   void SetBudgets(size_t first_layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;

@@ -53,7 +53,7 @@ std::unique_ptr<ClusterOffload> ClusterStore::MakeOffload() const {
 
 std::unique_ptr<KvStore> ClusterStore::Clone(ByteCounter& counter) const {
   auto copy = std::make_unique<ClusterStore>(counter, shape_, types_, options_);
-  copy->rows_.reset(static_cast<RowStore*>(rows_->Clone(counter).release()));
+  copy->rows_ = rows_->CloneWith(counter, Settled());
   if (offload_ != nullptr) copy->offload_ = offload_->Clone(counter, copy->shape_.layers);
   copy->n_tokens_ = n_tokens_;
   copy->now_ = copy->next_ = now_;
@@ -61,6 +61,16 @@ std::unique_ptr<KvStore> ClusterStore::Clone(ByteCounter& counter) const {
   copy->stats_ = stats_;
   return copy;
 }
+
+// Rows that are in no cluster yet will be put in order, and where clusters go to a file all rows move.
+RowStore::SettledRows ClusterStore::Settled() const {
+  return [this](size_t layer, size_t) {
+    if (offload_ != nullptr) return size_t{0};
+    return HasClusters(layer) ? options_.sinks + now_.rows : n_tokens_;
+  };
+}
+
+void ClusterStore::AddShareable(std::vector<SharedPart>& parts) const { rows_->AddShareable(Settled(), parts); }
 
 // What is clustered when the step is closed. Depends on how many tokens came, and for prompts on where they end.
 std::vector<ClusterStore::Batch> ClusterStore::PlanBatches(const StepRoom& room) const {

@@ -42,6 +42,7 @@ class ClusterStore final : public KvStore {
   ClusterStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, const ClusterOptions& options);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
+  void AddShareable(std::vector<SharedPart>& parts) const override;
   void Reserve(const StepRoom& room) override;
   void SetBudgets(size_t first_layer, std::span<const size_t> budgets) override;
   void Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) override;
@@ -95,6 +96,7 @@ class ClusterStore final : public KvStore {
   bool Offloads(size_t layer) const { return offload_ != nullptr && HasClusters(layer); }
   std::unique_ptr<ClusterOffload> MakeOffload() const;
   void ReserveRows(const StepRoom& room, const Clustered& next, bool clusters);
+  RowStore::SettledRows Settled() const;
   // Of a head's rows behind the sinks, where the RowStore has them.
   size_t InStore(size_t layer, size_t row) const { return row - (Offloads(layer) ? now_.rows : 0); }
   std::vector<Batch> PlanBatches(const StepRoom& room) const;
