@@ -185,7 +185,7 @@ def measure(args) -> None:
 # -- the page
 
 SECTIONS = (  # runs whose names begin so, title
-  (("bits", "three bits", "balanced smollm2", "balanced qwen", "csr"), "Rows of few bits"),
+  (("bits", "three bits", "balanced", "csr"), "Rows of few bits"),
   (("rows",), "Which rows stay"),
   (("budgets",), "Where the rows go"),
   (("states",), "What is left of the others"),
@@ -197,7 +197,7 @@ COLOURS = {"few bits": "#d95f02", "rows": "#1b9e77", "divided rows": "#7570b3", 
 
 def short(spec) -> str:
   """Without fingerprints of sidecars, which the page states once."""
-  spec = re.sub(r'(, )?sidecar="[0-9a-f]+"', "", spec)
+  spec = re.sub(r'sidecar="[0-9a-f]+", |(, )?sidecar="[0-9a-f]+"', "", spec)
   return spec.replace("()", "")
 
 
