@@ -222,13 +222,14 @@ bool FusedScores(const AttentionView& view, const DecodeScratch& s, const RowSpa
 bool FusedValues(const AttentionView& view, const DecodeScratch& s, RowType type, size_t begin, size_t end,
                  size_t stacked);
 
-// Calls f(slot, n, first row) for pieces of at most kBlockRows of the rows [begin, end) of one reader, until it says
+// Calls f(slot, n, first row) for pieces of at most RowReader::kMostScored of the rows [begin, end) of one reader, until it says
 // false; whether it never did.
 template <typename F>
 inline bool ForEachReaderPiece(const SideView& side, size_t begin, size_t end, F f) {
   bool offered = true;
   ForEachPiece(side, begin, end, [&](const RowSpan&, size_t slot, size_t n, size_t row) {
-    for (size_t i = 0; i < n && offered; i += kBlockRows) offered = f(slot + i, Min(kBlockRows, n - i), row + i);
+    for (size_t i = 0; i < n && offered; i += RowReader::kMostScored)
+      offered = f(slot + i, Min(RowReader::kMostScored, n - i), row + i);
   });
   return offered;
 }

@@ -147,7 +147,7 @@ class FloatReader final : public RowReader {
  private:
   void Count(std::atomic<size_t>& rows, size_t n) const {
     rows += n;
-    if (n == 0 || n > kMaxRows) too_many = true;
+    if (n == 0 || n > (&rows == &expansions ? kMaxRows : kMostScored)) too_many = true;
   }
   const float* Row(size_t slot) const { return rows_.data() + (slot - kShift) * dim_; }
 

@@ -15,7 +15,8 @@ namespace lesskv {
 // must not depend on how rows are cut into calls.
 class RowReader {
  public:
-  static constexpr size_t kMaxRows = 256;  // of any one call
+  static constexpr size_t kMaxRows = 256;     // of any one call that expands rows
+  static constexpr size_t kMostScored = 1024;  // of any one that scores or sums them up
 
   virtual ~RowReader();
 
@@ -27,12 +28,12 @@ class RowReader {
   // As values: out[i * stride + c] = channel c of slot first + i.
   virtual void ExpandValues(size_t first, size_t n, float* out, size_t stride) const;
 
-  // For up to 4 queries, optional: scores[m * stride + i] = q_m . k of slot first + i for `stacked` (queries times
+  // For up to 4 queries, optional, n <= kMostScored: scores[m * stride + i] = q_m . k of slot first + i for `stacked` (queries times
   // group) scaled queries, channel c of which is q[c * stacked + m]. Not called for a job with read positions. False:
   // nothing was written, and the rows are expanded instead; the answer must be the same for every call.
   virtual bool Scores(size_t first, size_t n, const float* q, size_t stacked, float* scores, size_t stride) const;
 
-  // For up to 4 queries, optional: out[m * out_stride + c] += sum over i of weights[m * stride + i] * channel c of slot
+  // For up to 4 queries, optional, n <= kMostScored: out[m * out_stride + c] += sum over i of weights[m * stride + i] * channel c of slot
   // first + i, row by row in order. False as above.
   virtual bool AddValues(size_t first, size_t n, const float* weights, size_t stride, size_t stacked, float* out,
                          size_t out_stride) const;

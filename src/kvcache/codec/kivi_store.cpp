@@ -117,18 +117,18 @@ void KiviStore::Head::ExpandValues(size_t first, size_t n, float* out, size_t st
 
 void KiviStore::Head::CodedScores(size_t first, size_t n, const float* q, size_t n_queries, float* scores,
                                   size_t stride) const {
-  float more[kAtOnce * kMaxRows];
+  float more[kAtOnce * kMostScored];
   for (size_t part = 0; part < formats->keys.size(); ++part) {
     const GroupFormat& f = formats->keys[part].format;
     const bool last = part + 1 == formats->keys.size();
     float* to = part == 0 ? scores : more;
-    const size_t to_stride = part == 0 ? stride : kMaxRows;
+    const size_t to_stride = part == 0 ? stride : kMostScored;
     ForBlocks(first, n, [&](size_t block, size_t row, size_t count, size_t done) {
       const size_t end = first + done + count;
       ScoreKeyUnits(f, KeyUnit(part, block), row, count, q, n_queries, to + done, to_stride,
                     last ? After(true, end) : KeyUnit(part + 1, first + done));
     });
-    for (size_t m = 0; m < n_queries && part > 0; ++m) Add(scores + m * stride, more + m * kMaxRows, n);
+    for (size_t m = 0; m < n_queries && part > 0; ++m) Add(scores + m * stride, more + m * kMostScored, n);
     q += f.head_dim * n_queries;
   }
 }
@@ -187,14 +187,14 @@ bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, si
     const size_t count = std::min(kAtOnce, stacked - m);
     const float* from = weights + m * stride;
     // Rows that are exact do not weigh as they are coded: they would also coarsen the weights of the others.
-    float others[kAtOnce * kMaxRows];
+    float others[kAtOnce * kMostScored];
     for (size_t i = 0; i < count && exact > 0; ++i) {
-      std::fill_n(others + i * kMaxRows, exact, 0.0f);
-      std::copy_n(from + i * stride + exact, n - exact, others + i * kMaxRows + exact);
+      std::fill_n(others + i * kMostScored, exact, 0.0f);
+      std::copy_n(from + i * stride + exact, n - exact, others + i * kMostScored + exact);
     }
     // The transform is its own inverse and linear: of the sum rather than of every value.
     float sums[kAtOnce * kMostGroupedChannels] = {};
-    AddCodedValues(first, n, exact > 0 ? others : from, exact > 0 ? kMaxRows : stride, count, sums, d);
+    AddCodedValues(first, n, exact > 0 ? others : from, exact > 0 ? kMostScored : stride, count, sums, d);
     if (formats->hadamard_block > 0) Hadamard(sums, count * d, formats->hadamard_block);
     for (size_t row = first; row < first + exact; ++row) {
       float value[kMostGroupedChannels];
