@@ -298,7 +298,9 @@ HWY_NOINLINE LESSKV_QUAD_TARGET void SumQuads(const Columns& from, const int8_t*
 template <size_t kBits, Rounding kRounding, size_t MB, size_t kColumns, size_t kRoom, class Put>
 HWY_INLINE void SumAll(const Columns& from, const int8_t* lists, const Ahead& ahead, const Put& put) {
   constexpr size_t kNow = std::min(MB, kMostLists / Parts(kRounding));
-  for (size_t m = 0; m < MB; m += kNow) SumQuads<kBits, kRounding, kNow, kColumns, kRoom>(from, lists, m, ahead, put);
+  for (size_t m = 0; m + kNow <= MB; m += kNow) SumQuads<kBits, kRounding, kNow, kColumns, kRoom>(from, lists, m, ahead, put);
+  if constexpr (MB % kNow != 0)
+    SumQuads<kBits, kRounding, MB % kNow, kColumns, kRoom>(from, lists, MB - MB % kNow, ahead, put);
 }
 
 struct MaxOf {
@@ -468,8 +470,8 @@ HWY_NOINLINE void Round(float (&scaled)[MB][kRoom], size_t n, Rounded<kRounding,
   for (size_t m = 0; m < MB; ++m) out.start[m] -= kMiddle * out.worth[m] * sum_of[m];
 }
 
-// Of so many that are left: there are kernels for 4, 2 and 1.
-constexpr size_t QueriesAtOnce(size_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+// Of so many that are left.
+constexpr size_t QueriesAtOnce(size_t left) { return std::min<size_t>(left, 4); }
 
 // ---- Keys
 
@@ -548,6 +550,7 @@ void ScoreAll(const UnitRun& run, size_t first, size_t n, const float* q, size_t
     switch (count) {
       case 1: ScoreRows<kBits, 1>(run, first, n, queries, to, stride, next); break;
       case 2: ScoreRows<kBits, 2>(run, first, n, queries, to, stride, next); break;
+      case 3: ScoreRows<kBits, 3>(run, first, n, queries, to, stride, next); break;
       default: ScoreRows<kBits, 4>(run, first, n, queries, to, stride, next); break;
     }
   }
@@ -629,6 +632,7 @@ void AddAll(const UnitRun& run, size_t first, size_t n, const float* weights, si
     switch (count) {
       case 1: AddRows<kBits, 1>(run, first, n, w, stride, to, out_stride, next); break;
       case 2: AddRows<kBits, 2>(run, first, n, w, stride, to, out_stride, next); break;
+      case 3: AddRows<kBits, 3>(run, first, n, w, stride, to, out_stride, next); break;
       default: AddRows<kBits, 4>(run, first, n, w, stride, to, out_stride, next); break;
     }
   }
