@@ -3,6 +3,7 @@
 #include <Eigen/Eigenvalues>
 #include <Eigen/LU>
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <memory>
@@ -194,6 +195,43 @@ std::vector<double> BalancingMatrix(size_t d, std::span<const double> of_queries
   return {b.data(), b.data() + b.size()};
 }
 
+namespace {
+
+// The matrices of all heads, and what to expect of them.
+TrainBalanceReport Fit(const std::vector<LayerShape>& layers, const HeadSums& learned, const HeadSums& measured,
+                       const std::vector<int32_t>& starts) {
+  const size_t d = layers[0].head_dim;
+  TrainBalanceReport report;
+  report.balance.head_dim = d;
+  report.balance.keys.resize(learned.size() * d * d);
+  report.error.assign(3, std::vector<double>(layers.size()));
+  std::vector<size_t> layer_of;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    report.balance.n_kv_heads.push_back(layers[l].n_kv_heads);
+    layer_of.insert(layer_of.end(), layers[l].n_kv_heads, l);
+  }
+  std::vector<std::array<double, 3>> errors(learned.size());
+  ParallelFor(learned.size(), [&](size_t head) {
+    const auto spread = [&](const std::vector<double>& sums) { return OverPositions(layers[layer_of[head]], sums, starts); };
+    const std::vector<double> b = BalancingMatrix(d, spread(learned[head].queries), spread(learned[head].keys));
+    std::vector<double> stored(d * d);
+    for (size_t i = 0; i < d * d; ++i) {
+      const uint16_t half = FloatToHalf(static_cast<float>(b[i]));
+      report.balance.keys[head * d * d + i] = half;
+      stored[i] = HalfToFloat(half);
+    }
+    const std::vector<double> queries = spread(measured[head].queries), keys = spread(measured[head].keys);
+    for (const size_t bits : {2, 3, 4})
+      errors[head][bits - 2] = ExpectedError(d, bits, Square(stored, d), Square(queries, d), Square(keys, d));
+  });
+  for (size_t head = 0; head < learned.size(); ++head)
+    for (size_t i = 0; i < 3; ++i)
+      report.error[i][layer_of[head]] += errors[head][i] / static_cast<double>(layers[layer_of[head]].n_kv_heads);
+  return report;
+}
+
+}  // namespace
+
 TrainBalanceReport TrainBalance(const Engine& engine, const Tokenizer& tokenizer, const TrainBalanceOptions& options,
                                 const std::function<void(double done)>& progress, const std::atomic<bool>* stop) {
   Validate(options);
@@ -205,7 +243,7 @@ TrainBalanceReport TrainBalance(const Engine& engine, const Tokenizer& tokenizer
   CacheShape shape = model.MakeCacheShape(context, engine.compute());
   shape.compute = ComputeType::kF32;
   const std::vector<LayerShape> layers = GlobalLayers(shape);
-  const size_t d = layers[0].head_dim, n_learned = options.sequences - options.sequences / 4;
+  const size_t n_learned = options.sequences - options.sequences / 4;
   HeadSums learned = NoSums(layers), measured = NoSums(layers);
   for (size_t s = 0; s < options.sequences; ++s) {
     if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "stopped");
@@ -218,36 +256,9 @@ TrainBalanceReport TrainBalance(const Engine& engine, const Tokenizer& tokenizer
   }
   if (n_learned == options.sequences) measured = learned;
 
-  TrainBalanceReport report;
-  SidecarBalance& balance = report.balance;
-  balance.head_dim = d;
-  balance.tokens = n_learned * options.tokens;
-  balance.positions = context;
-  balance.keys.resize(learned.size() * d * d);
-  report.error.assign(3, std::vector<double>(layers.size()));
-  std::vector<std::vector<double>> errors(3, std::vector<double>(learned.size()));
-  std::vector<size_t> layer_of;
-  for (size_t l = 0; l < layers.size(); ++l) {
-    balance.n_kv_heads.push_back(layers[l].n_kv_heads);
-    layer_of.insert(layer_of.end(), layers[l].n_kv_heads, l);
-  }
-  const std::vector<int32_t> starts = Starts(options.tokens, context);
-  ParallelFor(learned.size(), [&](size_t head) {
-    const LayerShape& layer = layers[layer_of[head]];
-    const auto spread = [&](const std::vector<double>& sums) { return OverPositions(layer, sums, starts); };
-    const std::vector<double> b = BalancingMatrix(d, spread(learned[head].queries), spread(learned[head].keys));
-    std::vector<double> stored(d * d);
-    for (size_t i = 0; i < d * d; ++i) {
-      balance.keys[head * d * d + i] = FloatToHalf(static_cast<float>(b[i]));
-      stored[i] = HalfToFloat(balance.keys[head * d * d + i]);
-    }
-    const std::vector<double> queries = spread(measured[head].queries), keys = spread(measured[head].keys);
-    for (const size_t bits : {2, 3, 4})
-      errors[bits - 2][head] = ExpectedError(d, bits, Square(stored, d), Square(queries, d), Square(keys, d));
-  });
-  for (size_t i = 0; i < errors.size(); ++i)
-    for (size_t head = 0; head < learned.size(); ++head)
-      report.error[i][layer_of[head]] += errors[i][head] / static_cast<double>(layers[layer_of[head]].n_kv_heads);
+  TrainBalanceReport report = Fit(layers, learned, measured, Starts(options.tokens, context));
+  report.balance.tokens = n_learned * options.tokens;
+  report.balance.positions = context;
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }
