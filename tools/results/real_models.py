@@ -75,7 +75,7 @@ LESS = ["full", "h2o(2%)", "h2o(2%)+less", "h2o(5%)", "h2o(5%)+less", "window(5%
 
 # Needles behind a compressed document: a quarter of the rows, an eighth and half.
 NEEDLES = ["full", "full+cluster(25%)", *[f"{s}({b}){t}" for b in ("25%", "12%", "50%") for s, t in
-           (("snapkv", ""), ("snapkv", "+split"), ("kvzap", "+pooled"), ("h2o", ""), ("window", ""))], "full+kivi(2)", "h2o(25%)+less"]
+           (("snapkv", ""), ("snapkv", "+split"), ("kvzap", "+pooled"), ("h2o", ""), ("window", ""))], "full+kivi(2)", "full+balanced(2)", "h2o(25%)+less"]
 
 
 def runs():
