@@ -128,6 +128,18 @@ TEST_F(TrainBalanceTest, MatricesAreRepeatableAndServeTheCodec) {
   std::filesystem::remove(path);
 }
 
+// Matrices for a longer context are others: one basis for many places gains less at each than a basis of that place.
+TEST_F(TrainBalanceTest, MatricesAreForAllPositions) {
+  const TrainBalanceReport long_context = Train();
+  options_.positions = options_.tokens;
+  const TrainBalanceReport short_context = Train();
+  EXPECT_NE(long_context.balance.keys, short_context.balance.keys);
+  EXPECT_EQ(short_context.balance.positions, 256u);
+  double of_long = 0, of_short = 0;
+  for (size_t l = 0; l < long_context.error[0].size(); ++l) of_long += long_context.error[0][l], of_short += short_context.error[0][l];
+  EXPECT_GT(of_long, of_short);
+}
+
 TEST_F(TrainBalanceTest, RefusesWhatMakesNoSense) {
   const TrainBalanceOptions good = options_;
   options_.tokens = 100;
