@@ -24,7 +24,6 @@ namespace {
 
 using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr size_t kGroup = 64;          // tokens whose mean key the codes hold: balanced's default
 constexpr double kQueryNoise = 1e-2;   // added to the queries' covariance, of its mean: directions seldom asked for count too
 constexpr double kLeastPower = 1e-6;   // of the largest
 
@@ -41,6 +40,22 @@ void AddGram(const float* x, size_t n, size_t d, size_t stride, std::vector<doub
   Gemm(true, false, d, d, n, x, stride, x, stride, gram.data(), d, false);
   std::transform(gram.begin(), gram.end(), sums.begin(), sums.begin(), [](float a, double b) { return a + b; });
 }
+
+}  // namespace
+
+void AddWithoutGroupMeans(const float* keys, size_t n, size_t d, size_t stride, std::vector<double>& sums) {
+  std::vector<float> x(n * d);
+  for (size_t i = 0; i < n; ++i) std::copy_n(keys + i * stride, d, &x[i * d]);
+  for (size_t first = 0; first < n; first += kBalanceGroup)
+    for (size_t c = 0; c < d; ++c) {
+      float mean = 0;
+      for (size_t i = first; i < first + kBalanceGroup; ++i) mean += x[i * d + c] / kBalanceGroup;
+      for (size_t i = first; i < first + kBalanceGroup; ++i) x[i * d + c] -= mean;
+    }
+  AddGram(x.data(), n, d, d, sums);
+}
+
+namespace {
 
 // Attends in full, a layer at a time, and adds the layer's covariances.
 class CovarianceCache final : public KvCache {
@@ -65,7 +80,7 @@ class CovarianceCache final : public KvCache {
 
  private:
   void AddLayer(const LayerShape& layer, const float* queries) {
-    const size_t n = n_tokens_ / kGroup * kGroup, d = layer.head_dim;
+    const size_t n = n_tokens_ / kBalanceGroup * kBalanceGroup, d = layer.head_dim;
     std::vector<float> q(queries, queries + n * layer.q_dim());
     std::vector<int32_t> positions(n);
     std::iota(positions.begin(), positions.end(), 0);
@@ -75,15 +90,7 @@ class CovarianceCache final : public KvCache {
       Covariances& sums = sums_[first_head_ + h];
       for (size_t head = h * layer.group(); head < (h + 1) * layer.group(); ++head)
         AddGram(&q[head * d], n, d, layer.q_dim(), sums.queries);
-      std::vector<float> keys(n * d);
-      for (size_t i = 0; i < n; ++i) std::copy_n(&keys_[i * layer.kv_dim() + h * d], d, &keys[i * d]);
-      for (size_t first = 0; first < n; first += kGroup)
-        for (size_t c = 0; c < d; ++c) {
-          float mean = 0;
-          for (size_t i = first; i < first + kGroup; ++i) mean += keys[i * d + c] / kGroup;
-          for (size_t i = first; i < first + kGroup; ++i) keys[i * d + c] -= mean;
-        }
-      AddGram(keys.data(), n, d, d, sums.keys);
+      AddWithoutGroupMeans(&keys_[h * d], n, d, layer.kv_dim(), sums.keys);
     });
     first_head_ += layer.n_kv_heads;
   }
@@ -139,7 +146,7 @@ double ExpectedError(size_t d, size_t bits, const Matrix& b, const Matrix& of_qu
   const Eigen::VectorXd keys = (b.transpose() * of_keys * b).diagonal(), queries = (inverse * of_queries * inverse.transpose()).diagonal();
   double error = 0;
   Eigen::Index first = 0;
-  for (const GroupFormat& part : BalancedParts(bits, kGroup, d)) {
+  for (const GroupFormat& part : BalancedParts(bits, kBalanceGroup, d)) {
     const auto n = static_cast<Eigen::Index>(part.head_dim);
     error += CodeError(part.bits) * keys.segment(first, n).sum() * queries.segment(first, n).sum() / static_cast<double>(n);
     first += n;
@@ -152,7 +159,7 @@ void Validate(const TrainBalanceOptions& o) {
     if (!ok) Fail(ErrorCode::kInvalidArgument, "train balance: {}", what);
   };
   require(o.sequences >= 1, "--sequences must be at least 1");
-  require(o.tokens >= 2 * kGroup, "--tokens must be at least 128");
+  require(o.tokens >= 2 * kBalanceGroup, "--tokens must be at least 128");
   require(o.positions == 0 || o.positions >= o.tokens, "--positions must be at least --tokens");
 }
 

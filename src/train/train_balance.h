@@ -37,6 +37,12 @@ struct TrainBalanceReport {
   double seconds = 0;
 };
 
+inline constexpr size_t kBalanceGroup = 64;  // tokens whose mean key the codes hold: the default of `balanced`
+
+// sums [dim, dim] += k' k of keys [n, dim], rows `stride` apart, without the mean of each kBalanceGroup of them, by which n
+// is divisible; exposed for tests.
+void AddWithoutGroupMeans(const float* keys, size_t n, size_t dim, size_t stride, std::vector<double>& sums);
+
 // B [dim, dim], row-major, of covariances of queries and keys [dim, dim]; exposed for tests. Its largest entry is 1.
 std::vector<double> BalancingMatrix(size_t dim, std::span<const double> of_queries, std::span<const double> of_keys);
 

@@ -51,6 +51,24 @@ TEST(TrainBalance, BothCovariancesBecomeOneDiagonal) {
   EXPECT_GT(std::fabs(Eigen::Map<const Matrix>(b.data(), 16, 16).determinant()), 0);
 }
 
+// What is the same in all keys of a group counts nothing, what differs between groups neither; the rest in full.
+TEST(TrainBalance, MeansOfGroupsDoNotCount) {
+  constexpr size_t kDim = 16, kRows = 3 * kBalanceGroup, kStride = 20;
+  Rng rng(9);
+  std::vector<float> same(kRows * kStride, 1e9f), keys = same;
+  for (size_t i = 0; i < kRows; ++i)
+    for (size_t c = 0; c < kDim; ++c) {
+      const float mean = static_cast<float>(i / kBalanceGroup + 2 * c);
+      same[i * kStride + c] = mean;
+      keys[i * kStride + c] = mean + rng.Normal();
+    }
+  std::vector<double> nothing(kDim * kDim), sums(kDim * kDim);
+  AddWithoutGroupMeans(same.data(), kRows, kDim, kStride, nothing);
+  AddWithoutGroupMeans(keys.data(), kRows, kDim, kStride, sums);
+  for (size_t i = 0; i < kDim * kDim; ++i) EXPECT_NEAR(nothing[i], 0, 1e-3);
+  for (size_t c = 0; c < kDim; ++c) EXPECT_NEAR(sums[c * (kDim + 1)] / static_cast<double>(kRows - 3), 1, 0.4);
+}
+
 class TrainBalanceTest : public testing::Test {
  protected:
   void SetUp() override {

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "kvcache/codec/kivi_store.h"
-#include "kvcache/codec/row_store.h"
+#include "kvcache/codec/exact_codec.h"
 #include "kvcache/registry.h"
 #include "kvcache/residual/find_sidecar.h"
 
@@ -25,14 +25,6 @@ class BalancedCodec final : public Codec {
  private:
   KiviOptions options_;
   std::string artefact_;
-};
-
-// Local layers keep their window exactly, as with kivi.
-class ExactCodec final : public Codec {
- public:
-  std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
-    return std::make_unique<RowStore>(counter, shape, RowTypes{});
-  }
 };
 
 void Validate(const Arguments& a) {

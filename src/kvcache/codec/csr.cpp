@@ -1,6 +1,6 @@
 // CSR (arXiv 2412.11741): keys and values as sums of a few atoms of dictionaries trained beforehand.
 #include "kvcache/codec/csr_store.h"
-#include "kvcache/codec/row_store.h"
+#include "kvcache/codec/exact_codec.h"
 #include "kvcache/registry.h"
 #include "kvcache/residual/find_sidecar.h"
 
@@ -22,14 +22,6 @@ class CsrCodec final : public Codec {
   CsrOptions options_;
   std::shared_ptr<const CsrDictionaries> dictionaries_;
   std::string artefact_;
-};
-
-// Local layers keep their window exactly: dictionaries are of the global ones.
-class ExactCodec final : public Codec {
- public:
-  std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
-    return std::make_unique<RowStore>(counter, shape, RowTypes{});
-  }
 };
 
 void Validate(const Arguments& a) {

@@ -1,6 +1,6 @@
 // KIVI (Liu et al., ICML 2024, arXiv 2402.02750): 2, 3 or 4 bits, keys per channel, values per token, an exact window.
 #include "kvcache/codec/kivi_store.h"
-#include "kvcache/codec/row_store.h"
+#include "kvcache/codec/exact_codec.h"
 #include "kvcache/registry.h"
 
 namespace lesskv {
@@ -27,14 +27,6 @@ class KiviCodec final : public PrunableCodec {
 
  private:
   KiviOptions options_;
-};
-
-// Local layers keep their window exactly: a group that leaves would take rows of the window with it.
-class ExactCodec final : public Codec {
- public:
-  std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
-    return std::make_unique<RowStore>(counter, shape, RowTypes{});
-  }
 };
 
 KiviOptions Options(const Arguments& a) {
