@@ -87,6 +87,27 @@ TEST(Balanced, BasesUndoThemselves) {
   ForceIsa(BestIsa());
 }
 
+// Each head of each layer has its own matrix: here 1, 2 and 3 times one that keeps lengths.
+TEST(Balanced, BasesAreThoseOfTheirHead) {
+  SidecarBalance b;
+  b.head_dim = 16;
+  b.n_kv_heads = {2, 1};
+  for (size_t i = 0; i < 3 * 256; ++i) b.keys.push_back(FloatToHalf(i % 256 % 17 == 0 ? 1.0f + static_cast<float>(i / 256) : 0.0f));
+  const auto bases = KeyBases::Create(b, {16}, "test");
+  std::vector<float> key(16), z(16), q(16);
+  key[3] = 1;
+  float times = 1;
+  for (const auto& [layer, head] : {std::pair<size_t, size_t>{0, 0}, {0, 1}, {1, 0}}) {
+    bases->ToBasis(layer, head, 1, key.data(), z.data());
+    bases->Queries(layer, head, 1, key.data(), 1, q.data());
+    double of_key = 0, of_query = 0;
+    for (size_t c = 0; c < 16; ++c) of_key += z[c] * z[c], of_query += q[c] * q[c];
+    EXPECT_NEAR(of_key, times * times, 1e-5);
+    EXPECT_NEAR(of_query, 1 / (times * times), 1e-5);
+    ++times;
+  }
+}
+
 TEST(Balanced, CodedRowsDependOnTheTokensSeenOnly) {
   for (const KiviOptions& options : kOptions) {
     const Rows rows(260);
