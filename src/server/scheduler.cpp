@@ -259,6 +259,8 @@ std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
     const PrefixCache::Entry* const idle = request.reuse ? idle_.Look({request.prompt, *request.config}) : nullptr;
     if (idle == nullptr || Reserved() + next.bytes - idle->running > options_.kv_memory) return std::nullopt;
     next.joins = true;
+    beginning_ = idle;
+    shared_ += idle->running;  // until its cache is there
   }
   metrics_.kv_bytes_reserved += next.bytes;
   waiting_.erase(first);
@@ -360,8 +362,9 @@ std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request, std:
 }
 
 // Counts memory that caches share once, after any has come or gone: with the text that began first, with idle caches
-// where no text has it. Shared rows do not change, so that what a text may still take is not less for them.
-void Scheduler::CountShared() {
+// where no text has it. Shared rows do not change, so that what a text may still take is not less for them. `released`
+// is what texts that have ended had reserved: what is reserved and what of it is shared change together.
+void Scheduler::CountShared(size_t released) {
   SharedMemory running;
   size_t shared = 0;
   for (const auto& text : running_) {
@@ -371,6 +374,7 @@ void Scheduler::CountShared() {
   if (beginning_ != nullptr) shared += running.Add(beginning_->sequence->cache().ShareableParts());
   idle_.CountShared(running);
   const std::lock_guard lock(mutex_);
+  metrics_.kv_bytes_reserved -= released;
   shared_ = shared;
 }
 
@@ -695,8 +699,12 @@ void Scheduler::Settle() {
   for (auto& text : running_)
     if (text->ended && text.get() != reading_) ended.push_back(std::move(text));
   std::erase(running_, nullptr);
-  if (!ended.empty()) CountShared();
-  for (const auto& text : ended) CountEnded(*text);
+  size_t released = 0;
+  for (const auto& text : ended) {
+    CountEnded(*text);
+    released += text->bytes;
+  }
+  if (!ended.empty()) CountShared(released);
   for (const auto& text : ended) {
     const size_t bytes = text->sequence.Stats().kv_bytes;
     Keep(std::move(text->sequence), false);
@@ -735,7 +743,6 @@ void Scheduler::CountEnded(const Running& text) {
   const CacheStats now = text.sequence.Stats(), &before = text.before;
   const auto left = [](const CacheStats& s) { return s.tokens_dropped + s.tokens_absorbed + s.tokens_merged; };
   const std::lock_guard lock(mutex_);
-  metrics_.kv_bytes_reserved -= text.bytes;
   metrics_.prompt_tokens += text.fed - text.cached;
   if (text.generation) metrics_.generated_tokens += text.generation->tokens().size();
   SpecMetrics& of_spec = metrics_.Of(text.sequence.config().spec_text());

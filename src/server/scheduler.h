@@ -216,7 +216,7 @@ class Scheduler {
   void Begin(const Waiting& next, std::optional<Sequence> stored);
   Sequence BeginSequence(const Waiting& next, std::optional<Sequence> stored);
   std::optional<Sequence> FindBeginning(const JobRequest& request, std::optional<Sequence> stored);
-  void CountShared();
+  void CountShared(size_t released = 0);
   size_t Reserved() const;
   bool HasRoom(size_t more) const;
   void MakeRoom(const PrefixCache::Entry* spared, size_t more = 0);
@@ -252,7 +252,7 @@ class Scheduler {
   std::chrono::steady_clock::time_point resumed_;  // since when that goes on,
   std::chrono::steady_clock::duration pause_due_;  // and for how long
   PrefixCache idle_;                               // of the thread alone, too
-  const PrefixCache::Entry* beginning_ = nullptr;  // what the text that begins at the moment has a copy of
+  const PrefixCache::Entry* beginning_ = nullptr;  // what the text that begins at the moment goes on with or copies
   size_t unreturned_ = 0;                          // bytes freed since the system got memory back
   mutable std::mutex mutex_;                       // of what follows
   std::condition_variable work_;
