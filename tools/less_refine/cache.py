@@ -143,7 +143,7 @@ def state_before_steps(psi, v, leave, budget, step):
 class Parts:
   """Attention over the exact rows, and the state's part, both by step: [batch, KV heads, steps, group * step, ...]."""
   exact: torch.Tensor  # [..., d]
-  lse: torch.Tensor    # [..., 1]
+  lse: torch.Tensor    # [..., 1], less the state's offset
   read: torch.Tensor   # [..., d + 1]: phi H and phi z
 
   def merged(self):
@@ -153,8 +153,9 @@ class Parts:
     return (exact * self.exact + state * self.read[..., :-1]) / (exact + state * mass)
 
 
-def attend_parts(q, k, v, phi, psi, plan, step):
-  """phi [batch, heads, tokens, rank], psi [batch, KV heads, tokens, rank]; plan from replay()."""
+def attend_parts(q, k, v, phi, psi, plan, step, offset=None):
+  """phi [batch, heads, tokens, rank], psi [batch, KV heads, tokens, rank]; plan from replay(). offset [batch, heads, tokens, 1]: of the
+  state's log-mass."""
   before, leave = plan
   batch, n_kv, tokens, d = k.shape
   group, steps, budget = q.shape[1] // n_kv, tokens // step, before.shape[3]
@@ -168,6 +169,7 @@ def attend_parts(q, k, v, phi, psi, plan, step):
   scores = scores.unflatten(3, (group, step)).masked_fill(hidden, -1e30).flatten(3, 4)
   lse = torch.logsumexp(scores, 4, keepdim=True)
   exact = (narrow(torch.exp(scores - lse)) @ rows(v)).float()
+  lse = lse if offset is None else lse - by_step(offset)
   return Parts(exact, lse, by_step(phi) @ state_before_steps(psi, v, leave, budget, step))
 
 

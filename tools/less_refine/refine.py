@@ -43,7 +43,7 @@ class Compressed:
     if layer not in self.plans:
       self.plans[layer] = replay(q.detach(), k.detach(), self.policy, self.step)
     phi, psi = self.maps.features(layer, "phi", q), self.maps.features(layer, "psi", k)
-    return attend_parts(q, k, v, phi, psi, self.plans[layer], self.step)
+    return attend_parts(q, k, v, phi, psi, self.plans[layer], self.step, self.maps.offset(layer, q))
 
   def attend(self, layer, q, k, v):
     return by_token(self.parts(layer, q, k, v).merged(), self.step)
@@ -78,11 +78,11 @@ def layerwise_loss(llm, ids, policy, step, maps):
 
 
 @torch.no_grad()
-def calibrate(llm, ids, maps):
-  """New maps learn what their inputs look like, from the full cache."""
+def calibrate(llm, ids, maps, fresh):
+  """Maps learn what their inputs look like, from the full cache."""
   def attend(layer, q, k, v):
-    maps.calibrate(layer, "phi", q)
-    maps.calibrate(layer, "psi", k)
+    maps.calibrate(layer, "phi", q, fresh)
+    maps.calibrate(layer, "psi", k, fresh)
     return llm.attend_all(layer, q, k, v)
 
   llm.forward(ids, attend)
@@ -258,8 +258,8 @@ class Training:
   def run(self):
     if self.args.resume and Path(f"{self.args.out}.state.pt").exists():
       self.resume()
-    elif not self.args.sidecar:
-      calibrate(self.llm, self.draw(self.phases[0], 0)[0], self.maps)
+    else:
+      calibrate(self.llm, self.draw(self.phases[0], 0)[0], self.maps, fresh=not self.args.sidecar)
     for index in range(self.at["phase"], len(self.phases)):
       if self.stopped():
         break

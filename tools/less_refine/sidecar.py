@@ -45,14 +45,16 @@ class FeatureMaps(torch.nn.Module):
   """phi of every query head and psi of every KV head: exp(GELU(x w1 + b1) w2 + b2). `about` holds the file's metadata.
 
   Training sees x less its mean over its deviation, a channel each (Qwen2's keys carry biases of hundreds); a file has both folded into w1 and b1.
+  Where a file has centres of the keys, log-masses are relative to queries times them. Other parts of the file are kept as they are.
   """
 
   def __init__(self, n_layers, heads, head_dim, rank, hidden):
     super().__init__()
     self.n_layers, self.heads, self.head_dim, self.rank, self.hidden = n_layers, dict(zip(("phi", "psi"), heads)), head_dim, rank, hidden
-    self.about = {}
+    self.about, self.others = {}, []
     self.weights = torch.nn.ParameterDict()
     for layer in range(n_layers):
+      self.register_buffer(f"{layer}_center", torch.zeros(self.heads["psi"], head_dim))
       for net, n in self.heads.items():
         self.register_buffer(f"{layer}_{net}_mean", torch.zeros(n, head_dim))
         self.register_buffer(f"{layer}_{net}_deviation", torch.ones(n, head_dim))
@@ -79,11 +81,16 @@ class FeatureMaps(torch.nn.Module):
     get = lambda key: about[f"less.{key}"][0]
     maps = FeatureMaps(get("block_count"), (get("head_count"), get("head_count_kv")), get("head_dim"), get("rank"), get("hidden"))
     maps.about = about
-    if any(t.name.endswith(".center") for t in reader.tensors):
-      sys.exit(f"{path}: its maps are relative to centres of the keys (version 2), which only the engine reads")
     for t in reader.tensors:
-      values = np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32)
-      maps.weights["_".join(t.name.split(".")[1:])] = torch.nn.Parameter(torch.from_numpy(values))
+      part, *name = t.name.split(".")
+      if part != "less":
+        maps.others.append((t.name, np.array(t.data), t.tensor_type))
+        continue
+      values = torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32))
+      if name[-1] == "center":
+        getattr(maps, f"{name[0]}_center").copy_(values)
+      else:
+        maps.weights["_".join(name)] = torch.nn.Parameter(values)
     return maps
 
   def check(self, shape, path):
@@ -98,11 +105,22 @@ class FeatureMaps(torch.nn.Module):
     hidden = F.gelu(narrow((x - mean) / deviation) @ narrow(w1) + narrow(b1)[:, None])
     return torch.exp(((hidden @ narrow(w2)).float() + b2[:, None]).clamp(max=MAX_EXPONENT))
 
-  def calibrate(self, layer, net, x):
-    """Sets mean and deviation of the inputs; before training only."""
+  def offset(self, layer, q):
+    """What a state's log-mass has on top for queries q [batch, heads, tokens, head_dim]: [batch, heads, tokens, 1]."""
+    center = getattr(self, f"{layer}_center").repeat_interleave(self.heads["phi"] // self.heads["psi"], 0)
+    return torch.einsum("bhtd,hd->bht", q, center)[..., None]
+
+  @torch.no_grad()
+  def calibrate(self, layer, net, x, fresh):
+    """Sets mean and deviation of the inputs, before training only. Maps that are not fresh give what they gave."""
     mean, deviation = x.mean((0, 2)), x.std((0, 2))
+    deviation = deviation.maximum(0.01 * deviation.amax(1, keepdim=True))
+    if not fresh:
+      w1, b1 = self.weights[f"{layer}_{net}_w1"], self.weights[f"{layer}_{net}_b1"]
+      b1 += (mean[:, None].double() @ w1.double())[:, 0].float()
+      w1 *= deviation[:, :, None]
     getattr(self, f"{layer}_{net}_mean").copy_(mean)
-    getattr(self, f"{layer}_{net}_deviation").copy_(deviation.maximum(0.01 * deviation.amax(1, keepdim=True)))
+    getattr(self, f"{layer}_{net}_deviation").copy_(deviation)
 
   def folded(self, layer, net, matrix_type):
     """A net's tensors as a file has them. The first bias answers for w1 as it is rounded: a large mean must cancel."""
@@ -126,9 +144,13 @@ class FeatureMaps(torch.nn.Module):
     self.about |= {"less.train.policies": (policies, kind.ARRAY, kind.STRING), "less.train.tokens": (tokens, kind.UINT64),
                    "less.train.ctx": (context, kind.UINT32), "less.train.epochs": (0, kind.UINT32), "less.train.seed": (seed, kind.UINT64)}
 
+  def centered(self):
+    return any(bool(getattr(self, f"{layer}_center").any()) for layer in range(self.n_layers))
+
   def shape_fields(self, matrix_type):
     u32, string = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING
-    return {"lesskv.sidecar.version": (1, u32), "less.block_count": (self.n_layers, u32), "less.head_count": (self.heads["phi"], u32),
+    version = 2 if self.centered() else 1
+    return {"lesskv.sidecar.version": (version, u32), "less.block_count": (self.n_layers, u32), "less.head_count": (self.heads["phi"], u32),
             "less.head_count_kv": (self.heads["psi"], u32), "less.head_dim": (self.head_dim, u32), "less.rank": (self.rank, u32),
             "less.hidden": (self.hidden, u32), "less.features": ("exp", string), "less.matrix_type": (matrix_type, string)}
 
@@ -149,6 +171,10 @@ class FeatureMaps(torch.nn.Module):
           kind = MATRIX_TYPES[matrix_type if field.startswith("w") else "f32"]
           values = gguf.quants.quantize(values.float().cpu().numpy(), kind)
           writer.add_tensor(f"less.{layer}.{net}.{field}", values, raw_dtype=kind)
+      if self.centered():
+        writer.add_tensor(f"less.{layer}.center", getattr(self, f"{layer}_center").cpu().numpy())
+    for name, data, kind in self.others:
+      writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

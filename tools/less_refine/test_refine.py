@@ -87,13 +87,15 @@ TINY = {"llama, 3 queries a KV head, tied": ("llama", 3, 2, True), "llama, 2 que
 
 
 def likely_maps(llm, ids, path):
-  """Random maps that weigh something, written for the model and read again as the engine reads them."""
+  """Random maps that weigh something, relative to centres of the keys, written for the model and read again as the engine reads them."""
   maps = FeatureMaps.random(llm.shape, 6, 32, seed=3)
-  refine.calibrate(llm, ids, maps)
+  refine.calibrate(llm, ids, maps, fresh=True)
   with torch.no_grad():
     for name, values in maps.weights.items():
       if name.endswith("psi_b2"):
         values.fill_(-0.5)
+    for layer in range(maps.n_layers):
+      getattr(maps, f"{layer}_center").normal_(generator=torch.Generator().manual_seed(layer)).mul_(0.2)
   maps.identify(llm.path)
   maps.write(path)
   return FeatureMaps.read(path)
@@ -138,7 +140,7 @@ class TinyModels(unittest.TestCase):
         write_tiny(model, *TINY[label], seed=8)
         llm, ids, policy = Llm(model), torch.randint(32, 120, (2, 128)), Policy("h2o", 24)
         maps = FeatureMaps.random(llm.shape, 4, 16, seed=0)
-        refine.calibrate(llm, ids, maps)
+        refine.calibrate(llm, ids, maps, fresh=True)
         losses = {"layerwise": [], "joint": []}
         for phase, found in losses.items():
           optimizer = torch.optim.Adam(maps.parameters(), lr=2e-2)
@@ -207,6 +209,24 @@ class Bundled(unittest.TestCase):
       read = FeatureMaps.read(out)
       for name, value in self.maps.weights.items():
         self.assertTrue(torch.equal(read.weights[name], value), name)
+      parts = lambda path: {t.name: bytes(t.data) for t in gguf.GGUFReader(str(path)).tensors if not t.name.startswith("less.")}
+      self.assertEqual(parts(out), parts(SIDECAR))
+      self.assertTrue(parts(out))
+
+  def test_maps_give_what_they_gave_when_they_learn_what_their_inputs_look_like(self):
+    maps, x = FeatureMaps.read(SIDECAR), {}
+
+    def attend(layer, q, k, v):
+      x[layer, "phi"], x[layer, "psi"] = q, k
+      return self.llm.attend_all(layer, q, k, v)
+
+    with torch.no_grad():
+      self.llm.forward(self.ids, attend)
+      refine.calibrate(self.llm, self.ids, maps, fresh=False)
+      for (layer, net), rows in x.items():
+        expected, found = (m.features(layer, net, rows) for m in (self.maps, maps))
+        self.assertLess((found - expected).norm() / expected.norm(), 1e-4)
+        self.assertFalse(torch.equal(maps.weights[f"{layer}_{net}_w1"], self.maps.weights[f"{layer}_{net}_w1"]))
 
 
 class Replay(unittest.TestCase):
