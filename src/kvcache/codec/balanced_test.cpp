@@ -254,6 +254,34 @@ TEST(Balanced, FirstRowsLeaveWithTheirGroup) {
   EXPECT_TRUE(std::equal(values_after.begin(), values_after.begin() + 48 * kDim, values.begin() + 16 * kDim));
 }
 
+// Where the first group leaves before more values are coded, those of the rows that take its place are the exact ones.
+TEST(Balanced, FirstValuesAreThoseOfTheRowsThatStay) {
+  const Rows rows(100);
+  Subject subject(Options(4, 4, 16, 16, 4));
+  subject.Step(rows, 32);
+  std::vector<Departure> leaving(16);
+  for (uint32_t i = 0; i < 16; ++i) leaving[i].row = i;
+  for (size_t gone = 16, seen = 32; seen < 90; ++seen) {
+    const std::vector<size_t> budgets(kKvHeads, 32);
+    subject.store->Reserve({.n_step = 1, .evicts = true, .budgets = budgets});
+    subject.store->Append(0, 0, 1, &rows.k[seen * kKvHeads * kDim], &rows.v[seen * kKvHeads * kDim]);
+    const bool leaves = seen + 1 - (gone - 16) > 32;
+    for (size_t h = 0; h < kKvHeads; ++h) subject.store->Close(0, h, std::span(leaving).first(leaves ? 16 : 0));
+    subject.store->EndStep();
+    if (!leaves) continue;
+    const auto [keys, values] = subject.Read(0, seen + 1 - gone);
+    for (size_t row = 0; row < seen + 1 - gone; ++row) {
+      double error = 0, power = 0;
+      for (size_t c = 0; c < kDim; ++c) {
+        const float want = rows.v[(gone + row) * kKvHeads * kDim + c];
+        error += std::pow(double(values[row * kDim + c]) - want, 2), power += double(want) * want;
+      }
+      EXPECT_LT(error, (row < 1 ? 1e-6 : 0.02) * power) << row << " of " << seen + 1 - gone;
+    }
+    gone += 16;
+  }
+}
+
 // Keys whose power, and what queries ask of them, lies in few directions that no channel is: the balanced matrix halves
 // what is lost at the same bytes, and most of it at two bits.
 TEST(Balanced, ErrorsOfScoresAreSmallerAtTheSameBytes) {

@@ -566,6 +566,7 @@ void KiviStore::CodeValues(Head& head, const ExactRows& staging, const Kept& kep
   std::vector<float> value(f.head_dim);
   for (size_t row = std::min(kept.first, head.coded_values); row < values;) {
     const size_t old = kept.Old(row);
+    if (row == 0 && old != 0) head.sink_values = 0;  // they left
     if (old >= head.coded_values) {
       ReadExact(head, staging, RowSide::kValues, old, value.data());
       if (row < head.n_sinks && row == head.sink_values) {
@@ -578,7 +579,6 @@ void KiviStore::CodeValues(Head& head, const ExactRows& staging, const Kept& kep
       continue;
     }
     // Whole units move: what leaves are whole groups, and a group is a number of units.
-    if (row == 0 && old != 0) head.sink_values = 0;
     if (old != row) std::memmove(head.ValueUnit(row), head.ValueUnit(old), head.formats->value_bytes);
     row += std::min(kTileRows, head.coded_values - old);
   }
