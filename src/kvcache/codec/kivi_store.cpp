@@ -299,6 +299,19 @@ void KiviStore::ReserveHead(size_t i, const StepRoom& room) {
   }
 }
 
+size_t KiviStore::SlackBytes(std::span<const size_t> budgets) const {
+  size_t bytes = 0;
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    const Head& head = heads_[i];
+    const auto unused = [&](size_t coded) {
+      return head.Capacity() - std::min(head.Capacity(), std::max(coded, budgets.empty() ? 0 : budgets[i]));
+    };
+    bytes += unused(head.coded_keys) * head.formats->key_bytes / head.formats->group;
+    bytes += unused(head.coded_values) * head.formats->value_bytes / kTileRows;
+  }
+  return bytes;
+}
+
 void KiviStore::ReserveStaging(const StepRoom& room) {
   const size_t rows = RoundUp(room.n_step, kTileRows), n = room.defers ? table_.size() : most_heads_;
   if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<ExactRows>(n);

@@ -93,6 +93,7 @@ class KiviStore final : public KvStore {
   SlotMap Close(size_t layer, size_t kv_head, std::span<const Departure> leaving) override;
   void EndStep() override;
   void CancelStep() override;
+  size_t SlackBytes(std::span<const size_t> budgets) const override;
   size_t n_rows(size_t layer, size_t kv_head) const override { return At(layer, kv_head).n_rows; }
   size_t GroupedRows(size_t layer, size_t kv_head) const override;
   void Save(ByteWriter& out) const override;

@@ -153,16 +153,25 @@ TEST(Kivi, RotatedValuesLoseLess) {
 // The bits of a code and two halves a group, of keys `group` tokens and of values at most a head's channels, beside the
 // window.
 TEST(Kivi, BytesAreThoseOfTheRows) {
+  struct Case {
+    KiviOptions options;
+    double key_bits, value_bits;
+  };
   const Rows rows(2048);
-  for (const auto& [options, bits] :
-       {std::pair{KiviOptions{2, 2, 32, 128}, 2 * 3.0}, {{3, 3, 32, 128}, 2 * 4.0}, {{3, 2, 128, 128}, 3.25 + 3}}) {
-    Subject subject(options);
-    subject.Step(rows, 2048);
+  for (const Case& c : {Case{{2, 2, 32, 128}, 3, 3}, {{3, 3, 32, 128}, 4, 4}, {{3, 2, 128, 128}, 3.25, 3}}) {
+    Subject subject(c.options);
+    subject.Step(rows, 2047);
+    subject.Step(rows, 1);
+    const auto bytes = [](size_t n, double bits) { return static_cast<size_t>(static_cast<double>(n * kDim) * bits / 8); };
+    const size_t window = 128 * kDim * 2 * 2, staging = 16 * kDim * 2 * 2;
+    EXPECT_EQ(subject.counter.now - subject.store->SlackBytes({}),  // the last 128 values are in the window
+              kKvHeads * (bytes(2048, c.key_bits) + bytes(2048 - 128, c.value_bits) + window + staging));
     subject.store->Reserve({.n_step = 1, .budgets = {}});
-    const auto block = static_cast<size_t>(256 * kDim * bits / 8);
-    const size_t coded = 2048 / 256 * block, window = 128 * kDim * 2 * 2, staging = 16 * kDim * 2 * 2;
+    const size_t block = bytes(256, c.key_bits + c.value_bits), coded = 2048 / 256 * block;
     EXPECT_GE(subject.counter.now, kKvHeads * (coded + window + staging));
     EXPECT_LE(subject.counter.now, kKvHeads * (coded + block + window + staging));  // room for the next group
+    const std::vector<size_t> budgets(kKvHeads, 2048);
+    EXPECT_LT(subject.store->SlackBytes(budgets), subject.store->SlackBytes({}));
   }
 }
 
