@@ -65,12 +65,13 @@ def rotate(x, cos, sin, halves):
 
 
 class Llm:
-  """Matrices in bfloat16 on a GPU, all else in float32. hidden = forward(ids, attend), attend(layer, q, k, v) -> attention's output,
-  all [batch, heads or KV heads, tokens, d] in float32, q and k rotated."""
+  """Matrices in bfloat16 on a GPU, and on a CPU if asked to, all else in float32. hidden = forward(ids, attend), attend(layer, q, k, v) ->
+  attention's output, all [batch, heads or KV heads, tokens, d] in float32, q and k rotated."""
 
-  def __init__(self, path, device="cpu"):
+  def __init__(self, path, device="cpu", bf16=False):
     reader = gguf.GGUFReader(str(path))
     self.path, self.device, self.shape = Path(path), torch.device(device), read_shape(reader, path)
+    self.matrix_type = torch.bfloat16 if bf16 or self.device.type == "cuda" else torch.float32
     names = {f"blk.{i}.{n}.weight" for i in range(self.shape.n_layers) for n in (*MATRICES, "attn_norm", "ffn_norm")}
     names |= {"token_embd.weight", "output_norm.weight"}
     optional = {f"blk.{i}.{n}.bias" for i in range(self.shape.n_layers) for n in BIASES} | {"output.weight"}
@@ -79,7 +80,7 @@ class Llm:
       if name not in names | optional:
         sys.exit(f"{path}: tensor {name} is of no known use in {self.shape.architecture}")
       self.w[name] = torch.from_numpy(values).to(self.device)
-      self.w[name] = narrow(self.w[name]) if values.ndim == 2 else self.w[name]
+      self.w[name] = self.w[name].to(self.matrix_type) if values.ndim == 2 else self.w[name]
     if names - self.w.keys():
       sys.exit(f"{path}: tensor {min(names - self.w.keys())} is missing")
     self.head = self.w.get("output.weight", self.w["token_embd.weight"])
@@ -100,11 +101,11 @@ class Llm:
     return F.rms_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.shape.norm_eps)
 
   def project(self, layer, name, h):
-    return F.linear(h, self.w[f"blk.{layer}.{name}.weight"])
+    return F.linear(h.to(self.matrix_type), self.w[f"blk.{layer}.{name}.weight"])
 
   def qkv(self, layer, x):
     s, (batch, tokens, _) = self.shape, x.shape
-    h = narrow(self.norm(x, f"blk.{layer}.attn_norm"))
+    h = self.norm(x, f"blk.{layer}.attn_norm").to(self.matrix_type)
 
     def split(name, heads):
       y = self.project(layer, name, h).float()
@@ -118,12 +119,12 @@ class Llm:
 
   def output_projection(self, layer, a):
     batch, heads, tokens, d = a.shape
-    return self.project(layer, "attn_output", narrow(a.transpose(1, 2).reshape(batch, tokens, heads * d))).float()
+    return self.project(layer, "attn_output", a.transpose(1, 2).reshape(batch, tokens, heads * d)).float()
 
   def finish(self, layer, x, a):
     """The layer's output from its input x [batch, tokens, width] and its attention's output a."""
     x = x + self.output_projection(layer, a)
-    h = narrow(self.norm(x, f"blk.{layer}.ffn_norm"))
+    h = self.norm(x, f"blk.{layer}.ffn_norm").to(self.matrix_type)
     return x + self.project(layer, "ffn_down", F.silu(self.project(layer, "ffn_gate", h)) * self.project(layer, "ffn_up", h)).float()
 
   def layer(self, layer, x, attend):

@@ -135,7 +135,7 @@ class FeatureMaps(torch.nn.Module):
     """These maps belong to the model file `model`."""
     string = gguf.GGUFValueType.STRING
     name = model_name(model)
-    self.about |= {"general.name": (f"{name} LESS feature maps", string), "lesskv.model.name": (name, string),
+    self.about |= {"general.name": (f"{name} sidecar", string), "lesskv.model.name": (name, string),
                    "lesskv.model.fingerprint": (fingerprint(model), string)}
 
   def describe(self, policies, tokens, context, seed):

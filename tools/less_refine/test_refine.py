@@ -132,6 +132,15 @@ class TinyModels(unittest.TestCase):
           self.assertAlmostEqual(script_nats(llm, maps, ids, spec), expected, delta=3e-3, msg=spec)
         self.assertGreater(abs(engine[1] - engine[-1]), 0.02)  # else it would not show whether LESS is right
 
+  def test_matrices_of_16_bits_change_little(self):
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+      model, ids = Path(folder) / "tiny.gguf", torch.arange(40, 104)[None]
+      write_tiny(model, *TINY["qwen2, 7 queries a KV head, untied"], seed=6)
+      full, short = (Llm(model, bf16=bf16).full(ids) for bf16 in (False, True))
+      self.assertLess((short - full).norm() / full.norm(), 0.03)
+      self.assertFalse(torch.equal(short, full))
+      self.assertEqual(short.dtype, torch.float32)
+
   def test_both_phases_lower_their_loss(self):
     for label in ("llama, 3 queries a KV head, tied", "qwen2, 7 queries a KV head, untied"):
       with self.subTest(label), tempfile.TemporaryDirectory() as folder:
