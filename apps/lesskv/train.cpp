@@ -100,17 +100,17 @@ void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
                           static_cast<double>(r.capture_bytes) / (1 << 20), r.capture_seconds, r.train_seconds));
 }
 
-// The other parts of a sidecar that is there already, of the same model; nothing where there is none.
-std::optional<Sidecar> ExistingSidecar(const std::string& path, const Model& model) {
+// A sidecar that is there already, of the same model, whose other parts stay; nothing where there is none.
+std::optional<Sidecar> ExistingSidecar(const std::string& path, uint64_t model_fingerprint, uint64_t model_identity) {
   if (!std::filesystem::exists(path)) return std::nullopt;
   Sidecar sidecar = ReadSidecar(path);
-  CheckModel(sidecar, path, model.fingerprint(), model.identity());
+  CheckModel(sidecar, path, model_fingerprint, model_identity);
   return sidecar;
 }
 
 // The same, or a new one for the model.
 Sidecar SidecarToAddTo(const std::string& path, const Model& model) {
-  if (std::optional<Sidecar> existing = ExistingSidecar(path, model)) return std::move(*existing);
+  if (std::optional<Sidecar> existing = ExistingSidecar(path, model.fingerprint(), model.identity())) return std::move(*existing);
   Sidecar sidecar;
   sidecar.model_fingerprint = model.fingerprint();
   sidecar.model_identity = model.identity();
@@ -122,7 +122,10 @@ void Train(TrainCommand& c) {
   if (c.output.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the sidecar to write with -o");
   CheckOutputPath("-o", c.output);
   if (!c.merge.empty()) {
-    WriteSidecar(c.output, MergeSidecars(c.merge));
+    Sidecar merged = MergeSidecars(c.merge);
+    if (const auto existing = ExistingSidecar(c.output, merged.model_fingerprint, merged.model_identity))
+      AddOtherParts(*existing, merged);
+    WriteSidecar(c.output, merged);
     return;
   }
   if (c.model.model.empty()) Fail(ErrorCode::kInvalidArgument, "train less: name the model with -m");
@@ -132,7 +135,7 @@ void Train(TrainCommand& c) {
   o.halve = Choose<bool>("--schedule", c.schedule, {{"cosine", false}, {"halve", true}});
   ParseLayers(c.layers, o);
   OpenedModel opened = OpenModel(c.model);
-  const std::optional<Sidecar> existing = ExistingSidecar(c.output, *opened.model);
+  const std::optional<Sidecar> existing = ExistingSidecar(c.output, opened.model->fingerprint(), opened.model->identity());
   o.ctx = opened.ctx;
   const bool temporary = o.work_folder.empty();
   if (temporary) o.work_folder = c.output + ".work";
@@ -146,12 +149,7 @@ void Train(TrainCommand& c) {
                          ShowProgress(status, last_line, p);
                        }, &StopOnInterrupt());
   status.Clear();
-  if (existing) {
-    report.sidecar.budgets = existing->budgets;
-    report.sidecar.scores = existing->scores;
-    report.sidecar.dictionaries = existing->dictionaries;
-    report.sidecar.balance = existing->balance;
-  }
+  if (existing) AddOtherParts(*existing, report.sidecar);
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
   if (temporary && !c.keep) std::filesystem::remove_all(o.work_folder);
@@ -246,7 +244,7 @@ void TrainBudgets(BudgetsCommand& c) {
 
 // Options that commands which measure a model on texts share.
 template <typename Command>
-void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* tokens) {
+void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* tokens, size_t least_tokens = 16) {
   app.add_option("-m,--model", c.model.model, "Model file (GGUF)")->option_text("MODEL")->required();
   app.add_option("-t,--threads", c.model.threads, "Threads (default: all CPUs)");
   app.add_option("--compute", c.model.compute, "Arithmetic of the model: auto, f32, bf16, int8");
@@ -254,7 +252,7 @@ void AddMeasureOptions(CLI::App& app, Command& c, uint64_t& seed, const char* to
       ->option_text("SIDECAR")->required();
   app.add_option("--text", c.options.texts, "Text files to draw texts from")->option_text("FILE...")->required();
   app.add_option("--sequences", c.options.sequences, "Texts")->capture_default_str()->check(CLI::Range(1, 100000));
-  app.add_option("--tokens", c.options.tokens, tokens)->capture_default_str()->check(CLI::Range(16, 1 << 20));
+  app.add_option("--tokens", c.options.tokens, tokens)->capture_default_str()->check(CLI::Range(least_tokens, size_t{1} << 20));
   AddSeed(app, seed, "Seed of the texts");
   app.add_flag("--json", c.json, "Print one JSON object");
 }
@@ -449,7 +447,7 @@ void TrainBalance(BalanceCommand& c) {
 void AddBalance(CLI::App& train) {
   auto c = std::make_shared<BalanceCommand>();
   CLI::App* balance = train.add_subcommand("balance", "Find the matrices behind which keys are coded, for balanced");
-  AddMeasureOptions(*balance, *c, c->options.seed, "Tokens of a text");
+  AddMeasureOptions(*balance, *c, c->options.seed, "Tokens of a text", 128);
   balance->add_option("--positions", c->options.positions, "Longest context to be ready for (default: the trained one)")
       ->check(CLI::Range(128, 1 << 24));
   balance->callback([c] { TrainBalance(*c); });

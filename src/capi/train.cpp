@@ -119,7 +119,7 @@ lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_par
     train::TrainLessReport report = train::TrainLess(
         *loaded.engine, *loaded.tokenizer, options,
         [&](const train::TrainProgress& p) { if (p.phase != "plan") progress(p.phase.c_str(), p.done); }, &progress.stop);
-    if (existing) report.sidecar.budgets = existing->budgets;
+    if (existing) AddOtherParts(*existing, report.sidecar);
     WriteSidecar(sidecar, report.sidecar);
     if (o.work_folder == nullptr) std::filesystem::remove_all(options.work_folder);
     GiveText(Dump(LayerRowsOf(report, options.first_layer)), json);

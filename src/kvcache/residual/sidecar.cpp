@@ -347,7 +347,7 @@ SidecarTraining ReadTraining(const GgufFile& file) {
 void AddMetadata(const Sidecar& sidecar, GgufWriter& writer) {
   const SidecarShape& s = sidecar.shape;
   writer.Add("general.architecture", kArchitecture);
-  writer.Add("general.name", sidecar.model_name + " LESS feature maps");
+  writer.Add("general.name", sidecar.model_name + " sidecar");
   const bool has_centers = std::any_of(sidecar.layers.begin(), sidecar.layers.end(), [](const LayerParams& p) { return !p.center.empty(); });
   writer.Add("lesskv.sidecar.version", has_centers ? kVersion : 1);
   writer.Add("lesskv.model.fingerprint", fmt::format("{:016x}", sidecar.model_fingerprint));
@@ -509,6 +509,13 @@ void ShiftLogMass(Sidecar& sidecar, float shift) {
   }
 }
 
+void AddOtherParts(const Sidecar& from, Sidecar& to) {
+  if (to.budgets.empty()) to.budgets = from.budgets;
+  if (to.scores.empty()) to.scores = from.scores;
+  if (to.dictionaries.empty()) to.dictionaries = from.dictionaries;
+  if (to.balance.empty()) to.balance = from.balance;
+}
+
 Sidecar MergeSidecars(const std::vector<std::string>& paths) {
   if (paths.empty()) Fail(ErrorCode::kInvalidArgument, "merging sidecars needs at least one file");
   Sidecar merged = ReadSidecar(paths[0]);
@@ -521,6 +528,7 @@ Sidecar MergeSidecars(const std::vector<std::string>& paths) {
       Fail(ErrorCode::kMismatch, "{}: expected the shape of {} ({}), found {}", paths[i], paths[0],
            merged.shape.ToString(), part.shape.ToString());
     CheckModel(part, paths[i], merged.model_fingerprint, merged.model_identity);
+    AddOtherParts(part, merged);
     part.training.validation.resize(merged.shape.n_layers);
     part.training.validation_baseline.resize(merged.shape.n_layers);
     for (size_t layer = 0; layer < merged.shape.n_layers; ++layer) {

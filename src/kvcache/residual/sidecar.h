@@ -162,7 +162,11 @@ std::optional<uint64_t> SidecarIdentity(const std::string& path);
 // Adds `shift` to the log-mass of every state: psi times exp(shift), in the bias of its last layer (kExp) or in d (kGelu).
 void ShiftLogMass(Sidecar& sidecar, float shift);
 
-// Joins parts that were trained apart (--layers A-B): same model and shape, every layer in exactly one part.
+// Gives `to` what it lacks of all that `from` holds beside maps.
+void AddOtherParts(const Sidecar& from, Sidecar& to);
+
+// Joins parts that were trained apart (--layers A-B): same model and shape, every layer in exactly one part. Of what they
+// hold beside maps the first of each kind.
 Sidecar MergeSidecars(const std::vector<std::string>& paths);
 
 // Parameters of a layer (less.md section 9).
