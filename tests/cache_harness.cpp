@@ -136,6 +136,7 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
   s.hidden = 32;
   s.kind = kind;
   sidecar_ = InitialSidecar(s, 7);
+  sidecar_.model_fingerprint = 7;
   sidecar_.matrix_type = DType::kF32;
   Rng rng(11);
   for (LayerParams& layer : sidecar_.layers) {

@@ -63,7 +63,7 @@ class TempSidecar {
  public:
   explicit TempSidecar(const TinyShape& shape, FeatureKind kind = FeatureKind::kGelu);
   ~TempSidecar();
-  SidecarSource source() const { return {path_, 0}; }
+  SidecarSource source() const { return {path_, sidecar_.model_fingerprint}; }
   const std::string& path() const { return path_; }
   const Sidecar& sidecar() const { return sidecar_; }
 

@@ -125,6 +125,21 @@ TEST_F(CacheMemory, WhatIsNotCountedIsBookkeeping) {
   }
 }
 
+// Each request of a server makes a config of its own.
+TEST_F(CacheMemory, TrainedPartsOfConfigsAreThereOnce) {
+  const TempSidecar sidecar(kTinyShapes[3]);
+  const CacheShape shape = MakeCacheShape(kTinyShapes[3]);
+  for (const std::string spec : {"h2o(16)+less", "full+balanced(2, group=32)", "full+csr(4)", "kvzap(160, scope=head)"}) {
+    const auto bytes = [] { return live_bytes + plain_bytes; };
+    const size_t before = bytes();
+    const auto first = CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, sidecar.source());
+    const size_t one = bytes() - before;
+    const auto second = CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, sidecar.source());
+    const size_t two = bytes() - before;
+    EXPECT_LT(two - one, one / 2) << spec;
+  }
+}
+
 // At every moment of a life: inside steps, between them, with clones and restored caches beside.
 TEST_F(CacheMemory, CountedEqualsAllocated) {
   for (const TinyShape& shape : kTinyShapes) {

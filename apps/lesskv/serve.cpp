@@ -93,7 +93,8 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
   limits.max_time = std::chrono::seconds(options.max_seconds);
   limits.kv.push_back(CacheSpec::Parse(options.kv).ToString());
   for (const std::string& spec : options.allow_kv) limits.kv.push_back(CacheSpec::Parse(spec).ToString());
-  for (const std::string& spec : limits.kv) opened.engine->MakeCacheConfig(CacheSpec::Parse(spec), opened.ctx);
+  for (const std::string& spec : limits.kv)
+    limits.configs.push_back(opened.engine->MakeCacheConfig(CacheSpec::Parse(spec), opened.ctx));
   return limits;
 }
 

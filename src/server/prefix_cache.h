@@ -14,8 +14,8 @@
 
 namespace lesskv {
 
-// Whether nothing ever leaves such a cache: then it does not matter in which pieces a text is read, nor what of it is
-// protected.
+// Whether nothing ever leaves such a cache: then any piece of a text may be read by itself (what codes rows meets those
+// of earlier pieces coded), and what of it is protected does not matter.
 bool NeverEvicts(const CacheConfig& config);
 
 // Whether a cache of `held` that has seen the first n tokens of a prompt can go on with it under `wanted`: the same

@@ -18,17 +18,17 @@ namespace {
 
 class SplitBudgeter final : public Budgeter {
  public:
-  SplitBudgeter(SidecarBudgets budgets, size_t floor, std::string artefact)
+  SplitBudgeter(std::shared_ptr<const SidecarBudgets> budgets, size_t floor, std::string artefact)
       : budgets_(std::move(budgets)), floor_(floor), artefact_(std::move(artefact)) {}
 
   std::string artefact() const override { return artefact_; }
-  size_t ArtefactBytes() const override { return (budgets_.shares.size() + budgets_.ratios.size()) * sizeof(float); }
+  size_t ArtefactBytes() const override { return (budgets_->shares.size() + budgets_->ratios.size()) * sizeof(float); }
   std::vector<size_t> Allocate(const BudgetRequest& request) const override {
-    return SplitRows(budgets_, request, floor_);
+    return SplitRows(*budgets_, request, floor_);
   }
 
  private:
-  SidecarBudgets budgets_;
+  std::shared_ptr<const SidecarBudgets> budgets_;
   size_t floor_;
   std::string artefact_;
 };
@@ -45,12 +45,13 @@ void CheckHeads(const SidecarBudgets& budgets, const MethodContext& context, con
 std::unique_ptr<const Budgeter> Make(const Arguments& arguments, const MethodContext& context) {
   // Local layers have no budgets of this kind.
   const FoundSidecar found = FindSidecar(arguments, context.sidecar, "split", "budgets", "budgets");
-  Sidecar sidecar = ReadSidecar(found.path);
-  CheckModel(sidecar, found.path, context.sidecar.model_fingerprint, context.sidecar.model_identity);
-  if (sidecar.budgets.empty())
-    Fail(ErrorCode::kNotFound, "{}: holds no budgets (train them with 'lesskv train budgets')", found.path);
-  CheckHeads(sidecar.budgets, context, found.path);
-  return std::make_unique<SplitBudgeter>(std::move(sidecar.budgets), arguments.Count("floor"), found.fingerprint);
+  auto budgets = ShareTrained<SidecarBudgets>(found, context.sidecar, "split", [&](const Sidecar& sidecar) {
+    if (sidecar.budgets.empty())
+      Fail(ErrorCode::kNotFound, "{}: holds no budgets (train them with 'lesskv train budgets')", found.path);
+    CheckHeads(sidecar.budgets, context, found.path);
+    return std::make_shared<const SidecarBudgets>(sidecar.budgets);
+  });
+  return std::make_unique<SplitBudgeter>(std::move(budgets), arguments.Count("floor"), found.fingerprint);
 }
 
 constexpr Parameter kParameters[] = {

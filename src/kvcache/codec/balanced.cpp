@@ -58,21 +58,22 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
            options.group, layer.head_dim);
   }
   const FoundSidecar found = FindSidecar(a, context.sidecar, "balanced", "matrices", "balance");
-  const Sidecar sidecar = ReadSidecar(found.path);
-  CheckModel(sidecar, found.path, context.sidecar.model_fingerprint, context.sidecar.model_identity);
-  const SidecarBalance& b = sidecar.balance;
-  if (b.empty())
-    Fail(ErrorCode::kNotFound, "{}: holds no matrices for keys (train them with 'lesskv train balance')", found.path);
-  CheckShape(b, context, found.path);
   std::vector<size_t> parts;
-  for (const GroupFormat& part : BalancedParts(options.key_bits, options.group, b.head_dim)) parts.push_back(part.head_dim);
-  options.bases = KeyBases::Create(b, parts, found.path);
+  for (const GroupFormat& part : BalancedParts(options.key_bits, options.group, context.layers[0].head_dim))
+    parts.push_back(part.head_dim);
+  const std::string what = fmt::format("balanced {} {}", options.key_bits, options.group);
+  options.bases = ShareTrained<KeyBases>(found, context.sidecar, what, [&](const Sidecar& sidecar) {
+    if (sidecar.balance.empty())
+      Fail(ErrorCode::kNotFound, "{}: holds no matrices for keys (train them with 'lesskv train balance')", found.path);
+    CheckShape(sidecar.balance, context, found.path);
+    return KeyBases::Create(sidecar.balance, parts, found.path);
+  });
   return std::make_unique<BalancedCodec>(options, found.fingerprint);
 }
 
 constexpr Parameter kParameters[] = {
     {.name = "bits", .kind = Parameter::Kind::kWord, .default_value = "2",
-     .help = "bits of a code; of keys on average: a quarter of the channels has more, a quarter fewer", .choices = "2|3|4",
+     .help = "bits of a code; of keys on average: with 2 and 3 a quarter of the channels has more, a quarter fewer", .choices = "2|3|4",
      .positional = true},
     {.name = "k", .kind = Parameter::Kind::kWord, .default_value = "", .help = "bits of keys, where they differ",
      .choices = "2|3|4"},
@@ -84,7 +85,7 @@ constexpr Parameter kParameters[] = {
      .help = "most recent tokens kept in f16, and up to a group more keys; under a budget at most half of it", .min = 1,
      .max = 65536},
     {.name = "sinks", .kind = Parameter::Kind::kCount, .default_value = "4",
-     .help = "first tokens kept in f16, for as long as their group stays", .max = 15},
+     .help = "first rows kept in f16, for as long as their group stays", .max = 15},
     {.name = "file", .kind = Parameter::Kind::kText, .default_value = "",
      .help = "the sidecar with the trained matrices; when not given it is found as that of less"},
     {.name = "sidecar", .kind = Parameter::Kind::kText, .default_value = "",

@@ -48,20 +48,24 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
       Fail(ErrorCode::kInvalidArgument, "codec csr needs an even head size of at most {}; this model's is {}",
            kMostAtomChannels, layer.head_dim);
   const FoundSidecar found = FindSidecar(a, context.sidecar, "csr", "dictionaries", "csr");
-  const Sidecar sidecar = ReadSidecar(found.path);
-  CheckModel(sidecar, found.path, context.sidecar.model_fingerprint, context.sidecar.model_identity);
-  const SidecarDictionaries& d = sidecar.dictionaries;
-  if (d.empty()) Fail(ErrorCode::kNotFound, "{}: holds no dictionaries (train them with 'lesskv train csr')", found.path);
-  CheckShape(d, context, found.path);
-  const size_t n_atoms = a.Has("atoms") ? a.Count("atoms") : d.n_atoms;
-  if (n_atoms > d.n_atoms)
-    Fail(ErrorCode::kMismatch, "{}: dictionaries of {} atoms, csr asks for {}", found.path, d.n_atoms, n_atoms);
+  const auto dictionaries = ShareTrained<CsrDictionaries>(
+      found, context.sidecar, fmt::format("csr {}", a.Has("atoms") ? a.Count("atoms") : 0), [&](const Sidecar& sidecar) {
+        const SidecarDictionaries& d = sidecar.dictionaries;
+        if (d.empty())
+          Fail(ErrorCode::kNotFound, "{}: holds no dictionaries (train them with 'lesskv train csr')", found.path);
+        CheckShape(d, context, found.path);
+        const size_t n_atoms = a.Has("atoms") ? a.Count("atoms") : d.n_atoms;
+        if (n_atoms > d.n_atoms)
+          Fail(ErrorCode::kMismatch, "{}: dictionaries of {} atoms, csr asks for {}", found.path, d.n_atoms, n_atoms);
+        return std::make_shared<const CsrDictionaries>(d, n_atoms);
+      });
+  const size_t n_atoms = dictionaries->n_atoms();
   const CsrOptions options{a.Count("s"), a.Count("window"), a.Count("sample"), a.Count("guard"),
                            a.Text("coefficients") == "f8" ? CoefficientType::kE4m3 : CoefficientType::kF16};
   if (n_atoms + options.own() > kMostAtoms)
     Fail(ErrorCode::kInvalidArgument, "codec csr: {} atoms and {} of a sequence's own are more than the {} that an index can "
                                       "name", n_atoms, options.own(), kMostAtoms);
-  return std::make_unique<CsrCodec>(options, std::make_shared<CsrDictionaries>(d, n_atoms), found.fingerprint);
+  return std::make_unique<CsrCodec>(options, dictionaries, found.fingerprint);
 }
 
 constexpr Parameter kParameters[] = {

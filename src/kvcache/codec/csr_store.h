@@ -49,6 +49,7 @@ class CsrDictionaries {
   CsrDictionaries(const SidecarDictionaries& from, size_t n_atoms);
 
   size_t n_layers() const { return key_of_.size(); }
+  size_t n_atoms() const { return n_atoms_; }
   size_t Bytes() const;
   Atoms Keys(size_t layer) const { return View(keys_[key_of_[layer]], head_dim_); }
   Atoms Values(size_t layer) const {

@@ -20,7 +20,8 @@ constexpr Parameter kParameters[] = {
 MadeResidual Make(const Arguments& arguments, const MethodContext& context) {
   const SidecarSource& source = context.sidecar;
   const FoundSidecar found = FindSidecar(arguments, source, "less", "feature maps", "less");
-  auto maps = FeatureMaps::Load(found.path, source.model_fingerprint, source.model_identity);
+  auto maps = ShareTrained<FeatureMaps>(found, source, "less",
+                                        [&](const Sidecar& sidecar) { return FeatureMaps::OfFile(sidecar, found.path); });
   const LessOptions options{.clamp = arguments.Text("clamp") == "true"};
   return {MakeLessResidual(options, context.layers, std::move(maps)), found.fingerprint};
 }

@@ -2,14 +2,18 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
+#include <filesystem>
 #include <functional>
 #include <limits>
 
 #include "base/error.h"
+#include "format/gguf.h"
 #include "format/gguf_writer.h"
 #include "kvcache/codec/key_bases.h"
 #include "kvcache/residual/feature_maps.h"
+#include "kvcache/residual/find_sidecar.h"
 
 namespace lesskv {
 namespace {
@@ -173,6 +177,55 @@ TEST(Sidecar, PartsMergeAndIncompleteOnesDoNotRun) {
   second.model_fingerprint = 5;
   WriteSidecar(TempPath("p2.less.gguf"), second);
   Refusal(ErrorCode::kMismatch, [] { MergeSidecars({TempPath("p1.less.gguf"), TempPath("p2.less.gguf")}); });
+}
+
+// What stands beside the maps is kept from whichever file has it.
+TEST(Sidecar, PartsBesideTheMapsSurviveAMerge) {
+  Sidecar first = Small(), second = Small();
+  first.layers[2] = {};
+  second.layers[0] = second.layers[1] = {};
+  first.budgets = {{2}, {0.5f}, {0.25f, 0.5f}, 7};
+  second.budgets = {{2}, {0.5f}, {0.5f, 0.75f}, 9};
+  second.balance.head_dim = 16;
+  second.balance.n_kv_heads = {1};
+  for (size_t i = 0; i < 256; ++i) second.balance.keys.push_back(i % 17 == 0 ? 0x3c00 : 0);
+  WriteSidecar(TempPath("p1.less.gguf"), first);
+  WriteSidecar(TempPath("p2.less.gguf"), second);
+  const Sidecar merged = MergeSidecars({TempPath("p1.less.gguf"), TempPath("p2.less.gguf")});
+  EXPECT_EQ(merged.budgets, first.budgets);
+  EXPECT_EQ(merged.balance, second.balance);
+  EXPECT_TRUE(merged.scores.empty());
+}
+
+// Made once while anybody holds it, and anew where the file, the model or what is made of it is another.
+TEST(Sidecar, TrainedPartsAreShared) {
+  const std::string path = TempPath("s.less.gguf");
+  WriteSidecar(path, Small());
+  const FoundSidecar found{path, FingerprintString(GgufFile::Open(path).Fingerprint())};
+  const SidecarSource source{path, Small().model_fingerprint, 0};
+  int made = 0;
+  const auto get = [&](const FoundSidecar& file, const SidecarSource& model, const std::string& what) {
+    return ShareTrained<std::string>(file, model, what, [&](const Sidecar& sidecar) {
+      ++made;
+      return std::make_shared<const std::string>(sidecar.model_name + what);
+    });
+  };
+  auto first = get(found, source, "a");
+  EXPECT_EQ(*first, "tinya");
+  EXPECT_EQ(get(found, source, "a"), first);
+  EXPECT_EQ(made, 1);
+  EXPECT_EQ(*get(found, source, "b"), "tinyb");
+  EXPECT_EQ(made, 2);
+  EXPECT_NE(get(found, {path, 0, 0}, "a"), first);  // of no model in particular
+  Refusal(ErrorCode::kMismatch, [&] { get(found, {path, 5, 0}, "a"); });
+  EXPECT_EQ(made, 3);
+  std::filesystem::last_write_time(path, std::filesystem::last_write_time(path) + std::chrono::seconds(1));
+  EXPECT_NE(get(found, source, "a"), first);
+  EXPECT_EQ(made, 4);
+  first = get(found, source, "a");
+  EXPECT_EQ(made, 5);  // the one before was nobody's any more
+  EXPECT_EQ(get({path, "another"}, source, "a").use_count(), 1);
+  EXPECT_EQ(made, 6);
 }
 
 // Dictionaries alone, and what they must not hold.

@@ -37,7 +37,7 @@ struct KvzapOptions {
 
 class KvzapSelector final : public Selector {
  public:
-  KvzapSelector(const KvzapOptions& options, SidecarScores scores, std::string artefact)
+  KvzapSelector(const KvzapOptions& options, std::shared_ptr<const SidecarScores> scores, std::string artefact)
       : rows_(options.rows),
         window_(options.window),
         sinks_(options.sinks),
@@ -46,7 +46,7 @@ class KvzapSelector final : public Selector {
         scores_(std::move(scores)),
         artefact_(std::move(artefact)) {
     first_.push_back(0);
-    for (const size_t n : scores_.n_kv_heads) first_.push_back(first_.back() + n);
+    for (const size_t n : scores_->n_kv_heads) first_.push_back(first_.back() + n);
   }
 
   Growth After(StepKind, size_t tokens_seen) const override { return {true, rows_ > 0 ? rows_ : tokens_seen}; }
@@ -57,12 +57,12 @@ class KvzapSelector final : public Selector {
   Votes votes() const override { return Votes::kKept; }
   bool ReadsInputs() const override { return true; }
   std::string artefact() const override { return artefact_; }
-  size_t ArtefactBytes() const override { return (scores_.weight.size() + scores_.bias.size()) * sizeof(float); }
+  size_t ArtefactBytes() const override { return (scores_->weight.size() + scores_->bias.size()) * sizeof(float); }
 
   void ScoreInput(size_t layer, const float* x, float* scores, size_t stride) const override {
-    const size_t d = scores_.width;
+    const size_t d = scores_->width;
     for (size_t head = first_[layer], h = 0; head < first_[layer + 1]; ++head, ++h)
-      scores[h * stride] = scores_.bias[head] + Dot(x, &scores_.weight[head * d], d);
+      scores[h * stride] = scores_->bias[head] + Dot(x, &scores_->weight[head * d], d);
   }
 
   void Choose(const LayerRows& layer, size_t h, std::vector<uint32_t>& victims) const override {
@@ -90,7 +90,7 @@ class KvzapSelector final : public Selector {
   size_t rows_, window_, sinks_;
   float threshold_;
   bool by_threshold_;
-  SidecarScores scores_;
+  std::shared_ptr<const SidecarScores> scores_;
   std::string artefact_;
   std::vector<size_t> first_;  // heads before each layer
 };
@@ -128,20 +128,20 @@ std::vector<size_t> RowsByQuantiles(std::span<const float> quantiles, const Budg
 // scope=model and scope=layer.
 class ScopeBudgeter final : public Budgeter {
  public:
-  ScopeBudgeter(AllocationScope scope, std::vector<float> quantiles, std::string path)
-      : scope_(scope), quantiles_(std::move(quantiles)), path_(std::move(path)) {}
+  ScopeBudgeter(AllocationScope scope, std::shared_ptr<const SidecarScores> scores, std::string path)
+      : scope_(scope), scores_(std::move(scores)), path_(std::move(path)) {}
 
   AllocationScope scope() const override { return scope_; }
-  size_t ArtefactBytes() const override { return quantiles_.size() * sizeof(float); }
+  size_t ArtefactBytes() const override { return scores_->quantiles.size() * sizeof(float); }
   std::string WhyNoStream() const override {
-    if (!quantiles_.empty()) return {};
+    if (!scores_->quantiles.empty()) return {};
     return fmt::format("{} holds no quantiles of kvzap's scores, by which heads share rows while text streams in (make them with "
                        "'lesskv train kvzap', or give scope=head)", path_);
   }
 
   std::vector<size_t> Allocate(const BudgetRequest& request) const override {
-    if (quantiles_.empty()) return std::vector<size_t>(request.n_heads(), request.rows);
-    const std::span<const float> all(quantiles_);
+    if (scores_->quantiles.empty()) return std::vector<size_t>(request.n_heads(), request.rows);
+    const std::span<const float> all(scores_->quantiles);
     if (scope_ == AllocationScope::kModel) return RowsByQuantiles(all, request);
     std::vector<size_t> rows;
     for (const size_t n : request.n_kv_heads) {
@@ -159,7 +159,7 @@ class ScopeBudgeter final : public Budgeter {
 
  private:
   AllocationScope scope_;
-  std::vector<float> quantiles_;
+  std::shared_ptr<const SidecarScores> scores_;
   std::string path_;
 };
 
@@ -190,33 +190,34 @@ KvzapOptions ReadOptions(const Arguments& arguments, size_t ctx) {
 }
 
 struct FoundScores {
-  SidecarScores scores;
+  std::shared_ptr<const SidecarScores> scores;
   std::string path, fingerprint;
 };
 
 FoundScores FindScores(const Arguments& arguments, const MethodContext& context) {
   const FoundSidecar found = FindSidecar(arguments, context.sidecar, "kvzap", "scores", "kvzap");
-  Sidecar sidecar = ReadSidecar(found.path);
-  CheckModel(sidecar, found.path, context.sidecar.model_fingerprint, context.sidecar.model_identity);
-  if (sidecar.scores.empty())
-    Fail(ErrorCode::kNotFound, "{}: holds no scores (train them with 'lesskv train kvzap')", found.path);
-  CheckShape(sidecar.scores, context, found.path);
-  return {std::move(sidecar.scores), found.path, found.fingerprint};
+  auto scores = ShareTrained<SidecarScores>(found, context.sidecar, "kvzap", [&](const Sidecar& sidecar) {
+    if (sidecar.scores.empty())
+      Fail(ErrorCode::kNotFound, "{}: holds no scores (train them with 'lesskv train kvzap')", found.path);
+    return std::make_shared<const SidecarScores>(sidecar.scores);
+  });
+  CheckShape(*scores, context, found.path);
+  return {std::move(scores), found.path, found.fingerprint};
 }
 
 std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
   const KvzapOptions options = ReadOptions(arguments, context.ctx);
   if (context.layers.empty())  // no model: who only asks for the growth law needs no scores
-    return std::make_unique<KvzapSelector>(options, SidecarScores(), "");
+    return std::make_unique<KvzapSelector>(options, std::make_shared<const SidecarScores>(), "");
   FoundScores found = FindScores(arguments, context);
   return std::make_unique<KvzapSelector>(options, std::move(found.scores), found.fingerprint);
 }
 
 std::unique_ptr<const Budgeter> MakeDivider(const Arguments& arguments, const MethodContext& context) {
   const AllocationScope scope = arguments.Text("scope") == "model" ? AllocationScope::kModel : AllocationScope::kLayer;
-  if (context.layers.empty()) return std::make_unique<ScopeBudgeter>(scope, std::vector<float>(), "");
+  if (context.layers.empty()) return std::make_unique<ScopeBudgeter>(scope, std::make_shared<const SidecarScores>(), "");
   FoundScores found = FindScores(arguments, context);
-  return std::make_unique<ScopeBudgeter>(scope, std::move(found.scores.quantiles), found.path);
+  return std::make_unique<ScopeBudgeter>(scope, std::move(found.scores), found.path);
 }
 
 void Validate(const Arguments& arguments) {
