@@ -239,7 +239,7 @@ class Training:
   def history(self):
     a = self.args
     lengths = ", ".join(f"{p.name} to step {self.at['step'] if i == self.at['phase'] else '0' if i > self.at['phase'] else 'end'} "
-                        f"at {p.rate}" for i, p in enumerate(self.phases))
+                        f"at {p.rate}" for i, p in enumerate(self.phases) if p.steps or p.minutes)
     return f"refine.py: {lengths}; batch {a.batch}, step {a.step}, context {a.context}, policies {a.policies}, mix {a.mix}, seed {a.seed}"
 
   def save(self):

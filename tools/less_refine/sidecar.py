@@ -171,8 +171,9 @@ class FeatureMaps(torch.nn.Module):
           kind = MATRIX_TYPES[matrix_type if field.startswith("w") else "f32"]
           values = gguf.quants.quantize(values.float().cpu().numpy(), kind)
           writer.add_tensor(f"less.{layer}.{net}.{field}", values, raw_dtype=kind)
-      if self.centered():
-        writer.add_tensor(f"less.{layer}.center", getattr(self, f"{layer}_center").cpu().numpy())
+      center = getattr(self, f"{layer}_center")
+      if center.any():
+        writer.add_tensor(f"less.{layer}.center", center.cpu().numpy())
     for name, data, kind in self.others:
       writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
