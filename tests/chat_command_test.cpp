@@ -267,7 +267,7 @@ class Terminal {
     int status = 0;
     waitpid(pid_, &status, 0);
     ended_ = true;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
   const std::string& seen() const { return seen_; }
 
@@ -297,7 +297,7 @@ TEST_F(ChatCommand, OnATerminalCtrlCStopsTheAnswerOnly) {
   terminal.Type("/stats\n");
   ASSERT_TRUE(terminal.WaitFor("context  ")) << terminal.seen();
   terminal.Type("/exit\n");
-  EXPECT_EQ(terminal.Wait(), 0);
+  EXPECT_EQ(terminal.Wait(), 0) << terminal.seen();
 }
 
 // Half a question in the cache would be worse than none: the conversation is again what it was before.
@@ -322,7 +322,7 @@ TEST_F(ChatCommand, OnATerminalCtrlCTakesAQuestionBackThatIsBeingRead) {
   ASSERT_TRUE(terminal.TypeUntil("\x03", "the question was not read")) << terminal.seen();
   EXPECT_EQ(context(), before);
   terminal.Type("/exit\n");
-  EXPECT_EQ(terminal.Wait(), 0);
+  EXPECT_EQ(terminal.Wait(), 0) << terminal.seen();
 }
 
 TEST_F(ChatCommand, ARealModelAnswersInItsOwnTemplate) {

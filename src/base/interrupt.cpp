@@ -66,6 +66,7 @@ InterruptsAsByDefault::~InterruptsAsByDefault() {
 
 KeyInterrupts::KeyInterrupts() {
   g_is_key = true;
+  ForgetInterrupt();
   const sigset_t set = Set({SIGTERM});
   pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
 }

@@ -27,7 +27,8 @@ class InterruptsAsByDefault {
 };
 
 // The same around an editor of lines, where Ctrl-C is a key: SIGTERM is the calling thread's, and a SIGINT, which comes of
-// the key when the terminal is not the editor's yet, means nothing.
+// the key when the terminal is not the editor's yet, means nothing; one that is taken only when the editor has gone is a
+// first one: what was interrupted before is over.
 class KeyInterrupts {
  public:
   KeyInterrupts();
