@@ -98,7 +98,10 @@ def likely_maps(llm, ids, path):
       getattr(maps, f"{layer}_center").normal_(generator=torch.Generator().manual_seed(layer)).mul_(0.2)
   maps.identify(llm.path)
   maps.write(path)
-  return FeatureMaps.read(path)
+  read = FeatureMaps.read(path)
+  for layer in range(maps.n_layers):
+    assert torch.equal(getattr(read, f"{layer}_center"), getattr(maps, f"{layer}_center"))
+  return read
 
 
 def engine_nats(model, text_path, specs, context):
