@@ -88,6 +88,26 @@ TEST_F(RunCommand, FitsOfKeptRowsAreCounted) {
   EXPECT_GE(fits("h2o(30)+match(every=16)"), 3);
 }
 
+// Maps that are merged into a sidecar replace its maps and nothing else.
+TEST_F(RunCommand, AMergeKeepsWhatASidecarHoldsBesideMaps) {
+  const Sidecar bundled = ReadSidecar(std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small.less.gguf");
+  ASSERT_FALSE(bundled.balance.empty());
+  Sidecar maps = bundled, others = bundled;
+  maps.budgets = {}, maps.scores = {}, maps.dictionaries = {}, maps.balance = {};
+  ShiftLogMass(others, 1);
+  WriteSidecar(Path("maps.less.gguf"), maps);
+  WriteSidecar(Path("out.less.gguf"), others);
+  const Result merged = Shell("$L train less --merge maps.less.gguf -o out.less.gguf");
+  ASSERT_EQ(merged.status, 0) << merged.err;
+  const Sidecar out = ReadSidecar(Path("out.less.gguf"));
+  EXPECT_EQ(out.balance, bundled.balance);
+  EXPECT_EQ(out.budgets, bundled.budgets);
+  EXPECT_EQ(out.layers[0].psi.b2, bundled.layers[0].psi.b2);
+  others.model_fingerprint = others.model_identity = 5;
+  WriteSidecar(Path("out.less.gguf"), others);
+  EXPECT_EQ(Shell("$L train less --merge maps.less.gguf -o out.less.gguf").status, 2);
+}
+
 // What the training commands measure goes into one sidecar, found beside the model, and serves in one spec.
 TEST_F(RunCommand, BudgetsAndScoresShareASidecar) {
   std::filesystem::copy_file(std::string(LESSKV_SOURCE_DIR) + "/models/lesskv-small.gguf", Path("m.gguf"));

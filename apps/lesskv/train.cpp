@@ -100,15 +100,7 @@ void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
                           static_cast<double>(r.capture_bytes) / (1 << 20), r.capture_seconds, r.train_seconds));
 }
 
-// A sidecar that is there already, of the same model, whose other parts stay; nothing where there is none.
-std::optional<Sidecar> ExistingSidecar(const std::string& path, uint64_t model_fingerprint, uint64_t model_identity) {
-  if (!std::filesystem::exists(path)) return std::nullopt;
-  Sidecar sidecar = ReadSidecar(path);
-  CheckModel(sidecar, path, model_fingerprint, model_identity);
-  return sidecar;
-}
-
-// The same, or a new one for the model.
+// The one that is there already, or a new one for the model.
 Sidecar SidecarToAddTo(const std::string& path, const Model& model) {
   if (std::optional<Sidecar> existing = ExistingSidecar(path, model.fingerprint(), model.identity())) return std::move(*existing);
   Sidecar sidecar;

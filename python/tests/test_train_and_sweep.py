@@ -30,6 +30,7 @@ def expected():
 def test_training_writes_sidecars_that_specs_find(tmp_path):
     path = shutil.copy(MODEL, tmp_path / "m.gguf")
     model, sidecar, phases = lesskv.Model(path, threads=2), tmp_path / "m.less.gguf", []
+    shutil.copy(MODEL.with_suffix(".less.gguf"), sidecar)
     budgets = model.train_budgets(sidecar, [TEXT], sequences=2, tokens=64, seed=3)
     shares = budgets[2]["shares"]  # of the rows of each head, the ratio in the mean
     assert len(budgets) > 3 and sum(shares) / len(shares) == pytest.approx(budgets[2]["ratio"], abs=1e-3)
@@ -38,7 +39,7 @@ def test_training_writes_sidecars_that_specs_find(tmp_path):
     assert len(rows) == model.n_layers and all(row["less"] > 0 and row["selector"] > 0 for row in rows)
     assert {phase for phase, _ in phases} == {"capture", "train"} and phases[-1][1] == pytest.approx(1)
     assert not (tmp_path / "m.less.gguf.work").exists()
-    for spec in ("h2o(10%)+less", "h2o(10%)+split"):  # the budgets are still there
+    for spec in ("h2o(10%)+less", "h2o(10%)+split", "full+balanced"):  # budgets and matrices are still there
         model.sequence(kv=spec, ctx=128).prefill(model.tokenize("The sea was calm."))
 
 

@@ -24,14 +24,6 @@ lesskv_train_budgets_params BudgetsDefaults() {
   return {sizeof(lesskv_train_budgets_params), nullptr, 0, o.sequences, o.tokens, o.seed, nullptr, nullptr};
 }
 
-// The other parts of a sidecar that is there already, of the same model; nothing where there is none.
-std::optional<Sidecar> ExistingSidecar(const std::string& path, const Model& model) {
-  if (!std::filesystem::exists(path)) return std::nullopt;
-  Sidecar sidecar = ReadSidecar(path);
-  CheckModel(sidecar, path, model.fingerprint(), model.identity());
-  return sidecar;
-}
-
 // Tells the caller, and remembers that it wants no more.
 struct Progress {
   lesskv_progress_callback callback;
@@ -114,7 +106,7 @@ lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_par
     const lesskv_train_less_params o = Options(params, LessDefaults());
     const train::TrainLessOptions options = OptionsOf(o, sidecar);
     const std::lock_guard lock(loaded.in_use);
-    const std::optional<Sidecar> existing = ExistingSidecar(sidecar, *loaded.model);
+    const std::optional<Sidecar> existing = ExistingSidecar(sidecar, loaded.model->fingerprint(), loaded.model->identity());
     Progress progress{o.on_progress, o.user_data};
     train::TrainLessReport report = train::TrainLess(
         *loaded.engine, *loaded.tokenizer, options,
@@ -140,7 +132,7 @@ lesskv_status lesskv_train_budgets(lesskv_model* model, const lesskv_train_budge
     options.tokens = o.tokens;
     options.seed = o.seed;
     const std::lock_guard lock(loaded.in_use);
-    std::optional<Sidecar> written = ExistingSidecar(sidecar, *loaded.model);
+    std::optional<Sidecar> written = ExistingSidecar(sidecar, loaded.model->fingerprint(), loaded.model->identity());
     Progress progress{o.on_progress, o.user_data};
     const train::TrainBudgetsReport report = train::TrainBudgets(
         *loaded.engine, *loaded.tokenizer, options, [&](double done) { progress("budgets", done); }, &progress.stop);

@@ -161,7 +161,7 @@ TEST_F(TrainLessTest, LowersTheErrorOfEveryLayerBelowTheSelectors) {
     EXPECT_EQ(report.sidecar.model_fingerprint, model_->fingerprint());
     EXPECT_GT(report.capture_bytes, 0u);
     WriteSidecar(folder_ + "/tiny.less.gguf", report.sidecar);
-    EXPECT_NO_THROW(FeatureMaps::Load(folder_ + "/tiny.less.gguf", model_->fingerprint()));
+    EXPECT_NO_THROW(FeatureMaps::OfFile(ReadSidecar(folder_ + "/tiny.less.gguf"), "tiny"));
   }
 }
 

@@ -103,13 +103,6 @@ std::shared_ptr<const FeatureMaps> FeatureMaps::Create(const Sidecar& sidecar, c
   return maps;
 }
 
-std::shared_ptr<const FeatureMaps> FeatureMaps::Load(const std::string& path, uint64_t model_fingerprint,
-                                                     uint64_t model_identity) {
-  const Sidecar sidecar = ReadSidecar(path);
-  CheckModel(sidecar, path, model_fingerprint, model_identity);
-  return OfFile(sidecar, path);
-}
-
 std::shared_ptr<const FeatureMaps> FeatureMaps::OfFile(const Sidecar& sidecar, const std::string& path) {
   if (!sidecar.has_maps())
     Fail(ErrorCode::kNotFound, "{}: holds no feature maps (train them with 'lesskv train less')", path);

@@ -19,9 +19,6 @@ class FeatureMaps {
   // not merged).
   static std::shared_ptr<const FeatureMaps> Create(const Sidecar& sidecar, const std::string& name = "sidecar");
 
-  // Reads, checks against the model (0: unchecked) and packs.
-  static std::shared_ptr<const FeatureMaps> Load(const std::string& path, uint64_t model_fingerprint,
-                                                 uint64_t model_identity = 0);
   // Those of a file that has been read. Throws Error kNotFound when it holds none.
   static std::shared_ptr<const FeatureMaps> OfFile(const Sidecar& sidecar, const std::string& path);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <cstring>
 #include <functional>
 
@@ -507,6 +508,13 @@ void ShiftLogMass(Sidecar& sidecar, float shift) {
       for (float& scale : layer.d) scale *= std::exp(shift);
     }
   }
+}
+
+std::optional<Sidecar> ExistingSidecar(const std::string& path, uint64_t model_fingerprint, uint64_t model_identity) {
+  if (!std::filesystem::exists(path)) return std::nullopt;
+  Sidecar sidecar = ReadSidecar(path);
+  CheckModel(sidecar, path, model_fingerprint, model_identity);
+  return sidecar;
 }
 
 void AddOtherParts(const Sidecar& from, Sidecar& to) {

@@ -152,6 +152,10 @@ Sidecar InitialSidecar(const SidecarShape& shape, uint64_t seed);
 Sidecar ReadSidecar(const std::string& path);
 void WriteSidecar(const std::string& path, const Sidecar& sidecar);
 
+// One that is there already, whose parts a training is to keep; nothing where there is none. Throws as ReadSidecar and
+// CheckModel do.
+std::optional<Sidecar> ExistingSidecar(const std::string& path, uint64_t model_fingerprint, uint64_t model_identity);
+
 // Refuses (Error kMismatch) a sidecar whose model is another one: neither the same file nor the same model in another
 // quantisation. A fingerprint of 0 checks nothing.
 void CheckModel(const Sidecar& sidecar, const std::string& path, uint64_t model_fingerprint, uint64_t model_identity);

@@ -48,6 +48,12 @@ std::string TempPath(const std::string& name) {
   return testing::TempDir() + "/" + testing::UnitTest::GetInstance()->current_test_info()->name() + "_" + name;
 }
 
+std::shared_ptr<const FeatureMaps> Load(const std::string& path, uint64_t model_fingerprint) {
+  const Sidecar sidecar = ReadSidecar(path);
+  CheckModel(sidecar, path, model_fingerprint, 0);
+  return FeatureMaps::OfFile(sidecar, path);
+}
+
 // The message of the Error that `run` must throw.
 std::string Refusal(ErrorCode code, const std::function<void()>& run) {
   try {
@@ -117,10 +123,10 @@ TEST(Sidecar, Bf16RoundsOnceAndThenStays) {
 
 TEST(Sidecar, RefusesAnotherModel) {
   WriteSidecar(TempPath("m.less.gguf"), Small());
-  EXPECT_NO_THROW(FeatureMaps::Load(TempPath("m.less.gguf"), 0x0123456789abcdefull));
-  EXPECT_NO_THROW(FeatureMaps::Load(TempPath("m.less.gguf"), 0));
+  EXPECT_NO_THROW(Load(TempPath("m.less.gguf"), 0x0123456789abcdefull));
+  EXPECT_NO_THROW(Load(TempPath("m.less.gguf"), 0));
   const std::string message =
-      Refusal(ErrorCode::kMismatch, [] { FeatureMaps::Load(TempPath("m.less.gguf"), 0xffull); });
+      Refusal(ErrorCode::kMismatch, [] { Load(TempPath("m.less.gguf"), 0xffull); });
   EXPECT_NE(message.find("0123456789abcdef"), std::string::npos) << message;
   EXPECT_NE(message.find("00000000000000ff"), std::string::npos) << message;
 }
@@ -168,7 +174,7 @@ TEST(Sidecar, PartsMergeAndIncompleteOnesDoNotRun) {
   second.layers[0] = second.layers[1] = {};
   WriteSidecar(TempPath("p1.less.gguf"), first);
   WriteSidecar(TempPath("p2.less.gguf"), second);
-  Refusal(ErrorCode::kMismatch, [] { FeatureMaps::Load(TempPath("p1.less.gguf"), 0); });
+  Refusal(ErrorCode::kMismatch, [] { Load(TempPath("p1.less.gguf"), 0); });
   const Sidecar merged = MergeSidecars({TempPath("p1.less.gguf"), TempPath("p2.less.gguf")});
   for (size_t layer = 0; layer < 3; ++layer) EXPECT_EQ(merged.layers[layer].phi.w1, Small().layers[layer].phi.w1);
   EXPECT_EQ(merged.training.validation, Small().training.validation);
