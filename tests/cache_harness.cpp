@@ -56,7 +56,7 @@ Text RandomText(const TinyShape& shape, size_t n, uint64_t seed, float scale) {
 
 namespace {
 
-Outputs RunLayersOf(SequenceCache& cache, size_t n_heads, size_t n_kv_heads, size_t head_dim, const Text& text,
+Outputs RunLayersOf(KvCache& cache, size_t n_heads, size_t n_kv_heads, size_t head_dim, const Text& text,
                     size_t first, size_t n) {
   CHECK(first + n <= text.n, "the text has {} tokens", text.n);
   Outputs outputs;
@@ -85,7 +85,7 @@ void AddOutputs(Outputs& all, const Outputs& part) {
 
 }  // namespace
 
-Outputs RunLayers(SequenceCache& cache, const TinyShape& shape, const Text& text, size_t first, size_t n) {
+Outputs RunLayers(KvCache& cache, const TinyShape& shape, const Text& text, size_t first, size_t n) {
   return RunLayersOf(cache, shape.n_heads, shape.n_kv_heads, shape.head_dim, text, first, n);
 }
 

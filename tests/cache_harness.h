@@ -45,7 +45,7 @@ Text RandomText(const TinyShape& shape, size_t n, uint64_t seed, float scale = 1
 using Outputs = std::vector<std::vector<float>>;
 Outputs Feed(SequenceCache& cache, const Text& text, size_t first, size_t n, StepKind kind);
 // Append and Attend of all layers: the step without its beginning and end.
-Outputs RunLayers(SequenceCache& cache, const TinyShape& shape, const Text& text, size_t first, size_t n);
+Outputs RunLayers(KvCache& cache, const TinyShape& shape, const Text& text, size_t first, size_t n);
 
 // One step of a life: kPrompt stands for a whole prompt, fed as the spec says, EndPrompt included.
 struct LifeStep {

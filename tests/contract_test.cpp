@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/threads.h"
 #include "cache_harness.h"
+#include "kvcache/cache_batch.h"
 #include "kvcache/registry.h"
 
 namespace lesskv {
@@ -90,6 +91,72 @@ TEST(Contract, ListCoversEveryMethod) {
       return CacheSpec::Parse(spec).Find(method->name) != nullptr;
     });
     EXPECT_TRUE(used) << method->name;
+  }
+}
+
+// Both read tokens [0, n) in one batch, the second with the first as its leader; the outputs of the first.
+Outputs ReadTogether(SequenceCache& leader, SequenceCache& other, const TinyShape& shape, const Text& text, size_t n) {
+  SequenceCache* caches[] = {&leader, &other};
+  const size_t leaders[] = {0, 0};
+  for (SequenceCache* cache : caches) cache->BeginStep(n, StepKind::kPrompt);
+  CacheBatch batch;
+  batch.Start(caches, leaders);
+  const Outputs outputs = RunLayers(batch, shape, text, 0, n);
+  for (size_t i = 0; i < 2; ++i) EXPECT_EQ(batch.failure(i), nullptr);
+  for (SequenceCache* cache : caches) {
+    cache->EndStep();
+    cache->EndPrompt();
+  }
+  return outputs;
+}
+
+// Caches that read prompts alike give the same bits behind them, and hold the same as each alone when they read together.
+TEST(Contract, PromptsAreReadTogether) {
+  const Text text = RandomText(kTinyShapes[3], 60, 12);
+  const TempSidecar sidecar(kTinyShapes[3]);
+  const CacheShape shape = MakeCacheShape(kTinyShapes[3]);
+  std::vector<std::shared_ptr<const CacheConfig>> leaders;
+  size_t n_together = 0;
+  for (const std::string& spec : LegalSpecs(kTinyShapes[3])) {
+    SCOPED_TRACE(spec);
+    const auto config = CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, sidecar.source());
+    const auto leads = std::ranges::find_if(leaders, [&](const auto& leader) { return config->ReadsPromptsAs(*leader); });
+    if (leads == leaders.end()) {
+      leaders.push_back(config);
+      continue;
+    }
+    ++n_together;
+    SequenceCache leader(*leads), leader_alone(*leads), other(config), alone(config);
+    const Outputs outputs = ReadTogether(leader, other, kTinyShapes[3], text, 50);
+    ASSERT_TRUE(Same(outputs, Live(leader_alone, text, 0, {50, StepKind::kPrompt})));
+    ASSERT_TRUE(Same(outputs, Live(alone, text, 0, {50, StepKind::kPrompt})));
+    ASSERT_EQ(leader.Serialize(), leader_alone.Serialize());
+    ASSERT_EQ(other.Serialize(), alone.Serialize());
+    for (size_t i = 50; i < 60; ++i)
+      ASSERT_TRUE(Same(Feed(other, text, i, 1, StepKind::kDecode), Feed(alone, text, i, 1, StepKind::kDecode)));
+  }
+  EXPECT_GT(n_together, 30u);
+}
+
+// A step that is longer than a tile of queries: where a cache has a leader, tiles that nothing observes are left out.
+TEST(Contract, LongPromptsAreReadTogether) {
+  TinyShape tiny = kTinyShapes[3];
+  tiny.ctx = 1400;
+  const Text text = RandomText(tiny, 1210, 13);
+  const TempSidecar sidecar(tiny);
+  const CacheShape shape = MakeCacheShape(tiny);
+  const auto full = CacheConfig::Create(CacheSpec::Parse("full"), shape);
+  for (const char* spec : {"full", "window(40)", "h2o(40)+less", "snapkv(40, window=30)", "snapkv(740, window=700)+ada",
+                           "tova(40)", "h2o(40)+zigzag", "kvzap(40, scope=head)", "elastic(0.2)", "full+kivi(2)"}) {
+    SCOPED_TRACE(spec);
+    const auto config = CacheConfig::Create(CacheSpec::Parse(spec), shape, {}, sidecar.source());
+    ASSERT_TRUE(config->ReadsPromptsAs(*full));
+    SequenceCache leader(full), other(config), alone(config);
+    const Outputs outputs = ReadTogether(leader, other, tiny, text, 1200);
+    ASSERT_TRUE(Same(outputs, Live(alone, text, 0, {1200, StepKind::kPrompt})));
+    ASSERT_EQ(other.Serialize(), alone.Serialize());
+    for (size_t i = 1200; i < 1210; ++i)
+      ASSERT_TRUE(Same(Feed(other, text, i, 1, StepKind::kDecode), Feed(alone, text, i, 1, StepKind::kDecode)));
   }
 }
 

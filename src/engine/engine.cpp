@@ -185,8 +185,10 @@ void Engine::RequirePrefillMemory(StepItems items) const {
   for (const StepItem& item : items) {
     if (item.sequence == nullptr) continue;  // refused by the step itself
     const size_t n = item.tokens.size(), chunk = ChunkOf(item);
-    prompt_tokens += n;
-    work_rows += chunk == 0 ? n : std::min(n, chunk);
+    if (item.reads_with == nullptr) {
+      prompt_tokens += n;
+      work_rows += chunk == 0 ? n : std::min(n, chunk);
+    }
     if (item.sequence->tokens().empty()) cache_bytes += item.sequence->config().Plan(n, 0).bytes_peak;
   }
   const size_t work_bytes = work_rows > work_.reserved_rows ? WorkBytes(work_rows) : 0;

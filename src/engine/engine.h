@@ -79,6 +79,10 @@ struct StepItem {
   size_t tag = 0;  // the caller's own; comes back with logits and failures
   StepKind kind = StepKind::kDecode;  // Prefill and Decode set it
   const std::atomic<bool>* cancel = nullptr;  // set from anywhere: the sequence leaves the step after the layer in work
+  // The sequence of an earlier item of a Prefill with the same tokens: the model reads them once, for both. Both sequences
+  // are new, and their caches read prompts alike (CacheConfig::ReadsPromptsAs); each then holds what it would hold alone,
+  // bit for bit. Comparisons of caches read a text so; what fails or is cancelled there fails here.
+  const Sequence* reads_with = nullptr;
 };
 
 // The items of a step: any list of them, also a braced one.

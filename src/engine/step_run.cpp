@@ -47,7 +47,7 @@ bool Engine::StepRun::Run(double done, double share) {
 size_t Engine::StepRun::CountRows() const {
   size_t n_rows = 0;
   for (const Entry& entry : entries_)
-    if (entry.state != State::kFailed) n_rows += entry.item.tokens.size();
+    if (entry.state != State::kFailed && entry.leader == nullptr) n_rows += entry.item.tokens.size();
   return n_rows;
 }
 
@@ -79,10 +79,29 @@ void Engine::StepRun::CheckItem(const Entry& entry) const {
                        seen));
 }
 
+// The entry whose rows another reads; null where it has its own.
+const Engine::StepRun::Entry* Engine::StepRun::FindLeader(const Entry& entry) const {
+  if (entry.item.reads_with == nullptr) return nullptr;
+  const auto refuse = [](const char* why) { throw Error(ErrorCode::kInvalidArgument, fmt::format("a sequence can read a prompt with another {}", why)); };
+  const Sequence& own = *entry.item.sequence;
+  for (const Entry& other : entries_) {
+    if (&other >= &entry || other.item.sequence != entry.item.reads_with || other.item.reads_with != nullptr) continue;
+    if (other.state == State::kFailed) refuse("that has not failed");
+    if (entry.item.kind != StepKind::kPrompt || !own.tokens().empty() || !other.item.sequence->tokens().empty())
+      refuse("where it is the first of both, read in one step");
+    if (!std::ranges::equal(entry.item.tokens, other.item.tokens)) refuse("of the same tokens");
+    if (!own.config().ReadsPromptsAs(other.item.sequence->config())) refuse("whose cache reads it in the same way");
+    return &other;
+  }
+  refuse("that comes before it in the same step and has its own rows");
+  return nullptr;
+}
+
 void Engine::StepRun::Check() {
   for (Entry& entry : entries_) {
     try {
       CheckItem(entry);
+      entry.leader = FindLeader(entry);
     } catch (const Error&) {
       Fail(entry, std::current_exception());
     }
@@ -94,6 +113,8 @@ void Engine::StepRun::BeginAll() {
   for (Entry& entry : entries_) {
     if (entry.state != State::kWaiting) continue;
     try {
+      if (entry.leader != nullptr && entry.leader->state != State::kBegun)
+        throw Error(ErrorCode::kRuntime, "the sequence that this one reads a prompt with could not begin");
       MakeRoom(entry.item.sequence->tokens_, entry.item.tokens.size());
       entry.item.sequence->cache().BeginStep(entry.item.tokens.size(), entry.item.kind);
       entry.state = State::kBegun;
@@ -143,17 +164,20 @@ bool Engine::StepRun::Forward(double done, double share) {
   try {
     std::vector<int32_t> tokens;
     std::vector<SequenceCache*> caches;
-    std::vector<size_t> lengths;
+    std::vector<size_t> lengths, leaders;
     for (Entry& entry : entries_) {
       if (entry.state != State::kBegun) continue;
       entry.took_part = true;
       entry.in_batch = caches.size();
       caches.push_back(&entry.item.sequence->cache());
+      leaders.push_back(entry.leader != nullptr ? entry.leader->in_batch : entry.in_batch);
+      entry.row = entry.leader != nullptr ? entry.leader->row : tokens.size();
+      if (entry.leader != nullptr) continue;
       if (engine_.batch_invariant_) lengths.push_back(entry.item.tokens.size());
       tokens.insert(tokens.end(), entry.item.tokens.begin(), entry.item.tokens.end());
     }
     const TileHook pause = control_.pause ? [this] { Pause(); } : TileHook();
-    engine_.work_.batch->Start(caches, pause);
+    engine_.work_.batch->Start(caches, leaders, pause);
     finished = lesskv::Forward(
         *engine_.model_, tokens, *engine_.work_.batch, engine_.compute_, engine_.work_.workspace, lengths,
         [&](size_t layers_done) { return AfterLayer(layers_done, done, share); }, pause);
@@ -200,7 +224,6 @@ void Engine::StepRun::EmitLogits() {
     tile.clear();
     rows.clear();
   };
-  size_t first = 0;
   for (const Entry& entry : entries_) {
     if (!entry.took_part) continue;
     const size_t n = entry.item.tokens.size();
@@ -209,11 +232,10 @@ void Engine::StepRun::EmitLogits() {
     if (engine_.batch_invariant_ && (n - begin > 1 || tile.size() >= few)) emit();  // as it would be alone
     for (size_t row = begin; row < n; ++row) {
       tile.push_back({entry.item.tag, entry.first_row + row, {}});
-      rows.push_back(first + row);
+      rows.push_back(entry.row + row);
       if (tile.size() == kLogitsTile) emit();
     }
     if (engine_.batch_invariant_ && n - begin > 1) emit();
-    first += n;
   }
   emit();
 }

@@ -30,12 +30,15 @@ class Engine::StepRun {
     StepItem item;
     size_t first_row = 0;
     State state = State::kWaiting;
-    bool took_part = false;  // its rows are among the step's
-    size_t in_batch = 0;     // its number in the batch
+    bool took_part = false;         // its rows are among the step's
+    size_t in_batch = 0;            // its number in the batch
+    const Entry* leader = nullptr;  // whose rows it reads (StepItem::reads_with)
+    size_t row = 0;                 // of its first token among the step's
   };
 
   void Check();
   void CheckItem(const Entry& entry) const;
+  const Entry* FindLeader(const Entry& entry) const;
   void BeginAll();
   bool Forward(double done, double share);
   void EndAll();

@@ -136,6 +136,7 @@ void SetBias(const PolicyCache& part, size_t layer, std::span<AttentionJob> jobs
 
 struct CacheBatch::Item {
   SequenceCache::Impl* cache = nullptr;
+  const Item* leader = nullptr;  // whose rows it reads; null: it has its own
   size_t first_row = 0;
   LayerStep work;
   std::exception_ptr failure;
@@ -146,6 +147,12 @@ struct CacheBatch::Item {
   bool WantsInputs(size_t layer) const {
     const PolicyCache& part = Part(layer);
     return !failure && part.evicts && part.policy.selector->ReadsInputs();
+  }
+  // Whether something wants to see how the step's queries [first, first + n) attend, or the queries themselves.
+  bool WantsQueries(size_t layer, size_t first, size_t n) const {
+    const PolicyCache& part = Part(layer);
+    const size_t end = first + n, from = std::min(part.SelectorObserves().First(n_rows()), part.BudgeterMeasures().First(n_rows()));
+    return from < end || part.ResidualFits().n_queries > 0 || part.policy.bunches().rows > 1;
   }
 };
 
@@ -161,7 +168,8 @@ struct CacheBatch::Tile {
 CacheBatch::CacheBatch() = default;
 CacheBatch::~CacheBatch() = default;
 
-void CacheBatch::Start(std::span<SequenceCache* const> caches, std::function<void()> pause) {
+void CacheBatch::Start(std::span<SequenceCache* const> caches, std::span<const size_t> leaders,
+                       std::function<void()> pause) {
   pause_ = std::move(pause);
   while (items_.size() < caches.size()) items_.push_back(std::make_unique<Item>());
   n_items_ = caches.size();
@@ -170,9 +178,10 @@ void CacheBatch::Start(std::span<SequenceCache* const> caches, std::function<voi
     Item& item = *items_[i];
     item.cache = caches[i]->impl_.get();
     CHECK(item.cache->in_step, "a cache takes part in a step that it has begun");
-    item.first_row = row;
+    item.leader = leaders.empty() || leaders[i] == i ? nullptr : items_[leaders[i]].get();
+    item.first_row = item.leader == nullptr ? row : item.leader->first_row;
     item.failure = nullptr;
-    row += item.n_rows();
+    if (item.leader == nullptr) row += item.n_rows();
   }
 }
 
@@ -225,7 +234,13 @@ void CacheBatch::Append(size_t layer, const float* keys, const float* values) {
   });
 }
 
+void CacheBatch::FailWithLeaders() {
+  for (size_t i = 0; i < n_items_; ++i)
+    if (items_[i]->leader != nullptr && items_[i]->leader->failure) items_[i]->failure = items_[i]->leader->failure;
+}
+
 void CacheBatch::Attend(size_t layer, const float* queries, float* out) {
+  FailWithLeaders();
   ForItems([&](Item& item) { PrepareLayer(item.Part(layer), item.Place(layer).layer, item.work); });
   // Tiles of different sequences go together until there are kTileQueries queries or more.
   size_t rows = 0;
@@ -235,6 +250,7 @@ void CacheBatch::Attend(size_t layer, const float* queries, float* out) {
     for (size_t first = 0; first < item.n_rows(); first += kTileQueries) {
       if (item.failure) break;
       const size_t n = std::min(kTileQueries, item.n_rows() - first);
+      if (item.leader != nullptr && !item.WantsQueries(layer, first, n)) continue;
       tiles_.push_back({&item, first, n, rows});
       rows += n;
       if (rows < kTileQueries) continue;
@@ -246,9 +262,11 @@ void CacheBatch::Attend(size_t layer, const float* queries, float* out) {
   }
   if (rows > 0) AttendTiles(layer, queries, out);
   ForItems([&](Item& item) { FinishLayer(item.Part(layer), item.Place(layer).layer, item.work); });
+  FailWithLeaders();
   for (size_t i = 0; i < n_items_; ++i) {
     const size_t stride = items_[i]->cache->config->shape().layers[layer].q_dim();
-    if (items_[i]->failure) std::fill_n(out + items_[i]->first_row * stride, items_[i]->n_rows() * stride, 0.0f);
+    if (items_[i]->failure && items_[i]->leader == nullptr)
+      std::fill_n(out + items_[i]->first_row * stride, items_[i]->n_rows() * stride, 0.0f);
   }
 }
 
@@ -305,6 +323,8 @@ void CacheBatch::AddJobs(size_t layer, float* out) {
   const LayerShape& shape = tiles_[0].item->cache->config->shape().layers[layer];
   const size_t n = tiles_.back().row + tiles_.back().n;
   lse_.resize(std::max(lse_.size(), n * shape.n_heads));
+  if (std::any_of(tiles_.begin(), tiles_.end(), [](const Tile& tile) { return tile.item->leader != nullptr; }))
+    unread_.resize(std::max(unread_.size(), n * shape.q_dim()));
   for (Tile& tile : tiles_) {
     PolicyCache& part = tile.item->Part(layer);
     LayerStep& work = tile.item->work;
@@ -314,7 +334,8 @@ void CacheBatch::AddJobs(size_t layer, float* out) {
     query.first_query = tile.first;
     query.n_queries = tile.n;
     query.read_positions = work.read_pointers;
-    query.out = out + (tile.item->first_row + tile.first) * shape.q_dim();
+    query.out = tile.item->leader != nullptr ? &unread_[tile.row * shape.q_dim()]
+                                             : out + (tile.item->first_row + tile.first) * shape.q_dim();
     query.lse = &lse_[tile.row * shape.n_heads];
     tile.first_job = list_.jobs.size();
     part.store->AddJobs(query, list_);

@@ -26,7 +26,11 @@ class CacheBatch final : public KvCache {
 
   // A new step of caches that have begun theirs, all for the same model. The step's rows are their tokens, one cache
   // after the other. `pause` is called between tiles of queries, where work of other batches may be done.
-  void Start(std::span<SequenceCache* const> caches, std::function<void()> pause = {});
+  // leaders[i] < i: cache i reads the rows of that cache, which is its own leader, and has none of its own; both read a
+  // first prompt and CacheConfig::ReadsPromptsAs each other. Only what it observes is computed. leaders[i] = i: no leader;
+  // an empty list says so of all. A cache whose leader fails fails with it.
+  void Start(std::span<SequenceCache* const> caches, std::span<const size_t> leaders = {},
+             std::function<void()> pause = {});
 
   // KvCache, for all rows of the step. What these throw concerns the whole step (work memory): all caches in it are
   // then broken.
@@ -47,6 +51,7 @@ class CacheBatch final : public KvCache {
 
   template <typename Body>
   void ForItems(Body&& body);
+  void FailWithLeaders();
   void AttendTiles(size_t layer, const float* queries, float* out);
   void RotateQueries(size_t layer, const float* queries);
   void RotateShorterHeads(const Tile& tile, size_t layer, const float* queries);
@@ -63,6 +68,7 @@ class CacheBatch final : public KvCache {
   // Work memory of the tiles that are attended together.
   std::vector<Tile> tiles_;
   std::vector<float> rotated_, lse_, residual_out_, residual_lse_;
+  std::vector<float> unread_;  // outputs of caches that have a leader
   std::vector<int32_t> positions_;
   JobList list_;
 };

@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "base/checked.h"
+#include "kvcache/codec/row_store.h"
 #include "kvcache/select/window.h"
 
 namespace lesskv {
@@ -200,6 +201,20 @@ std::vector<size_t> CacheConfig::Budgets(size_t n_tokens) const {
 size_t CacheConfig::sidecar_bytes() const {
   return (global().residual == nullptr ? 0 : global().residual->WeightBytes()) + global().codec->ArtefactBytes() +
          global().budgeter->ArtefactBytes() + global().selector->ArtefactBytes();
+}
+
+bool CacheConfig::ReadsPromptsAs(const CacheConfig& other) const {
+  const auto same_layer = [](const LayerShape& a, const LayerShape& b) {
+    return a.n_heads == b.n_heads && a.n_kv_heads == b.n_kv_heads && a.head_dim == b.head_dim && a.scale == b.scale &&
+           a.rope == b.rope && a.window == b.window;
+  };
+  const auto same_policy = [](const LayerPolicy& a, const LayerPolicy& b) {
+    const RowTypes *types = a.codec->first_prompt_types(), *others = b.codec->first_prompt_types();
+    return types != nullptr && others != nullptr && *types == *others && a.unrotated_keys() == b.unrotated_keys();
+  };
+  return prefill_chunk_ == 0 && other.prefill_chunk_ == 0 && shape_.compute == other.shape_.compute &&
+         std::ranges::equal(shape_.layers, other.shape_.layers, same_layer) &&
+         std::ranges::equal(policies_, other.policies_, same_policy);
 }
 
 size_t CacheConfig::FullBytes(size_t n_tokens) const {

@@ -109,6 +109,9 @@ class CacheConfig {
   // 0: a prompt is one step (kPrompt).
   size_t prefill_chunk() const { return prefill_chunk_; }
   const ProtectedSet& protect() const { return global().protect; }
+  // Whether a text's first prompt, read in one step, gives the same bits behind every layer under both: what a cache
+  // keeps of it is decided when it has been attended. Such prompts can be read together (StepItem::reads_with).
+  bool ReadsPromptsAs(const CacheConfig& other) const;
 
   // The global layers' policy first (it may govern no layer), then one for each window of local layers.
   const std::vector<LayerPolicy>& policies() const { return policies_; }

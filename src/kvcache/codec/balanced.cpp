@@ -2,8 +2,9 @@
 // transform, and exact rows where they count: the first ones and a full window of the newest.
 #include <algorithm>
 
-#include "kvcache/codec/kivi_store.h"
 #include "kvcache/codec/exact_codec.h"
+#include "kvcache/codec/kivi_store.h"
+#include "kvcache/codec/row_store.h"
 #include "kvcache/registry.h"
 #include "kvcache/residual/find_sidecar.h"
 
@@ -19,6 +20,7 @@ class BalancedCodec final : public Codec {
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<KiviStore>(counter, shape, options_);
   }
+  const RowTypes* first_prompt_types() const override { return &kF16Rows; }
   std::string artefact() const override { return artefact_; }
   size_t ArtefactBytes() const override { return options_.bases->Bytes(); }
 

@@ -48,6 +48,8 @@ class Codec {
 
   // Where each row lies by itself, in a RowStore: how. Null: not so.
   virtual const RowTypes* row_types() const { return nullptr; }
+  // As what a text's first prompt, in one step, is attended: rows of these types in a RowStore. Null: in some other way.
+  virtual const RowTypes* first_prompt_types() const { return row_types(); }
 
   // The trained artefact it reads: its fingerprint (empty: none) and bytes, shared by all sequences.
   virtual std::string artefact() const { return {}; }

@@ -1,6 +1,7 @@
 // KIVI (Liu et al., ICML 2024, arXiv 2402.02750): 2, 3 or 4 bits, keys per channel, values per token, an exact window.
-#include "kvcache/codec/kivi_store.h"
 #include "kvcache/codec/exact_codec.h"
+#include "kvcache/codec/kivi_store.h"
+#include "kvcache/codec/row_store.h"
 #include "kvcache/registry.h"
 
 namespace lesskv {
@@ -18,6 +19,7 @@ class KiviCodec final : public PrunableCodec {
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<KiviStore>(counter, shape, options_);
   }
+  const RowTypes* first_prompt_types() const override { return options_.pruned == 0 ? &kF16Rows : nullptr; }
   size_t channel_unit() const override { return kGroupedChannels; }
   std::unique_ptr<const Codec> Pruned(double ratio) const override {
     KiviOptions options = options_;

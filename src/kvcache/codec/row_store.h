@@ -39,7 +39,10 @@ struct RowTypes {
   RowType keys = RowType::kF16;
   RowType values = RowType::kF16;
   bool rotate = false;  // keys and values are stored transformed by hadamard.h
+
+  bool operator==(const RowTypes&) const = default;
 };
+inline constexpr RowTypes kF16Rows;
 
 class RowStore final : public KvStore {
  public:

@@ -18,6 +18,7 @@ class ClusterCodec final : public Codec {
   std::unique_ptr<KvStore> MakeStore(ByteCounter& counter, const StoreShape& shape) const override {
     return std::make_unique<ClusterStore>(counter, shape, *inner_->row_types(), options_);
   }
+  const RowTypes* first_prompt_types() const override { return inner_->first_prompt_types(); }
   std::string artefact() const override { return inner_->artefact(); }
   size_t ArtefactBytes() const override { return inner_->ArtefactBytes(); }
 
