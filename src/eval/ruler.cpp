@@ -14,7 +14,7 @@
 namespace lesskv {
 namespace {
 
-// Documents through the cache one by one, questions and answers together.
+// Documents that one subject has read, questions and answers of all together.
 class RulerBatch {
  public:
   RulerBatch(const EvalSetup& setup, const Subject& subject, std::span<const RulerSample> samples)
@@ -22,17 +22,26 @@ class RulerBatch {
     for (size_t i = 0; i < samples.size(); ++i) sequences_.emplace_back(subject.config);
   }
 
-  void Run(RecallOptions::Ask ask, size_t max_tokens) {
-    for (size_t i = 0; i < samples_.size(); ++i) {
-      const RulerSample& s = samples_[i];
-      std::vector<int32_t> seen = s.document_ids;
-      seen.insert(seen.end(), s.question_ids.begin(), s.question_ids.end());
+  // Reads the documents, and the questions where they are part of the prompt, for all subjects of a group.
+  static void ReadAll(std::span<RulerBatch> batches, RecallOptions::Ask ask, size_t max_tokens) {
+    const EvalSetup& setup = batches[0].setup_;
+    const Stopwatch watch;
+    size_t n_tokens = 0;
+    for (size_t i = 0; i < batches[0].samples_.size(); ++i) {
+      const RulerSample& sample = batches[0].samples_[i];
+      std::vector<int32_t> seen = sample.document_ids;
+      seen.insert(seen.end(), sample.question_ids.begin(), sample.question_ids.end());
       GenerationOptions options;
       options.sampler.temperature = 0;
       options.max_tokens = max_tokens;
-      generations_.emplace_back(*setup_.tokenizer, options, seen, setup_.ctx);
-      Prefill(i, ask == RecallOptions::Ask::kWithPrompt ? std::move(seen) : s.document_ids, ask == RecallOptions::Ask::kWithPrompt);
+      for (RulerBatch& batch : batches) batch.generations_.emplace_back(*setup.tokenizer, options, seen, setup.ctx);
+      const bool asks = ask == RecallOptions::Ask::kWithPrompt;
+      n_tokens += Read(batches, i, asks ? seen : sample.document_ids, asks);
     }
+    for (RulerBatch& batch : batches) batch.cost_ += {n_tokens, watch.Seconds(), batches.size()};
+  }
+
+  void Answer(RecallOptions::Ask ask) {
     if (ask == RecallOptions::Ask::kAfterPrompt) AskAll();
     while (Step()) setup_.CheckStop();
   }
@@ -48,13 +57,19 @@ class RulerBatch {
     next_[i] = output.finish || scores_[i] == 1 ? std::nullopt : std::optional(output.token);
   }
 
-  void Prefill(size_t i, const std::vector<int32_t>& tokens, bool answers) {
-    const Stopwatch watch;
-    const StepItem item{&sequences_[i], tokens, answers ? LogitsRows::kLast : LogitsRows::kNone};
-    setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Take(i, rows.back().logits); }, {.stop = setup_.stop});
-    setup_.CheckStop();
-    cost_.prompt_tokens += tokens.size();
-    cost_.prompt_seconds += watch.Seconds();
+  // Of sample i; returns how many tokens.
+  static size_t Read(std::span<RulerBatch> batches, size_t i, std::span<const int32_t> tokens, bool answers) {
+    const EvalSetup& setup = batches[0].setup_;
+    std::vector<Sequence*> sequences;
+    for (RulerBatch& batch : batches) sequences.push_back(&batch.sequences_[i]);
+    std::vector<StepItem> items;
+    AddPrompt(sequences, tokens, answers ? LogitsRows::kLast : LogitsRows::kNone, items);
+    const LogitsSink take = [&](std::span<const LogitsRow> rows) {
+      for (const LogitsRow& row : rows) batches[row.tag].Take(i, row.logits);
+    };
+    setup.engine->Prefill(items, take, {.stop = setup.stop});
+    setup.CheckStop();
+    return tokens.size();
   }
 
   void Decode(const std::vector<StepItem>& items) {
@@ -104,18 +119,46 @@ class RulerBatch {
 // Scores of one subject, [kinds][samples].
 using Scores = std::vector<std::vector<double>>;
 
+// What is known of a subject.
+struct RulerTally {
+  Scores scores;
+  FeedCost cost;
+  StatsTally stats;
+};
+
+// Samples of one kind through a group of subjects, a batch of them at a time; says how many answers a batch has given.
+void RunGroup(const EvalSetup& setup, const RulerOptions& options, size_t kind, std::span<const size_t> group,
+              std::span<const RulerSample> samples, std::span<RulerTally> tallies, const std::function<void(size_t)>& answered) {
+  const size_t n_batch = setup.BatchSize(group, options.length, RulerOptions::kAnswerRoom);
+  for (size_t begin = 0; begin < samples.size(); begin += n_batch) {
+    std::vector<RulerBatch> batches;
+    for (const size_t s : group)
+      batches.emplace_back(setup, setup.subjects[s], samples.subspan(begin, std::min(n_batch, samples.size() - begin)));
+    RulerBatch::ReadAll(batches, options.ask, AnswerTokens(options.kinds[kind]));
+    for (size_t i = 0; i < group.size(); ++i) {
+      batches[i].Answer(options.ask);
+      RulerTally& tally = tallies[group[i]];
+      tally.scores[kind].insert(tally.scores[kind].end(), batches[i].scores().begin(), batches[i].scores().end());
+      tally.cost += batches[i].cost();
+      for (const Sequence& sequence : batches[i].sequences()) tally.stats.Add(sequence.Stats());
+      answered(batches[i].scores().size());
+    }
+  }
+}
+
 ClusteredMean MeanOf(std::span<const double> scores) {
   ClusteredMean mean;
   for (const double score : scores) mean.AddOne(score);
   return mean;
 }
 
-std::vector<size_t> TasksToAverage(const EvalSetup& setup, const std::vector<Scores>& scores, size_t n_kinds) {
+std::vector<size_t> TasksToAverage(const EvalSetup& setup, const std::vector<RulerTally>& tallies, size_t n_kinds) {
   const auto is_full = [](const Subject& s) { return s.config->spec_text() == "full"; };
   const auto full = std::find_if(setup.subjects.begin(), setup.subjects.end(), is_full);
   std::vector<size_t> tasks;
   for (size_t k = 0; k < n_kinds; ++k)
-    if (full == setup.subjects.end() || MeanOf(scores[static_cast<size_t>(full - setup.subjects.begin())][k]).Mean() >= 0.5) tasks.push_back(k);
+    if (full == setup.subjects.end() || MeanOf(tallies[static_cast<size_t>(full - setup.subjects.begin())].scores[k]).Mean() >= 0.5)
+      tasks.push_back(k);
   return tasks;
 }
 
@@ -151,26 +194,19 @@ Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
   RulerOptions options = given;
   CheckOptions(setup, options);
   const RulerTasks tasks(*setup.tokenizer, options.text, options.questions);
-  std::vector<Scores> scores(setup.subjects.size(), Scores(options.kinds.size()));
-  std::vector<FeedCost> costs(setup.subjects.size());
-  std::vector<StatsTally> stats(setup.subjects.size());
-  const size_t n_batch = setup.BatchSize(options.length, RulerOptions::kAnswerRoom), total = options.kinds.size() * setup.subjects.size() * options.samples;
+  std::vector<RulerTally> tallies(setup.subjects.size());
+  for (RulerTally& tally : tallies) tally.scores.resize(options.kinds.size());
+  const std::vector<std::vector<size_t>> groups = setup.PromptGroups();
+  const size_t total = options.kinds.size() * setup.subjects.size() * options.samples;
   size_t done = 0;
+  const auto answered = [&](size_t n) { setup.Progress(done += n, total); };
   for (size_t k = 0; k < options.kinds.size(); ++k) {
     std::vector<RulerSample> samples;
     for (size_t i = 0; i < options.samples; ++i)
       samples.push_back(tasks.Make(options.kinds[k], options.length, Rng(setup.seed * 1000003 + static_cast<uint64_t>(options.kinds[k]) * 10007 + i).Next()));
-    for (size_t s = 0; s < setup.subjects.size(); ++s)
-      for (size_t begin = 0; begin < samples.size(); begin += n_batch) {
-        RulerBatch batch(setup, setup.subjects[s], std::span(samples).subspan(begin, std::min(n_batch, samples.size() - begin)));
-        batch.Run(options.ask, AnswerTokens(options.kinds[k]));
-        scores[s][k].insert(scores[s][k].end(), batch.scores().begin(), batch.scores().end());
-        costs[s] += batch.cost();
-        for (const Sequence& sequence : batch.sequences()) stats[s].Add(sequence.Stats());
-        setup.Progress(done += batch.scores().size(), total);
-      }
+    for (const std::vector<size_t>& group : groups) RunGroup(setup, options, k, group, samples, tallies, answered);
   }
-  const std::vector<size_t> averaged = TasksToAverage(setup, scores, options.kinds.size());
+  const std::vector<size_t> averaged = TasksToAverage(setup, tallies, options.kinds.size());
   Report report;
   for (size_t s = 0; s < setup.subjects.size(); ++s) {
     Json& row = report.rows.emplace_back(BeginRow(setup, setup.subjects[s], "ruler"));
@@ -179,10 +215,10 @@ Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
     row["ask"] = options.ask == RecallOptions::Ask::kWithPrompt ? "with" : "after";
     row["length"] = options.length;
     row["samples"] = options.samples;
-    AddScores(row, options, scores[s], averaged);
-    row["tokens_scored"] = costs[s].tokens;
-    AddCacheStats(row, stats[s].stats(), *setup.subjects[s].config);
-    AddCost(row, costs[s]);
+    AddScores(row, options, tallies[s].scores, averaged);
+    row["tokens_scored"] = tallies[s].cost.tokens;
+    AddCacheStats(row, tallies[s].stats.stats(), *setup.subjects[s].config);
+    AddCost(row, tallies[s].cost);
   }
   report.columns = SubjectColumns();
   report.columns.push_back({"average", "average %", Column::Style::kPercent, 1, "average_se"});

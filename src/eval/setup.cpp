@@ -21,12 +21,39 @@ void EvalSetup::Progress(size_t done, size_t total) const {
   if (progress && total > 0) progress(static_cast<double>(done) / static_cast<double>(total));
 }
 
-size_t EvalSetup::BatchSize(size_t n_prompt, size_t n_decode) const {
-  size_t largest = 1;
-  for (const Subject& subject : subjects) {
-    largest = std::max(largest, subject.config->Plan(n_prompt, n_decode).bytes_peak);
+std::vector<std::vector<size_t>> EvalSetup::PromptGroups() const {
+  std::vector<std::vector<size_t>> groups;
+  for (size_t s = 0; s < subjects.size(); ++s) {
+    const auto alike = [&](const std::vector<size_t>& group) {
+      return subjects[s].config->ReadsPromptsAs(*subjects[group[0]].config);
+    };
+    const auto group = std::find_if(groups.begin(), groups.end(), alike);
+    if (group == groups.end())
+      groups.push_back({s});
+    else
+      group->push_back(s);
   }
-  return std::clamp(kBatchBytes / largest, size_t{1}, std::max(batch, size_t{1}));
+  return groups;
+}
+
+size_t EvalSetup::BatchSize(std::span<const size_t> group, size_t n_prompt, size_t n_decode) const {
+  size_t bytes = 1;
+  for (const size_t s : group) bytes += subjects[s].config->Plan(n_prompt, n_decode).bytes_peak;
+  return std::clamp(kBatchBytes / bytes, size_t{1}, std::max(batch, size_t{1}));
+}
+
+size_t EvalSetup::BatchSize(size_t n_prompt, size_t n_decode) const {
+  size_t n = std::max(batch, size_t{1});
+  for (size_t s = 0; s < subjects.size(); ++s) n = std::min(n, BatchSize({&s, 1}, n_prompt, n_decode));
+  return n;
+}
+
+void AddPrompt(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, LogitsRows logits,
+               std::vector<StepItem>& items) {
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    items.push_back({sequences[i], tokens, logits, i});
+    if (i > 0) items.back().reads_with = sequences[0];
+  }
 }
 
 Protocol::Mode ParseMode(const std::string& text) {
@@ -38,6 +65,7 @@ Protocol::Mode ParseMode(const std::string& text) {
 void FeedCost::operator+=(const FeedCost& other) {
   prompt_tokens += other.prompt_tokens;
   prompt_seconds += other.prompt_seconds;
+  prompt_caches = std::max(prompt_caches, other.prompt_caches);
   tokens += other.tokens;
   seconds += other.seconds;
 }
@@ -66,6 +94,7 @@ void AddCost(Json& row, const FeedCost& cost) {
   };
   row["tokens_per_second"] = rate(cost.tokens, cost.seconds);
   row["prefill_tokens_per_second"] = rate(cost.prompt_tokens, cost.prompt_seconds);
+  if (cost.prompt_caches > 1) row["prefill_caches"] = cost.prompt_caches;
 }
 
 std::vector<Column> SubjectColumns() { return {{"kv_spec", "cache"}, {"match", "rival at"}}; }

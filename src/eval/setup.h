@@ -42,10 +42,21 @@ struct EvalSetup {
   void CheckStop() const;
   void Progress(size_t done, size_t total) const;
 
-  // How many texts to run together so that the caches of one batch stay below kBatchBytes, by every subject's plan.
+  // The subjects, by their indices, in groups that read prompts alike (CacheConfig::ReadsPromptsAs): AddPrompt reads a text
+  // for all of a group at once.
+  std::vector<std::vector<size_t>> PromptGroups() const;
+
+  // How many texts to run together so that the caches of one batch, one of every subject in the group a text, stay below
+  // kBatchBytes by their plans.
+  size_t BatchSize(std::span<const size_t> group, size_t n_prompt, size_t n_decode) const;
+  // The same where subjects run one after the other: by the largest.
   size_t BatchSize(size_t n_prompt, size_t n_decode) const;
   static constexpr size_t kBatchBytes = size_t{1} << 30;
 };
+
+// The items of a Prefill by which sequences, one of each subject in a group, read the same tokens; their tags count from 0.
+void AddPrompt(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, LogitsRows logits,
+               std::vector<StepItem>& items);
 
 // How text meets the cache. Every row names it.
 struct Protocol {
@@ -68,7 +79,8 @@ Protocol::Mode ParseMode(const std::string& text);  // "stream", "continue"; Err
 // Tokens and seconds, prompts apart from the rest. Only the engine's steps are timed, not the scoring of their logits.
 struct FeedCost {
   size_t prompt_tokens = 0;
-  double prompt_seconds = 0;
+  double prompt_seconds = 0;  // of all caches that read the prompts together
+  size_t prompt_caches = 1;   // so many
   size_t tokens = 0;
   double seconds = 0;
 
@@ -78,7 +90,8 @@ struct FeedCost {
 // A row's beginning: command, rival's mark, spec and run information (engine/run_info.h).
 Json BeginRow(const EvalSetup& setup, const Subject& subject, std::string_view command);
 void AddProtocol(Json& row, const Protocol& protocol);
-// tokens_per_second and, where prompts were fed, prefill_tokens_per_second: sums over all sequences of a batch.
+// tokens_per_second and, where prompts were fed, prefill_tokens_per_second: sums over all sequences of a batch. The latter is
+// that of the caches which read the prompts together, prefill_caches of them, where they are more than one.
 void AddCost(Json& row, const FeedCost& cost);
 
 // The columns that follow a table's measures: rows, bytes, speed. The ones before: cache and rival's mark.
