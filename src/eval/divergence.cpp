@@ -121,6 +121,20 @@ class DivergenceTally {
   double full_sum_ = 0;
 };
 
+// The prompts of all, each group of subjects at once; the reference with the first group that reads as it does.
+void ReadPrompts(const EvalSetup& setup, const std::shared_ptr<const CacheConfig>& full, WindowBatch& reference, std::span<WindowBatch> batches) {
+  bool read = false;
+  for (const std::vector<size_t>& group : setup.PromptGroups()) {
+    std::vector<WindowBatch*> together;
+    for (const size_t s : group) together.push_back(&batches[s]);
+    if (!read && setup.subjects[group[0]].config->ReadsPromptsAs(*full)) {
+      together.push_back(&reference);
+      read = true;
+    }
+    WindowBatch::ReadPrompts(together);
+  }
+}
+
 // Scores of a batch, [window][target - first].
 using Scores = std::vector<std::vector<TokenScore>>;
 
@@ -136,6 +150,7 @@ void RunBatch(const EvalSetup& setup, const std::shared_ptr<const CacheConfig>& 
     for (size_t w = 0; w < windows.size(); ++w) scores[s][w].resize(windows[w].ids.size() - first);
   }
 
+  if (protocol.mode == Protocol::Mode::kContinue) ReadPrompts(setup, full, reference_batch, batches);
   const auto store = [&](std::span<const ScoredRow> rows) {
     ParallelFor(rows.size(), [&](size_t i) { reference.Store(rows[i]); });
   };

@@ -27,75 +27,25 @@ class AnswerBatch {
     for (size_t i = 0; i < samples.size(); ++i) sequences_.emplace_back(subject.config);
   }
 
-  void Run(const RecallOptions& options) {
-    if (options.protocol.mode == Protocol::Mode::kStream) {
-      Stream(options.protocol.step);
-    } else if (options.ask == RecallOptions::Ask::kWithPrompt) {
-      Prefill();
-    } else {
-      PrefillDocument();
-      Question();
-    }
-    Answer();
-  }
-
-  const std::vector<Outcome>& outcomes() const { return outcomes_; }
-  const FeedCost& cost() const { return cost_; }
-  const std::vector<Sequence>& sequences() const { return sequences_; }
-
- private:
-  // Judges a sample's next token by the logits that predict it.
-  void Judge(size_t sample, std::span<const float> logits) {
-    const std::vector<int32_t>& answer = samples_[sample].answer;
-    LogMass(logits);  // throws where they are not numbers
-    const bool right = ArgMax(logits.data(), logits.size()) == static_cast<size_t>(answer[right_[sample]]);
-    if (right_[sample] == 0) outcomes_[sample].first_token = right;
-    right_[sample] = right ? right_[sample] + 1 : kWrong;
-    outcomes_[sample].all = right_[sample] == answer.size();
-  }
-
-  void Prefill() {
+  // Reads the prompts, or what stands before their questions, for all subjects of a group.
+  static void ReadAll(std::span<AnswerBatch> batches, RecallOptions::Ask ask) {
+    const EvalSetup& setup = batches[0].setup_;
+    const bool asks = ask == RecallOptions::Ask::kWithPrompt;
     const Stopwatch watch;
-    for (size_t i = 0; i < samples_.size(); ++i) {
-      const StepItem item{&sequences_[i], samples_[i].prompt, LogitsRows::kLast};
-      setup_.engine->Prefill({item}, [&](std::span<const LogitsRow> rows) { Judge(i, rows.back().logits); },
-                             {.stop = setup_.stop});
-      setup_.CheckStop();
-      cost_.prompt_tokens += samples_[i].prompt.size();
+    size_t n_tokens = 0;
+    for (size_t i = 0; i < batches[0].samples_.size(); ++i) {
+      const RecallSample& sample = batches[0].samples_[i];
+      std::vector<Sequence*> sequences;
+      for (AnswerBatch& batch : batches) sequences.push_back(&batch.sequences_[i]);
+      const auto tokens = std::span(sample.prompt).first(asks ? sample.prompt.size() : sample.question);
+      const PromptSink judge = [&](size_t s, std::span<const float> logits) { batches[s].Judge(i, logits); };
+      ReadPrompt(setup, sequences, tokens, asks ? judge : PromptSink());
+      n_tokens += tokens.size();
     }
-    cost_.prompt_seconds += watch.Seconds();
+    for (AnswerBatch& batch : batches) batch.cost_ += {n_tokens, watch.Seconds(), batches.size()};
   }
 
-  void PrefillDocument() {
-    const Stopwatch watch;
-    for (size_t i = 0; i < samples_.size(); ++i) {
-      const auto document = std::span(samples_[i].prompt).first(samples_[i].question);
-      setup_.engine->Prefill({{&sequences_[i], document, LogitsRows::kNone}}, {}, {.stop = setup_.stop});
-      cost_.prompt_tokens += document.size();
-      setup_.CheckStop();
-    }
-    cost_.prompt_seconds += watch.Seconds();
-  }
-
-  void Question() {
-    const Stopwatch watch;
-    for (size_t step = 0;; ++step) {
-      std::vector<StepItem> items;
-      for (size_t i = 0; i < samples_.size(); ++i) {
-        const size_t at = samples_[i].question + step;
-        if (at >= samples_[i].prompt.size()) continue;
-        const bool last = at + 1 == samples_[i].prompt.size();
-        items.push_back({&sequences_[i], {&samples_[i].prompt[at], 1}, last ? LogitsRows::kLast : LogitsRows::kNone, i});
-      }
-      if (items.empty()) break;
-      setup_.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
-        for (const LogitsRow& row : rows) Judge(row.tag, row.logits);
-      });
-      cost_.tokens += items.size();
-    }
-    cost_.seconds += watch.Seconds();
-  }
-
+  // The prompts a few tokens at a time, evicting in between.
   void Stream(size_t step) {
     const Stopwatch watch;
     for (size_t begin = 0;; begin += step) {
@@ -118,6 +68,26 @@ class AnswerBatch {
     cost_.prompt_seconds += watch.Seconds();
   }
 
+  // Questions behind documents that were read without them.
+  void AskAll() {
+    const Stopwatch watch;
+    for (size_t step = 0;; ++step) {
+      std::vector<StepItem> items;
+      for (size_t i = 0; i < samples_.size(); ++i) {
+        const size_t at = samples_[i].question + step;
+        if (at >= samples_[i].prompt.size()) continue;
+        const bool last = at + 1 == samples_[i].prompt.size();
+        items.push_back({&sequences_[i], {&samples_[i].prompt[at], 1}, last ? LogitsRows::kLast : LogitsRows::kNone, i});
+      }
+      if (items.empty()) break;
+      setup_.engine->Decode(items, [&](std::span<const LogitsRow> rows) {
+        for (const LogitsRow& row : rows) Judge(row.tag, row.logits);
+      });
+      cost_.tokens += items.size();
+    }
+    cost_.seconds += watch.Seconds();
+  }
+
   void Answer() {
     const Stopwatch watch;
     for (;;) {
@@ -133,6 +103,21 @@ class AnswerBatch {
       cost_.tokens += items.size();
     }
     cost_.seconds += watch.Seconds();
+  }
+
+  const std::vector<Outcome>& outcomes() const { return outcomes_; }
+  const FeedCost& cost() const { return cost_; }
+  const std::vector<Sequence>& sequences() const { return sequences_; }
+
+ private:
+  // Judges a sample's next token by the logits that predict it.
+  void Judge(size_t sample, std::span<const float> logits) {
+    const std::vector<int32_t>& answer = samples_[sample].answer;
+    LogMass(logits);  // throws where they are not numbers
+    const bool right = ArgMax(logits.data(), logits.size()) == static_cast<size_t>(answer[right_[sample]]);
+    if (right_[sample] == 0) outcomes_[sample].first_token = right;
+    right_[sample] = right ? right_[sample] + 1 : kWrong;
+    outcomes_[sample].all = right_[sample] == answer.size();
   }
 
   static constexpr size_t kWrong = SIZE_MAX;
@@ -183,19 +168,39 @@ void CheckOptions(const EvalSetup& setup, RecallOptions& options) {
   }
 }
 
-Json MakeRow(const EvalSetup& setup, const Subject& subject, const RecallOptions& options, RecallKind kind,
-             size_t length, std::span<const RecallSample> samples) {
-  const size_t n_batch = setup.BatchSize(length, RecallOptions::kAnswerRoom);
+// What is known of a subject.
+struct RecallTally {
+  std::vector<Outcome> outcomes;
   FeedCost cost;
   StatsTally stats;
-  std::vector<Outcome> outcomes;
+};
+
+// Samples of one length through a group of subjects, a batch of them at a time.
+void RunGroup(const EvalSetup& setup, const RecallOptions& options, size_t length, std::span<const size_t> group,
+              std::span<const RecallSample> samples, std::span<RecallTally> tallies) {
+  const size_t n_batch = setup.BatchSize(group, length, RecallOptions::kAnswerRoom);
+  const bool streams = options.protocol.mode == Protocol::Mode::kStream;
   for (size_t begin = 0; begin < samples.size(); begin += n_batch) {
-    AnswerBatch batch(setup, subject, samples.subspan(begin, std::min(n_batch, samples.size() - begin)));
-    batch.Run(options);
-    outcomes.insert(outcomes.end(), batch.outcomes().begin(), batch.outcomes().end());
-    cost += batch.cost();
-    for (const Sequence& sequence : batch.sequences()) stats.Add(sequence.Stats());
+    std::vector<AnswerBatch> batches;
+    for (const size_t s : group)
+      batches.emplace_back(setup, setup.subjects[s], samples.subspan(begin, std::min(n_batch, samples.size() - begin)));
+    if (!streams) AnswerBatch::ReadAll(batches, options.ask);
+    for (size_t i = 0; i < group.size(); ++i) {
+      AnswerBatch& batch = batches[i];
+      if (streams) batch.Stream(options.protocol.step);
+      else if (options.ask == RecallOptions::Ask::kAfterPrompt) batch.AskAll();
+      batch.Answer();
+      RecallTally& tally = tallies[group[i]];
+      tally.outcomes.insert(tally.outcomes.end(), batch.outcomes().begin(), batch.outcomes().end());
+      tally.cost += batch.cost();
+      for (const Sequence& sequence : batch.sequences()) tally.stats.Add(sequence.Stats());
+    }
   }
+}
+
+Json MakeRow(const EvalSetup& setup, const Subject& subject, const RecallOptions& options, RecallKind kind,
+             size_t length, const RecallTally& tally) {
+  const std::vector<Outcome>& outcomes = tally.outcomes;
   ClusteredMean all, first;
   std::vector<double> by_depth(options.depths.size(), 0);
   for (size_t i = 0; i < outcomes.size(); ++i) {
@@ -217,8 +222,8 @@ Json MakeRow(const EvalSetup& setup, const Subject& subject, const RecallOptions
   row["depths"] = options.depths;
   row["accuracy_by_depth"] = by_depth;
   row["tokens_scored"] = outcomes.size();
-  AddCacheStats(row, stats.stats(), *subject.config);
-  AddCost(row, cost);
+  AddCacheStats(row, tally.stats.stats(), *subject.config);
+  AddCost(row, tally.cost);
   return row;
 }
 
@@ -232,15 +237,20 @@ Report EvaluateRecall(const EvalSetup& setup, const RecallOptions& given) {
   const RecallTasks tasks(*setup.tokenizer, words, options.text);
 
   Report report;
+  const bool streams = options.protocol.mode == Protocol::Mode::kStream;
+  const std::vector<std::vector<size_t>> groups = streams ? setup.SingleGroups() : setup.PromptGroups();
   size_t done = 0;
   const size_t total = options.kinds.size() * options.lengths.size() * setup.subjects.size();
   for (const RecallKind kind : options.kinds) {
     for (const size_t length : options.lengths) {
       const std::vector<RecallSample> samples = MakeSamples(tasks, options, kind, length, setup.seed);
-      for (const Subject& subject : setup.subjects) {
-        report.rows.push_back(MakeRow(setup, subject, options, kind, length, samples));
-        setup.Progress(++done, total);
+      std::vector<RecallTally> tallies(setup.subjects.size());
+      for (const std::vector<size_t>& group : groups) {
+        RunGroup(setup, options, length, group, samples, tallies);
+        setup.Progress(done += group.size(), total);
       }
+      for (size_t s = 0; s < tallies.size(); ++s)
+        report.rows.push_back(MakeRow(setup, setup.subjects[s], options, kind, length, tallies[s]));
     }
   }
   report.columns = SubjectColumns();

@@ -25,6 +25,7 @@ class RulerBatch {
   // Reads the documents, and the questions where they are part of the prompt, for all subjects of a group.
   static void ReadAll(std::span<RulerBatch> batches, RecallOptions::Ask ask, size_t max_tokens) {
     const EvalSetup& setup = batches[0].setup_;
+    const bool asks = ask == RecallOptions::Ask::kWithPrompt;
     const Stopwatch watch;
     size_t n_tokens = 0;
     for (size_t i = 0; i < batches[0].samples_.size(); ++i) {
@@ -35,8 +36,11 @@ class RulerBatch {
       options.sampler.temperature = 0;
       options.max_tokens = max_tokens;
       for (RulerBatch& batch : batches) batch.generations_.emplace_back(*setup.tokenizer, options, seen, setup.ctx);
-      const bool asks = ask == RecallOptions::Ask::kWithPrompt;
-      n_tokens += Read(batches, i, asks ? seen : sample.document_ids, asks);
+      std::vector<Sequence*> sequences;
+      for (RulerBatch& batch : batches) sequences.push_back(&batch.sequences_[i]);
+      const PromptSink take = [&](size_t s, std::span<const float> logits) { batches[s].Take(i, logits); };
+      ReadPrompt(setup, sequences, asks ? seen : sample.document_ids, asks ? take : PromptSink());
+      n_tokens += asks ? seen.size() : sample.document_ids.size();
     }
     for (RulerBatch& batch : batches) batch.cost_ += {n_tokens, watch.Seconds(), batches.size()};
   }
@@ -55,21 +59,6 @@ class RulerBatch {
     const Generation::Output output = generations_[i].Push(logits);
     scores_[i] = RulerScore(samples_[i], generations_[i].text());
     next_[i] = output.finish || scores_[i] == 1 ? std::nullopt : std::optional(output.token);
-  }
-
-  // Of sample i; returns how many tokens.
-  static size_t Read(std::span<RulerBatch> batches, size_t i, std::span<const int32_t> tokens, bool answers) {
-    const EvalSetup& setup = batches[0].setup_;
-    std::vector<Sequence*> sequences;
-    for (RulerBatch& batch : batches) sequences.push_back(&batch.sequences_[i]);
-    std::vector<StepItem> items;
-    AddPrompt(sequences, tokens, answers ? LogitsRows::kLast : LogitsRows::kNone, items);
-    const LogitsSink take = [&](std::span<const LogitsRow> rows) {
-      for (const LogitsRow& row : rows) batches[row.tag].Take(i, row.logits);
-    };
-    setup.engine->Prefill(items, take, {.stop = setup.stop});
-    setup.CheckStop();
-    return tokens.size();
   }
 
   void Decode(const std::vector<StepItem>& items) {

@@ -36,6 +36,12 @@ std::vector<std::vector<size_t>> EvalSetup::PromptGroups() const {
   return groups;
 }
 
+std::vector<std::vector<size_t>> EvalSetup::SingleGroups() const {
+  std::vector<std::vector<size_t>> groups;
+  for (size_t s = 0; s < subjects.size(); ++s) groups.push_back({s});
+  return groups;
+}
+
 size_t EvalSetup::BatchSize(std::span<const size_t> group, size_t n_prompt, size_t n_decode) const {
   size_t bytes = 1;
   for (const size_t s : group) bytes += subjects[s].config->Plan(n_prompt, n_decode).bytes_peak;
@@ -54,6 +60,17 @@ void AddPrompt(std::span<Sequence* const> sequences, std::span<const int32_t> to
     items.push_back({sequences[i], tokens, logits, i});
     if (i > 0) items.back().reads_with = sequences[0];
   }
+}
+
+void ReadPrompt(const EvalSetup& setup, std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
+                const PromptSink& sink) {
+  std::vector<StepItem> items;
+  AddPrompt(sequences, tokens, sink ? LogitsRows::kLast : LogitsRows::kNone, items);
+  const LogitsSink each = [&](std::span<const LogitsRow> rows) {
+    for (const LogitsRow& row : rows) sink(row.tag, row.logits);
+  };
+  setup.engine->Prefill(items, each, {.stop = setup.stop});
+  setup.CheckStop();
 }
 
 Protocol::Mode ParseMode(const std::string& text) {

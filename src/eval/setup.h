@@ -45,6 +45,8 @@ struct EvalSetup {
   // The subjects, by their indices, in groups that read prompts alike (CacheConfig::ReadsPromptsAs): AddPrompt reads a text
   // for all of a group at once.
   std::vector<std::vector<size_t>> PromptGroups() const;
+  // Each subject by itself.
+  std::vector<std::vector<size_t>> SingleGroups() const;
 
   // How many texts to run together so that the caches of one batch, one of every subject in the group a text, stay below
   // kBatchBytes by their plans.
@@ -57,6 +59,10 @@ struct EvalSetup {
 // The items of a Prefill by which sequences, one of each subject in a group, read the same tokens; their tags count from 0.
 void AddPrompt(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, LogitsRows logits,
                std::vector<StepItem>& items);
+// Reads them. Where a sink is given it has what is predicted behind the last token, of each sequence.
+using PromptSink = std::function<void(size_t sequence, std::span<const float> logits)>;
+void ReadPrompt(const EvalSetup& setup, std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
+                const PromptSink& sink = {});
 
 // How text meets the cache. Every row names it.
 struct Protocol {

@@ -31,25 +31,31 @@ size_t WindowBatch::FirstTarget() const {
 
 size_t WindowBatch::TokensPerStep() const { return protocol_.mode == Protocol::Mode::kStream ? protocol_.step : 1; }
 
-void WindowBatch::PrefillAll() {
+void WindowBatch::ReadPrompts(std::span<WindowBatch* const> batches) {
+  const EvalSetup& setup = batches[0]->setup_;
+  const std::span<const TextWindow> windows = batches[0]->windows_;
+  const size_t prompt = batches[0]->protocol_.prompt, at_once = std::max(size_t{1}, kPrefillTokens / prompt);
   const Stopwatch watch;
   std::vector<StepItem> items;
-  const size_t group = std::max(size_t{1}, kPrefillTokens / protocol_.prompt);
-  for (size_t w = 0; w < windows_.size(); ++w) {
-    items.push_back({&sequences_[w], std::span(windows_[w].ids).first(protocol_.prompt), LogitsRows::kNone});
-    if (items.size() < group && w + 1 < windows_.size()) continue;
-    setup_.engine->Prefill(items, {}, {.stop = setup_.stop});
-    setup_.CheckStop();
+  for (size_t w = 0; w < windows.size(); ++w) {
+    std::vector<Sequence*> sequences;
+    for (WindowBatch* batch : batches) sequences.push_back(&batch->sequences_[w]);
+    AddPrompt(sequences, std::span(windows[w].ids).first(prompt), LogitsRows::kNone, items);
+    if ((w + 1) % at_once != 0 && w + 1 < windows.size()) continue;
+    setup.engine->Prefill(items, {}, {.stop = setup.stop});
+    setup.CheckStop();
     items.clear();
   }
-  fed_ = protocol_.prompt;
-  cost_.prompt_tokens += windows_.size() * protocol_.prompt;
-  cost_.prompt_seconds += watch.Seconds();
+  for (WindowBatch* batch : batches) {
+    batch->fed_ = prompt;
+    batch->cost_ += {windows.size() * prompt, watch.Seconds(), batches.size()};
+  }
 }
 
 bool WindowBatch::Step(const ScoredSink& sink) {
   const bool stream = protocol_.mode == Protocol::Mode::kStream;
-  if (!stream && fed_ == 0) PrefillAll();
+  WindowBatch* const self = this;
+  if (!stream && fed_ == 0) ReadPrompts({&self, 1});
   const StepKind kind = stream ? StepKind::kStream : StepKind::kDecode;
   const size_t first = FirstTarget();
   std::vector<StepItem> items;

@@ -35,14 +35,16 @@ class WindowBatch {
   // prompt's exact attention, not through the compressed cache, and is left out.
   bool Step(const ScoredSink& sink);
 
+  // Mode `continue`: reads the prompts for batches of the same windows, one of each subject in a group, together. Each
+  // reads its own at its first Step otherwise.
+  static void ReadPrompts(std::span<WindowBatch* const> batches);
+
   size_t FirstTarget() const;
   size_t TokensPerStep() const;
   const FeedCost& cost() const { return cost_; }
   void AddStats(StatsTally& tally) const;
 
  private:
-  void PrefillAll();
-
   const EvalSetup& setup_;
   std::span<const TextWindow> windows_;
   Protocol protocol_;
