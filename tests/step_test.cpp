@@ -291,5 +291,88 @@ TEST_F(StepFailure, ChunksMayDiffer) {
   }
 }
 
+// A prompt that several caches read with the first of them: each as if it were alone, beside a prompt of another text.
+TEST_P(Step, PromptsReadTogether) {
+  Engine engine(model_, {.threads = 2, .compute = GetParam(), .batch_invariant = true});
+  const std::vector<int32_t> text = Tokens(70, 6), other = Tokens(40, 7), next = Tokens(1, 8);
+  const char* const specs[] = {"full", "h2o(12)", "snapkv(14, window=4)", "window(20)", "tova(12)"};
+  const auto make = [&](const char* spec) { return Sequence(engine.MakeCacheConfig(CacheSpec::Parse(spec), 96)); };
+  std::vector<Sequence> sequences;
+  for (const char* spec : specs) sequences.push_back(make(spec));
+  Sequence stranger = make("full");
+  std::vector<StepItem> items = {{&stranger, other, LogitsRows::kLast, 99}};
+  for (size_t i = 0; i < sequences.size(); ++i)
+    items.push_back({&sequences[i], text, LogitsRows::kAll, i, StepKind::kPrompt, nullptr, i > 0 ? &sequences[0] : nullptr});
+  Logits together, after;
+  EXPECT_TRUE(engine.Prefill(items, Into(together)));
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    EXPECT_EQ(sequences[i].tokens(), text);
+    engine.Decode({{&sequences[i], next, LogitsRows::kLast, i}}, Into(after));
+    Logits alone, alone_after;
+    Sequence sequence = make(specs[i]);
+    engine.Prefill({{&sequence, text, LogitsRows::kAll, i}}, Into(alone));
+    engine.Decode({{&sequence, next, LogitsRows::kLast, i}}, Into(alone_after));
+    EXPECT_EQ(together[i], alone[i]) << specs[i];
+    EXPECT_EQ(after[i], alone_after[i]) << specs[i];
+    EXPECT_EQ(sequences[i].Stats().kv_bytes, sequence.Stats().kv_bytes) << specs[i];
+  }
+  EXPECT_EQ(stranger.tokens(), other);
+}
+
+// Who reads with another fails with it, and with nobody else.
+TEST_F(StepFailure, WhoReadsWithAnotherFailsWithIt) {
+  Engine engine(model_, {.threads = 1, .compute = ComputeChoice::kF32});
+  const std::vector<int32_t> prompt = Tokens(60, 1), other = Tokens(50, 2);
+  const auto config = engine.MakeCacheConfig(CacheSpec::Parse("h2o(12)"), 96);
+  Sequence leader(config), follower(config), b(config);
+  std::atomic<bool> cancel{false};
+  std::vector<size_t> failed;
+  Logits logits;
+  const StepControl control{.progress = [&](double) { cancel = true; },
+                            .on_failure = [&](size_t tag, const Error&) { failed.push_back(tag); }};
+  EXPECT_TRUE(engine.Prefill({{&leader, prompt, LogitsRows::kLast, 0, StepKind::kPrompt, &cancel},
+                              {&follower, prompt, LogitsRows::kLast, 1, StepKind::kPrompt, nullptr, &leader},
+                              {&b, other, LogitsRows::kLast, 2}}, Into(logits), control));
+  EXPECT_EQ(failed, (std::vector<size_t>{0, 1}));
+  EXPECT_TRUE(leader.interrupted());
+  EXPECT_TRUE(follower.interrupted());
+  EXPECT_EQ(b.tokens(), other);
+  EXPECT_EQ(logits.size(), 1u);
+
+  failed.clear();
+  Sequence full(engine.MakeCacheConfig(CacheSpec(), 40)), with_it(engine.MakeCacheConfig(CacheSpec(), 96));
+  engine.Prefill({{&full, prompt, LogitsRows::kNone, 0}, {&with_it, prompt, LogitsRows::kNone, 1, StepKind::kPrompt, nullptr, &full}}, {}, control);
+  EXPECT_EQ(failed, (std::vector<size_t>{0, 1}));  // the first does not fit its context
+  EXPECT_FALSE(with_it.interrupted());
+}
+
+TEST_F(StepFailure, NotEveryPromptCanBeReadWithAnother) {
+  Engine engine(model_, {.threads = 1, .compute = ComputeChoice::kF32});
+  const std::vector<int32_t> text = Tokens(20, 1), other = Tokens(20, 2);
+  const auto make = [&](const char* spec) { return Sequence(engine.MakeCacheConfig(CacheSpec::Parse(spec), 96)); };
+  Sequence a = make("full"), b = make("h2o(12)"), coded = make("full+bf16"), unrotated = make("window(9, positions=cache)"),
+           chunked = make("h2o(12)+prefill(chunk=16)"), seen = make("full");
+  engine.Prefill({{&seen, text}});
+  const auto refused = [&](StepItems items, const char* word) {
+    try {
+      engine.Prefill(items);
+      ADD_FAILURE() << "accepted: " << word;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << error.what();
+    }
+  };
+  const auto with = [&](Sequence& own, const std::vector<int32_t>& tokens, const Sequence& leader) {
+    return StepItem{&own, tokens, LogitsRows::kNone, 0, StepKind::kPrompt, nullptr, &leader};
+  };
+  refused({{&a, text}, with(b, other, a)}, "same tokens");
+  refused({{&a, text}, with(coded, text, a)}, "in the same way");
+  refused({{&a, text}, with(unrotated, text, a)}, "in the same way");
+  refused({{&a, text}, with(chunked, text, a)}, "first of both");
+  refused({{&a, text}, with(seen, text, a)}, "first of both");
+  refused({with(b, text, a), {&a, text}}, "comes before it");
+  refused({with(b, text, a)}, "comes before it");
+  for (const Sequence* sequence : {&a, &b, &coded, &unrotated, &chunked}) EXPECT_TRUE(sequence->tokens().empty());
+}
+
 }  // namespace
 }  // namespace lesskv

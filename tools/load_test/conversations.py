@@ -41,8 +41,10 @@ class Conversation(threading.Thread):
                 "stream_options": {"include_usage": True}}
         if self.options.kv:
             body["kv_policy"] = self.options.kv
+        if self.options.say is not None:
+            body["logit_bias"] = {str(self.options.say): 100}
         url = urlsplit(self.options.url)
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=600)
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=self.options.timeout)
         try:
             begin, first, answer, usage = time.monotonic(), None, "", None
             connection.request("POST", "/v1/completions", json.dumps(body), headers())
@@ -90,6 +92,9 @@ def main():
     parser.add_argument("--question-chars", type=int, default=120, help="of each further turn")
     parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument("--kv", default="", help="cache policy, for lesskv")
+    parser.add_argument("--say", type=int, help="a token that all answers consist of: what a model of random weights says would not become "
+                                                "the same tokens again, and its next turn be read anew")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that a server may say nothing")
     options = parser.parse_args()
     text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in options.text)
     share = len(text) // options.conversations
