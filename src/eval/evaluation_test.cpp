@@ -12,6 +12,7 @@
 #include "eval/match_bytes.h"
 #include "eval/perplexity.h"
 #include "eval/recall.h"
+#include "eval/ruler.h"
 #include "eval/summarize.h"
 #include "eval/test_model.h"
 #include "eval/window_batch.h"
@@ -292,6 +293,37 @@ TEST(RecallTest, RefusesLengthsAndDepthsThatCannotBe) {
   EXPECT_THROW(EvaluateRecall(Bundled().Setup({"full"}, 160), options), Error);
   options.depths = {1.5};
   EXPECT_THROW(EvaluateRecall(Bundled().Setup({"full"}, 256), options), Error);
+}
+
+// Subjects that read prompts alike read them together; that changes none of their numbers.
+TEST(TogetherTest, EachSubjectIsAsItWouldBeAlone) {
+  const std::vector<std::string> specs = {"h2o(24)", "full", "window(20)", "full+q8", "snapkv(24, window=8)",
+                                          "window(20)+prefill(chunk=16)", "h2o(24)+q8"};
+  const RulerOptions ruler{.kinds = {RulerKind::kSingle1, RulerKind::kVariables}, .length = 250, .samples = 2};
+  const RecallOptions recall{.lengths = {120}, .depths = {0, 1}, .samples = 2};
+  RecallOptions after = recall;
+  after.ask = RecallOptions::Ask::kAfterPrompt;
+  const auto all = [&](const std::vector<std::string>& which) {
+    std::vector<std::vector<Json>> reports = {EvaluateDivergence(Bundled().Setup(which, 128), {{kSampleText}, 3, kContinue}).rows,
+                                              EvaluateRecall(Bundled().Setup(which, 160), recall).rows,
+                                              EvaluateRecall(Bundled().Setup(which, 160), after).rows,
+                                              EvaluateRuler(Bundled().Setup(which, 400), ruler).rows};
+    return reports;
+  };
+  std::vector<std::vector<Json>> together = all(specs);
+  for (size_t s = 0; s < specs.size(); ++s) {
+    SCOPED_TRACE(specs[s]);
+    std::vector<std::vector<Json>> alone = all({specs[s]});
+    for (size_t r = 0; r < alone.size(); ++r) {
+      Json &a = alone[r].at(0), b = together[r].at(s);
+      EXPECT_EQ(b.contains("prefill_caches"), s != 5) << a.at("command");
+      for (const char* key : {"tokens_per_second", "prefill_tokens_per_second", "prefill_caches", "average", "average_se", "tasks_averaged"}) {
+        a.erase(key);
+        b.erase(key);
+      }
+      EXPECT_EQ(a, b);
+    }
+  }
 }
 
 TEST(HeatMapTest, HasACellForEveryLengthAndDepth) {
