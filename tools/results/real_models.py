@@ -29,10 +29,11 @@ PICTURE = ROOT / "docs" / "results.svg"
 MODELS = {"smollm2": "SmolLM2-135M-Instruct, Q8_0", "qwen": "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M"}
 SCORED = 192  # tokens scored one by one behind a prompt
 RULER_TASKS = ["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"]
+RULER_ALL = [*RULER_TASKS, "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"]  # without the two that need --qa
 KEPT = ["model_fingerprint", "kv_spec", "mode", "step", "prompt", "ctx", "isa", "compute", "version", "windows", "tokens_scored", "tokens_seen",
         "tokens_resident", "kv_bytes", "kv_bytes_peak", "kv_bytes_full", "sidecar_bytes", "perplexity", "perplexity_se", "perplexity_ratio",
         "perplexity_ratio_se", "kl_mean", "kl_mean_se", "kl_p95", "kl_p99", "same_top1", "tokens_per_second", "prefill_tokens_per_second",
-        "length", "samples", "ask", *[f"score_{t}{e}" for t in RULER_TASKS for e in ("", "_se")],
+        "length", "samples", "ask", *[f"score_{t}{e}" for t in RULER_ALL for e in ("", "_se")],
         *[f"{measure}_pair_{which}" for measure in ("share", "perplexity") for which in ("new", "near", "far")]]
 
 ROWS_OF_FEW_BITS = ["full+q8", "full+q4", "full+q4(rotate=true)", "full+mix(k=q8, v=q4)", "full+kivi(4)", "full+kivi(4, group=64)",
@@ -76,6 +77,12 @@ LESS = ["full", "h2o(2%)", "h2o(2%)+less", "h2o(5%)", "h2o(5%)+less", "window(5%
 # Needles behind a compressed document: a quarter of the rows, an eighth and half.
 NEEDLES = ["full", "full+cluster(25%)", *[f"{s}({b}){t}" for b in ("25%", "12%", "50%") for s, t in
            (("snapkv", ""), ("snapkv", "+split"), ("kvzap", "+pooled"), ("h2o", ""), ("window", ""))], "full+kivi(2)", "full+balanced(2)", "h2o(25%)+less"]
+# At 4,096 tokens, all of a task in one run: a document is read once for all caches but those that stream.
+LONG_NEEDLES = ["full", *[f"{s}({b}){t}" for s, t in (("kvzap", "+pooled"), ("snapkv", "")) for b in ("75%", "50%", "25%", "12.5%")], "snapkv(25%)+ada",
+                "snapkv(25%)+split", "h2o(25%)", "window(25%)", "full+cluster(25%)"]
+# Those of RULER_ALL of which `full` solves half or about it ("ruler all").
+LONG_TASKS = {"smollm2": RULER_TASKS, "qwen": RULER_TASKS}
+LONG_SAMPLES = {"smollm2": 20, "qwen": 10}
 
 
 def runs():
@@ -133,6 +140,14 @@ def runs():
   for spec in NEEDLES:
     out.append(("ruler smollm2", "smollm2", ["ruler", "--task", ",".join(RULER_TASKS), "--length", "1400", "-c", "1536", "--samples", "10", "--ask", "after",
                                              "--keep", "4", "--compute", "int8", "--text", "TEXT", "--kv", spec]))
+  for model, tasks in LONG_TASKS.items():
+    def long(name, tasks, ask, samples, specs):
+      out.append((name, model, ["ruler", "--task", ",".join(tasks), "--length", "3960", "-c", "4096", "--samples", str(samples), "--ask", ask, "--keep", "4",
+                                "--compute", "int8", "--text", "TEXT", *[a for s in specs for a in ("--kv", s)]]))
+    long(f"all of 4096 {model}", RULER_ALL, "after", 3, ["full"])
+    for ask in ("after", "with"):
+      for task in tasks:
+        long(f"long {model} {ask} {task}", [task], ask, LONG_SAMPLES[model], LONG_NEEDLES)
   return out
 
 
