@@ -98,22 +98,10 @@ double LogProbability(std::span<const float> logits, int32_t token) {
   return logits[static_cast<size_t>(token)] - LogMass(logits);
 }
 
-// Log-likelihoods of a question's continuations.
-std::vector<double> ScoreChoices(const EvalSetup& setup, const Subject& subject, const TokenizedQuestion& question,
-                                 FeedCost& cost, StatsTally& stats) {
+// Adds the log-likelihoods of all but the first token of each of a question's continuations.
+void ScoreChoices(const EvalSetup& setup, const Sequence& prompt, const TokenizedQuestion& question,
+                  std::vector<double>& scores, FeedCost& cost, StatsTally& stats) {
   const auto& continuations = question.continuations;
-  std::vector<double> scores(continuations.size(), 0);
-  Sequence prompt(subject.config);
-  const Stopwatch prompt_watch;
-  setup.engine->Prefill({{&prompt, question.prompt, LogitsRows::kLast}}, [&](std::span<const LogitsRow> rows) {
-    for (size_t c = 0; c < continuations.size(); ++c) {
-      scores[c] = LogProbability(rows.back().logits, continuations[c][0]);
-    }
-  }, {.stop = setup.stop});
-  setup.CheckStop();
-  cost.prompt_tokens += question.prompt.size();
-  cost.prompt_seconds += prompt_watch.Seconds();
-
   std::vector<Sequence> sequences;
   for (size_t c = 0; c < continuations.size(); ++c) sequences.push_back(prompt.Clone());
   const Stopwatch watch;
@@ -133,7 +121,6 @@ std::vector<double> ScoreChoices(const EvalSetup& setup, const Subject& subject,
   }
   cost.seconds += watch.Seconds();
   for (const Sequence& sequence : sequences) stats.Add(sequence.Stats());
-  return scores;
 }
 
 size_t Best(std::span<const double> scores) {
@@ -171,6 +158,27 @@ struct ChoicesTally {
     row["tokens_scored"] = tokens_scored;
   }
 };
+
+// Asks all subjects of a group.
+void Ask(const EvalSetup& setup, std::span<const size_t> group, const TokenizedQuestion& question, std::span<ChoicesTally> tallies) {
+  const auto& continuations = question.continuations;
+  std::vector<std::vector<double>> scores(group.size(), std::vector<double>(continuations.size(), 0));
+  std::vector<Sequence> prompts;
+  std::vector<Sequence*> sequences;
+  prompts.reserve(group.size());
+  for (const size_t s : group) sequences.push_back(&prompts.emplace_back(setup.subjects[s].config));
+  const Stopwatch watch;
+  ReadPrompt(setup, sequences, question.prompt, [&](size_t i, std::span<const float> logits) {
+    for (size_t c = 0; c < continuations.size(); ++c) scores[i][c] = LogProbability(logits, continuations[c][0]);
+  });
+  const FeedCost cost{question.prompt.size(), watch.Seconds(), group.size()};
+  for (size_t i = 0; i < group.size(); ++i) {
+    ChoicesTally& tally = tallies[group[i]];
+    tally.cost += cost;
+    ScoreChoices(setup, prompts[i], question, scores[i], tally.cost, tally.stats);
+    tally.Add(question, scores[i]);
+  }
+}
 
 // The questions that are asked and fit the context; the others are counted.
 std::vector<TokenizedQuestion> ChooseQuestions(const EvalSetup& setup, const ChoicesOptions& options, size_t& skipped) {
@@ -237,13 +245,16 @@ Report EvaluateChoices(const EvalSetup& setup, const ChoicesOptions& options) {
   size_t skipped = 0, done = 0;
   const std::vector<TokenizedQuestion> questions = ChooseQuestions(setup, options, skipped);
   Report report;
-  for (const Subject& subject : setup.subjects) {
-    ChoicesTally tally;
+  std::vector<ChoicesTally> tallies(setup.subjects.size());
+  for (const std::vector<size_t>& group : setup.PromptGroups())
     for (const TokenizedQuestion& question : questions) {
-      tally.Add(question, ScoreChoices(setup, subject, question, tally.cost, tally.stats));
-      setup.Progress(++done, questions.size() * setup.subjects.size());
+      Ask(setup, group, question, tallies);
+      setup.Progress(done += group.size(), questions.size() * setup.subjects.size());
       setup.CheckStop();
     }
+  for (size_t s = 0; s < tallies.size(); ++s) {
+    const Subject& subject = setup.subjects[s];
+    const ChoicesTally& tally = tallies[s];
     Json row = BeginRow(setup, subject, "choices");
     AddProtocol(row, {.mode = Protocol::Mode::kContinue});
     row["prompt"] = nullptr;  // each question's own

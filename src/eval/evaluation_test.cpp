@@ -303,8 +303,14 @@ TEST(TogetherTest, EachSubjectIsAsItWouldBeAlone) {
   const RecallOptions recall{.lengths = {120}, .depths = {0, 1}, .samples = 2};
   RecallOptions after = recall;
   after.ask = RecallOptions::Ask::kAfterPrompt;
+  ChoicesOptions choices;
+  choices.questions = ParseChoices(R"({"q": "The captain of the old ship looked out at the sea and saw", "choices": ["a whale.", "the moon."], "label": 0}
+{"q": "When the long winter was over they went back to the", "choices": ["house by the river.", "of."], "label": 0})",
+                                   "test");
   const auto all = [&](const std::vector<std::string>& which) {
     std::vector<std::vector<Json>> reports = {EvaluateDivergence(Bundled().Setup(which, 128), {{kSampleText}, 3, kContinue}).rows,
+                                              EvaluatePerplexity(Bundled().Setup(which, 128), {{kSampleText}, 3, kContinue}).rows,
+                                              EvaluateChoices(Bundled().Setup(which, 128), choices).rows,
                                               EvaluateRecall(Bundled().Setup(which, 160), recall).rows,
                                               EvaluateRecall(Bundled().Setup(which, 160), after).rows,
                                               EvaluateRuler(Bundled().Setup(which, 400), ruler).rows};

@@ -50,10 +50,17 @@ class BlockPace {
   std::vector<FeedCost> blocks_;
 };
 
-void Score(const EvalSetup& setup, const Subject& subject, std::span<const TextWindow> windows,
-           const Protocol& protocol, PerplexityTally& tally, BlockPace& pace, FeedCost& cost, StatsTally& stats) {
-  pace.Begin(windows.size(), protocol.prompt);
-  WindowBatch batch(setup, subject.config, windows, protocol);
+// What is known of a subject.
+struct SubjectTally {
+  PerplexityTally scores;
+  BlockPace pace;
+  FeedCost cost;
+  StatsTally stats;
+};
+
+void Score(const EvalSetup& setup, WindowBatch& batch, std::span<const TextWindow> windows, const Protocol& protocol,
+           SubjectTally& tally) {
+  tally.pace.Begin(windows.size(), protocol.prompt);
   const size_t first = batch.FirstTarget();
   Nats nats = MakeNats(windows, first);
   const ScoredSink score = [&](std::span<const ScoredRow> rows) {
@@ -65,11 +72,29 @@ void Score(const EvalSetup& setup, const Subject& subject, std::span<const TextW
   };
   while (batch.Step(score)) {
     setup.CheckStop();
-    pace.Note(batch.cost());
+    tally.pace.Note(batch.cost());
   }
-  cost += batch.cost();
-  for (size_t w = 0; w < windows.size(); ++w) tally.AddWindow(windows[w], first, nats[w]);
-  batch.AddStats(stats);
+  tally.cost += batch.cost();
+  for (size_t w = 0; w < windows.size(); ++w) tally.scores.AddWindow(windows[w], first, nats[w]);
+  batch.AddStats(tally.stats);
+}
+
+// All windows through a group of subjects, a batch of them at a time; says how many a subject has scored.
+void RunGroup(const EvalSetup& setup, std::span<const size_t> group, std::span<const TextWindow> windows, const Protocol& protocol,
+              std::span<SubjectTally> tallies, const std::function<void(size_t)>& scored) {
+  const size_t n_batch = setup.BatchSize(group, protocol.prompt, setup.ctx - protocol.prompt);
+  for (size_t begin = 0; begin < windows.size(); begin += n_batch) {
+    const auto part = windows.subspan(begin, std::min(n_batch, windows.size() - begin));
+    std::vector<WindowBatch> batches;
+    std::vector<WindowBatch*> together;
+    batches.reserve(group.size());
+    for (const size_t s : group) together.push_back(&batches.emplace_back(setup, setup.subjects[s].config, part, protocol));
+    if (protocol.mode == Protocol::Mode::kContinue) WindowBatch::ReadPrompts(together);
+    for (size_t i = 0; i < group.size(); ++i) {
+      Score(setup, batches[i], part, protocol, tallies[group[i]]);
+      scored(part.size());
+    }
+  }
 }
 
 constexpr std::array<const char*, kPairClasses> kClassNames = {"pair_new", "pair_near", "pair_far"};
@@ -184,27 +209,21 @@ Report EvaluatePerplexity(const EvalSetup& setup, const PerplexityOptions& optio
   const std::vector<TextWindow> windows =
       ReadWindows(*setup.tokenizer, options.texts, setup.ctx, MinWindowLength(options.protocol), options.max_windows,
                   options.protocol.llama_windows);
-  const size_t n_batch = setup.BatchSize(options.protocol.prompt, setup.ctx - options.protocol.prompt);
-  const size_t n_total = setup.subjects.size() * windows.size();
+  std::vector<SubjectTally> tallies(setup.subjects.size(), {PerplexityTally(options.pair_distance, options.block), BlockPace(options.block), {}, {}});
+  const bool streams = options.protocol.mode == Protocol::Mode::kStream;
   size_t n_done = 0;
+  for (const std::vector<size_t>& group : streams ? setup.SingleGroups() : setup.PromptGroups())
+    RunGroup(setup, group, windows, options.protocol, tallies,
+             [&](size_t n) { setup.Progress(n_done += n, setup.subjects.size() * windows.size()); });
   Report report;
-  for (const Subject& subject : setup.subjects) {
-    PerplexityTally tally(options.pair_distance, options.block);
-    BlockPace pace(options.block);
-    FeedCost cost;
-    StatsTally stats;
-    for (size_t begin = 0; begin < windows.size(); begin += n_batch) {
-      const auto batch = std::span(windows).subspan(begin, std::min(n_batch, windows.size() - begin));
-      Score(setup, subject, batch, options.protocol, tally, pace, cost, stats);
-      setup.Progress(n_done += batch.size(), n_total);
-    }
-    Json row = BeginRow(setup, subject, "perplexity");
+  for (size_t s = 0; s < tallies.size(); ++s) {
+    Json row = BeginRow(setup, setup.subjects[s], "perplexity");
     AddProtocol(row, options.protocol);
     row["texts"] = options.texts;
-    tally.AddTo(row);
-    pace.AddTo(row);
-    AddCacheStats(row, stats.stats(), *subject.config);
-    AddCost(row, cost);
+    tallies[s].scores.AddTo(row);
+    tallies[s].pace.AddTo(row);
+    AddCacheStats(row, tallies[s].stats.stats(), *setup.subjects[s].config);
+    AddCost(row, tallies[s].cost);
     report.rows.push_back(row);
   }
   report.columns = SubjectColumns();
