@@ -294,8 +294,8 @@ void KiviStore::ReserveHead(size_t i, const StepRoom& room) {
       Grow(head, std::max(all - options_.ExactKeys(head.n_rows - head.coded_keys + room.n_step, window), all - std::min(all, window)));
     else
       Grow(head, room.budgets_later ? head.coded_keys : std::min(all, std::max(head.n_rows, budgets_[i])));
-  } else if (head.Capacity() < RoundUp(budgets_[i], options_.group)) {
-    ResizeArena(head, RoundUp(budgets_[i], options_.group));
+  } else if (const size_t rows = RoundUp(RowsAhead(all, budgets_[i]), options_.group); head.Capacity() < rows) {
+    ResizeArena(head, rows);
   }
 }
 
@@ -355,8 +355,8 @@ void KiviStore::SetBudgets(size_t layer, std::span<const size_t> budgets) {
     ResizeWindow(heads_[i], std::max(heads_[i].window.rows, options_.WindowRoom(WindowOf(i))));
     if (shape_.grows)
       Grow(heads_[i], std::min(heads_[i].n_rows + n_step_, budgets[h]));
-    else if (heads_[i].Capacity() < budgets[h])
-      ResizeArena(heads_[i], RoundUp(budgets[h], options_.group));
+    else if (const size_t rows = RoundUp(RowsAhead(heads_[i].n_rows + n_step_, budgets[h]), options_.group); heads_[i].Capacity() < rows)
+      ResizeArena(heads_[i], rows);
   }
 }
 
@@ -389,7 +389,7 @@ void KiviStore::EndStep() {
     if (shape_.grows)
       Trim(heads_[i]);
     else if (evicts_)
-      ResizeArena(heads_[i], RoundUp(budgets_[i], options_.group));
+      ResizeArena(heads_[i], RoundUp(std::clamp(heads_[i].Capacity(), RowsAhead(heads_[i].n_rows, budgets_[i]), budgets_[i]), options_.group));
     if (evicts_) ResizeWindow(heads_[i], options_.WindowRoom(WindowOf(i)));
   }
   if (is_prompt_)
@@ -683,7 +683,7 @@ void KiviStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max
     if (shape_.grows)
       Grow(head, std::max(keys, values));
     else
-      ResizeArena(head, RoundUp(budgets[i], options_.group));
+      ResizeArena(head, RoundUp(RowsAhead(n_rows, budgets[i]), options_.group));
     if (max_rows > 0) ResizeWindow(head, options_.WindowRoom(WindowOf(i)));
     if (head.n_sinks > 0) LoadSinks(head, keys, values, in);
     head.n_rows = n_rows;

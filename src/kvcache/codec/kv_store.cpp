@@ -1,6 +1,10 @@
 #include "kvcache/codec/kv_store.h"
 
+#include <algorithm>
+#include <bit>
+
 #include "base/check.h"
+#include "base/checked.h"
 
 namespace lesskv {
 
@@ -23,6 +27,11 @@ std::vector<int32_t>& JobList::NewInts() { return Next(ints_, n_ints_); }
 void JobList::Clear() {
   jobs.clear();
   n_spans_ = n_floats_ = n_ints_ = 0;
+}
+
+size_t RowsAhead(size_t n, size_t budget) {
+  const size_t block = std::max(size_t{128}, std::bit_floor(n) / 8);
+  return std::min(budget, RoundUp(n, block));
 }
 
 void KvStore::RewriteValues(size_t, size_t, std::span<const uint32_t>, const float*) {

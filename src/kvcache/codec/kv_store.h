@@ -105,6 +105,11 @@ struct RecallStats {
   uint64_t file_bytes = 0;                      // now
 };
 
+// Rows that a head of bounded rows has memory for while it holds, or is to hold, n of at most `budget`: a text shorter than
+// the budget does not take the budget's memory. In blocks of 128, or of an eighth where it is large, as it has to be
+// copied to grow.
+size_t RowsAhead(size_t n, size_t budget);
+
 class KvStore {
  public:
   virtual ~KvStore() = default;

@@ -238,34 +238,40 @@ void RowStore::Pack(size_t first_head, std::span<const size_t> rows) {
   }
 }
 
-// Where budgets come later a layer's sum is known, and SetBudgets divides it; across layers nothing is known yet. A store that
-// grows needs no room for rows that a short prompt does not have.
-void RowStore::ReserveShares(const StepRoom& room, std::span<const size_t> entering) {
+// Rows of a share for a head that gets n and may keep so many. A store that grows has other room for those to come.
+size_t RowStore::ShareRows(size_t n, size_t budget) const { return shape_.grows ? std::min(n, budget) : RowsAhead(n, budget); }
+
+// Where budgets come later a layer's sum is known, and SetBudgets divides it (no head's share of it can be more than there
+// is: either every head has room for all its rows, or the sum is that of the budgets); across layers nothing is known yet.
+void RowStore::ReserveShares(const StepRoom& room) {
   if (!room.evicts || (room.budgets_later && room.defers)) return;
   std::vector<size_t> rows(room.budgets.begin(), room.budgets.end());
   bool same = !room.budgets_later;
   for (size_t i = 0; i < heads_.size(); ++i) {
-    if (shape_.grows && !room.budgets_later) rows[i] = std::min(rows[i], heads_[i].n_rows + entering[i]);
+    rows[i] = ShareRows(heads_[i].most_rows, rows[i]);
     same &= heads_[i].share.rows == rows[i];
   }
   if (!same) Pack(0, rows);
 }
 
 void RowStore::ReserveHeads(const StepRoom& room, std::span<const size_t> entering) {
-  for (Head& head : heads_) head.rows_before = head.regions.empty() ? 0 : head.region_rows;
-  if (shape_.packs) ReserveShares(room, entering);
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    heads_[i].rows_before = heads_[i].regions.empty() ? 0 : heads_[i].region_rows;
+    heads_[i].most_rows = heads_[i].n_rows + entering[i];
+  }
+  if (shape_.packs) ReserveShares(room);
   std::vector<size_t> grown(heads_.size());
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
-    const size_t all = head.n_rows + entering[i];
+    const size_t all = head.most_rows;
     if (!room.evicts)
       grown[i] = all;
     else if (shape_.packs)
       continue;
     else if (shape_.grows)
       grown[i] = room.budgets_later ? head.n_rows : std::max(head.n_rows, std::min(all, room.budgets[i]));
-    else if (head.capacity() < room.budgets[i])
-      ResizeArena(FormatsOf(i), head, RoundUp(room.budgets[i], kTileRows));
+    else if (const size_t rows = RoundUp(RowsAhead(all, room.budgets[i]), kTileRows); head.capacity() < rows)
+      ResizeArena(FormatsOf(i), head, rows);
   }
   if (shape_.grows || !room.evicts) Grow(grown);
   budgets_.assign(room.budgets.begin(), room.budgets.end());
@@ -302,12 +308,14 @@ void RowStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
   const size_t first_head = table_(first_layer, 0);
   if (shape_.exact_growth) return GrowExactly(first_head, budgets);
   std::copy(budgets.begin(), budgets.end(), budgets_.begin() + static_cast<ptrdiff_t>(first_head));
-  if (defers_) return Pack(first_head, budgets);
+  std::vector<size_t> rows(budgets.begin(), budgets.end());
+  for (size_t h = 0; h < rows.size(); ++h) rows[h] = ShareRows(heads_[first_head + h].most_rows, rows[h]);
+  if (defers_) return Pack(first_head, rows);
   size_t next = heads_[first_head].next.first;
-  for (size_t h = 0; h < budgets.size(); ++h) {
+  for (size_t h = 0; h < rows.size(); ++h) {
     heads_[first_head + h].next.first = next;
-    heads_[first_head + h].next.rows = budgets[h];
-    next += budgets[h];
+    heads_[first_head + h].next.rows = rows[h];
+    next += rows[h];
   }
 }
 
@@ -612,7 +620,7 @@ void RowStore::EndStep() {
     if (shape_.grows)
       Trim(head);
     else if (!shape_.packs)
-      ResizeArena(FormatsOf(i), head, RoundUp(budgets_[i], kTileRows));
+      ResizeArena(FormatsOf(i), head, RoundUp(std::clamp(head.capacity(), RowsAhead(head.n_rows, budgets_[i]), budgets_[i]), kTileRows));
   }
   if (is_prompt_)
     for (Head& head : staging_) head = Head{};
@@ -687,7 +695,11 @@ void RowStore::Save(ByteWriter& out) const {
 }
 
 void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
-  if (shape_.packs) Pack(0, budgets);
+  if (shape_.packs) {
+    std::vector<size_t> rows(budgets.begin(), budgets.end());
+    for (size_t& n : rows) n = ShareRows(max_rows, n);
+    Pack(0, rows);
+  }
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const Formats& formats = FormatsOf(i);
@@ -701,7 +713,7 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
       const std::vector<const Formats*> all(CeilDiv(beyond, head.region_rows), &formats);
       head.regions = Allocate(*counter_, all, std::vector<size_t>(all.size(), head.region_rows));
     } else if (!shape_.packs) {
-      ResizeArena(formats, head, RoundUp(budgets[i], kTileRows));
+      ResizeArena(formats, head, RoundUp(RowsAhead(n_rows, budgets[i]), kTileRows));
     }
     head.n_rows = n_rows;
     for (size_t row = 0; row < n_rows; row += kTileRows) {

@@ -116,6 +116,7 @@ class RowStore final : public KvStore {
     size_t region_rows = 0;
     size_t n_rows = 0;
     size_t rows_before = 0;  // an arena's size before the step: what CancelStep goes back to
+    size_t most_rows = 0;    // with all that enters in the step
     // A packed head whose budget changes in the step moves when it is closed; what it leaves is freed after the step.
     bool moves = false;
     uint32_t last_short = 0;  // rows that the last region has fewer (StoreShape::exact_growth)
@@ -160,8 +161,9 @@ class RowStore final : public KvStore {
   void ResizeArena(const Formats& formats, Head& head, size_t rows);
   void TakeBackArena(const Formats& formats, Head& head);
   void ReserveStaging(const StepRoom& room);
-  void ReserveShares(const StepRoom& room, std::span<const size_t> entering);
+  void ReserveShares(const StepRoom& room);
   void Pack(size_t first_head, std::span<const size_t> rows);
+  size_t ShareRows(size_t n, size_t budget) const;
   void Move(Head& head, size_t layer, size_t kv_head, const SlotMap& map, const WriteRow* write);
   void Bring(size_t layer, size_t kv_head, size_t row, const Region& to, size_t to_rows, size_t slot,
              const WriteRow* write);
