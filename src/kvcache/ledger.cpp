@@ -15,7 +15,7 @@ size_t Capacity(size_t rows, LedgerRoom room) {
   constexpr size_t kMany = 16 * kBlockRows;
   const size_t beyond = rows - std::min(rows, room.fixed);
   if (room.fixed == 0 || room.grows) return room.fixed + RoundUp(beyond, beyond < kMany ? kTileRows : kBlockRows);
-  return room.fixed + beyond + 1;
+  return RowsAhead(rows, room.fixed) + beyond + 1;
 }
 
 CountedBuffer Resized(ByteCounter& counter, const CountedBuffer& from, size_t bytes) {

@@ -31,7 +31,7 @@ struct LedgerSpill {
   std::vector<float> votes, weights;
 };
 
-// What a ledger has room for: a head of bounded rows `fixed` ones and a newcomer, a head that grows `fixed` ones and
+// What a ledger has room for: a head of bounded rows `fixed` ones (RowsAhead of them) and a newcomer, a head that grows `fixed` ones and
 // whole blocks behind them; without `fixed` both whole blocks.
 struct LedgerRoom {
   size_t fixed = 0;
