@@ -346,16 +346,44 @@ def ruler_section(store) -> str:
   if not found or found[0][1]["kv_spec"] != "full":
     return ""
   arguments, full = found[0]
-  solved = [t for t in RULER_TASKS if full[f"score_{t}"] >= 0.5]
+  head, cells = ruler_cells([row for _, row in found], RULER_TASKS)
+  facts = f"{MODELS['smollm2']}, {full['samples']} documents of {full['length']} tokens a task, the question after the document was read and compressed, scores in %:\n\n"
+  return "## Needles\n\n" + note("needles") + facts + table(head, cells) + "\n" + command_of("smollm2", arguments) + long_needles(store)
+
+
+def ruler_cells(rows, tasks):
+  """Head and cells of a table of rows, `full` first, that have scores of the tasks."""
+  solved = [t for t in tasks if rows[0][f"score_{t}"] >= 0.5]
   cells = []
-  for _, row in found:
+  for row in rows:
     scores = [row[f"score_{t}"] for t in solved]
     error = math.sqrt(sum(row[f"score_{t}_se"] ** 2 for t in solved)) / len(solved)
     cells.append([f"`{short(row['kv_spec'])}`", f"{bits(row):.2f}", f"**{100 * sum(scores) / len(solved):.0f}** ± {100 * error:.0f}",
-                  *[f"{100 * row[f'score_{t}']:.0f}" for t in RULER_TASKS]])
-  head = ["cache", "bits", f"average of {len(solved)}", *[t.removeprefix("niah_").replace("_", " ") for t in RULER_TASKS]]
-  facts = f"{MODELS['smollm2']}, {full['samples']} documents of {full['length']} tokens a task, the question after the document was read and compressed, scores in %:\n\n"
-  return "## Needles\n\n" + note("needles") + facts + table(head, cells) + "\n" + command_of("smollm2", arguments)
+                  *[f"{100 * row[f'score_{t}']:.0f}" for t in tasks]])
+  return ["cache", "bits", f"average of {len(solved)}", *[t.removeprefix("niah_").replace("_", " ") for t in tasks]], cells
+
+
+def long_needles(store) -> str:
+  """Tables by model and by when the question comes; a task is a run."""
+  out, begun = [], False
+  for model in LONG_TASKS:
+    for ask, when in (("after", "the question after the document was read and compressed"), ("with", "the question at the prompt's end, before anything leaves")):
+      found = [(arguments, store[run_key(m, arguments)]["rows"]) for name, m, arguments in runs()
+               if name.startswith(f"long {model} {ask} ") and run_key(m, arguments) in store]
+      if not found:
+        continue
+      tasks = [arguments[arguments.index("--task") + 1] for arguments, _ in found]
+      rows = [dict(first) for first in found[0][1]]
+      for _, more in found[1:]:
+        for row, other in zip(rows, more):
+          row.update({k: v for k, v in other.items() if k.startswith("score_")})
+      head, cells = ruler_cells(rows, tasks)
+      if not begun:
+        out.append("### At 4,096 tokens\n\n" + note("long needles"))
+        begun = True
+      out.append(f"{MODELS[model]}, {rows[0]['samples']} documents of {rows[0]['length']} tokens a task, {when}, scores in %:\n\n" + table(head, cells) + "\n" +
+                 command_of(model, found[0][0]))
+  return "\n" + "\n".join(out) if out else ""
 
 
 def command_of(model, arguments) -> str:
