@@ -115,7 +115,7 @@ void FewTokensF32(const Call& call) {
 // Elements of a token that are multiplied exactly (Int8Activations). Measured on SmolLM2-135M (Q4_1): without them the
 // mean divergence from float32 is 3.1e-3 nats, with n / 256 of them 1.0e-3, n / 128 6.1e-4, n / 64 4.2e-4; n / 128 take
 // 10 to 25 % of the time of a product of many tokens.
-size_t Spikes(size_t n) { return CeilDiv(n, 128); }
+size_t Spikes(size_t n) { return CeilDiv(n, internal::kElementsOfSpike); }
 
 size_t Int8Padded(size_t n) { return RoundUp(n + 32 * Spikes(n), 256); }
 
@@ -421,6 +421,7 @@ size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
   if (compute == ComputeType::kF32) return kKernelTokens;
   const LinearKernels& kernels = Kernels(n_in);
   if (!IsQuantized(weights)) return kernels.few_float;
+  if (n_in > kernels.longest_few_int8) return 0;
   return compute == ComputeType::kInt8 && kernels.int8 != nullptr ? kernels.few_panel : kernels.few_int8;
 }
 

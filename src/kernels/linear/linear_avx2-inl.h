@@ -31,6 +31,15 @@ inline float HalfAt(const uint8_t* p) { return _cvtsh_ss(Load16(p)); }
 inline __m256i Load32Bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m128i Load16Bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
+// Calls f with 0, 1, ... kN - 1 as constants, so that arrays they index stay in registers whatever f holds.
+template <size_t kN, typename F>
+__attribute__((always_inline)) inline void Unrolled(F&& f) {
+  [&]<size_t... kI>(std::index_sequence<kI...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<size_t, kI>{}), ...);
+  }
+  (std::make_index_sequence<kN>{});
+}
+
 // --- x[i] = scale[i] * code[i] + offset, codes as signed bytes ---
 
 struct Codes32 {
@@ -44,14 +53,22 @@ inline Codes32 OneScale(__m256i codes, float scale, float minimum = 0) {
 }
 
 inline __m256i SplitNibbles(__m128i v) {
-  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(v, 4), v);
-  return _mm256_and_si256(both, _mm256_set1_epi8(15));
+  const __m256i shifted = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(v), _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0));
+  return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
 }
 
-// The entries of a table that sixteen bytes of nibbles stand for.
-inline __m256i LookUp(const int8_t table[16], __m128i nibbles) {
+// Bit `from` of every byte, and those above it in `mask`, moved to bit `to`.
+inline __m256i MoveBits(__m256i v, int from, int to, int mask) {
+  const __m256i moved = from == to  ? v
+                        : from < to ? _mm256_slli_epi16(v, to - from)
+                                    : _mm256_srli_epi16(v, from - to);
+  return _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+
+// The entries of a table that nibbles, a byte each, stand for.
+inline __m256i LookUp(const int8_t table[16], __m256i nibbles) {
   const __m128i entries = Load16Bytes(reinterpret_cast<const uint8_t*>(table));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), SplitNibbles(nibbles));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), nibbles);
 }
 
 // Sixteen in every byte whose bit of `bits` is set.
@@ -66,8 +83,7 @@ inline __m256i FifthBits(uint32_t bits) {
 
 // Elements 32 g .. 32 g + 31 of a Q4_K or Q5_K block.
 inline __m256i K45Nibbles(const uint8_t* codes, size_t g) {
-  const __m256i v = Load32Bytes(codes + g / 2 * 32);
-  return _mm256_and_si256(g % 2 == 0 ? v : _mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+  return MoveBits(Load32Bytes(codes + g / 2 * 32), g % 2 == 0 ? 0 : 4, 0, 15);
 }
 
 // How many blocks of 32 share packed bytes, and are read at once.
@@ -87,18 +103,67 @@ constexpr size_t BlocksAtOnce(DType type) {
 
 constexpr bool IsSuperBlock(DType type) { return BlocksAtOnce(type) > 1; }
 
-constexpr size_t SuperBlockBytes(DType type) {
+// Rows are a multiple of 256 elements long.
+constexpr bool IsOf256(DType type) { return IsSuperBlock(type) || type == DType::kIQ4_XS; }
+
+// Bytes of 256 elements.
+constexpr size_t BytesOf256(DType type) {
   switch (type) {
     case DType::kQ2_K:
       return 84;
     case DType::kQ3_K:
       return 110;
+    case DType::kIQ4_XS:
+    case DType::kMXFP4:
+      return 136;
     case DType::kQ4_K:
+    case DType::kQ4_0:
+    case DType::kIQ4_NL:
       return 144;
+    case DType::kQ4_1:
+      return 160;
     case DType::kQ5_K:
+    case DType::kQ5_0:
       return 176;
-    default:  // kQ6_K
+    case DType::kQ5_1:
+      return 192;
+    case DType::kQ6_K:
       return 210;
+    default:  // kQ8_0
+      return 272;
+  }
+}
+
+constexpr bool HasSignedCodes(DType type) {
+  return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;
+}
+
+constexpr bool HasMinimum(DType type) {
+  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ2_K || type == DType::kQ4_K ||
+         type == DType::kQ5_K;
+}
+
+// Scales in 32 elements.
+constexpr size_t ScaleGroups(DType type) {
+  return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K ? 2 : 1;
+}
+
+// Where the sixteen bytes of nibbles of block b of 32 elements begin, low ones first.
+constexpr size_t NibblesAt(DType type, size_t b) {
+  switch (type) {
+    case DType::kQ4_0:
+    case DType::kIQ4_NL:
+      return b * 18 + 2;
+    case DType::kQ4_1:
+      return b * 20 + 4;
+    case DType::kQ5_0:
+      return b * 22 + 6;
+    case DType::kQ5_1:
+      return b * 24 + 8;
+    case DType::kMXFP4:
+      return b * 17 + 1;
+    default:  // kIQ4_XS
+      return b / 8 * 136 + 8 + 16 * (b % 8);
   }
 }
 
@@ -138,7 +203,7 @@ struct Format<DType::kIQ4_NL> {
   static constexpr int kOffset = 0;
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 18;
-    return OneScale(LookUp(kIq4Codes, Load16Bytes(block + 2)), HalfAt(block));
+    return OneScale(LookUp(kIq4Codes, SplitNibbles(Load16Bytes(block + 2))), HalfAt(block));
   }
 };
 
@@ -150,7 +215,7 @@ struct Format<DType::kIQ4_XS> {
     const size_t g = b % 8;
     const int low = (block[4 + g / 2] >> (4 * (g % 2))) & 15, high = (Load16(block + 2) >> (2 * g)) & 3;
     const float scale = HalfAt(block) * static_cast<float>((low | high << 4) - 32);
-    return OneScale(LookUp(kIq4Codes, Load16Bytes(block + 8 + 16 * g)), scale);
+    return OneScale(LookUp(kIq4Codes, SplitNibbles(Load16Bytes(block + 8 + 16 * g))), scale);
   }
 };
 
@@ -166,7 +231,7 @@ struct Format<DType::kMXFP4> {
   }
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 17;
-    return OneScale(LookUp(kShiftedMxfp4Codes, Load16Bytes(block + 1)), Scale(block[0]));
+    return OneScale(LookUp(kShiftedMxfp4Codes, SplitNibbles(Load16Bytes(block + 1))), Scale(block[0]));
   }
 };
 
@@ -194,7 +259,7 @@ template <>
 struct Format<DType::kQ4_K> {
   static constexpr int kOffset = 0;
   static inline __m256i Codes(const uint8_t* row, size_t b) {
-    return K45Nibbles(row + b / 8 * SuperBlockBytes(DType::kQ4_K) + 16, b % 8);
+    return K45Nibbles(row + b / 8 * BytesOf256(DType::kQ4_K) + 16, b % 8);
   }
 };
 
@@ -202,18 +267,15 @@ template <>
 struct Format<DType::kQ5_K> {
   static constexpr int kOffset = 0;
   static inline __m256i Codes(const uint8_t* row, size_t b) {
-    const uint8_t* block = row + b / 8 * SuperBlockBytes(DType::kQ5_K);
+    const uint8_t* block = row + b / 8 * BytesOf256(DType::kQ5_K);
     const size_t g = b % 8;
-    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(Load32Bytes(block + 16), bit), bit);
-    return _mm256_or_si256(K45Nibbles(block + 48, g), _mm256_and_si256(set, _mm256_set1_epi8(16)));
+    return _mm256_or_si256(K45Nibbles(block + 48, g), MoveBits(Load32Bytes(block + 16), static_cast<int>(g), 4, 16));
   }
 };
 
 // The two-bit numbers of the b-th 32 elements of a Q2_K or Q3_K block.
 inline __m256i TwoBits(const uint8_t* codes, size_t g) {
-  const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(2 * (g % 4)));
-  return _mm256_and_si256(_mm256_srl_epi16(Load32Bytes(codes + 32 * (g / 4)), shift), _mm256_set1_epi8(3));
+  return MoveBits(Load32Bytes(codes + 32 * (g / 4)), static_cast<int>(2 * (g % 4)), 0, 3);
 }
 
 template <>
@@ -242,9 +304,8 @@ struct Format<DType::kQ3_K> {
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b / 8 * 110;
     const size_t g = b % 8;
-    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(Load32Bytes(block), bit), bit);
-    const __m256i codes = _mm256_or_si256(TwoBits(block + 32, g), _mm256_and_si256(set, _mm256_set1_epi8(4)));
+    const __m256i third = MoveBits(Load32Bytes(block), static_cast<int>(g), 2, 4);
+    const __m256i codes = _mm256_or_si256(TwoBits(block + 32, g), third);
     const float d = HalfAt(block + 108);
     const int scales = TwoScales(block + 96, g);
     const float first = d * static_cast<float>((scales & 63) - 32), second = d * static_cast<float>((scales >> 8) - 32);
@@ -258,24 +319,70 @@ struct Format<DType::kQ6_K> {
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b / 8 * 210;
     const size_t half = b % 8 / 4, s = b % 4;  // s: which 32 of the half's 128
-    const __m256i low = Load32Bytes(block + 64 * half + 32 * (s % 2));
-    const __m256i nibbles = _mm256_and_si256(s < 2 ? low : _mm256_srli_epi16(low, 4), _mm256_set1_epi8(15));
-    const __m256i high =
-        _mm256_srl_epi16(Load32Bytes(block + 128 + 32 * half), _mm_cvtsi32_si128(2 * static_cast<int>(s)));
-    const __m256i two_bits = _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(3)), 4);
+    const __m256i nibbles = MoveBits(Load32Bytes(block + 64 * half + 32 * (s % 2)), s < 2 ? 0 : 4, 0, 15);
+    const __m256i two_bits = MoveBits(Load32Bytes(block + 128 + 32 * half), 2 * static_cast<int>(s), 4, 0x30);
     const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192) + 2 * (b % 8);
     const float d = HalfAt(block + 208);
     return {_mm256_or_si256(nibbles, two_bits), {d * scales[0], d * scales[1]}, {0, 0}};
   }
 };
 
-// Calls f with 0, 1, ... kN - 1 as constants, so that arrays they index stay in registers whatever f holds.
-template <size_t kN, typename F>
-__attribute__((always_inline)) inline void Unrolled(F&& f) {
-  [&]<size_t... kI>(std::index_sequence<kI...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<size_t, kI>{}), ...);
+// --- Single elements ---
+
+// Where a row has the code of an element: its low bits in one byte, for some types more in another.
+struct CodePlace {
+  size_t low_byte, low_shift, high_byte, high_shift;
+};
+
+constexpr int LowBits(DType type) {
+  return type == DType::kQ8_0 ? 8 : type == DType::kQ2_K || type == DType::kQ3_K ? 2 : 4;
+}
+
+constexpr int HighBits(DType type) {
+  switch (type) {
+    case DType::kQ6_K:
+      return 2;
+    case DType::kQ3_K:
+    case DType::kQ5_0:
+    case DType::kQ5_1:
+    case DType::kQ5_K:
+      return 1;
+    default:
+      return 0;
   }
-  (std::make_index_sequence<kN>{});
+}
+
+template <DType kType>
+inline CodePlace PlaceOf(size_t i) {
+  const size_t p = i / 256 * BytesOf256(kType), b = i % 256 / 32, j = i % 32;
+  if constexpr (kType == DType::kQ8_0) return {i / 32 * 34 + 2 + j, 0, 0, 0};
+  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K)
+    return {p + (kType == DType::kQ4_K ? 16 : 48) + 32 * (b / 2) + j, 4 * (b % 2), p + 16 + j, b};
+  if constexpr (kType == DType::kQ2_K || kType == DType::kQ3_K)
+    return {p + (kType == DType::kQ2_K ? 16 : 32) + 32 * (b / 4) + j, 2 * (b % 4), p + j, b};
+  if constexpr (kType == DType::kQ6_K)
+    return {p + 64 * (b / 4) + 32 * (b % 2) + j, b % 4 / 2 * 4, p + 128 + 32 * (b / 4) + j, 2 * (b % 4)};
+  const size_t nibbles = NibblesAt(kType, i / 32);
+  return {nibbles + j % 16, j / 16 * 4, nibbles - 4 + j / 8, j % 8};
+}
+
+// Codes with their sign from the bits of eight elements: those of a type with a table are its entries.
+template <DType kType>
+inline __m256i CodesOfBits(__m256i bits) {
+  if constexpr (kType == DType::kIQ4_NL || kType == DType::kIQ4_XS) bits = LookUp(kIq4Codes, bits);
+  if constexpr (kType == DType::kMXFP4) bits = LookUp(kShiftedMxfp4Codes, bits);
+  if constexpr (HasSignedCodes(kType) || kType == DType::kMXFP4)
+    bits = _mm256_srai_epi32(_mm256_slli_epi32(bits, 24), 24);
+  return bits;
+}
+
+// The codes of the b-th 32 elements.
+template <DType kType>
+inline __m256i CodesAt(const uint8_t* row, size_t b) {
+  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K)
+    return Format<kType>::Codes(row, b);
+  else
+    return Format<kType>::At(row, b).codes;
 }
 
 // Reads a row 32 elements after the other, from its first.
@@ -296,35 +403,84 @@ inline PackedScales UnpackScales(const uint8_t* block) {
   return {(a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32, (b & 0x3f3f3f3fu) | uint64_t{minima_high} << 32};
 }
 
-// The scales of a block of 256, and what is added to their elements: eight of each, or sixteen.
+// The scales of 256 elements, eight or sixteen, and where the type HasMinimum what is added to these elements.
 template <DType kType>
-inline void SuperBlockScales(const uint8_t* block, float* scale, [[maybe_unused]] float* minimum) {
-  const auto store = [](float* out, uint64_t bytes, int subtract, float factor) {
-    const __m256i numbers = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
-    const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(subtract)));
-    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(factor)));
-  };
-  const auto load = [&](size_t at) { return Load32(block + at) | uint64_t{Load32(block + at + 4)} << 32; };
+struct Scales256 {
+  __m256 scale[ScaleGroups(kType)], minimum[ScaleGroups(kType)];
+};
+
+inline __m256 EightBytes(uint64_t bytes, int subtract, float factor) {
+  const __m256i numbers = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+  const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(subtract)));
+  return _mm256_mul_ps(v, _mm256_set1_ps(factor));
+}
+
+// The 16 bits at the beginning of the eight blocks at p, zeros for those behind the n_blocks-th. General registers put
+// them together: vector units have the codes to do.
+template <size_t kBytes>
+inline __m128i EightWords(const uint8_t* p, size_t n_blocks) {
+  if (n_blocks < 8) {
+    uint16_t words[8] = {};
+#pragma GCC unroll 1
+    for (size_t b = 0; b < n_blocks; ++b) words[b] = Load16(p + b * kBytes);
+    return Load16Bytes(reinterpret_cast<const uint8_t*>(words));
+  }
+  uint64_t low = Load16(p), high = Load16(p + 4 * kBytes);
+  Unrolled<3>([&](auto i) __attribute__((always_inline)) {
+    constexpr size_t b = i + 1;
+    low |= uint64_t{Load16(p + b * kBytes)} << (16 * b);
+    high |= uint64_t{Load16(p + (4 + b) * kBytes)} << (16 * b);
+  });
+  return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+}
+
+// n_blocks: how many of the eight blocks of 32 there are; the scales of others are zero, or mean nothing.
+template <DType kType>
+inline Scales256<kType> ScalesAt(const uint8_t* p, [[maybe_unused]] size_t n_blocks = 8) {
+  const auto load = [&](size_t at) { return Load32(p + at) | uint64_t{Load32(p + at + 4)} << 32; };
+  Scales256<kType> out;
   if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
-    const PackedScales packed = UnpackScales(block);
-    store(scale, packed.scales, 0, HalfAt(block));
-    store(minimum, packed.minima, 0, -HalfAt(block + 2));
+    const PackedScales packed = UnpackScales(p);
+    out.scale[0] = EightBytes(packed.scales, 0, HalfAt(p));
+    out.minimum[0] = EightBytes(packed.minima, 0, -HalfAt(p + 2));
   } else if constexpr (kType == DType::kQ6_K) {
-    for (size_t i = 0; i < 2; ++i) store(scale + 8 * i, load(192 + 8 * i), 0, HalfAt(block + 208));
+    for (size_t i = 0; i < 2; ++i) out.scale[i] = EightBytes(load(192 + 8 * i), 0, HalfAt(p + 208));
   } else if constexpr (kType == DType::kQ2_K) {
     constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
     for (size_t i = 0; i < 2; ++i) {
-      store(scale + 8 * i, load(8 * i) & kNibbles, 0, HalfAt(block + 80));
-      store(minimum + 8 * i, load(8 * i) >> 4 & kNibbles, 0, -HalfAt(block + 82));
+      out.scale[i] = EightBytes(load(8 * i) & kNibbles, 0, HalfAt(p + 80));
+      out.minimum[i] = EightBytes(load(8 * i) >> 4 & kNibbles, 0, -HalfAt(p + 82));
     }
-  } else {  // kQ3_K
+  } else if constexpr (kType == DType::kQ3_K) {
     const uint64_t low = load(96);
-    const uint32_t high = Load32(block + 104);
+    const uint32_t high = Load32(p + 104);
     for (size_t i = 0; i < 2; ++i) {
       const uint64_t two_bits = (high >> (4 * i) & 0x03030303) | uint64_t{high >> (4 * i + 2) & 0x03030303} << 32;
-      store(scale + 8 * i, (low >> (4 * i) & 0x0f0f0f0f0f0f0f0f) | two_bits << 4, 32, HalfAt(block + 108));
+      out.scale[i] = EightBytes((low >> (4 * i) & 0x0f0f0f0f0f0f0f0f) | two_bits << 4, 32, HalfAt(p + 108));
     }
+  } else if constexpr (kType == DType::kIQ4_XS) {
+    const auto fields = [](uint32_t packed, int bits) {
+      const __m256i shifts = _mm256_mullo_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(bits));
+      const __m256i spread = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(packed)), shifts);
+      return _mm256_and_si256(spread, _mm256_set1_epi32((1 << bits) - 1));
+    };
+    const __m256i numbers = _mm256_or_si256(fields(Load32(p + 4), 4), _mm256_slli_epi32(fields(Load16(p + 2), 2), 4));
+    const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(32)));
+    out.scale[0] = _mm256_mul_ps(v, _mm256_set1_ps(HalfAt(p)));
+  } else if constexpr (kType == DType::kMXFP4) {
+    // As Format::Scale.
+    const __m256i words = _mm256_cvtepu16_epi32(EightWords<17>(p, n_blocks));
+    const __m256i e = _mm256_and_si256(words, _mm256_set1_epi32(255));
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
+    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+    out.scale[0] = _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, small));
+  } else {
+    constexpr size_t kBytes = BytesOf256(kType) / 8;
+    out.scale[0] = _mm256_cvtph_ps(EightWords<kBytes>(p, n_blocks));
+    if constexpr (HasMinimum(kType)) out.minimum[0] = _mm256_cvtph_ps(EightWords<kBytes>(p + 2, n_blocks));
   }
+  return out;
 }
 
 // The scales of Q4_K and Q5_K are unpacked eight at a time.
@@ -333,7 +489,11 @@ struct K45Reader {
   alignas(32) float scale[8], minimum[8];
 
   inline Codes32 At(const uint8_t* row, size_t b) {
-    if (b % 8 == 0) SuperBlockScales<kType>(row + b / 8 * SuperBlockBytes(kType), scale, minimum);
+    if (b % 8 == 0) {
+      const Scales256<kType> s = ScalesAt<kType>(row + b / 8 * BytesOf256(kType));
+      _mm256_store_ps(scale, s.scale[0]);
+      _mm256_store_ps(minimum, s.minimum[0]);
+    }
     return OneScale(Format<kType>::Codes(row, b), scale[b % 8], minimum[b % 8]);
   }
 };
@@ -342,18 +502,6 @@ template <>
 struct Reader<DType::kQ4_K> : K45Reader<DType::kQ4_K> {};
 template <>
 struct Reader<DType::kQ5_K> : K45Reader<DType::kQ5_K> {};
-
-constexpr bool HasSignedCodes(DType type) {
-  return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;
-}
-
-constexpr bool HasMinimum(DType type) {
-  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ2_K || type == DType::kQ4_K ||
-         type == DType::kQ5_K;
-}
-
-// Types whose two groups of 16 in 32 elements have a minimum each; their sums are of 16 codes.
-constexpr bool HasTwoMinima(DType type) { return type == DType::kQ2_K; }
 
 constexpr int CodeOffset(DType type) {
   switch (type) {
@@ -370,11 +518,6 @@ constexpr int CodeOffset(DType type) {
     default:
       return 0;
   }
-}
-
-// Scales in 32 elements.
-constexpr size_t ScaleGroups(DType type) {
-  return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K ? 2 : 1;
 }
 
 // Calls f.template operator()<type>() for a quantised type.

@@ -53,25 +53,6 @@ inline typename Simd::Int FifthBitsOfFour(typename Simd::Int bits, size_t f) {
   return out;
 }
 
-// Where the sixteen bytes of nibbles of block b of 32 elements begin, low ones first.
-constexpr size_t NibblesAt(DType type, size_t b) {
-  switch (type) {
-    case DType::kQ4_0:
-    case DType::kIQ4_NL:
-      return b * 18 + 2;
-    case DType::kQ4_1:
-      return b * 20 + 4;
-    case DType::kQ5_0:
-      return b * 22 + 6;
-    case DType::kQ5_1:
-      return b * 24 + 8;
-    case DType::kMXFP4:
-      return b * 17 + 1;
-    default:  // kIQ4_XS
-      return b / 8 * 136 + 8 + 16 * (b % 8);
-  }
-}
-
 // out[i][4 half + j] = codes(i, j) for the four words j of that half of each block i.
 template <size_t kBlocks, typename Int, typename F>
 __attribute__((always_inline)) inline void EachWord(size_t half, Int out[][8], F&& codes) {
@@ -104,7 +85,7 @@ template <typename Simd, DType kType>
 inline void ReadHalf(const uint8_t* const* rows, size_t b, size_t half, typename Simd::Int out[][8]) {
   using Int = typename Simd::Int;
   constexpr size_t kBlocks = BlocksAtOnce(kType);
-  const size_t within = b % 8, block = b / 8 * SuperBlockBytes(kType) + 16 * half;
+  const size_t within = b % 8, block = b / 8 * BytesOf256(kType) + 16 * half;
   Int packed[4], more[4], high[4];
   if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
     LoadSixteens<Simd>(rows, block + (kType == DType::kQ4_K ? 16 : 48) + 16 * within, packed);

@@ -97,8 +97,13 @@ inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b,
     if (b % 8 != 0) return;
     for (size_t r = 0; r < kLanes; r += 8) {
       float scales[8][16], minima[8][16];
-      for (size_t i = 0; i < 8; ++i)
-        SuperBlockScales<kType>(rows[r + i] + b / 8 * SuperBlockBytes(kType), scales[i], minima[i]);
+      for (size_t i = 0; i < 8; ++i) {
+        const Scales256<kType> s = ScalesAt<kType>(rows[r + i] + b / 8 * BytesOf256(kType));
+        for (size_t g = 0; g < kGroups; ++g) {
+          _mm256_storeu_ps(scales[i] + 8 * g, s.scale[g]);
+          if constexpr (HasMinimum(kType)) _mm256_storeu_ps(minima[i] + 8 * g, s.minimum[g]);
+        }
+      }
       for (size_t g = 0; g < 8 * kGroups; g += 8) {
         StoreTransposed(scales, g, scale + g * kRows + r, kRows);
         if constexpr (HasMinimum(kType)) StoreTransposed(minima, g, minimum + g * kRows + r, kRows);

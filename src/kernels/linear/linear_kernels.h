@@ -21,6 +21,7 @@ inline constexpr size_t kKernelTokens = 8;     // most tokens of a Dot
 inline constexpr size_t kTokenLanes = 16;      // tokens in a vector of packed activations
 inline constexpr size_t kMaxGroupVectors = 4;  // vectors in a group
 inline constexpr size_t kMaxTileRows = 32;
+inline constexpr size_t kElementsOfSpike = 128;  // one element in so many is a spike
 inline constexpr uint32_t kNoSpike = ~uint32_t{0};
 
 // Activations as int8, for products with quantised rows. Element order inside a block of 256 (128 for blocks of 32) is
@@ -29,7 +30,7 @@ inline constexpr uint32_t kNoSpike = ~uint32_t{0};
 // A few channels of a trained model are far larger than the others, and the steps of their blocks so coarse that they
 // make most of the error. So the n_spikes largest elements of a token (of equal ones the first) are taken out of their
 // blocks and multiplied exactly. Behind the row's own n / 32 blocks stand as many that hold one spike each, at its place
-// within 32.
+// within 32; a table whose few tokens take spikes otherwise says how.
 struct Int8Activations {
   int8_t* q;        // [n_tokens, n_padded]
   int32_t* init;    // [n_tokens, n_padded / 4]: what accumulators start from, because stored codes are unsigned
@@ -116,6 +117,7 @@ struct LinearKernels {
 
   // FewTokens of kBF16, for float and for quantised weights, and of kInt8 for quantised ones.
   size_t few_float = kKernelTokens, few_int8 = 12, few_panel = 4;
+  size_t longest_few_int8 = SIZE_MAX;  // elements of a quantised row; no token is few for longer ones
 };
 
 // Plain loops for tables that have no better one.

@@ -281,6 +281,22 @@ TEST_P(LinearTest, LargeShapes) {
   }
 }
 
+// The longest row of a kernel that keeps a row's scales, and a longer one, which takes panels.
+TEST_P(LinearTest, RowsTooLongForFewTokens) {
+  Rng rng(12);
+  for (DType type : {DType::kQ4_0, DType::kQ6_K}) {
+    for (size_t n_in : {size_t{32768}, size_t{33024}}) {
+      const Matrix m = MakeMatrix(type, 3, n_in, rng);
+      const std::vector<float> x = ActivationsWithOutliers(1, n_in, rng);
+      const bool spikes = FewTokens(type, n_in, ComputeType::kInt8) == 0 || FewTakeSpikes(GetParam());
+      EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in, spikes), 1), RunLinear(m.view, x, 1, ComputeType::kInt8)),
+                1e-10)
+          << Traits(type).name << " n_in " << n_in;
+      EXPECT_LT(NormalizedError(Product(m, x, 1), RunLinear(m.view, x, 1, ComputeType::kBF16)), 1e-4);
+    }
+  }
+}
+
 // Spikes at the edges of what a panel goes on with at once, side by side and equal, meet their weights once each.
 TEST_P(LinearTest, SpikesAtEveryEdge) {
   Rng rng(11);
@@ -307,17 +323,18 @@ TEST_P(LinearTest, SpikesAtEveryEdge) {
 // An output depends on its own row and token only: not on the other tokens of the call, nor on the threads.
 TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
   Rng rng(5);
-  for (DType type : {DType::kF16, DType::kQ4_0, DType::kQ6_K}) {
-    const Matrix m = MakeMatrix(type, 301, 512, rng);
-    const std::vector<float> x = RandomVector(70 * 512, rng);
+  for (DType type : kTypes) {
+    const size_t n_in = RowLengths(type).back();
+    const Matrix m = MakeMatrix(type, 101, n_in, rng);
+    const std::vector<float> x = RandomVector(70 * n_in, rng);
     for (ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
       const ThreadPool one(1), two(2);
       const ThreadScope alone(one);
-      const size_t most_few = FewTokens(type, 512, compute);
+      const size_t most_few = FewTokens(type, n_in, compute);
       const std::vector<float> few = RunLinear(m.view, x, most_few, compute);
       const std::vector<float> many = RunLinear(m.view, x, 70, compute);
       const ThreadScope together(two);
-      for (size_t n : {size_t{1}, std::min(size_t{3}, most_few), most_few}) {
+      for (size_t n : {size_t{1}, std::min(size_t{2}, most_few), std::min(size_t{3}, most_few), most_few}) {
         const std::vector<float> y = RunLinear(m.view, x, n, compute);
         EXPECT_EQ(0, std::memcmp(y.data(), few.data(), y.size() * sizeof(float))) << Traits(type).name << ' ' << n;
       }
