@@ -431,7 +431,8 @@ inline __m128i EightWords(const uint8_t* p, size_t n_blocks) {
     low |= uint64_t{Load16(p + b * kBytes)} << (16 * b);
     high |= uint64_t{Load16(p + (4 + b) * kBytes)} << (16 * b);
   });
-  return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+  const __m128i half = _mm_cvtsi64_si128(static_cast<long long>(low));
+  return _mm_insert_epi64(half, static_cast<long long>(high), 1);
 }
 
 // n_blocks: how many of the eight blocks of 32 there are; the scales of others are zero, or mean nothing.
