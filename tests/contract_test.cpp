@@ -410,6 +410,44 @@ TEST(Contract, ProtectedTokensStay) {
   });
 }
 
+// A config with other spans is what is made anew with them. It reads no file, and needs the first one no more.
+TEST(Contract, OtherSpansAreAsMadeWithThem) {
+  const std::vector<ProtectedSpan> protect = {{17, 19}, {5, 6}};
+  const TinyShape& shape = kTinyShapes[3];
+  struct Pair {
+    std::string spec;
+    std::shared_ptr<const CacheConfig> base, wanted;  // wanted: null where the spans do not fit
+  };
+  std::vector<Pair> pairs;
+  {
+    const TempSidecar sidecar(shape);
+    for (const std::string& spec : LegalSpecs(shape)) {
+      pairs.push_back({spec, MakeConfig(spec, shape, sidecar, {{30, 31}}), nullptr});
+      try {
+        pairs.back().wanted = MakeConfig(spec, shape, sidecar, protect);
+      } catch (const Error&) {
+      }
+    }
+  }
+  const Text text = RandomText(shape, 120, 9);
+  for (Pair& pair : pairs) {
+    SCOPED_TRACE(pair.spec);
+    if (pair.wanted == nullptr) {
+      EXPECT_THROW(pair.base->WithProtected(protect), Error);
+      continue;
+    }
+    std::shared_ptr<const CacheConfig> made = pair.base->WithProtected(protect);
+    ASSERT_EQ(pair.base->protect().size(), 1u);
+    pair.base.reset();
+    ASSERT_EQ(made->spec_text(), pair.wanted->spec_text());
+    ASSERT_EQ(made->prefill_chunk(), pair.wanted->prefill_chunk());
+    SequenceCache a(made), b(pair.wanted);
+    made.reset();
+    ExpectSameLives(LiveAll(a, text, UsualLife()), LiveAll(b, text, UsualLife()));
+    EXPECT_TRUE(a.Serialize() == b.Serialize());
+  }
+}
+
 TEST(Contract, ProtectionThatDoesNotFitIsRefused) {
   const TinyShape& shape = kTinyShapes[1];
   const TempSidecar sidecar(shape);

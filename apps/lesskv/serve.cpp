@@ -91,9 +91,9 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
   limits.max_choices =
       per_key == 0 ? options.scheduler.max_running : std::min(options.scheduler.max_running, per_key);
   limits.max_time = std::chrono::seconds(options.max_seconds);
-  limits.kv.push_back(CacheSpec::Parse(options.kv).ToString());
-  for (const std::string& spec : options.allow_kv) limits.kv.push_back(CacheSpec::Parse(spec).ToString());
-  for (const std::string& spec : limits.kv)
+  std::vector<std::string> specs = options.allow_kv;
+  specs.insert(specs.begin(), options.kv);
+  for (const std::string& spec : specs)
     limits.configs.push_back(opened.engine->MakeCacheConfig(CacheSpec::Parse(spec), opened.ctx));
   return limits;
 }
@@ -139,8 +139,8 @@ void Serve(ServeOptions options) {
   Scheduler scheduler(*opened.engine, *opened.tokenizer, options.scheduler, store.get());
   HttpServer server(context, scheduler, options.http, store.get());
   const int port = server.Bind();
-  Say("{} at http://{}:{}, cache {}, {} for caches\n", name, options.http.host, port, context.limits.kv[0],
-      HumanBytes(options.scheduler.kv_memory));
+  Say("{} at http://{}:{}, cache {}, {} for caches\n", name, options.http.host, port,
+      context.limits.Specs()[0], HumanBytes(options.scheduler.kv_memory));
   const std::atomic<bool>& stop = StopOnInterrupt();
   std::atomic<bool> ended = false;
   std::thread watch([&] {

@@ -68,6 +68,36 @@ std::span<const std::byte> CheckedBody(const std::string& path, std::span<const 
   return body;
 }
 
+// `make_config` from the session's protected spans.
+template <typename MakeConfig>
+Session Parse(std::span<const std::byte> bytes, const std::string& where, const Engine& engine,
+              const MakeConfig& make_config) {
+  ByteReader in{CheckedBody(where, bytes)};
+  in.Get<uint32_t>();
+  RequireSame(where, "the model with fingerprint", GetText(in, "the fingerprint's length"),
+              engine.model().FingerprintText());
+  const std::string saved_spec = GetText(in, "the spec's length");
+  const uint64_t saved_ctx = in.Get<uint64_t>();
+  std::shared_ptr<const CacheConfig> config = make_config(GetSpans(in));
+  RequireSame(where, "cache spec", saved_spec, config->spec_text());
+  RequireSame(where, "a context length of", std::to_string(saved_ctx), std::to_string(config->shape().ctx));
+
+  const auto n_vocab = static_cast<int32_t>(engine.model().config().n_vocab);
+  const auto pending = in.Get<int32_t>();
+  std::vector<int32_t> tokens(in.Count(in.rest.size() / sizeof(int32_t), "the number of tokens"));
+  in.Raw(tokens.data(), tokens.size() * sizeof(int32_t));
+  for (const int32_t token : tokens)
+    if (token < 0 || token >= n_vocab) Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", where, token);
+  if (pending < -1 || pending >= n_vocab)
+    Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", where, pending);
+
+  auto cache = std::make_unique<SequenceCache>(std::move(config));
+  cache->Restore(in.rest.data(), in.rest.size());
+  Session session{Sequence(std::move(cache), std::move(tokens)), std::nullopt};
+  if (pending >= 0) session.pending_token = pending;
+  return session;
+}
+
 }  // namespace
 
 std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequence,
@@ -99,35 +129,15 @@ void SaveSession(const std::string& path, const Engine& engine, const Sequence& 
 
 Session LoadSession(const std::string& path, const Engine& engine, const CacheSpec& spec, size_t ctx) {
   const MappedFile file = MappedFile::Open(path);
-  return ParseSession(file.bytes(), path, engine, spec, ctx);
+  return Parse(file.bytes(), path, engine, [&](std::vector<ProtectedSpan> spans) {
+    return engine.MakeCacheConfig(spec, ctx, std::move(spans));
+  });
 }
 
 Session ParseSession(std::span<const std::byte> bytes, const std::string& where, const Engine& engine,
-                     const CacheSpec& spec, size_t ctx) {
-  ByteReader in{CheckedBody(where, bytes)};
-  in.Get<uint32_t>();
-  RequireSame(where, "the model with fingerprint", GetText(in, "the fingerprint's length"),
-              engine.model().FingerprintText());
-  const std::string saved_spec = GetText(in, "the spec's length");
-  const uint64_t saved_ctx = in.Get<uint64_t>();
-  auto config = engine.MakeCacheConfig(spec, ctx, GetSpans(in));
-  RequireSame(where, "cache spec", saved_spec, config->spec_text());
-  RequireSame(where, "a context length of", std::to_string(saved_ctx), std::to_string(config->shape().ctx));
-
-  const auto n_vocab = static_cast<int32_t>(engine.model().config().n_vocab);
-  const auto pending = in.Get<int32_t>();
-  std::vector<int32_t> tokens(in.Count(in.rest.size() / sizeof(int32_t), "the number of tokens"));
-  in.Raw(tokens.data(), tokens.size() * sizeof(int32_t));
-  for (const int32_t token : tokens)
-    if (token < 0 || token >= n_vocab) Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", where, token);
-  if (pending < -1 || pending >= n_vocab)
-    Fail(ErrorCode::kBadFile, "{}: token {} is not in the vocabulary", where, pending);
-
-  auto cache = std::make_unique<SequenceCache>(std::move(config));
-  cache->Restore(in.rest.data(), in.rest.size());
-  Session session{Sequence(std::move(cache), std::move(tokens)), std::nullopt};
-  if (pending >= 0) session.pending_token = pending;
-  return session;
+                     const CacheConfig& config) {
+  return Parse(bytes, where, engine,
+               [&](std::vector<ProtectedSpan> spans) { return config.WithProtected(std::move(spans)); });
 }
 
 }  // namespace lesskv

@@ -30,10 +30,11 @@ void SaveSession(const std::string& path, const Engine& engine, const Sequence& 
 // spans are the session's own. ctx = 0: the trained context.
 Session LoadSession(const std::string& path, const Engine& engine, const CacheSpec& spec, size_t ctx);
 
-// The same bytes where they lie elsewhere than in a file. Errors name it `where`.
+// The same bytes where they lie elsewhere than in a file. Errors name it `where`. `config` has the cache spec and the
+// context length, and the trained parts: no sidecar is read.
 std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequence,
                                     std::optional<int32_t> pending_token);
 Session ParseSession(std::span<const std::byte> bytes, const std::string& where, const Engine& engine,
-                     const CacheSpec& spec, size_t ctx);
+                     const CacheConfig& config);
 
 }  // namespace lesskv

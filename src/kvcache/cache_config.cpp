@@ -123,6 +123,13 @@ std::shared_ptr<const CacheConfig> CacheConfig::Create(const CacheSpec& spec, co
   return config;
 }
 
+std::shared_ptr<const CacheConfig> CacheConfig::WithProtected(std::vector<ProtectedSpan> protected_spans) const {
+  std::shared_ptr<CacheConfig> config(new CacheConfig(*this));
+  config->policies_[0].protect = ProtectedSet(std::move(protected_spans));
+  config->Budgets(shape_.ctx);
+  return config;
+}
+
 // Global layers first, then the local ones of each window, in the order in which the windows appear.
 void CacheConfig::DivideLayers() {
   std::vector<size_t> windows = {0};
@@ -163,14 +170,14 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
     const Choice select = Choose(spec_, Stage::kSelect);
     const Choice budget = policy.window == 0 ? Choose(spec_, Stage::kBudget) : Choose(CacheSpec(), Stage::kBudget);
     const bool divided = spec_.Find(Stage::kBudget) != nullptr || spec_.Find(Stage::kShare) != nullptr;
-    if (policy.window == 0 && !divided && TraitsOf(select.term).divides_rows)
-      policy.budgeter = select.method->make_divider(select.arguments(), own);
-    else
-      policy.budgeter = budget.method->make_budgeter(budget.arguments(), own);
-    if (!policy.budgeter->artefact().empty()) artefacts.push_back({budget.term.name, policy.budgeter->artefact()});
+    std::unique_ptr<const Budgeter> budgeter = policy.window == 0 && !divided && TraitsOf(select.term).divides_rows
+                                                   ? select.method->make_divider(select.arguments(), own)
+                                                   : budget.method->make_budgeter(budget.arguments(), own);
+    if (!budgeter->artefact().empty()) artefacts.push_back({budget.term.name, budgeter->artefact()});
     if (const SpecTerm* share = spec_.Find(Stage::kShare); share != nullptr && policy.window == 0)
-      policy.budgeter = FindMethod(share->name)->make_sharer(Arguments(FindMethod(share->name)->parameters, *share), own,
-                                                             std::move(policy.budgeter));
+      budgeter = FindMethod(share->name)->make_sharer(Arguments(FindMethod(share->name)->parameters, *share), own,
+                                                      std::move(budgeter));
+    policy.budgeter = std::move(budgeter);
     if (policy.window > 0) policy.selector = MakeLocalSelector(policy.window);
   }
   const Choice select = Choose(spec_, Stage::kSelect);

@@ -34,10 +34,10 @@ struct LayerPolicy {
   ComputeType compute = ComputeType::kF32;
   std::string name;  // the spec, for messages
   ProtectedSet protect;
-  std::unique_ptr<const Selector> selector;
-  std::unique_ptr<const Budgeter> budgeter;
+  std::shared_ptr<const Selector> selector;
+  std::shared_ptr<const Budgeter> budgeter;
   std::shared_ptr<const Codec> codec;
-  std::unique_ptr<const Residual> residual;  // null: drop
+  std::shared_ptr<const Residual> residual;  // null: drop
 
   bool ranks_positions() const { return selector->UsesCachePositions(); }
   bool unrotated_keys() const {
@@ -100,6 +100,9 @@ class CacheConfig {
   static std::shared_ptr<const CacheConfig> Create(const CacheSpec& spec, const CacheShape& shape,
                                                    std::vector<ProtectedSpan> protected_spans = {},
                                                    const SidecarSource& sidecar = {});
+  // The same with other protected spans. Methods and trained parts are shared, and no file is read. Throws Error when the
+  // spans do not fit.
+  std::shared_ptr<const CacheConfig> WithProtected(std::vector<ProtectedSpan> protected_spans) const;
 
   const CacheSpec& spec() const { return spec_; }
   // The canonical spec as results and sessions name it: a trained artefact appears as its fingerprint, never as a path.

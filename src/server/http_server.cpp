@@ -258,7 +258,7 @@ class HttpServer::Impl {
                      {"model_fingerprint", c_.engine.model().FingerprintText()},
                      {"version", Version()},
                      {"ctx", l.ctx},
-                     {"kv_policies", l.kv},
+                     {"kv_policies", l.Specs()},
                      {"kv_memory", scheduler_.options().kv_memory},
                      {"max_running", scheduler_.options().max_running},
                      {"max_queued", scheduler_.options().max_queued},

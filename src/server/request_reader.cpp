@@ -1,5 +1,7 @@
 #include "server/request_reader.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <atomic>
 #include <charconv>
@@ -383,13 +385,15 @@ class RequestReader {
     return std::min<size_t>(wanted, room);
   }
 
-  CacheSpec Spec() const {
-    if (!r_.Has("kv_policy")) return CacheSpec::Parse(c_.limits.kv[0]);
-    const CacheSpec spec = Policy(r_.Text("kv_policy"));
-    if (std::ranges::find(c_.limits.kv, spec.ToString()) != c_.limits.kv.end()) return spec;
-    std::string known;
-    for (const std::string& allowed : c_.limits.kv) known += fmt::format("{}{}", known.empty() ? "" : ", ", allowed);
-    r_.Refuse("kv_policy", "one that the operator allows: " + known);
+  // What the operator allows, without protected spans.
+  const CacheConfig& Allowed() const {
+    if (!r_.Has("kv_policy")) return *c_.limits.configs[0];
+    const std::string spec = Policy(r_.Text("kv_policy")).ToString();
+    const std::vector<std::string> allowed = c_.limits.Specs();
+    const auto found = std::ranges::find(allowed, spec);
+    if (found == allowed.end())
+      r_.Refuse("kv_policy", fmt::format("one that the operator allows: {}", fmt::join(allowed, ", ")));
+    return *c_.limits.configs[static_cast<size_t>(found - allowed.begin())];
   }
 
   static CacheSpec Policy(const std::string& text) {
@@ -403,12 +407,12 @@ class RequestReader {
   // The client's spans fit or are refused. `fixed`, which nobody asked for, gives way: where it does not fit, its first
   // tokens are protected, in half of the rows that it could have, so that the method still has rows to choose.
   std::shared_ptr<const CacheConfig> Config(size_t n_prompt, const std::vector<ProtectedSpan>& fixed) const {
-    const CacheSpec spec = Spec();
+    const CacheConfig& allowed = Allowed();
     const std::vector<ProtectedSpan> asked = AskedSpans(n_prompt);
     const auto make = [&](size_t n_fixed) {
       std::vector<ProtectedSpan> spans = FirstOf(fixed, n_fixed);
       spans.insert(spans.end(), asked.begin(), asked.end());
-      return c_.engine.MakeCacheConfig(spec, c_.limits.ctx, std::move(spans));
+      return allowed.WithProtected(std::move(spans));
     };
     const auto fits = [&](size_t n_fixed) {
       try {
@@ -463,6 +467,12 @@ class RequestReader {
 };
 
 }  // namespace
+
+std::vector<std::string> ApiLimits::Specs() const {
+  std::vector<std::string> specs;
+  for (const auto& config : configs) specs.push_back(config->spec().ToString());
+  return specs;
+}
 
 RequestError NoSuchModel(const std::string& asked, const std::string& served) {
   return {ErrorCode::kNotFound, "model", "model_not_found",

@@ -36,9 +36,10 @@ struct ApiLimits {
   size_t max_protected = 0;  // tokens that a request may protect
   size_t max_choices = 1;    // texts of one request; no more than may run at once
   std::chrono::seconds max_time{600};
-  std::vector<std::string> kv = {};  // canonical specs that requests may name; the first is the default
-  // One of each spec, so that the trained parts that all caches of a spec share are read once.
+  // One of each spec that requests may name; the first is the default. Those of requests are made from these, so that
+  // trained parts are read once.
   std::vector<std::shared_ptr<const CacheConfig>> configs = {};
+  std::vector<std::string> Specs() const;  // of configs, canonical
 };
 
 // What requests are read against. All of it outlives the requests.

@@ -1,6 +1,7 @@
 // Caches that outlive their texts: conversations that go on without being read anew, in memory and from the store.
 #include <fstream>
 
+#include "kvcache/residual/sidecar.h"
 #include "server/reuse_harness.h"
 
 namespace lesskv::server_test {
@@ -56,6 +57,53 @@ TEST_F(ReuseTest, OtherTextsAndOtherCachesShareNothing) {
   EXPECT_EQ(Cached(Ask(other)), 0u);
   EXPECT_EQ(Cached(Ask(prompt)), 0u);  // nothing would be left to read
   EXPECT_EQ(Cached(Ask(next)), alone.seen());
+}
+
+// What has been trained is read when the server starts: texts, and conversations from the store, go on with that.
+TEST_F(ReuseTest, WhatBecomesOfTheSidecarsFileDoesNotMatter) {
+  const ModelConfig& model = engine_.model().config();
+  const fs::path file = fs::temp_directory_path() / fmt::format("lesskv_sidecar_{}", ::getpid());
+  const auto write = [&](uint64_t seed) {
+    Sidecar sidecar = InitialSidecar({.n_layers = model.n_layers,
+                                      .n_heads = model.n_heads,
+                                      .n_kv_heads = model.n_kv_heads,
+                                      .head_dim = model.head_dim,
+                                      .rank = 4,
+                                      .hidden = 8},
+                                     seed);
+    sidecar.model_fingerprint = engine_.model().fingerprint();
+    ShiftLogMass(sidecar, 9);  // so that the maps matter
+    WriteSidecar(file.string(), sidecar);
+  };
+  write(1);
+  const std::string spec = CacheSpec::Parse(fmt::format("h2o(24)+less(file=\"{}\")", file.string())).ToString();
+  const auto start = [&] {
+    Start({.scheduler = {.max_running = 1, .max_idle = 1}, .store = folder_, .kv = {spec, "window(24)"}});
+  };
+  start();
+  Streamed alone(engine_, *tokenizer_, spec);
+  std::vector<int32_t> prompt = Ids("the tea and the sea and the tea again");
+  const auto ask = [&] {  // and something else, so that what is idle is this
+    const Json answer = Ask(prompt);
+    Ask(Ids("x"), {{"kv_policy", "window(24)"}});
+    return answer;
+  };
+  EXPECT_EQ(Text(ask()), alone.Say(prompt));
+  write(2);
+  for (const char* const then : {"another", "none"}) {
+    prompt = Joined(alone.text(), Ids(" and then"));
+    const size_t seen = alone.seen();
+    const std::string text = alone.Say(Ids(" and then"));
+    const Json next = ask();
+    EXPECT_EQ(Cached(next), seen) << then;
+    EXPECT_EQ(Text(next), text) << then;
+    EXPECT_EQ(Text(Ask(Ids("the sea"), {{"protected_spans", {{0, 1}}}})).empty(), false) << then;
+    fs::remove(file);
+  }
+  EXPECT_GE(store_->Metrics().restored, 2u);
+  EXPECT_EQ(store_->Metrics().damaged, 0u) << Log();
+  Stop();
+  EXPECT_THROW(start(), Error);
 }
 
 TEST_F(ReuseTest, ABeginningThatSeveralShareIsKept) {

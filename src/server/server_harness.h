@@ -111,7 +111,8 @@ class ServerTest : public testing::Test {
                      .max_protected = 20,
                      .max_choices = options.scheduler.max_running,
                      .max_time = options.max_time};
-    limits.kv = options.kv;
+    for (const std::string& spec : options.kv)
+      limits.configs.push_back(engine_.MakeCacheConfig(CacheSpec::Parse(spec), kCtx));
     context_ = std::make_unique<ApiContext>(ApiContext{engine_, *tokenizer_, &chat_, "tiny", limits});
     const SessionStore::LogLine log = [this](const std::string& line) { AddLog(line); };
     if (options.backend) store_ = std::make_unique<SessionStore>(engine_, options.backend(log), log);

@@ -204,7 +204,7 @@ Sequence SessionStore::Parse(std::span<const std::byte> bytes, const SessionName
                              const StoreLookup& lookup) const {
   const std::string where = backend_->Where(name);
   const CacheConfig& wanted = *lookup.config_;
-  Session session = ParseSession(bytes, where, engine_, wanted.spec(), wanted.shape().ctx);
+  Session session = ParseSession(bytes, where, engine_, wanted);
   const Sequence& sequence = session.sequence;
   const size_t n = name.n_tokens;
   if (sequence.tokens().size() != n || CommonPrefix(sequence.tokens(), lookup.prompt_) != n ||

@@ -19,7 +19,8 @@ const ApiContext& Context() {
   static const ChatTemplate chat = ChatTemplate::Choose("plain", "", FuzzTokenizer(), "model");
   static const ApiContext context = [] {
     ApiLimits limits{.ctx = 1000, .max_prompt = 500, .max_output = 100, .max_protected = 20, .max_choices = 3};
-    limits.kv = {"full", "window(24)", "h2o(24)"};
+    for (const char* const spec : {"full", "window(24)", "h2o(24)"})
+      limits.configs.push_back(FuzzEngine().MakeCacheConfig(CacheSpec::Parse(spec), limits.ctx));
     return ApiContext{FuzzEngine(), FuzzTokenizer(), &chat, "tiny", limits};
   }();
   return context;

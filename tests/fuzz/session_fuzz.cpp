@@ -46,7 +46,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::memcpy(file.data() + covered, &checksum, sizeof(checksum));
   try {
     const CacheSpec spec = CacheSpec::Parse(kSpecs[data[0] % std::size(kSpecs)]);
-    const Session session = ParseSession(file, "session", FuzzEngine(), spec, kCtx);
+    const Session session = ParseSession(file, "session", FuzzEngine(), *FuzzEngine().MakeCacheConfig(spec, kCtx));
     SessionBytes(FuzzEngine(), session.sequence, session.pending_token);
   } catch (const Error&) {
   }
