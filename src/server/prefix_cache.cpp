@@ -129,10 +129,10 @@ void PrefixCache::Remove(std::list<Entry>::iterator entry) {
   entries_.erase(entry);
 }
 
-Sequence PrefixCache::Take(const Entry* entry) {
+Sequence PrefixCache::Take(const Entry* entry, bool read) {
   const auto at = std::ranges::find_if(entries_, [&](const Entry& other) { return &other == entry; });
   CHECK(at != entries_.end());
-  Sequence sequence = at->sequence.use_count() > 1 ? Copy(entry) : std::move(*at->sequence);
+  Sequence sequence = read ? Copy(entry) : std::move(*at->sequence);
   Remove(at);
   return sequence;
 }

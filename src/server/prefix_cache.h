@@ -53,7 +53,7 @@ struct Beginning {
 class PrefixCache {
  public:
   struct Entry {
-    std::shared_ptr<Sequence> sequence;  // may be shared with who saves it, and then is only read
+    std::shared_ptr<Sequence> sequence;  // may be shared with who saves it, who only reads it
     bool shared = false;                 // several texts begin so: copies are handed out
     size_t bytes = 0;                    // as if it were alone
     size_t counted = 0;                  // of these, in memory that is counted with others (CountShared)
@@ -70,8 +70,8 @@ class PrefixCache {
 
   // Keeps a sequence, which must not be interrupted. Nothing where an equal one is kept already.
   std::shared_ptr<const Sequence> Add(Sequence sequence, bool shared);
-  // Gives one of ours away. A copy of it, where somebody still saves it.
-  Sequence Take(const Entry* entry);
+  // Gives one of ours away: a copy of it where it is `read`, by who saves it.
+  Sequence Take(const Entry* entry, bool read);
   static Sequence Copy(const Entry* entry) { return entry->sequence->Clone(); }
   // Lets the one that was not used for longest go, but not `spared`. Returns its bytes; 0: there is none.
   size_t DropOldest(const Entry* spared = nullptr);

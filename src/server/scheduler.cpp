@@ -358,7 +358,7 @@ std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request, std:
   MakeRoom(idle);
   if (idle->shared && HasRoom(0)) return PrefixCache::Copy(idle);
   beginning_ = nullptr;
-  return idle_.Take(idle);
+  return idle_.Take(idle, store_ != nullptr && store_->Saves(*idle->sequence));
 }
 
 // Counts memory that caches share once, after any has come or gone: with the text that began first, with idle caches

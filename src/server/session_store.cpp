@@ -11,7 +11,7 @@
 namespace lesskv {
 namespace {
 
-constexpr size_t kMostWaiting = 8;
+constexpr size_t kMostWaiting = 8;  // beside the one in work
 constexpr int kFinders = 4;  // so that small conversations do not wait for a large one
 
 // Hashes of a text's beginnings, shorter ones first.
@@ -73,7 +73,7 @@ SessionName SessionStore::NameOf(const Sequence& sequence) const {
 
 void SessionStore::Save(std::shared_ptr<const Sequence> sequence) {
   const std::lock_guard lock(mutex_);
-  if (to_write_.size() >= kMostWaiting || ValueBytes(*sequence) > backend_->MaxBytes()) {
+  if (to_write_.size() > kMostWaiting || ValueBytes(*sequence) > backend_->MaxBytes()) {
     ++metrics_.skipped;
     return;
   }
@@ -86,13 +86,20 @@ void SessionStore::Write() {
   for (;;) {
     work_.wait(lock, [&] { return stopping_ || !to_write_.empty(); });
     if (to_write_.empty()) return;
-    std::shared_ptr<const Sequence> sequence = std::move(to_write_.front());
-    to_write_.pop_front();
+    std::shared_ptr<const Sequence> sequence = to_write_.front();
     lock.unlock();
     WriteOne(*sequence);
-    sequence.reset();  // whoever wants it now need not copy it
+    lock.lock();
+    to_write_.pop_front();  // whoever wants it now need not copy it
+    lock.unlock();
+    sequence.reset();  // which takes its time where nobody else has it
     lock.lock();
   }
+}
+
+bool SessionStore::Saves(const Sequence& sequence) const {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::any_of(to_write_, [&](const auto& other) { return other.get() == &sequence; });
 }
 
 void SessionStore::WriteOne(const Sequence& sequence) {

@@ -61,6 +61,8 @@ class SessionStore {
   // Has it written; not where it is there already, and not (counted as skipped) where the backend does not keep up or
   // it is larger than a value may be.
   void Save(std::shared_ptr<const Sequence> sequence);
+  // Whether that still reads it, or will.
+  bool Saves(const Sequence& sequence) const;
   // Looks for the one that has seen most of the prompt's beginning, less than all of it and more than `longer_than`
   // tokens. One that is damaged is passed over from then on, with a line in the log. Null: there is none, as is known
   // at once.
@@ -86,7 +88,7 @@ class SessionStore {
   const LogLine log_;
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable work_;
-  std::deque<std::shared_ptr<const Sequence>> to_write_;
+  std::deque<std::shared_ptr<const Sequence>> to_write_;  // the first perhaps in work
   std::deque<std::weak_ptr<StoreLookup>> to_find_;
   std::set<SessionName> damaged_;
   StoreMetrics metrics_;
