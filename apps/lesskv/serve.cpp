@@ -161,7 +161,7 @@ void AddLimits(CLI::App& command, ServeOptions& o) {
   command.add_option("--parallel", o.scheduler.max_running, "Texts that share steps (default: 4)")
       ->option_text("N")
       ->check(CLI::Range(1, 1024));
-  command.add_option("--queue", o.scheduler.max_queued, "Texts that may wait; others get status 429 (default: 16)")
+  command.add_option("--queue", o.scheduler.max_queued, "Texts that may wait for a place; others get status 429; 0: nobody waits (default: 16)")
       ->option_text("N")
       ->check(CLI::Range(0, 4096));
   command

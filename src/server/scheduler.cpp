@@ -119,24 +119,43 @@ std::shared_ptr<Job> Scheduler::Submit(JobRequest request) {
   auto job = std::make_shared<Job>(std::move(request));
   const std::lock_guard lock(mutex_);
   const std::string& client = job->request().client;
-  if (stopping_ || !MakePlace(client)) {
+  if (!stopping_) waiting_.push_back({job, bytes, NextTurn(client)});
+  if (stopping_ || !KeepPlace(client)) {
     ++metrics_.jobs_rejected;
     throw BusyError(stopping_ ? kStopping : kQueueFull, stopping_);
   }
-  waiting_.push_back({job, bytes, NextTurn(client)});
   work_.notify_all();
   return job;
 }
 
-// Whether the queue has a place for one more text of the client. Where it is full, the newest text of the client that
-// has most leaves it, if that has two more than this one, so that none takes the whole queue and none is driven out.
-bool Scheduler::MakePlace(const std::string& client) {
-  if (waiting_.size() < options_.max_queued) return true;
+// Texts that cannot begin as soon as the thread comes to them: there is no place, or not the memory, or they are behind
+// such a one. (One that has the memory only with what it may share waits, too.)
+size_t Scheduler::WaitingForOthers() const {
+  std::vector<const Waiting*> next;
+  for (const Waiting& waiting : waiting_) next.push_back(&waiting);
+  std::ranges::stable_sort(next, {}, [](const Waiting* waiting) { return waiting->turn; });
+  size_t places = places_, bytes = Reserved();
+  const auto behind = std::ranges::find_if(next, [&](const Waiting* waiting) {
+    places += waiting->job->request().choices;
+    bytes += waiting->bytes;
+    return places > options_.max_running || (options_.kv_memory != 0 && bytes > options_.kv_memory);
+  });
+  return static_cast<size_t>(next.end() - behind);
+}
+
+// Whether the queue has a place for the client's text that has just come; else it leaves again. Where the queue is full,
+// the newest text of the client that has most leaves it, if that has two more than this one had, so that none takes the
+// whole queue and none is driven out.
+bool Scheduler::KeepPlace(const std::string& client) {
+  if (WaitingForOthers() <= options_.max_queued) return true;
   std::map<std::string_view, size_t> texts;
   for (const Waiting& waiting : waiting_) ++texts[waiting.job->request().client];
-  const size_t own = texts.contains(client) ? texts[client] : 0;
+  const size_t own = texts[client] - 1;
   const auto most = std::ranges::max_element(texts, {}, [](const auto& of) { return of.second; });
-  if (most == texts.end() || most->second < own + 2) return false;
+  if (most->second < own + 2) {
+    waiting_.pop_back();
+    return false;
+  }
   const auto newest = std::ranges::find_if(waiting_.rbegin(), waiting_.rend(), [&](const Waiting& waiting) {
     return waiting.job->request().client == most->first;
   });
@@ -223,6 +242,7 @@ void Scheduler::DropWaiting() {
   std::erase_if(loading_, [&](const Loading& loading) {
     if (!dropped(loading.text)) return false;
     metrics_.kv_bytes_reserved -= loading.text.bytes;
+    places_ -= loading.text.job->request().choices;
     return true;
   });
 }
@@ -251,9 +271,8 @@ std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
   if (waiting_.empty()) return std::nullopt;
   const auto first = std::ranges::min_element(waiting_, {}, &Waiting::turn);
   Waiting next = *first;
-  size_t places = RunningPlaces() + next.job->request().choices;
-  for (const Loading& loading : loading_) places += loading.text.job->request().choices;
-  if (places > options_.max_running) return std::nullopt;
+  const size_t places = next.job->request().choices;
+  if (places_ + places > options_.max_running) return std::nullopt;
   if (options_.kv_memory != 0 && Reserved() + next.bytes > options_.kv_memory) {
     const JobRequest& request = next.job->request();
     const PrefixCache::Entry* const idle = request.reuse ? idle_.Look({request.prompt, *request.config}) : nullptr;
@@ -263,9 +282,10 @@ std::optional<Scheduler::Waiting> Scheduler::NextAdmitted() {
     shared_ += idle->running;  // until its cache is there
   }
   metrics_.kv_bytes_reserved += next.bytes;
+  places_ += places;
   waiting_.erase(first);
   turn_ = std::max(turn_, next.turn);
-  turns_after_[next.job->request().client] = next.turn + next.job->request().choices;
+  turns_after_[next.job->request().client] = next.turn + places;
   std::erase_if(turns_after_, [&](const auto& client) { return client.second <= turn_; });
   return next;
 }
@@ -303,6 +323,7 @@ void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
     next.job->Fail(error);
     const std::lock_guard lock(mutex_);
     metrics_.kv_bytes_reserved -= next.bytes;
+    places_ -= next.job->request().choices;
     ++metrics_.jobs_failed;
   };
   try {
@@ -666,7 +687,14 @@ void Scheduler::TakeToken(Running& text, std::span<const float> logits) {
   const size_t every = text.job->request().kv_every, n = text.generation->tokens().size();
   if (every != 0 && (out.finish || n % every == 1 % every)) text.job->Show(Picture(text.sequence.cache()));
   text.ended = out.finish.has_value();
-  if (!text.job->Report(text.choice, std::move(out), text.sequence.Stats())) return;
+  if (text.ended)
+    text.last = std::move(out);  // told when its place is free (Settle)
+  else
+    text.job->Report(text.choice, std::move(out), text.sequence.Stats());
+}
+
+void Scheduler::ReportEnd(Running& text) {
+  if (!text.last || !text.job->Report(text.choice, std::move(*text.last), text.sequence.Stats())) return;
   const std::lock_guard lock(mutex_);
   ++metrics_.jobs_finished;
 }
@@ -693,7 +721,7 @@ void Scheduler::FailOf(Running& text, const Error& error) {
   ++(cancelled ? metrics_.jobs_cancelled : metrics_.jobs_failed);
 }
 
-// Lets ended texts go, whose caches stay as idle ones, and counts.
+// Lets ended texts go, whose caches stay as idle ones, and counts. Who hears of an end finds its place free.
 void Scheduler::Settle() {
   std::vector<std::unique_ptr<Running>> ended;
   for (auto& text : running_)
@@ -706,6 +734,7 @@ void Scheduler::Settle() {
   }
   if (!ended.empty()) CountShared(released);
   for (const auto& text : ended) {
+    ReportEnd(*text);
     const size_t bytes = text->sequence.Stats().kv_bytes;
     Keep(std::move(text->sequence), false);
     if (options_.max_idle == 0) ReturnMemory(bytes);
@@ -750,6 +779,7 @@ void Scheduler::CountEnded(const Running& text) {
   of_spec.tokens_absorbed += now.tokens_absorbed - before.tokens_absorbed;
   of_spec.tokens_merged += now.tokens_merged - before.tokens_merged;
   const auto n_heads = static_cast<double>(std::max<size_t>(text.sequence.config().global().heads.size(), 1));
+  places_ -= text.places;
   of_spec.tokens_recalled += static_cast<double>(now.recall.rows_recalled - before.recall.rows_recalled) / n_heads;
 }
 

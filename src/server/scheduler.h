@@ -95,7 +95,7 @@ class Job {
 
 struct SchedulerOptions {
   size_t max_running = 4;    // texts that share steps
-  size_t max_queued = 16;    // texts that wait
+  size_t max_queued = 16;    // texts that wait for others to end
   size_t kv_memory = 0;      // bytes of all running caches at their largest, and of idle ones; 0: no bound
   size_t step_tokens = 256;  // of a prompt that a step takes where the cache does not say otherwise
   // A longer prompt that its method must see whole pauses for the others' steps, at the earliest after this time.
@@ -185,6 +185,7 @@ class Scheduler {
     CacheStats before = {};   // of the sequence, when the text began
     int32_t last_token = -1;  // sampled, not fed
     std::optional<Generation> generation = {};
+    std::optional<Generation::Output> last = {};  // the text's end, not yet reported
     bool tries_again = false;  // the last step found no room on the disk
     bool ended = false;
 
@@ -207,7 +208,8 @@ class Scheduler {
   bool Prepare();  // false: stopped
   void DropWaiting();
   bool BeginNext(std::unique_lock<std::mutex>& lock);
-  bool MakePlace(const std::string& client);
+  bool KeepPlace(const std::string& client);
+  size_t WaitingForOthers() const;
   uint64_t NextTurn(const std::string& client) const;
   std::optional<Waiting> NextAdmitted();
   size_t RunningPlaces() const;
@@ -240,6 +242,7 @@ class Scheduler {
   void TakeToken(Running& text, std::span<const float> logits);
   void FailOf(Running& text, const Error& error);
   void EndCancelled();
+  void ReportEnd(Running& text);
   void Settle();
   void CountEnded(const Running& text);
 
@@ -261,6 +264,7 @@ class Scheduler {
   std::map<std::string, uint64_t> turns_after_;  // of clients: behind their last admitted text, where that is beyond
   std::vector<Loading> loading_;
   SchedulerMetrics metrics_;
+  size_t places_ = 0;  // of max_running, of the texts that have been admitted
   size_t shared_ = 0;  // of metrics_.kv_bytes_reserved, what is there once for several texts
   std::vector<SlotState> slots_;
   bool stopping_ = false;

@@ -315,6 +315,27 @@ TEST_F(ServerTest, AFullQueueIsTold) {
   EXPECT_EQ(scheduler_->Metrics().jobs_rejected, 1u);
 }
 
+// Who begins at once does not wait: also who asks as soon as it has its answer, and several that come together.
+TEST_F(ServerTest, WithoutAQueueNobodyWaits) {
+  Start({.scheduler = {.max_running = 3, .max_queued = 0, .step_tokens = 16}});
+  for (int i = 0; i < 50; ++i) ASSERT_EQ(Complete({{"n", 3}, {"max_tokens", 2}}).status, 200) << i;
+  GenerationOptions options;
+  options.sampler.temperature = 0;
+  options.max_tokens = 150000;
+  const JobRequest request{.prompt = tokenizer_->Encode("the tea", true, true),
+                           .options = options,
+                           .config = engine_.MakeCacheConfig(CacheSpec::Parse("window(24)"), kCtx)};
+  std::vector<std::shared_ptr<Job>> jobs;
+  for (int i = 0; i < 3; ++i) jobs.push_back(scheduler_->Submit(request));
+  EXPECT_EQ(Complete({}).status, 429);
+  EXPECT_EQ(scheduler_->Metrics().queued + scheduler_->Metrics().running, 3u);
+  jobs[1]->Cancel();
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 2; }));
+  EXPECT_EQ(Complete({}).status, 200);
+  EXPECT_EQ(Complete({{"n", 2}}).status, 429);
+  for (const auto& job : jobs) job->Cancel();
+}
+
 TEST_F(ServerTest, CachesKeepToTheirMemory) {
   const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
   const size_t one = config->Plan(tokenizer_->Encode("the tea", true, true).size(), 300).bytes_peak;
