@@ -164,5 +164,28 @@ TEST(Clone, ThreadsNeedNotWaitForEachOther) {
   }
 }
 
+// Whatever the pieces were that the text came in, also behind a restart.
+TEST(Clone, SharesWhatTheConfigSays) {
+  const Text text = RandomText(kShape, 600, 1);
+  ForEachSpec([&](const std::string& spec, const TempSidecar& sidecar, bool shares) {
+    const auto config = MakeConfig(spec, kShape, sidecar);
+    for (const size_t piece : {size_t{600}, size_t{97}, size_t{1}}) {
+      SequenceCache cache(config);
+      for (size_t seen = 0; seen < text.n;) {
+        const size_t n = std::min(piece, text.n - seen);
+        Live(cache, text, seen, {n, n > 1 || seen % 2 == 0 ? StepKind::kStream : StepKind::kDecode});
+        seen += n;
+        if (seen / 150 == (seen - n) / 150) continue;
+        EXPECT_GE(Bytes(cache), config->SharedBytes(seen)) << piece << " " << seen;
+        SequenceCache restored(config);
+        const auto saved = cache.Serialize();
+        restored.Restore(saved.data(), saved.size());
+        EXPECT_GE(Bytes(restored), config->SharedBytes(seen)) << piece << " " << seen;
+      }
+    }
+    EXPECT_EQ(config->SharedBytes(text.n) > 0, shares);
+  });
+}
+
 }  // namespace
 }  // namespace lesskv

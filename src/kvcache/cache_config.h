@@ -131,6 +131,8 @@ class CacheConfig {
   // Bytes for one sequence that sees a prompt of n_prompt tokens and then n_decode single tokens: exact ones, or, where
   // they depend on the text, the most and the least.
   CachePlan Plan(size_t n_prompt, size_t n_decode) const;
+  // Of a cache that has read n_tokens in pieces, what it and its clones hold once, at least. 0 where tokens leave.
+  size_t SharedBytes(size_t n_tokens) const;
 
  private:
   CacheConfig(const CacheSpec& spec, const CacheShape& shape) : spec_(spec), shape_(shape) {}

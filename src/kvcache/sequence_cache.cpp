@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "base/check.h"
 #include "base/error.h"
@@ -163,6 +164,21 @@ CachePlan CacheConfig::Plan(size_t n_prompt, size_t n_decode) const {
   plan.bytes_end_least = least.bytes_end;
   plan.rows_end_least = least.rows_end;
   return plan;
+}
+
+size_t CacheConfig::SharedBytes(size_t n_tokens) const {
+  if (!Budgets(1).empty()) return 0;
+  SequenceCache::Impl cache({std::shared_ptr<void>(), this});
+  cache.counter.only_counts = true;
+  std::vector<SharedPart> parts;
+  for (auto& part : cache.parts) {
+    part->Begin({n_tokens, 0, StepKind::kStream});
+    part->CountLayers(false);
+    part->store->EndStep();
+    part->store->AddShareable(parts);
+  }
+  return std::accumulate(parts.begin(), parts.end(), size_t{0},
+                         [](size_t bytes, const SharedPart& part) { return bytes + part.bytes; });
 }
 
 // Steps that allocate and free what real ones do, without memory or text.

@@ -1,4 +1,5 @@
 // Several texts of one prompt, and log-probabilities of what is generated.
+#include <atomic>
 #include <cmath>
 #include <set>
 
@@ -225,7 +226,7 @@ TEST_F(ChoicesTest, PlacesAndBytesAreThoseOfAll) {
   EXPECT_EQ(Complete({{"n", 2}, {"max_tokens", 300}}).json()["usage"]["completion_tokens"], 600);
   const Reply large = Complete({{"n", 3}, {"max_tokens", 300}});
   EXPECT_EQ(large.status, 400);
-  EXPECT_NE(large.body.find("for each of 3 choices"), std::string::npos) << large.body;
+  EXPECT_NE(large.body.find("the caches of 3 choices may take"), std::string::npos) << large.body;
   const Reply many = Complete({{"n", 4}});
   EXPECT_EQ(many.status, 400);
   EXPECT_NE(many.body.find("n: expected a number in [1, 3], found '4'"), std::string::npos) << many.body;
@@ -237,6 +238,57 @@ TEST_F(ChoicesTest, PlacesAndBytesAreThoseOfAll) {
   EXPECT_EQ(scheduler_->Metrics().running, 1u);
   running.reset();
   EXPECT_EQ(ParseReply(waiting.All()).json()["choices"].size(), 3u);
+}
+
+// Three texts of a long prompt where two caches without a common part would have no room: of a prompt that is read, and
+// of one whose beginning the store has.
+TEST_F(ChoicesTest, ThePromptIsReservedOnce) {
+  const auto full = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const size_t n = 2000, n_begin = 1900, one = full->Plan(n, 40).bytes_peak;
+  const size_t together = one + 2 * (one - full->SharedBytes(n));
+  ASSERT_LT(together, 2 * one);
+  std::vector<int32_t> prompt(n);
+  for (size_t i = 0; i < n; ++i) prompt[i] = static_cast<int32_t>(100 + i % 97);
+  const std::vector<int32_t> beginning(prompt.begin(), prompt.begin() + n_begin);
+  const std::filesystem::path folder =
+      std::filesystem::temp_directory_path() / fmt::format("lesskv_choices_{}", ::getpid());
+  const auto start = [&](size_t kv_memory) {
+    Stop();
+    Start({.scheduler = {.max_running = 3, .max_queued = 8, .kv_memory = kv_memory, .step_tokens = 512},
+           .store = folder,
+           .max_prompt = n});
+  };
+  const Json body = {{"prompt", prompt}, {"n", 3}, {"max_tokens", 40}, {"temperature", 4}, {"seed", 7}};
+  start(together - 1);
+  const Reply refused = Post("/v1/completions", body);
+  EXPECT_EQ(refused.status, 400) << refused.body;
+  EXPECT_EQ(Complete({{"prompt", beginning}, {"max_tokens", 1}}).status, 200);
+  ASSERT_TRUE(Soon([&] { return store_->Metrics().saved == 1; }));
+  for (const bool stored : {true, false}) {
+    start(together);
+    Json asked = body;
+    asked["cache_prompt"] = stored;
+    std::atomic<bool> done = false;
+    std::thread client([&] {
+      const Reply reply = Post("/v1/completions", asked);
+      EXPECT_EQ(reply.status, 200) << reply.body;
+      EXPECT_EQ(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"], stored ? n_begin : 0);
+      done = true;
+    });
+    size_t most_reserved = 0, most_running = 0, before = 0;
+    while (!done) {
+      const SchedulerMetrics metrics = scheduler_->Metrics();
+      EXPECT_LE(metrics.kv_bytes, together);
+      most_reserved = std::max(most_reserved, metrics.kv_bytes_reserved);
+      most_running = std::max(most_running, Get("/slots").json()["running"].size());
+      if (metrics.kv_bytes_reserved > 0 && before == 0) before = metrics.kv_bytes_reserved;
+    }
+    client.join();
+    EXPECT_EQ(before, together);
+    EXPECT_EQ(most_reserved, together) << (stored ? "stored" : "read");
+    EXPECT_EQ(most_running, 3u);
+  }
+  std::filesystem::remove_all(folder);
 }
 
 TEST_F(ChoicesTest, AKeysTextsAreCountedWithTheirChoices) {

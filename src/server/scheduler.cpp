@@ -110,16 +110,17 @@ std::shared_ptr<Job> Scheduler::Submit(JobRequest request) {
   if (request.choices < 1 || request.choices > options_.max_running)
     Fail(ErrorCode::kInvalidArgument, "a request may have 1 to {} choices, which run together, not {}",
          options_.max_running, request.choices);
-  const size_t one = request.config->Plan(request.prompt.size(), request.options.max_tokens).bytes_peak;
-  const size_t bytes = one * request.choices;
+  const size_t each = request.config->Plan(request.prompt.size(), request.options.max_tokens).bytes_peak;
+  const size_t further = each - (request.choices == 1 ? 0 : request.config->SharedBytes(request.prompt.size()));
+  const size_t bytes = each + (request.choices - 1) * further;
   if (options_.kv_memory != 0 && bytes > options_.kv_memory)
-    Fail(ErrorCode::kInvalidArgument, "the text's cache may take {}{}, of {} for all caches", HumanBytes(one),
-         request.choices == 1 ? "" : fmt::format(" for each of {} choices", request.choices),
+    Fail(ErrorCode::kInvalidArgument, "the {} may take {}, of {} for all caches",
+         request.choices == 1 ? "text's cache" : fmt::format("caches of {} choices", request.choices), HumanBytes(bytes),
          HumanBytes(options_.kv_memory));
   auto job = std::make_shared<Job>(std::move(request));
   const std::lock_guard lock(mutex_);
   const std::string& client = job->request().client;
-  if (!stopping_) waiting_.push_back({job, bytes, NextTurn(client)});
+  if (!stopping_) waiting_.push_back({job, bytes, each, NextTurn(client)});
   if (stopping_ || !KeepPlace(client)) {
     ++metrics_.jobs_rejected;
     throw BusyError(stopping_ ? kStopping : kQueueFull, stopping_);
@@ -329,6 +330,7 @@ void Scheduler::Begin(const Waiting& next, std::optional<Sequence> stored) {
   try {
     auto text = std::make_unique<Running>(Running{.job = next.job,
                                                   .bytes = next.bytes,
+                                                  .each = next.each,
                                                   .sequence = BeginSequence(next, std::move(stored)),
                                                   .places = next.job->request().choices});
     text->before = text->sequence.Stats();
@@ -383,9 +385,10 @@ std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request, std:
 }
 
 // Counts memory that caches share once, after any has come or gone: with the text that began first, with idle caches
-// where no text has it. Shared rows do not change, so that what a text may still take is not less for them. `released`
-// is what texts that have ended had reserved: what is reserved and what of it is shared change together.
-void Scheduler::CountShared(size_t released) {
+// where no text has it. Shared rows do not change, so that what a text may still take is not less for them. `reserved`
+// is what texts reserve that have come, or, negative, have ended: what is reserved and what of it is shared change
+// together.
+void Scheduler::CountShared(std::ptrdiff_t reserved) {
   SharedMemory running;
   size_t shared = 0;
   for (const auto& text : running_) {
@@ -395,7 +398,7 @@ void Scheduler::CountShared(size_t released) {
   if (beginning_ != nullptr) shared += running.Add(beginning_->sequence->cache().ShareableParts());
   idle_.CountShared(running);
   const std::lock_guard lock(mutex_);
-  metrics_.kv_bytes_reserved -= released;
+  metrics_.kv_bytes_reserved += static_cast<size_t>(reserved);
   shared_ = shared;
 }
 
@@ -655,22 +658,30 @@ void Scheduler::TakeLogits(Running& text, std::span<const float> logits) {
   }
 }
 
-// The prompt has been read. Each further choice goes on with a copy of the sequence, in the place that was kept for it.
+// The prompt has been read. Each further choice goes on with a copy of the sequence, in the place that was kept for it;
+// from now on each has its own bytes, and what they share is counted as it is.
 std::vector<Scheduler::Running*> Scheduler::BeginChoices(Running& text) {
   const JobRequest& request = text.job->request();
-  const size_t bytes = text.bytes / request.choices;
-  std::vector<Running*> choices = {&text};
+  std::vector<std::unique_ptr<Running>> copies;
   for (size_t choice = 1; choice < request.choices; ++choice) {
-    auto copy = std::make_unique<Running>(
-        Running{.job = text.job, .bytes = bytes, .sequence = text.sequence.Clone(), .choice = choice});
-    copy->cached = copy->fed = text.fed;
-    copy->before = copy->sequence.Stats();
+    copies.push_back(std::make_unique<Running>(Running{.job = text.job,
+                                                       .bytes = text.each,
+                                                       .each = text.each,
+                                                       .sequence = text.sequence.Clone(),
+                                                       .choice = choice}));
+    copies.back()->cached = copies.back()->fed = text.fed;
+    copies.back()->before = copies.back()->sequence.Stats();
+  }
+  std::vector<Running*> choices = {&text};
+  choices.reserve(request.choices);
+  running_.reserve(running_.size() + copies.size());
+  for (auto& copy : copies) {
     choices.push_back(copy.get());
     running_.push_back(std::move(copy));
-    text.bytes -= bytes;
-    --text.places;
   }
-  if (request.choices > 1) CountShared();
+  const size_t reserved = std::exchange(text.bytes, text.each);
+  text.places = 1;
+  if (request.choices > 1) CountShared(static_cast<std::ptrdiff_t>(request.choices * text.each - reserved));
   GenerationOptions options = request.options;
   for (Running* const choice : choices) {
     choice->generation.emplace(tokenizer_, options, request.prompt, request.config->shape().ctx);
@@ -727,12 +738,12 @@ void Scheduler::Settle() {
   for (auto& text : running_)
     if (text->ended && text.get() != reading_) ended.push_back(std::move(text));
   std::erase(running_, nullptr);
-  size_t released = 0;
+  std::ptrdiff_t released = 0;
   for (const auto& text : ended) {
     CountEnded(*text);
-    released += text->bytes;
+    released += static_cast<std::ptrdiff_t>(text->bytes);
   }
-  if (!ended.empty()) CountShared(released);
+  if (!ended.empty()) CountShared(-released);
   for (const auto& text : ended) {
     ReportEnd(*text);
     const size_t bytes = text->sequence.Stats().kv_bytes;

@@ -173,7 +173,8 @@ class Scheduler {
   // A text that takes part in steps.
   struct Running {
     std::shared_ptr<Job> job;
-    size_t bytes;  // its cache at its largest; until the prompt is read, those of all choices
+    size_t bytes;  // its cache at its largest; until the prompt is read, those of all choices together
+    size_t each;   // a cache at its largest
     Sequence sequence;
     size_t places = 1;        // of max_running; likewise
     size_t choice = 0;        // of the job
@@ -193,7 +194,7 @@ class Scheduler {
   };
   struct Waiting {
     std::shared_ptr<Job> job;
-    size_t bytes;
+    size_t bytes, each;  // of Running
     uint64_t turn = 0;   // the lowest is next; of equal ones the first that came
     bool joins = false;  // there is room for it only beside running texts that share its beginning
   };
@@ -218,7 +219,7 @@ class Scheduler {
   void Begin(const Waiting& next, std::optional<Sequence> stored);
   Sequence BeginSequence(const Waiting& next, std::optional<Sequence> stored);
   std::optional<Sequence> FindBeginning(const JobRequest& request, std::optional<Sequence> stored);
-  void CountShared(size_t released = 0);
+  void CountShared(std::ptrdiff_t reserved = 0);
   size_t Reserved() const;
   bool HasRoom(size_t more) const;
   void MakeRoom(const PrefixCache::Entry* spared, size_t more = 0);

@@ -709,9 +709,13 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
     if (shape_.exact_growth) {
       GrowExactly(i, {&n_rows, 1});
     } else if (shape_.grows) {
-      const size_t beyond = n_rows - std::min(n_rows, head.share.rows);
-      const std::vector<const Formats*> all(CeilDiv(beyond, head.region_rows), &formats);
-      head.regions = Allocate(*counter_, all, std::vector<size_t>(all.size(), head.region_rows));
+      const size_t beyond = n_rows - std::min(n_rows, head.share.rows), filled = beyond / head.region_rows;
+      head.regions.clear();
+      for (const size_t n : {filled, CeilDiv(beyond, head.region_rows) - filled}) {  // a full block lies with such only
+        const std::vector<const Formats*> blocks(n, &formats);
+        for (Region& region : Allocate(*counter_, blocks, std::vector<size_t>(n, head.region_rows)))
+          head.regions.push_back(std::move(region));
+      }
     } else if (!shape_.packs) {
       ResizeArena(formats, head, RoundUp(RowsAhead(n_rows, budgets[i]), kTileRows));
     }
