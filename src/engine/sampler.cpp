@@ -14,6 +14,11 @@ void RequireRange(std::string_view option, float value, float low, float high) {
     Fail(ErrorCode::kInvalidArgument, "{}: expected a number in [{}, {}], found {}", option, low, high, value);
 }
 
+// By logit, the largest first; of equal ones the lower token.
+constexpr auto kLarger = [](const auto& a, const auto& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+};
+
 [[noreturn]] void FailDamaged() {
   Fail(ErrorCode::kRuntime, "the model's logits are not finite numbers; the weights may be damaged");
 }
@@ -56,15 +61,24 @@ int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> 
 }
 
 int32_t Sampler::Choose() {
-  const auto larger = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
-  };
-  const auto best = std::min_element(candidates_.begin(), candidates_.end(), larger);
+  const auto best = std::min_element(candidates_.begin(), candidates_.end(), kLarger);
   if (best == candidates_.end() || !std::isfinite(best->logit)) FailDamaged();
   if (options_.temperature == 0) return best->token;
+  sorted_ = 0;
   KeepTopK();
   KeepTopPAndMinP();
   return Draw();
+}
+
+// As a rule a few of a vocabulary have nearly all of the probability: the others need no order.
+void Sampler::SortTo(size_t n) {
+  constexpr size_t kFirst = 64;
+  if (n <= sorted_) return;
+  n = std::min(candidates_.size(), std::max({n, 4 * sorted_, kFirst}));
+  const auto at = [&](size_t i) { return candidates_.begin() + static_cast<std::ptrdiff_t>(i); };
+  std::nth_element(at(sorted_), at(n), candidates_.end(), kLarger);
+  std::sort(at(sorted_), at(n), kLarger);
+  sorted_ = n;
 }
 
 void Sampler::PenaliseRepetition(std::span<const int32_t> history) {
@@ -89,34 +103,35 @@ void Sampler::PenaliseChosen() {
 }
 
 void Sampler::KeepTopK() {
-  const auto larger = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
-  };
-  const size_t k = options_.top_k == 0 ? candidates_.size()
-                                       : std::min(candidates_.size(), static_cast<size_t>(options_.top_k));
-  std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(k), candidates_.end(),
-                    larger);
+  if (options_.top_k == 0) return;
+  const size_t k = std::min(candidates_.size(), static_cast<size_t>(options_.top_k));
+  SortTo(k);
   candidates_.resize(k);
+  sorted_ = k;
 }
 
 // Both cuts look at probabilities at temperature 1, as in llama.cpp where the temperature comes last; min-p at those
 // that top-p left, which does not change the ratio to the largest.
 void Sampler::KeepTopPAndMinP() {
+  if (options_.top_p == 1 && options_.min_p == 0) return;
+  SortTo(1);
   const float max = candidates_.front().logit;
   double total = 0;
   for (const Candidate& c : candidates_) total += std::exp(static_cast<double>(c.logit - max));
   double sum = 0;
   size_t keep = 0;
-  for (const Candidate& c : candidates_) {
-    const double weight = std::exp(static_cast<double>(c.logit - max));  // relative to the largest, which has 1
+  for (; keep < candidates_.size(); ++keep) {
+    SortTo(keep + 1);
+    const double weight = std::exp(static_cast<double>(candidates_[keep].logit - max));  // the largest has 1
     if (keep > 0 && (weight < options_.min_p || sum >= options_.top_p * total)) break;
     sum += weight;
-    ++keep;
   }
   candidates_.resize(keep);
+  sorted_ = std::min(sorted_, keep);
 }
 
 int32_t Sampler::Draw() {
+  SortTo(1);
   const float max = candidates_.front().logit;
   double total = 0;
   const auto weight = [&](const Candidate& c) {
@@ -124,9 +139,10 @@ int32_t Sampler::Draw() {
   };
   for (const Candidate& c : candidates_) total += weight(c);
   double left = rng_.Uniform() * total;
-  for (const Candidate& c : candidates_) {
-    left -= weight(c);
-    if (left < 0) return c.token;
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    SortTo(i + 1);
+    left -= weight(candidates_[i]);
+    if (left < 0) return candidates_[i].token;
   }
   return candidates_.front().token;  // rounding left a sliver: as likely as nothing
 }

@@ -54,13 +54,15 @@ class Sampler {
   void PenaliseRepetition(std::span<const int32_t> history);
   void PenaliseChosen();
   int32_t Choose();
+  void SortTo(size_t n);
   void KeepTopK();
   void KeepTopPAndMinP();
   int32_t Draw();
 
   SamplerOptions options_;
   Rng rng_;
-  std::vector<Candidate> candidates_;  // after KeepTopK: sorted by logit, largest first
+  std::vector<Candidate> candidates_;
+  size_t sorted_ = 0;  // so many of them, the first, are the largest, in order
   std::vector<int32_t> recent_;
   std::unordered_map<int32_t, uint32_t> chosen_;  // how often; only where a penalty asks
 };

@@ -2,9 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <set>
 
 #include "base/error.h"
 
@@ -138,6 +140,48 @@ TEST(Sampler, BiasesAreAddedBeforeAllElse) {
   EXPECT_EQ(chosen({{2, 7.5f}}), 0);   // 7.5 / 4 < 2: the penalty is of the biased logit
   EXPECT_EQ(chosen({{2, 8.5f}}), 2);
   EXPECT_EQ(chosen({{3, 100}, {-1, 100}}), 0);
+}
+
+// Only as much of a vocabulary is put in order as a draw asks for: what comes out is what all of it in order gives.
+TEST(Sampler, DrawsAreThoseOfTheWholeOrder) {
+  constexpr size_t kVocab = 3000;
+  Rng rng(11);
+  std::vector<float> logits;
+  for (size_t i = 0; i < kVocab; ++i) logits.push_back(static_cast<float>(rng.Below(40)) / 4);  // many are equal
+  struct Cuts {
+    float temperature;
+    int top_k;
+    float top_p, min_p;
+  };
+  std::set<int32_t> seen;
+  for (const Cuts& cuts : std::vector<Cuts>{{1, 0, 1, 0}, {0.2f, 0, 1, 0}, {50, 0, 1, 0}, {1, 100, 1, 0}, {1, 2000, 1, 0},
+                                            {1, 0, 0.5f, 0}, {1, 0, 0.99f, 0}, {1, 0, 1, 0.01f}, {2, 500, 0.7f, 0.2f}}) {
+    std::vector<std::pair<float, int32_t>> order;
+    for (size_t i = 0; i < kVocab; ++i) order.emplace_back(-logits[i], static_cast<int32_t>(i));
+    std::sort(order.begin(), order.end());
+    if (cuts.top_k > 0) order.resize(static_cast<size_t>(cuts.top_k));
+    double total = 0, sum = 0;
+    const auto weight = [&](size_t i) { return std::exp(static_cast<double>(order[0].first - order[i].first)); };
+    for (size_t i = 0; i < order.size(); ++i) total += weight(i);
+    size_t keep = 0;
+    while (keep < order.size() && (keep == 0 || (weight(keep) >= cuts.min_p && sum < cuts.top_p * total)))
+      sum += weight(keep++);
+    total = 0;
+    for (size_t i = 0; i < keep; ++i) total += std::pow(weight(i), 1 / cuts.temperature);
+    for (uint64_t seed = 0; seed < 100; ++seed) {
+      double left = Rng(seed).Uniform() * total;
+      size_t i = 0;
+      while (left >= 0 && i < keep) left -= std::pow(weight(i++), 1 / cuts.temperature);
+      Sampler sampler({.temperature = cuts.temperature,
+                       .top_k = cuts.top_k,
+                       .top_p = cuts.top_p,
+                       .min_p = cuts.min_p,
+                       .seed = seed});
+      ASSERT_EQ(sampler.Sample(logits, {}), order[i - 1].second) << cuts.temperature << " " << seed;
+      seen.insert(order[i - 1].second);
+    }
+  }
+  EXPECT_GT(seen.size(), 300u);
 }
 
 TEST(Sampler, SeedFixesTheText) {
