@@ -244,5 +244,20 @@ TEST_F(SmallDiskTest, IdleCachesMakeRoomOnADisk) {
   EXPECT_EQ(ask(10, 2500).status, 200);
 }
 
+// The store's directory on the same disk: what it cannot write is not kept, and texts go on.
+TEST_F(SmallDiskTest, AStoreThatFindsNoRoomIsNotWaitedFor) {
+  const std::string text = fmt::format("cluster(24, skip=0, offload=\"{}\")", folder_.string());
+  Start({.store = folder_ / "store", .kv = {CacheSpec::Parse(text).ToString()}, .max_prompt = 20000});
+  for (int32_t i = 3; i < 9; ++i) {
+    const Reply reply = Complete({{"prompt", Prompt(i, 2500)}, {"max_tokens", 40}});
+    EXPECT_EQ(reply.status, 200) << i << ": " << reply.body;
+  }
+  ASSERT_TRUE(Soon([&] { return store_->Metrics().saved + store_->Metrics().skipped == 6; }));
+  EXPECT_GT(store_->Metrics().skipped, 0u);
+  EXPECT_NE(Log().find("could not be saved"), std::string::npos) << Log();
+  for (const auto& file : std::filesystem::recursive_directory_iterator(folder_ / "store"))
+    EXPECT_TRUE(file.is_directory() || file.file_size() > 100000) << file.path() << " is a part of one";
+}
+
 }  // namespace
 }  // namespace lesskv::server_test
