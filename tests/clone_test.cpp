@@ -166,6 +166,7 @@ TEST(Clone, ThreadsNeedNotWaitForEachOther) {
 
 // Whatever the pieces were that the text came in, also behind a restart.
 TEST(Clone, SharesWhatTheConfigSays) {
+  size_t n_promising = 0;
   const Text text = RandomText(kShape, 600, 1);
   ForEachSpec([&](const std::string& spec, const TempSidecar& sidecar, bool shares) {
     const auto config = MakeConfig(spec, kShape, sidecar);
@@ -183,8 +184,10 @@ TEST(Clone, SharesWhatTheConfigSays) {
         EXPECT_GE(Bytes(restored), config->SharedBytes(seen)) << piece << " " << seen;
       }
     }
-    EXPECT_EQ(config->SharedBytes(text.n) > 0, shares);
+    EXPECT_TRUE(shares || config->SharedBytes(text.n) == 0);
+    n_promising += config->SharedBytes(text.n) > 0;
   });
+  EXPECT_GT(n_promising, 12u);
 }
 
 }  // namespace
