@@ -187,9 +187,10 @@ class HttpServer::Impl {
     if (state->refused) throw BusyError(state->error->what());
     if (state->error) return SendError(response, ErrorOf(*state->error, *job));
     if (!stream) return response.set_content(answer->Body(*state), kJson);
+    const auto held = std::make_shared<std::shared_ptr<void>>(place);
     response.set_chunked_content_provider(
-        kEvents, [=](size_t, httplib::DataSink& sink) { return Stream(*answer, *job, *state, sink); },
-        [job, place](bool) { job->Cancel(); });
+        kEvents, [=](size_t, httplib::DataSink& sink) { return Stream(*answer, *job, *state, *held, sink); },
+        [job](bool) { job->Cancel(); });
   }
 
   static ApiError ErrorOf(const Error& error, const Job& job) {
@@ -220,13 +221,16 @@ class HttpServer::Impl {
     return text.empty() || (sink.is_writable() && sink.write(text.data(), text.size()));
   }
 
-  static bool Stream(TextAnswer& answer, Job& job, JobState state, httplib::DataSink& sink) {
+  // The key's `place` is free when the end has been told.
+  static bool Stream(TextAnswer& answer, Job& job, JobState state, std::shared_ptr<void>& place,
+                     httplib::DataSink& sink) {
     if (!Write(sink, answer.FirstEvent())) return false;
     for (;; state = job.Wait(kLook)) {
       if (!sink.is_writable()) return false;
       if (!Write(sink, answer.News(state))) return false;
       if (state.ended()) break;
     }
+    place.reset();
     const bool sent = Write(sink, state.error ? answer.ErrorEvent(ErrorOf(*state.error, job)) : answer.LastEvents(state));
     if (sent) sink.done();
     return sent;

@@ -140,6 +140,19 @@ TEST_F(ServerTest, AKeyHasItsShare) {
   EXPECT_TRUE(Soon([&] { return Call(RequestText("POST", "/v1/completions", small, with("one"))).status == 200; }));
 }
 
+// Who has read a stream's end may ask for the next at once, on another connection.
+TEST_F(ServerTest, AKeysShareIsFreeWhenItsStreamEnds) {
+  Start({.http = {.port = 0, .api_keys = {"one"}, .max_per_key = 1}});
+  const std::string body = R"x({"prompt":"the","max_tokens":2,"stream":true})x";
+  for (int i = 0; i < 100; ++i) {
+    const Connection connection(port_);
+    connection.Send(RequestText("POST", "/v1/completions", body, "Authorization: Bearer one\r\n"));
+    std::string text;
+    for (std::string more; text.find("[DONE]") == std::string::npos && !(more = connection.Some()).empty();) text += more;
+    ASSERT_NE(text.find(" 200 "), std::string::npos) << i << text;
+  }
+}
+
 TEST_F(ServerTest, PagesOfOthersAreNotAnswered) {
   Start();
   const std::string body = R"x({"prompt":"the","max_tokens":3})x";
