@@ -82,6 +82,26 @@ constexpr std::pair<std::string_view, std::string_view> kOthers[] = {
     {"modalities", "models write text only"},
     {"audio", "models write text only"}};
 
+// Of these fields the values that ask for what is so anyway; many clients send them.
+bool AsksForNothing(const std::string& key, const Json& value) {
+  static const Json kNothing = {{"background", {false}},
+                                {"best_of", {1}},
+                                {"echo", {false}},
+                                {"functions", {Json::array()}},
+                                {"include", {Json::array()}},
+                                {"metadata", {Json::object()}},
+                                {"modalities", {{"text"}}},
+                                {"parallel_tool_calls", {false, true}},
+                                {"service_tier", {"auto", "default"}},
+                                {"store", {false}},
+                                {"suffix", {""}},
+                                {"tool_choice", {"auto", "none"}},
+                                {"tools", {Json::array()}},
+                                {"truncation", {"disabled"}}};
+  const auto field = kNothing.find(key);
+  return value.is_null() || (field != kNothing.end() && std::ranges::find(*field, value) != field->end());
+}
+
 bool Has(std::span<const std::string_view> fields, std::string_view key) {
   return std::ranges::find(fields, key) != fields.end();
 }
@@ -89,7 +109,7 @@ bool Has(std::span<const std::string_view> fields, std::string_view key) {
 void CheckFields(const JsonReader& reader, std::span<const std::string_view> own,
                  std::span<const std::string_view> common = {}) {
   for (const auto& [key, value] : reader.value().items()) {
-    if (value.is_null() || Has(own, key) || Has(common, key)) continue;  // null asks for nothing
+    if (Has(own, key) || Has(common, key) || AsksForNothing(key, value)) continue;
     const auto other = std::ranges::find(kOthers, key, [](const auto& pair) { return pair.first; });
     const bool known = other != std::end(kOthers);
     throw FieldError(ErrorCode::kInvalidArgument, reader.Field(key),
@@ -357,8 +377,9 @@ class RequestReader {
   uint64_t Seed(size_t n_choices) const {
     static std::atomic<uint64_t> next = static_cast<uint64_t>(std::time(nullptr)) << 20;
     if (!r_.Has("seed")) return next.fetch_add(n_choices);
-    if (!r_.Find("seed")->is_number_unsigned()) r_.Refuse("seed", "a whole number from 0 on");
-    return r_.Find("seed")->get<uint64_t>();
+    const Json& seed = *r_.Find("seed");
+    if (!seed.is_number_integer()) r_.Refuse("seed", "a whole number of 64 bits");
+    return seed.is_number_unsigned() ? seed.get<uint64_t>() : static_cast<uint64_t>(seed.get<int64_t>());
   }
 
   std::vector<std::string> Stops() const {

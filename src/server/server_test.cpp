@@ -153,7 +153,8 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"logprobs", -1}}, 400, "logprobs: expected a count"},
       {{{"logprobs", true}}, 400, "logprobs: expected a count"},
       {{{"top_logprobs", 2}}, 400, "'top_logprobs': lesskv has no such field"},
-      {{{"seed", -1}}, 400, "seed"},
+      {{{"seed", 1.5}}, 400, "seed: expected a whole number"},
+      {{{"seed", 1e20}}, 400, "seed: expected a whole number"},
       {{{"stop", ""}}, 400, "stop"},
       {{{"stop", {1}}}, 400, "stop"},
       {{{"stream", "yes"}}, 400, "stream: expected true or false"},
@@ -165,7 +166,8 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"logit_bias", {{"7", 100.5}}}}, 400, "logit_bias: 7: expected a number in [-100, 100]"},
       {{{"logit_bias", {{"7", "much"}}}}, 400, "logit_bias: 7: expected a number"},
       {{{"best_of", 2}}, 400, "'best_of': lesskv has no such field: texts are not compared; n gives all of them"},
-      {{{"echo", false}}, 400, "'echo': lesskv has no such field: the prompt is not given back"},
+      {{{"echo", true}}, 400, "'echo': lesskv has no such field: the prompt is not given back"},
+      {{{"tool_choice", "required"}}, 400, "'tool_choice': lesskv has no such field: models call no tools here"},
       {{{"nonsense", 1}}, 400, "'nonsense': lesskv has no such field"},
       {{{"presence_penalty", 2.5}}, 400, "request: presence_penalty: expected a number in [-2, 2], found 2.5"},
       {{{"frequency_penalty", -1e9}}, 400, "frequency_penalty: expected a number in [-2, 2]"},
@@ -206,7 +208,9 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
       {{{"logprobs", true}, {"top_logprobs", 21}}, "top_logprobs: expected a number in [0, 20]"},
       {{{"response_format", {{"type", "json_object"}}}}, "what is generated is not constrained"},
       {{{"response_format", "text"}}, "response_format: expected an object"},
-      {{{"tools", Json::array()}}, "'tools': lesskv has no such field: models call no tools here"},
+      {{{"tools", Json::array({Json::object()})}}, "'tools': lesskv has no such field: models call no tools here"},
+      {{{"store", true}}, "'store': lesskv has no such field"},
+      {{{"modalities", {"text", "audio"}}}, "'modalities': lesskv has no such field: models write text only"},
       {{{"messages", {{{"role", "user"}, {"content", "x"}, {"name", "me"}}}}},
        "request: messages: 0: 'name': lesskv has no such field"},
       {{{"messages", {{{"role", "user"}, {"content", {{{"type", "text"}, {"text", "x"}, {"cache_control", 1}}}}}}}},
@@ -241,6 +245,18 @@ TEST_F(ServerTest, FieldsThatAskForNothingAreTaken) {
                      {"max_completion_tokens", 2},
                      {"tools", nullptr}};
   EXPECT_EQ(Post("/v1/chat/completions", chat).status, 200);
+  for (const Json& more : std::vector<Json>{{{"tools", Json::array()}, {"tool_choice", "auto"}},
+                                            {{"store", false}, {"metadata", Json::object()}},
+                                            {{"parallel_tool_calls", true}, {"service_tier", "auto"}},
+                                            {{"modalities", {"text"}}}}) {
+    Json body = chat;
+    body.update(more);
+    EXPECT_EQ(Post("/v1/chat/completions", body).status, 200) << more;
+  }
+  EXPECT_EQ(Complete({{"echo", false}, {"best_of", 1}, {"suffix", ""}}).json()["choices"][0]["text"], text);
+  EXPECT_EQ(Complete({{"seed", -1}}).json()["choices"][0]["text"], text);  // any whole number of 64 bits
+  const Json drawn = {{"temperature", 3}, {"seed", -1}};
+  EXPECT_EQ(Complete(drawn).json()["choices"][0]["text"], Complete(drawn).json()["choices"][0]["text"]);
 }
 
 TEST_F(ServerTest, GarbageDoesNotHurt) {
