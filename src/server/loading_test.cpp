@@ -33,7 +33,7 @@ using Values = std::map<SessionName, std::vector<std::byte>>;
 
 class FarBackend final : public StoreBackend {
  public:
-  FarBackend(Values& values, Gate& gate) : values_(values), gate_(gate) {}
+  FarBackend(Values& values, Gate& gate, Gate& saving) : values_(values), gate_(gate), saving_(saving) {}
   bool remote() const override { return true; }
   size_t MaxBytes() const override { return 1 << 30; }
   std::vector<size_t> Lengths() override {
@@ -55,7 +55,10 @@ class FarBackend final : public StoreBackend {
     use(values_.at(name));
     return true;
   }
-  bool Touch(const SessionName& name) override { return Has({&name, 1})[0]; }
+  bool Touch(const SessionName& name) override {
+    saving_.Pass();
+    return Has({&name, 1})[0];
+  }
   void Write(const SessionName& name, std::span<const std::byte> bytes) override {
     const std::lock_guard lock(mutex_);
     values_[name] = {bytes.begin(), bytes.end()};
@@ -66,7 +69,7 @@ class FarBackend final : public StoreBackend {
  private:
   std::mutex mutex_;
   Values& values_;
-  Gate& gate_;
+  Gate &gate_, &saving_;
 };
 
 class LoadingTest : public ReuseTest {
@@ -74,7 +77,7 @@ class LoadingTest : public ReuseTest {
   void SetUp() override {
     ReuseTest::SetUp();
     far_.scheduler.store_patience = 1h;
-    far_.backend = [this](const auto&) { return std::make_unique<FarBackend>(values_, gate_); };
+    far_.backend = [this](const auto&) { return std::make_unique<FarBackend>(values_, gate_, saving_); };
     Start(far_);
     Ask(Ids("the sea"));
     alone_.Say(Ids("the sea"));
@@ -85,6 +88,7 @@ class LoadingTest : public ReuseTest {
   }
   void TearDown() override {
     gate_.Open();
+    saving_.Open();
     ReuseTest::TearDown();
   }
 
@@ -99,7 +103,7 @@ class LoadingTest : public ReuseTest {
   bool IsLoading() const { return scheduler_->Metrics().loading == 1; }
 
   Values values_;
-  Gate gate_;
+  Gate gate_, saving_;
   Options far_;
   Streamed alone_{engine_, *tokenizer_, "full"};
   std::vector<int32_t> prompt_;
@@ -119,6 +123,25 @@ TEST_F(LoadingTest, OthersGoOn) {
   EXPECT_EQ(Cached(answer), seen);
   EXPECT_EQ(Text(answer), alone_.Say(Ids(" and then")));
   EXPECT_FALSE(IsLoading());
+}
+
+TEST_F(LoadingTest, WhatIsStillBeingSavedIsCopied) {
+  Start(far_);
+  saving_.Close();
+  Streamed tea(engine_, *tokenizer_, "full");
+  EXPECT_EQ(Text(Ask(Ids("the tea"))), tea.Say(Ids("the tea")));
+  const std::vector<int32_t> first = tea.text();
+  const size_t seen = tea.seen();
+  const Json next = Ask(Joined(first, Ids(" and then")));
+  EXPECT_EQ(Cached(next), seen);
+  EXPECT_EQ(Text(next), tea.Say(Ids(" and then")));
+  saving_.Open();
+  ASSERT_TRUE(Saved(2));
+  Stop();
+  gate_.Open();
+  Start(far_);
+  EXPECT_EQ(Cached(Ask(Joined(first, Ids(" or not")))), seen);
+  EXPECT_EQ(Cached(Ask(Joined(tea.text(), Ids(" or not")))), tea.seen());
 }
 
 TEST_F(LoadingTest, ItHasItsPlace) {
