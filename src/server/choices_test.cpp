@@ -244,7 +244,7 @@ TEST_F(ChoicesTest, PlacesAndBytesAreThoseOfAll) {
 // of one whose beginning the store has.
 TEST_F(ChoicesTest, ThePromptIsReservedOnce) {
   const auto full = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
-  const size_t n = 2000, n_begin = 1900, one = full->Plan(n, 40).bytes_peak;
+  const size_t n = 2000, n_begin = 1930, one = full->Plan(n, 40).bytes_peak;
   const size_t together = one + 2 * (one - full->SharedBytes(n));
   ASSERT_LT(together, 2 * one);
   std::vector<int32_t> prompt(n);
