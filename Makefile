@@ -62,7 +62,7 @@ fuzz:
 	cmake --preset fuzz
 	cmake --build build/fuzz -j $(JOBS) --target request_fuzz session_fuzz
 	@for name in request session; do mkdir -p build/fuzz/corpus/$$name && \
-	  build/fuzz/tests/fuzz/$${name}_fuzz -runs=$(RUNS) -max_len=65536 -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 build/fuzz/corpus/$$name || exit 1; done
+	  build/fuzz/tests/fuzz/$${name}_fuzz -runs=$(RUNS) -max_len=262144 -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 build/fuzz/corpus/$$name || exit 1; done
 
 # Unit tests once more under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: packages
