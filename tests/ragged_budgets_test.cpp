@@ -196,6 +196,9 @@ TEST(RaggedBudgets, ZigzagThatDividesNothingIsTheSelector) {
   EXPECT_EQ(zigzag, snapkv);
   same(kShape, text, "snapkv(48)+zigzag(1)", "snapkv(48)");
   same(kShape, text, "snapkv(130)+zigzag+f32", "full+f32");
+  // More rows than the context has tokens: as many as it has.
+  for (const char* spec : {"snapkv(900)+zigzag+f32", "h2o(900)+zigzag+ada+f32", "h2o(501)+pooled+f32", "tova(900)+zigzag+f32"})
+    same(kShape, text, spec, "full+f32");
   TinyShape shape = kShape;
   shape.n_layers = 1;
   Text layer = text;

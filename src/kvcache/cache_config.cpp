@@ -32,6 +32,8 @@ void CheckShape(const CacheShape& shape) {
 }  // namespace
 
 BudgetRequest LayerPolicy::Request(size_t rows, size_t n_tokens) const {
+  // A head never holds more rows than there are tokens, and room for more would be memory for nothing.
+  rows = std::min(rows, ctx);
   BudgetRequest request{{}, rows, selector->Window(rows), n_tokens, protect.CountFrom(static_cast<int32_t>(selector->Sinks())),
                         selector->MustKeepOneSetALayer()};
   request.apart = codec->traits().apart_rows;
@@ -47,8 +49,7 @@ bool LayerPolicy::Holds(size_t budget) const {
 }
 
 std::vector<size_t> LayerPolicy::Budgets(size_t rows, size_t n_tokens) const {
-  // A head never holds more rows than there are tokens, and room for more would be memory for nothing.
-  std::vector<size_t> budgets = budgeter->Allocate(Request(std::min(rows, ctx), n_tokens));
+  std::vector<size_t> budgets = budgeter->Allocate(Request(rows, n_tokens));
   CHECK(budgets.size() == heads.size());
   const size_t n_protected = protect.CountFrom(static_cast<int32_t>(selector->Sinks()));
   if (selector->KeepsAShare())
