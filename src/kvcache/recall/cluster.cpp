@@ -40,6 +40,7 @@ std::unique_ptr<const Codec> Make(const Arguments& a, const MethodContext& conte
   options.skip = a.Count("skip");
   options.folder = a.Text("offload");
   options.cache_rows = a.Has("cache") ? a.Rows("cache", context.ctx) : 0;
+  if (context.ctx > 0) options.ctx = context.ctx;
   if (!options.folder.empty() &&
       (!std::filesystem::is_directory(options.folder) || access(options.folder.c_str(), W_OK) != 0))
     Fail(ErrorCode::kNotFound, "cluster: offload expects a folder to write to, and \"{}\" is none", options.folder);
@@ -120,7 +121,7 @@ constexpr Parameter kParameters[] = {
      .kind = Parameter::Kind::kRows,
      .default_value = "",
      .help = "rows a head of offloaded clusters, the last read, that are in memory; twice what a token reads when not "
-             "given",
+             "given; at most the context's",
      .min = 1},
 };
 

@@ -48,7 +48,7 @@ std::unique_ptr<ClusterOffload> ClusterStore::MakeOffload() const {
   const size_t readers = options_.by_group ? 1 : shape_.layers[0].group();
   const size_t rows = options_.cache_rows > 0 ? options_.cache_rows : 2 * readers * options_.budget;
   return std::make_unique<ClusterOffload>(*counter_, shape_.layers, types_,
-                                          ClusterOffload::Options{options_.folder, rows, options_.skip});
+                                          ClusterOffload::Options{options_.folder, std::min(rows, options_.ctx), options_.skip});
 }
 
 std::unique_ptr<KvStore> ClusterStore::Clone(ByteCounter& counter) const {

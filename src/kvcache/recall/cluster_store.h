@@ -12,6 +12,7 @@
 // is then clustered a layer at a time, from a staging area.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -35,6 +36,7 @@ struct ClusterOptions {
   size_t skip = 2;          // layers
   std::string folder = {};  // where clustered rows go; empty: they stay in memory
   size_t cache_rows = 0;    // of those, how many a KV head has in memory; 0: two tokens' worth
+  size_t ctx = SIZE_MAX;    // a head never has more rows, so that a cache of more would be memory for nothing
 };
 
 class ClusterStore final : public KvStore {

@@ -679,6 +679,20 @@ TEST(ClusterOffload, MemoryIsBounded) {
   EXPECT_LE(counter.now, centroids + heads * 4 * 33 * 4 + heads * (64 + 4 + 128 + 8) * row);
 }
 
+// What a token reads twice over is more than the whole text where budgets are large: the cache holds no more than that.
+TEST(ClusterOffload, TheCacheIsNeverLargerThanTheContext) {
+  const Folder folder;
+  const auto bytes = [&](const std::string& term) {
+    const auto config = CacheConfig::Create(CacheSpec::Parse(fmt::format("cluster({}, offload=\"{}\")", term, folder.path())),
+                                            CacheShape::Uniform(4, 6, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
+    return config->Plan(512, 0).bytes_end;
+  };
+  EXPECT_EQ(bytes("400"), bytes("400, cache=512"));
+  EXPECT_EQ(bytes("400"), bytes("400, cache=5000"));
+  EXPECT_EQ(bytes("60"), bytes("60, cache=360"));
+  EXPECT_LT(bytes("60"), bytes("400"));
+}
+
 // Room on the disk is had before a step begins: where it cannot be, nothing is lost, and the step can come again.
 TEST(ClusterOffload, AFullDiskIsOneSentence) {
   const Folder folder;
