@@ -210,7 +210,7 @@ CachePlan CacheConfig::Count(size_t n_prompt, size_t n_decode, bool least) const
   // Where rows come as the text asks, a head's ledger or last block may move to more room at another moment than here.
   if (global.policy.selector->SaysHowMany() && !global.ledgers.empty())
     plan.bytes_peak += std::max(global.ledgers[0].bytes(), LargestBlock(global.policy));
-  size_t rows = global.Rows();
+  size_t rows = global.Rows() - global.store->recall().rows_offloaded;
   for (size_t i = 0; n_decode > n_first && i < global.ledgers.size(); ++i) {
     const size_t held = global.ledgers[i].n_rows;
     rows += global.policy.RowsThatStay(held + n_decode - n_first, std::max(held, global.budgets[i])) - held;
