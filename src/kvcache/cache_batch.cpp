@@ -278,6 +278,7 @@ void CacheBatch::AttendTiles(size_t layer, const float* queries, float* out) {
   ObserveTiles(layer);
   for (const Tile& tile : tiles_) KeepFitQueries(tile, layer, queries);
   for (const Tile& tile : tiles_) {
+    if (tile.item->failure) continue;
     tile.item->Part(layer).store->Observe(tile.query);
     tile.item->Part(layer).store->Finish(tile.query);
   }
@@ -338,7 +339,12 @@ void CacheBatch::AddJobs(size_t layer, float* out) {
                                              : out + (tile.item->first_row + tile.first) * shape.q_dim();
     query.lse = &lse_[tile.row * shape.n_heads];
     tile.first_job = list_.jobs.size();
-    part.store->AddJobs(query, list_);
+    try {
+      part.store->AddJobs(query, list_);
+    } catch (...) {  // rows that cannot be read are this sequence's misfortune alone
+      tile.item->failure = std::current_exception();
+      list_.jobs.erase(list_.jobs.begin() + static_cast<ptrdiff_t>(tile.first_job), list_.jobs.end());
+    }
     tile.n_jobs = list_.jobs.size() - tile.first_job;
     const std::span<AttentionJob> jobs = std::span(list_.jobs).subspan(tile.first_job);
     SetWindow(part, query.layer, tile.first, jobs, list_);

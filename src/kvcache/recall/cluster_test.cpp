@@ -16,8 +16,10 @@
 #include "base/error.h"
 #include "base/rng.h"
 #include "kernels/attention/attention.h"
+#include "kvcache/cache_batch.h"
 #include "kvcache/cache_config.h"
 #include "kvcache/recall/cluster_store.h"
+#include "kvcache/sequence_cache.h"
 
 namespace lesskv {
 namespace {
@@ -729,6 +731,63 @@ TEST(ClusterOffload, AFullDiskIsOneSentence) {
   EXPECT_TRUE(before.bytes == after.bytes);
   ASSERT_EQ(file.Step(50, true), memory.Step(50, true));
   ASSERT_EQ(file.Step(1, false), memory.Step(1, false));
+}
+
+// A file that cannot be read fails its own sequence; the others of the step go on, in the same bits as alone.
+TEST(ClusterOffload, AFileThatCannotBeReadFailsItsSequenceAlone) {
+  const Folder folder;
+  constexpr size_t kPrompt = 200, kKv = 2 * 32, kQ = 4 * 32, kLayers = 2;
+  const auto config = CacheConfig::Create(
+      CacheSpec::Parse(fmt::format("cluster(40, sinks=4, size=6, skip=0, offload=\"{}\")+f32", folder.path())),
+      CacheShape::Uniform(kLayers, 4, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
+  Rng rng(7);
+  const std::vector<float> k = Random(kPrompt * kKv, rng), v = Random(kPrompt * kKv, rng), q = Random(kPrompt * kQ, rng);
+  // All sequences of a step read the same tokens; outputs [layer][sequence][tokens].
+  const auto step = [&](std::vector<SequenceCache*> caches, size_t n, StepKind kind, CacheBatch& batch) {
+    for (SequenceCache* cache : caches) cache->BeginStep(n, kind);
+    batch.Start(caches);
+    const auto times = [&](const std::vector<float>& x, size_t width) {
+      std::vector<float> all;
+      for (size_t i = 0; i < caches.size(); ++i)
+        all.insert(all.end(), x.begin(), x.begin() + static_cast<std::ptrdiff_t>(n * width));
+      return all;
+    };
+    std::vector<std::vector<float>> outs;
+    for (size_t layer = 0; layer < kLayers; ++layer) {
+      outs.emplace_back(caches.size() * n * kQ);
+      batch.Append(layer, times(k, kKv).data(), times(v, kKv).data());
+      batch.Attend(layer, times(q, kQ).data(), outs.back().data());
+    }
+    for (size_t i = 0; i < caches.size(); ++i)
+      batch.failure(i) ? caches[i]->CancelStep() : caches[i]->EndStep();
+    return outs;
+  };
+  SequenceCache broken(config), sound(config), alone(config);
+  CacheBatch batch;
+  step({&broken}, kPrompt, StepKind::kPrompt, batch);
+  size_t n_files = 0;  // its file has no name
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    std::error_code gone;
+    const std::string target = std::filesystem::read_symlink(entry.path(), gone);
+    if (gone || !target.starts_with(folder.path())) continue;
+    ASSERT_EQ(ftruncate(std::stoi(entry.path().filename()), 0), 0);
+    ++n_files;
+  }
+  ASSERT_EQ(n_files, 1u);
+  step({&sound}, kPrompt, StepKind::kPrompt, batch);
+  step({&alone}, kPrompt, StepKind::kPrompt, batch);
+  const auto want = step({&alone}, 1, StepKind::kDecode, batch);
+  const auto got = step({&broken, &sound}, 1, StepKind::kDecode, batch);
+  for (size_t layer = 0; layer < kLayers; ++layer)
+    EXPECT_EQ(std::vector<float>(got[layer].begin() + kQ, got[layer].end()), want[layer]);
+  EXPECT_FALSE(batch.failure(1));
+  try {
+    ASSERT_TRUE(batch.failure(0));
+    std::rethrow_exception(batch.failure(0));
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kIo);
+    EXPECT_NE(std::string(error.what()).find("the file ends"), std::string::npos) << error.what();
+  }
 }
 
 TEST(ClusterSpec, IsRefusedWhereItMeansNothing) {
