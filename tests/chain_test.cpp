@@ -15,6 +15,7 @@
 #include "kernels/basic/cpu.h"
 #include "engine/engine.h"
 #include "engine/generate.h"
+#include "engine/session.h"
 #include "kernels/basic/basic.h"
 #include "kvcache/residual/sidecar.h"
 
@@ -280,6 +281,30 @@ TEST(Chain, CloneGoesOnLikeTheOriginal) {
   engine.Decode({{&original, text.subspan(20, 1), LogitsRows::kAll}}, a.Sink());
   engine.Decode({{&clone, text.subspan(20, 1), LogitsRows::kAll}}, b.Sink());
   EXPECT_EQ(a.logits, b.logits);
+}
+
+// A session holds the rows of offloaded clusters: it goes on with any folder, and names none.
+TEST(Chain, ASessionOfOffloadedClustersGoesOnInAnotherFolder) {
+  Engine engine = MakeEngine(TinyModel("qwen2-bias.gguf"));
+  const Golden golden = LoadGolden("qwen2-bias");
+  const std::span<const int32_t> text = golden.tokens;
+  const auto spec_in = [](const std::string& folder, size_t rows = 6) {
+    return CacheSpec::Parse(fmt::format("cluster({}, sinks=1, size=2, skip=0, offload=\"{}\")", rows, folder));
+  };
+  const std::string here = testing::TempDir(), there = here + "/session_test_folder";
+  std::filesystem::create_directories(there);
+  Sequence original(engine.MakeCacheConfig(spec_in(here)));
+  engine.Prefill({{&original, text.first(20)}});
+  const std::vector<std::byte> bytes = SessionBytes(engine, original, std::nullopt);
+  EXPECT_EQ(std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()).find(here), std::string::npos);
+  Session restored = ParseSession(bytes, "session", engine, spec_in(there), 0);
+  EXPECT_EQ(restored.sequence.tokens(), original.tokens());
+  Collector a(1), b(1);
+  engine.Decode({{&original, text.subspan(20, 1), LogitsRows::kAll}}, a.Sink());
+  engine.Decode({{&restored.sequence, text.subspan(20, 1), LogitsRows::kAll}}, b.Sink());
+  EXPECT_EQ(a.logits, b.logits);
+  EXPECT_THROW(ParseSession(bytes, "session", engine, spec_in(there, 7), 0), Error);
+  std::filesystem::remove_all(there);
 }
 
 TEST(Chain, EnginesOnTwoThreadsEqualEachAlone) {

@@ -3,6 +3,7 @@
 #include <xxhash.h>
 
 #include <cstring>
+#include <string_view>
 
 #include "base/atomic_file.h"
 #include "base/error.h"
@@ -48,6 +49,15 @@ void RequireSame(const std::string& path, const char* what, const std::string& s
     Fail(ErrorCode::kMismatch, "{}: the session was made with {} {}, this run has {}", path, what, saved, wanted);
 }
 
+std::string WithoutFolder(std::string spec) {
+  constexpr std::string_view kFolder = "offload=\"";
+  if (const size_t at = spec.find(kFolder); at != std::string::npos) {
+    const size_t begin = at + kFolder.size();
+    spec.erase(begin, spec.find('"', begin) - begin);
+  }
+  return spec;
+}
+
 // The file's bytes without magic and checksum, both checked.
 std::span<const std::byte> CheckedBody(const std::string& path, std::span<const std::byte> file) {
   if (file.size() < sizeof kMagic + kChecksumBytes || std::memcmp(file.data(), kMagic, sizeof kMagic) != 0)
@@ -76,10 +86,10 @@ Session Parse(std::span<const std::byte> bytes, const std::string& where, const 
   in.Get<uint32_t>();
   RequireSame(where, "the model with fingerprint", GetText(in, "the fingerprint's length"),
               engine.model().FingerprintText());
-  const std::string saved_spec = GetText(in, "the spec's length");
+  const std::string saved_spec = WithoutFolder(GetText(in, "the spec's length"));  // earlier files have it
   const uint64_t saved_ctx = in.Get<uint64_t>();
   std::shared_ptr<const CacheConfig> config = make_config(GetSpans(in));
-  RequireSame(where, "cache spec", saved_spec, config->spec_text());
+  RequireSame(where, "cache spec", saved_spec, WithoutFolder(config->spec_text()));
   RequireSame(where, "a context length of", std::to_string(saved_ctx), std::to_string(config->shape().ctx));
 
   const auto n_vocab = static_cast<int32_t>(engine.model().config().n_vocab);
@@ -100,6 +110,8 @@ Session Parse(std::span<const std::byte> bytes, const std::string& where, const 
 
 }  // namespace
 
+std::string SessionSpec(const CacheConfig& config) { return WithoutFolder(config.spec_text()); }
+
 std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequence,
                                     std::optional<int32_t> pending_token) {
   const CacheConfig& config = sequence.config();
@@ -107,7 +119,7 @@ std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequen
   out.Raw(kMagic, sizeof kMagic);
   out.Put<uint32_t>(kSessionVersion);
   PutText(out, engine.model().FingerprintText());
-  PutText(out, config.spec_text());
+  PutText(out, SessionSpec(config));
   out.Put<uint64_t>(config.shape().ctx);
   PutSpans(out, config.protect().spans());
   out.Put<int32_t>(pending_token.value_or(-1));

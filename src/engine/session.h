@@ -30,6 +30,9 @@ void SaveSession(const std::string& path, const Engine& engine, const Sequence& 
 // spans are the session's own. ctx = 0: the trained context.
 Session LoadSession(const std::string& path, const Engine& engine, const CacheSpec& spec, size_t ctx);
 
+// The cache spec as sessions have it: without the folder of offloaded clusters, whose rows lie in the session itself.
+std::string SessionSpec(const CacheConfig& config);
+
 // The same bytes where they lie elsewhere than in a file. Errors name it `where`. `config` has the cache spec and the
 // context length, and the trained parts: no sidecar is read.
 std::vector<std::byte> SessionBytes(const Engine& engine, const Sequence& sequence,

@@ -34,7 +34,7 @@ class TokenHash {
 
 // What must be the same beside the first n tokens.
 uint64_t SettingHash(const std::string& fingerprint, const CacheConfig& config, size_t n) {
-  std::string text = fmt::format("{}\n{}\n{}\n", fingerprint, config.spec_text(), config.shape().ctx);
+  std::string text = fmt::format("{}\n{}\n{}\n", fingerprint, SessionSpec(config), config.shape().ctx);
   if (!NeverEvicts(config))
     for (const ProtectedSpan& span : SpansBefore(config.protect(), n))
       text += fmt::format("{}-{},", span.begin, span.end);
