@@ -266,7 +266,9 @@ TEST_F(Seams, LocalLayersAreExemptFromTheSpec) {
   const TempSidecar maps(one);
   Text alone = text_;
   for (auto* x : {&alone.q, &alone.k, &alone.v}) *x = {(*x)[1]};
-  for (const std::string spec : {"h2o(12)+less", "tova(12)+pyramid", "snapkv(14, window=4)", "window(12)+prefill(chunk=7)"}) {
+  for (const std::string spec : {"h2o(12)+less", "tova(12)+pyramid", "snapkv(14, window=4)", "window(12)+prefill(chunk=7)",
+                                 "h2o(12)+zigzag+ada", "snapkv(14, window=4)+pooled", "kvzap(12)", "kvzap(12, scope=layer)", "h2o(12)+split(3)",
+                                 "cluster(14, sinks=3, size=4, every=9, add=3, skip=0)"}) {
     SCOPED_TRACE(spec);
     const auto config = CacheConfig::Create(CacheSpec::Parse(spec), mixed, {}, maps.source());
     SequenceCache a(config), b(CacheConfig::Create(CacheSpec::Parse(spec), global, {}, maps.source()));
