@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "base/error.h"
@@ -158,13 +159,17 @@ void AddScores(Json& row, const RulerOptions& options, const Scores& scores, std
     row[fmt::format("score_{}_se", Name(options.kinds[k]))] = mean.StandardError();
   }
   row["tasks_averaged"] = Json::array();
-  std::vector<double> all;
+  // Tasks are given, not drawn: how they differ is no error of their average.
+  double sum = 0, variance = 0;
   for (const size_t k : averaged) {
+    const ClusteredMean mean = MeanOf(scores[k]);
     row["tasks_averaged"].push_back(Name(options.kinds[k]));
-    all.insert(all.end(), scores[k].begin(), scores[k].end());
+    sum += mean.Mean();
+    variance += mean.StandardError() * mean.StandardError();
   }
-  row["average"] = MeanOf(all).Mean();
-  row["average_se"] = MeanOf(all).StandardError();
+  const auto n = static_cast<double>(averaged.size());
+  row["average"] = averaged.empty() ? kNotANumber : sum / n;
+  row["average_se"] = averaged.empty() ? kNotANumber : std::sqrt(variance) / n;
 }
 
 void CheckOptions(const EvalSetup& setup, RulerOptions& options) {

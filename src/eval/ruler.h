@@ -23,9 +23,10 @@ struct RulerOptions {
   static constexpr size_t kAnswerRoom = 128;  // the most that AnswerTokens is
 };
 
-// One row a subject: length, ask, samples (of each task), score_TASK and score_TASK_se in [0, 1], tasks_averaged and average (with
-// average_se, over all their samples): of the tasks on which the full cache reaches half, where it is among the subjects, else of all.
-// Answers are greedy, of at most AnswerTokens; they end early where more cannot change the score. All caches get the same documents.
+// One row a subject: length, ask, samples (of each task), score_TASK and score_TASK_se in [0, 1], tasks_averaged and average
+// (with average_se, of other documents for the same tasks): of those on which the full cache reaches half, where it is among
+// the subjects, else of all. Answers are greedy, of at most AnswerTokens; they end early where more cannot change the score.
+// All caches get the same documents.
 // Throws Error where a length does not fit the context or a task does not fit a length.
 Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& options);
 

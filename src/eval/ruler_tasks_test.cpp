@@ -239,6 +239,20 @@ TEST(RulerTest, TasksThatTheFullCacheFailsAreNotAveraged) {
   EXPECT_EQ(Evaluate({"window(12)"}, {.kinds = {RulerKind::kFrequent, RulerKind::kVariables}, .samples = 2}).rows[0].at("tasks_averaged").size(), 2u);
 }
 
+// Tasks that differ add nothing to the error of their average: of two, one right half the time and one never, it is half of the
+// first one's error.
+TEST(RulerTest, TheAverageErrsByWhatItsTasksErr) {
+  RulerOptions options{.kinds = {RulerKind::kQuestion1, RulerKind::kQuestion2}, .samples = 8, .questions = Questions()};
+  for (size_t i = 0; i < options.questions.size(); ++i)
+    options.questions[i].answers = {i < 40 && i % 2 == 0 ? " " : "what no text has"};
+  const Json row = Evaluate({"window(12)"}, options).rows[0];
+  const double error = row.at("score_qa_1_se").get<double>();
+  EXPECT_GT(error, 0);
+  EXPECT_EQ(row.at("score_qa_2"), 0);
+  EXPECT_DOUBLE_EQ(row.at("average").get<double>(), row.at("score_qa_1").get<double>() / 2);
+  EXPECT_DOUBLE_EQ(row.at("average_se").get<double>(), error / 2);
+}
+
 TEST(RulerTest, RefusesALengthThatLeavesNoRoomForAnswers) {
   EXPECT_THROW(EvaluateRuler(Bundled().Setup({"full"}, 300), {.kinds = {RulerKind::kSingle1}, .length = 200}), Error);
   EXPECT_THROW(EvaluateRuler(Bundled().Setup({"full"}, 300), {}), Error);
