@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -30,9 +31,8 @@ struct Candidate {
 
 // A head's rows that nothing but their votes can keep.
 std::vector<Candidate> CandidatesOf(const LayerRows& layer, const HeadRows& head, uint32_t number) {
-  const auto usable = [](float vote) { return std::isfinite(vote) ? static_cast<double>(vote) : 0.0; };
   double sum = 0;
-  for (const float vote : head.votes) sum += usable(vote);
+  for (const float vote : head.votes) sum += std::isfinite(vote) ? static_cast<double>(vote) : 0.0;
   const double scale = layer.votes_accumulate && sum > 0 ? 1 / sum : 1;
   const auto recent = static_cast<int32_t>(layer.window - std::min(layer.window, layer.sinks));
   std::vector<Candidate> candidates;
@@ -40,7 +40,9 @@ std::vector<Candidate> CandidatesOf(const LayerRows& layer, const HeadRows& head
     const int32_t p = ToInt(head.positions[r]);
     const bool kept = p < static_cast<int32_t>(layer.sinks) || p >= static_cast<int32_t>(layer.tokens_seen) - recent ||
                       layer.protect->Contains(head.positions[r]);
-    if (!kept) candidates.push_back({usable(head.votes[r]) * scale, number, p});
+    // Not-a-number is below every number here, too: scores may be logarithms, below 0.
+    const double vote = std::isnan(head.votes[r]) ? -std::numeric_limits<double>::infinity() : static_cast<double>(head.votes[r]);
+    if (!kept) candidates.push_back({vote * scale, number, p});
   }
   return candidates;
 }

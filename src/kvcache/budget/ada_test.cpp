@@ -79,6 +79,13 @@ TEST(Ada, NothingChangesWhereNothingLeaves) {
   EXPECT_EQ(Divide({{.9f}, {.4f}}, 5, 0.2), (Rows{5, 5}));
 }
 
+// Scores may be logarithms: what is none is worse than all of them.
+TEST(Ada, NotANumberIsBelowEveryNumber) {
+  const float none = std::nanf("");
+  EXPECT_EQ(Divide({{-3, none, -5}, {-4, -4, -4}}, 2, 0), (Rows{1, 3}));
+  EXPECT_EQ(Divide({{none, none, none}, {-4, -4, -4}}, 2, 0.5), (Rows{1, 3}));
+}
+
 TEST(Ada, SumsAreExactAndFloorsHold) {
   Rng rng(5);
   for (int i = 0; i < 2000; ++i) {
