@@ -15,26 +15,26 @@ CropSource::CropSource(const Tokenizer& tokenizer, const std::vector<std::string
   if (total_ == 0) Fail(ErrorCode::kInvalidArgument, "train: no text to train on (--text)");
 }
 
-std::vector<int32_t> CropSource::Crop(uint64_t seed, size_t n_tokens) const {
+std::vector<int32_t> CropSource::Crop(uint64_t seed, size_t n_tokens, bool begins) const {
   Rng rng(seed);
   constexpr int kTries = 64;
   for (int i = 0; i < kTries; ++i) {
     uint64_t at = rng.Below(total_);
     size_t file = 0;
     while (at >= files_[file].bytes().size()) at -= files_[file++].bytes().size();
-    std::vector<int32_t> ids = CropAt(files_[file], at, n_tokens);
+    std::vector<int32_t> ids = CropAt(files_[file], at, n_tokens, begins);
     if (ids.size() == n_tokens) return ids;
   }
   Fail(ErrorCode::kInvalidArgument, "train: the texts hold no stretch of {} tokens", n_tokens);
 }
 
-std::vector<int32_t> CropSource::CropAt(const MappedFile& file, uint64_t at, size_t n_tokens) const {
+std::vector<int32_t> CropSource::CropAt(const MappedFile& file, uint64_t at, size_t n_tokens, bool begins) const {
   constexpr size_t kBytesPerToken = 12;  // enough in one go for nearly any text
   const auto bytes = file.bytes();
   while (at < bytes.size() && at > 0 && bytes[at - 1] != std::byte{'\n'} && bytes[at - 1] != std::byte{' '}) ++at;
   const size_t n = std::min<size_t>(bytes.size() - at, n_tokens * kBytesPerToken);
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + at, n);
-  std::vector<int32_t> ids = tokenizer_.Encode(text, tokenizer_.add_bos(), false);
+  std::vector<int32_t> ids = tokenizer_.Encode(text, begins && tokenizer_.add_bos(), false);
   if (ids.size() > n_tokens) ids.resize(n_tokens);
   return ids;
 }

@@ -18,11 +18,12 @@ class CropSource {
   // Throws Error when there is no file, or one that cannot be read.
   CropSource(const Tokenizer& tokenizer, const std::vector<std::string>& paths);
 
-  // Throws Error when the files hold no stretch of so many tokens.
-  std::vector<int32_t> Crop(uint64_t seed, size_t n_tokens) const;
+  // Behind BOS where the vocabulary wants one and the crop begins what the model reads. Throws Error when the files hold no
+  // stretch of so many tokens.
+  std::vector<int32_t> Crop(uint64_t seed, size_t n_tokens, bool begins = true) const;
 
  private:
-  std::vector<int32_t> CropAt(const MappedFile& file, uint64_t at, size_t n_tokens) const;
+  std::vector<int32_t> CropAt(const MappedFile& file, uint64_t at, size_t n_tokens, bool begins) const;
 
   const Tokenizer& tokenizer_;
   std::vector<MappedFile> files_;

@@ -143,7 +143,11 @@ float LogLength(float length) { return std::log(std::max(length, std::numeric_li
 RepeatFrame MakeRepeatFrame(const Model& model, const Tokenizer& tokenizer) {
   constexpr const char* kKey = "tokenizer.chat_template";
   const std::string jinja = model.file().Find(kKey) == nullptr ? "" : model.file().Get<std::string>(kKey);
-  if (!RecogniseChatFormat(jinja)) return {{}, tokenizer.Encode("\n", false, false, false)};
+  if (!RecogniseChatFormat(jinja)) {
+    RepeatFrame frame{{}, tokenizer.Encode("\n", false, false, false)};
+    if (tokenizer.add_bos()) frame.before.push_back(tokenizer.bos());
+    return frame;
+  }
   const ChatTemplate chat = ChatTemplate::Choose("", jinja, tokenizer, model.file().name());
   // The text itself is tokens already: the question is cut where it stands.
   const std::string text = "\x01", asked = text + "\n\nRepeat the previous context exactly.";

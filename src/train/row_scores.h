@@ -28,7 +28,7 @@ struct RepeatFrame {
 };
 
 // A model with a chat template is asked to repeat the text, and the second copy is its answer; without one a line break
-// lies between the copies.
+// lies between the copies. BOS, where the vocabulary wants one, is in front of all, so that the text has none of its own.
 RepeatFrame MakeRepeatFrame(const Model& model, const Tokenizer& tokenizer);
 
 RowScores MeasureRows(const Engine& engine, const std::vector<int32_t>& text, const RepeatFrame& frame,

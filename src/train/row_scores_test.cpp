@@ -234,13 +234,16 @@ TEST(RowScores, TheTextIsRepeatedAsTheModelWouldBeAsked) {
   const auto plain = Model::Load(path);
   const auto tokenizer = Tokenizer::Create(LoadVocabulary(plain->file()));
   const auto text = [&](const std::vector<int32_t>& ids) { return tokenizer->Decode(ids, false); };
-  EXPECT_TRUE(MakeRepeatFrame(*plain, *tokenizer).before.empty());
+  ASSERT_TRUE(tokenizer->add_bos());
+  EXPECT_EQ(MakeRepeatFrame(*plain, *tokenizer).before, std::vector<int32_t>{tokenizer->bos()});
   EXPECT_EQ(text(MakeRepeatFrame(*plain, *tokenizer).between), "\n");
   const auto chat = Changed(path, "", 1,
                             "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
                             "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' "
                             "}}{% endif %}");
   const RepeatFrame frame = MakeRepeatFrame(*chat, *tokenizer);
+  EXPECT_EQ(frame.before[0], tokenizer->bos());
+  EXPECT_EQ(std::count(frame.before.begin(), frame.before.end(), tokenizer->bos()), 1);
   EXPECT_TRUE(text(frame.before).ends_with("<|im_start|>user\n")) << text(frame.before);
   EXPECT_EQ(text(frame.between),
             "\n\nRepeat the previous context exactly.<|im_end|>\n<|im_start|>assistant\n");

@@ -77,7 +77,7 @@ TrainBudgetsReport TrainBudgets(const Engine& engine, const Tokenizer& tokenizer
   for (size_t s = 0; s < options.sequences; ++s) {
     if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "stopped");
     const std::vector<float> shares =
-        SharesOf(MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens), frame).scores, options.ratios);
+        SharesOf(MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens, false), frame).scores, options.ratios);
     std::vector<float>& half = halves[s < (options.sequences + 1) / 2 ? 0 : 1];
     half.resize(shares.size());
     Add(half.data(), shares.data(), shares.size());

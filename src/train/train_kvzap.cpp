@@ -124,7 +124,7 @@ TrainKvzapReport TrainKvzap(const Engine& engine, const Tokenizer& tokenizer, co
   const size_t step = CeilDiv(scores.tokens, kQuantileRows);
   for (size_t s = 0; s < options.sequences; ++s) {
     if (stop != nullptr && *stop) Fail(ErrorCode::kRuntime, "stopped");
-    const RowScores text = MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens), frame, true);
+    const RowScores text = MeasureRows(engine, crops.Crop(MixSeed(options.seed, s), options.tokens, false), frame, true);
     AddText(text, scores.n_kv_heads, s % layers[0].size(), layers);
     KeepInputs(text, scores.width, step, kept);
     progress(static_cast<double>(s + 1) / static_cast<double>(options.sequences));

@@ -29,7 +29,7 @@ TEST(TrainKvzap, QuantilesAreThoseOfTheScores) {
   const CropSource crops(*tokenizer, options.texts);
   std::vector<std::vector<float>> scores(s.bias.size());
   for (size_t text = 0; text < options.sequences; ++text) {
-    const RowScores rows = MeasureRows(engine, crops.Crop(MixSeed(options.seed, text), options.tokens),
+    const RowScores rows = MeasureRows(engine, crops.Crop(MixSeed(options.seed, text), options.tokens, false),
                                        MakeRepeatFrame(*model, *tokenizer), true);
     for (size_t l = 0, head = 0; l < s.n_kv_heads.size(); ++l)
       for (size_t h = 0; h < s.n_kv_heads[l]; ++h, ++head)
