@@ -62,6 +62,7 @@ std::string RowsText(const Method& method, std::string_view example) {
   const auto selector = method.make_selector(Arguments(method.parameters, term), {{}, 4096, ComputeType::kF32, no_sidecar});
   if (!selector->Evicts()) return "all tokens seen";
   if (selector->SaysHowMany()) return "a number of each head's own that depends on the text";
+  if (TraitsOf(term).divides_rows) return "a fixed number on average, which all heads share at a prompt's end";
   if (selector->Bounded()) return "a fixed number";
   return selector->EvictsIn(StepKind::kDecode) ? "a number that grows with the text" : "a fixed number of a prompt, and all generated ones";
 }
