@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <functional>
 
@@ -173,6 +174,23 @@ TEST_F(Kvzap, RowsGoToTheBestScoresOfTheModel) {
 TEST_F(Kvzap, RowsGoToTheBestScoresOfALayer) {
   EXPECT_EQ(Held(Config("kvzap(4, scope=layer, window=1, sinks=0)+f32"), kInputs, {8}, StepKind::kPrompt),
             (Rows{{7}, {1, 2, 3, 4, 5, 6, 7}, {4, 5, 6, 7}, {0, 1, 2, 7}}));
+}
+
+// Scores of a layer that rise by as much everywhere, as by twice its output projection, change nothing inside it: only what
+// layers take from each other.
+TEST_F(Kvzap, WhatALayerAddsEverywhereCountsBetweenLayersAlone) {
+  Rng rng(6);
+  std::vector<float> x(40 * 3);
+  for (float& value : x) value = rng.Normal();
+  const auto held = [&](const char* scope, float more) {
+    sidecar_.scores.bias = {0, 0.25f, more, 0.5f + more};
+    WriteSidecar(path_, sidecar_);
+    return Held(Config(fmt::format("kvzap(9, scope={}, window=2, sinks=1)+f32", scope)), x, {40}, StepKind::kPrompt);
+  };
+  for (const char* scope : {"head", "layer"}) EXPECT_EQ(held(scope, std::log(2.0f)), held(scope, 0)) << scope;
+  const Rows before = held("model", 0), after = held("model", std::log(2.0f));
+  const auto of_first_layer = [](const Rows& rows) { return rows[0].size() + rows[1].size(); };
+  EXPECT_LT(of_first_layer(after), of_first_layer(before));
 }
 
 // Two layers of one head, four rows in all; the layers' own best two, where they are as good, and three of one layer.
