@@ -2,10 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <set>
 
 #include "base/error.h"
 #include "cache_harness.h"
+#include "kvcache/budget/zigzag.h"
 
 namespace lesskv {
 namespace {
@@ -210,6 +213,50 @@ TEST(RaggedBudgets, ZigzagThatDividesNothingIsTheSelector) {
   const auto held = AllResident(cache, kShape);
   EXPECT_NE(held[0].size(), held[2 * (kShape.n_layers - 1)].size());
   EXPECT_EQ(held[0].size(), held[1].size());
+}
+
+// Keys that hold 0.9 of what the last 32 queries give, mean over the query heads: attention by its definition, in double.
+double NeedOf(const TinyShape& shape, const Text& text, size_t layer, size_t n) {
+  const size_t d = shape.head_dim, first = n - std::min<size_t>(n, 32);
+  double keys = 0;
+  for (size_t head = 0; head < shape.n_heads; ++head) {
+    std::vector<double> received(n);
+    std::vector<std::vector<double>> k(n);
+    for (size_t t = 0; t < n; ++t) k[t] = Rotated(shape, &text.k[layer][(t * shape.n_kv_heads + head / shape.group()) * d], t);
+    for (size_t i = first; i < n; ++i) {
+      const std::vector<double> q = Rotated(shape, &text.q[layer][(i * shape.n_heads + head) * d], i);
+      std::vector<double> weight(i + 1);
+      double sum = 0;
+      for (size_t t = 0; t <= i; ++t)
+        sum += weight[t] = std::exp(std::inner_product(q.begin(), q.end(), k[t].begin(), 0.0) / std::sqrt(static_cast<double>(d)));
+      for (size_t t = 0; t <= i; ++t) received[t] += weight[t] / sum / static_cast<double>(n - first);
+    }
+    std::sort(received.rbegin(), received.rend());
+    double held = 0;
+    for (size_t t = 0; held < 0.9 - 1e-6; ++t, ++keys) held += received[t];
+  }
+  return keys / static_cast<double>(shape.n_heads);
+}
+
+// Budgets come from what really was attended, also where the last queries cross tiles.
+TEST(RaggedBudgets, ZigzagMeasuresTheLastQueriesOfEachQueryHead) {
+  TinyShape shape = kShape;
+  shape.ctx = 1200;
+  Text text = RandomText(shape, 1100, 38, 0.6f);
+  for (size_t l = 0; l < shape.n_layers; ++l)
+    for (float& x : text.k[l]) x *= 0.5f * std::pow(3.0f, static_cast<float>(l));
+  const TempSidecar sidecar(shape);
+  for (const auto& [rows, n] : {std::pair<size_t, size_t>{48, 300}, {48, 512}, {48, 530}, {100, 1100}}) {
+    SCOPED_TRACE(n);
+    std::vector<double> needs;
+    for (size_t l = 0; l < shape.n_layers; ++l) needs.push_back(NeedOf(shape, text, l, n));
+    const std::vector<size_t> want = ZigzagRows(needs, rows, std::min<size_t>(32, rows / 2), 0.2, n);
+    ASSERT_GT(want[0], want[3] + 4);
+    SequenceCache cache(MakeConfig("snapkv(" + std::to_string(rows) + ")+zigzag+f32", shape, sidecar));
+    Live(cache, text, 0, {n, StepKind::kPrompt});
+    for (size_t l = 0; l < shape.n_layers; ++l)
+      EXPECT_NEAR(static_cast<double>(Resident(cache, l, 0).size()), static_cast<double>(want[l]), 1) << "layer " << l;
+  }
 }
 
 // A short prompt behind a long one divides what is there: as many rows leave as tokens came, none beside them. Budgets that
