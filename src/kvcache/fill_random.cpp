@@ -167,7 +167,9 @@ struct SequenceCache::RandomFill {
 
   void Run() {
     for (size_t done = 0; done < most_rows; done += step_rows) Step(done, std::min(step_rows, most_rows - done));
-    if (evicts && kind == StepKind::kStream) {  // a chunk's staging area stays until the next step
+    // A chunk's staging area stays until the next step; where a head keeps all, the last step was that chunk.
+    const bool was_chunk = most_rows == n_tokens && (n_tokens - 1) % step_rows + 1 == last_chunk;
+    if (evicts && kind == StepKind::kStream && !was_chunk) {
       part.store->Reserve({last_chunk, true, false, false, part.budgets, policy.selector->SaysHowMany()});
       part.store->EndStep();
     }

@@ -41,7 +41,9 @@ const char* const kSpecs[] = {"full",
                               "window(40, sinks=4, positions=cache)",
                               "snapkv(40, window=8)",
                               "snapkv(40, window=8)+q4",
-                              "snapkv(40, window=8)+pyramid"};
+                              "snapkv(40, window=8)+pyramid",
+                              "snapkv(40, window=8)+pyramid+prefill(chunk=48)",
+                              "snapkv(350, window=8)+pyramid+prefill(chunk=30)"};
 
 TEST(FillRandom, BytesAndRowsAreThePlans) {
   for (const char* spec : kSpecs) {
