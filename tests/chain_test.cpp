@@ -297,13 +297,13 @@ TEST(Chain, ASessionOfOffloadedClustersGoesOnInAnotherFolder) {
   engine.Prefill({{&original, text.first(20)}});
   const std::vector<std::byte> bytes = SessionBytes(engine, original, std::nullopt);
   EXPECT_EQ(std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()).find(here), std::string::npos);
-  Session restored = ParseSession(bytes, "session", engine, spec_in(there), 0);
+  Session restored = ParseSession(bytes, "session", engine, *engine.MakeCacheConfig(spec_in(there)));
   EXPECT_EQ(restored.sequence.tokens(), original.tokens());
   Collector a(1), b(1);
   engine.Decode({{&original, text.subspan(20, 1), LogitsRows::kAll}}, a.Sink());
   engine.Decode({{&restored.sequence, text.subspan(20, 1), LogitsRows::kAll}}, b.Sink());
   EXPECT_EQ(a.logits, b.logits);
-  EXPECT_THROW(ParseSession(bytes, "session", engine, spec_in(there, 7), 0), Error);
+  EXPECT_THROW(ParseSession(bytes, "session", engine, *engine.MakeCacheConfig(spec_in(there, 7))), Error);
   std::filesystem::remove_all(there);
 }
 
