@@ -83,8 +83,10 @@ TEST_F(ReuseTest, WhatBecomesOfTheSidecarsFileDoesNotMatter) {
   start();
   Streamed alone(engine_, *tokenizer_, spec);
   std::vector<int32_t> prompt = Ids("the tea and the sea and the tea again");
-  const auto ask = [&] {  // and something else, so that what is idle is this
+  const auto ask = [&] {  // and something else, so that what is idle is this, once the store has the first
+    const uint64_t before = store_->Metrics().saved;
     const Json answer = Ask(prompt);
+    EXPECT_TRUE(Soon([&] { return store_->Metrics().saved > before; }));
     Ask(Ids("x"), {{"kv_policy", "window(24)"}});
     return answer;
   };
