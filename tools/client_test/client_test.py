@@ -152,8 +152,10 @@ def test_responses(client):
 def test_errors(server, client):
     error = raises(openai.BadRequestError, lambda: client.chat.completions.create(**{**CHAT, "temperature": -1}))
     assert error.param == "temperature" and error.type == "invalid_request_error" and error.code is None, error.body
-    error = raises(openai.BadRequestError, lambda: client.chat.completions.create(**CHAT, tools=[]))
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    error = raises(openai.BadRequestError, lambda: client.chat.completions.create(**CHAT, tools=[tool]))
     assert error.param == "tools" and "models call no tools here" in error.message
+    assert client.chat.completions.create(**CHAT, tools=[], store=False).choices[0].message.content is not None
     long = [{"role": "user", "content": "the sea " * 600}]
     error = raises(openai.BadRequestError, lambda: client.chat.completions.create(**{**CHAT, "messages": long}))
     assert error.code == "context_length_exceeded" and error.param == "messages", error.body
