@@ -18,7 +18,8 @@ namespace lesskv {
 ClusterFile::ClusterFile(std::string folder) : folder_(std::move(folder)) {
   std::string name = folder_ + "/lesskv-clusters-XXXXXX";
   file_ = mkostemp(name.data(), O_CLOEXEC);
-  if (file_ < 0) FailIo("make a file for", 0, errno);
+  if (file_ < 0)
+    Fail(ErrorCode::kIo, "the folder {} of offloaded clusters: cannot make a file there: {}", folder_, std::strerror(errno));
   unlink(name.c_str());
 }
 
