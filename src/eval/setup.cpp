@@ -48,12 +48,6 @@ size_t EvalSetup::BatchSize(std::span<const size_t> group, size_t n_prompt, size
   return std::clamp(kBatchBytes / bytes, size_t{1}, std::max(batch, size_t{1}));
 }
 
-size_t EvalSetup::BatchSize(size_t n_prompt, size_t n_decode) const {
-  size_t n = std::max(batch, size_t{1});
-  for (size_t s = 0; s < subjects.size(); ++s) n = std::min(n, BatchSize({&s, 1}, n_prompt, n_decode));
-  return n;
-}
-
 void AddPrompt(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, LogitsRows logits,
                std::vector<StepItem>& items) {
   for (size_t i = 0; i < sequences.size(); ++i) {

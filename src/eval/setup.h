@@ -51,8 +51,6 @@ struct EvalSetup {
   // How many texts to run together so that the caches of one batch, one of every subject in the group a text, stay below
   // kBatchBytes by their plans.
   size_t BatchSize(std::span<const size_t> group, size_t n_prompt, size_t n_decode) const;
-  // The same where subjects run one after the other: by the largest.
-  size_t BatchSize(size_t n_prompt, size_t n_decode) const;
   static constexpr size_t kBatchBytes = size_t{1} << 30;
 };
 
