@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "base/aligned.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "base/plain_read.h"
@@ -112,7 +113,7 @@ double NormalizedError(const std::vector<float>& expected, const std::vector<flo
   return error / power;
 }
 
-void Verify(const Weights& w, size_t n_tokens, const std::vector<float>& x, ComputeType compute, double bound) {
+void Verify(const Weights& w, size_t n_tokens, std::span<const float> x, ComputeType compute, double bound) {
   WeightView view = w.matrices[0];
   view.n_out = 32;
   const Isa isa = ActiveIsa();
@@ -152,7 +153,7 @@ struct Times {
 void BenchType(DType type, const Options& options) {
   const Weights w = MakeWeights(type, options.layers);
   for (size_t n_tokens : options.tokens) {
-    std::vector<float> x(n_tokens * 8192), y(n_tokens * 8192);
+    AlignedVector<float> x(n_tokens * 8192), y(n_tokens * 8192);
     Rng rng(2);
     for (float& v : x) v = rng.Normal();
     Verify(w, n_tokens, x, options.compute, 1e-6);

@@ -181,9 +181,9 @@ size_t ForwardWorkspace::Bytes(const ModelConfig& c, size_t n_rows) {
 
 void ForwardWorkspace::Reserve(const ModelConfig& c, size_t n_rows) {
   const size_t tile = std::min(n_rows, kTileTokens);
-  const auto grow = [](std::vector<float>& buffer, size_t size) {
+  const auto grow = [](AlignedVector<float>& buffer, size_t size) {
     if (buffer.size() >= size) return;
-    std::vector<float>().swap(buffer);  // the old content is not needed: free it before asking for more
+    AlignedVector<float>().swap(buffer);  // the old content is not needed: free it before asking for more
     buffer.resize(size);
   };
   try {

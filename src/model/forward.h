@@ -12,6 +12,7 @@
 #include <span>
 #include <vector>
 
+#include "base/aligned.h"
 #include "kvcache/kv_cache.h"
 #include "model/model.h"
 
@@ -22,12 +23,12 @@ inline constexpr size_t kLogitsTile = 64;  // a vocabulary of 150 thousand then 
 
 // Buffers of the forward pass, grown to the largest step so far and reused. f32, row-major, rows in the order of the tokens.
 struct ForwardWorkspace {
-  std::vector<float> x;          // [n, d_model] the residual stream; after Forward the last layer's output, not normed
-  std::vector<float> q, out;     // [n, q_dim]
-  std::vector<float> k, v;       // [n, kv_dim]
-  std::vector<float> h;          // [tile, d_model]
-  std::vector<float> gate, up;   // [tile, d_ffn]
-  std::vector<float> logits;     // [kLogitsTile, n_vocab]
+  AlignedVector<float> x;          // [n, d_model] the residual stream; after Forward the last layer's output, not normed
+  AlignedVector<float> q, out;     // [n, q_dim]
+  AlignedVector<float> k, v;       // [n, kv_dim]
+  AlignedVector<float> h;          // [tile, d_model]
+  AlignedVector<float> gate, up;   // [tile, d_ffn]
+  AlignedVector<float> logits;     // [kLogitsTile, n_vocab]
 
   static size_t Bytes(const ModelConfig& config, size_t n_rows);
   // Throws Error kOutOfMemory when the buffers cannot be had.

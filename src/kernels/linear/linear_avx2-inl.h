@@ -5,10 +5,9 @@
 
 #include <immintrin.h>
 
-#include <utility>
-
 #include "kernels/linear/linear_kernels.h"
 #include "kernels/linear/linear_rounding-inl.h"
+#include "kernels/linear/unrolled-inl.h"
 #include "kernels/quants/code_tables.h"
 
 namespace lesskv::internal {
@@ -30,15 +29,6 @@ inline float HalfAt(const uint8_t* p) { return _cvtsh_ss(Load16(p)); }
 
 inline __m256i Load32Bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m128i Load16Bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-
-// Calls f with 0, 1, ... kN - 1 as constants, so that arrays they index stay in registers whatever f holds.
-template <size_t kN, typename F>
-__attribute__((always_inline)) inline void Unrolled(F&& f) {
-  [&]<size_t... kI>(std::index_sequence<kI...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<size_t, kI>{}), ...);
-  }
-  (std::make_index_sequence<kN>{});
-}
 
 // --- x[i] = scale[i] * code[i] + offset, codes as signed bytes ---
 

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 
 #include "kernels/linear/linear_avx2-inl.h"
+#include "kernels/linear/linear_floats-inl.h"
 #include "kernels/linear/linear_kernels.h"
 
 namespace lesskv::internal {
@@ -41,55 +42,38 @@ struct Unpacker {
   }
 };
 
-template <typename Eight, typename One, typename Sink>
-inline Sink UnpackFloats(size_t n, const Eight& eight, const One& one, Sink sink) {
-  size_t i = 0;
-  for (; i + 32 <= n; i += 32) sink.Put(i, eight(i), eight(i + 8), eight(i + 16), eight(i + 24));
-  if (i == n) return sink;
-  alignas(32) float last[32] = {};
-  for (size_t j = i; j < n; ++j) last[j - i] = one(j);
-  sink.PutTail(i, last, n - i);
-  return sink;
-}
-
-template <>
-struct Unpacker<DType::kF32> {
-  template <typename Sink>
-  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
-    const auto one = [row](size_t i) {
-      float value;
-      __builtin_memcpy(&value, row + i * 4, 4);
-      return value;
-    };
-    return UnpackFloats(
-        n, [row](size_t i) { return _mm256_castsi256_ps(Load32Bytes(row + i * 4)); }, one, sink);
+struct Floats256 {
+  using Vec = __m256;
+  static constexpr size_t kLanes = 8, kMostTokens = 4;
+  static constexpr size_t Rows(size_t tokens) { return tokens <= 2 ? 4 : 2; }
+  static Vec Zero() { return _mm256_setzero_ps(); }
+  static Vec Load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vec AddProduct(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static float Sum(Vec v) { return SumLanes(v); }
+  template <DType kType>
+  static Vec LoadRow(const uint8_t* row, size_t i) {
+    if constexpr (kType == DType::kF32) return _mm256_castsi256_ps(Load32Bytes(row + i * 4));
+    const __m128i halves = Load16Bytes(row + i * 2);
+    if constexpr (kType == DType::kF16) return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
 };
 
-template <>
-struct Unpacker<DType::kF16> {
+template <DType kType>
+  requires(IsFloat(kType))
+struct Unpacker<kType> {
   template <typename Sink>
   static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
-    return UnpackFloats(
-        n, [row](size_t i) { return _mm256_cvtph_ps(Load16Bytes(row + i * 2)); },
-        [row](size_t i) { return HalfAt(row + i * 2); }, sink);
-  }
-};
-
-template <>
-struct Unpacker<DType::kBF16> {
-  template <typename Sink>
-  static inline Sink Row(const uint8_t* row, size_t n, Sink sink) {
-    const auto eight = [row](size_t i) {
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(Load16Bytes(row + i * 2)), 16));
-    };
-    const auto one = [row](size_t i) {
-      const uint32_t bits = static_cast<uint32_t>(Load16(row + i * 2)) << 16;
-      float value;
-      __builtin_memcpy(&value, &bits, 4);
-      return value;
-    };
-    return UnpackFloats(n, eight, one, sink);
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      sink.Put(i, Floats256::LoadRow<kType>(row, i), Floats256::LoadRow<kType>(row, i + 8),
+               Floats256::LoadRow<kType>(row, i + 16), Floats256::LoadRow<kType>(row, i + 24));
+    }
+    if (i == n) return sink;
+    alignas(32) float last[32];
+    for (size_t j = i; j < n; j += 8) _mm256_store_ps(last + (j - i), LoadSome<Floats256, kType>(row, j, n - j));
+    sink.PutTail(i, last, n - i);
+    return sink;
   }
 };
 
@@ -147,16 +131,6 @@ struct DotSink {
       acc[t][1] = _mm256_fmadd_ps(d, _mm256_loadu_ps(row + 24), acc[t][1]);
     }
   }
-  inline void PutTail(size_t i, const float* last, size_t count) {
-#pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) {
-      alignas(32) float padded[32] = {};
-      __builtin_memcpy(padded, x + t * x_stride + i, count * sizeof(float));
-      for (size_t j = 0; j < 32; j += 8) {
-        acc[t][0] = _mm256_fmadd_ps(_mm256_load_ps(last + j), _mm256_load_ps(padded + j), acc[t][0]);
-      }
-    }
-  }
 };
 
 template <DType kType, size_t kTokens>
@@ -204,9 +178,13 @@ inline void ByRow(const RowBlock& block, size_t n_tokens, const Some& some) {
 
 void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
   SwitchType(block.type, [&]<DType kType>() {
-    ByRow(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
-      DotF32Some<kType>(rows, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
-    });
+    if constexpr (IsFloat(kType)) {
+      DotFloatTokens<Floats256, kType>(block, x, x_stride, n_tokens, y, y_stride);
+    } else {
+      ByRow(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
+        DotF32Some<kType>(rows, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
+      });
+    }
   });
 }
 
@@ -434,7 +412,7 @@ void DotInt8Some(const RowBlock& block, const Int8Activations& x, size_t token, 
 
 void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride) {
   SwitchType(block.type, [&]<DType kType>() {
-    if constexpr (kType != DType::kF32 && kType != DType::kF16 && kType != DType::kBF16) {
+    if constexpr (!IsFloat(kType)) {
       SpikePlan plans[kKernelTokens];
       for (size_t t = 0; t < n_tokens; ++t) MakePlan<kType>(x, block.n, t, plans[t]);
       ByRow(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
@@ -499,6 +477,7 @@ const LinearKernels& Avx2LinearKernels() {
       .int8 = &Avx2Int8Kernels(),
       .dots_take_spikes = true,
       .store = ScalarStore,
+      .few_float = 12,
       .few_panel = 3,
       .longest_few_int8 = kLongestDot,
   };

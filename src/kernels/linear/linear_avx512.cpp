@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 
 #include "kernels/linear/linear_avx512-inl.h"
+#include "kernels/linear/linear_floats-inl.h"
 #include "kernels/linear/linear_kernels.h"
 
 namespace lesskv::internal {
@@ -33,6 +34,20 @@ void UnpackF32(const RowBlock& block, float* out, size_t out_stride) {
 
 // --- Few tokens, float32 ---
 
+struct Floats512 {
+  using Vec = __m512;
+  static constexpr size_t kLanes = 16, kMostTokens = kKernelTokens;
+  static constexpr size_t Rows(size_t tokens) { return tokens <= 4 ? 4 : 3; }
+  static Vec Zero() { return _mm512_setzero_ps(); }
+  static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec AddProduct(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static float Sum(Vec v) { return _mm512_reduce_add_ps(v); }
+  template <DType kType>
+  static Vec LoadRow(const uint8_t* row, size_t i) {
+    return LoadFloats<kType>(row, i, 0xffff);
+  }
+};
+
 template <size_t kTokens>
 struct DotSink {
   const float* x;
@@ -44,17 +59,6 @@ struct DotSink {
     for (size_t t = 0; t < kTokens; ++t) {
       acc[t][0] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x + t * x_stride + i), acc[t][0]);
       acc[t][1] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + t * x_stride + i + 16), acc[t][1]);
-    }
-  }
-  inline void PutTail(size_t i, __m512 a, __m512 b, size_t count) {
-    const uint32_t mask = (1u << count) - 1;
-#pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) {
-      const float* row = x + t * x_stride + i;
-      const __m512 x0 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), row);
-      const __m512 x1 = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), row + 16);
-      acc[t][0] = _mm512_fmadd_ps(a, x0, acc[t][0]);
-      acc[t][1] = _mm512_fmadd_ps(b, x1, acc[t][1]);
     }
   }
 };
@@ -76,63 +80,9 @@ struct FloatRowDot {
   }
 };
 
-// Two rows of a float type at once, `apart` rows from each other, so that each activation is loaded once for both; the
-// same sums as row by row.
-template <DType kType, size_t kTokens>
-void DotF32Pair(const uint8_t* row, size_t row_bytes, size_t apart, size_t n, const float* x, size_t x_stride, float* y,
-                size_t y_stride) {
-  const uint8_t* other = row + apart * row_bytes;
-  DotSink<kTokens> first, second;
-  first.x = second.x = x;
-  first.x_stride = second.x_stride = x_stride;
-#pragma GCC unroll 4
-  for (size_t t = 0; t < kTokens; ++t) {
-    first.acc[t][0] = first.acc[t][1] = second.acc[t][0] = second.acc[t][1] = _mm512_setzero_ps();
-  }
-  constexpr size_t kElementBytes = kType == DType::kF32 ? 4 : 2;
-  const size_t ahead = PrefetchAhead(2, row_bytes, apart);
-  size_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    Prefetch(row + ahead + i * kElementBytes, 32 * kElementBytes);
-    Prefetch(other + ahead + i * kElementBytes, 32 * kElementBytes);
-    const __m512 a0 = LoadFloats<kType>(row, i, 0xffff), a1 = LoadFloats<kType>(row, i + 16, 0xffff);
-    const __m512 b0 = LoadFloats<kType>(other, i, 0xffff);
-    const __m512 b1 = LoadFloats<kType>(other, i + 16, 0xffff);
-#pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) {
-      const __m512 x0 = _mm512_loadu_ps(x + t * x_stride + i), x1 = _mm512_loadu_ps(x + t * x_stride + i + 16);
-      first.acc[t][0] = _mm512_fmadd_ps(a0, x0, first.acc[t][0]);
-      first.acc[t][1] = _mm512_fmadd_ps(a1, x1, first.acc[t][1]);
-      second.acc[t][0] = _mm512_fmadd_ps(b0, x0, second.acc[t][0]);
-      second.acc[t][1] = _mm512_fmadd_ps(b1, x1, second.acc[t][1]);
-    }
-  }
-  if (i < n) {
-    const uint32_t mask = (1u << (n - i)) - 1;
-    const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
-    first.PutTail(i, LoadFloats<kType>(row, i, low), LoadFloats<kType>(row, i + 16, high), n - i);
-    second.PutTail(i, LoadFloats<kType>(other, i, low), LoadFloats<kType>(other, i + 16, high),
-                   n - i);
-  }
-#pragma GCC unroll 4
-  for (size_t t = 0; t < kTokens; ++t) {
-    y[t * y_stride] = _mm512_reduce_add_ps(_mm512_add_ps(first.acc[t][0], first.acc[t][1]));
-    y[t * y_stride + apart] = _mm512_reduce_add_ps(_mm512_add_ps(second.acc[t][0], second.acc[t][1]));
-  }
-}
-
 template <DType kType, size_t kTokens>
 void DotF32Rows(const RowBlock& block, const float* x, size_t x_stride, float* y, size_t y_stride) {
-  size_t r = 0;
-  if constexpr (kType == DType::kF32 || kType == DType::kF16 || kType == DType::kBF16) {
-    const size_t apart = block.n_rows / 2;
-    for (; r < apart; ++r) {
-      DotF32Pair<kType, kTokens>(block.rows + r * block.row_bytes, block.row_bytes, apart, block.n, x, x_stride, y + r,
-                                 y_stride);
-    }
-    r = 2 * apart;
-  }
-  for (; r < block.n_rows; ++r) {
+  for (size_t r = 0; r < block.n_rows; ++r) {
     FloatRowDot<kType>::template Row<kTokens>(block.rows + r * block.row_bytes, block.n, x, x_stride, y + r, y_stride);
   }
 }
@@ -153,9 +103,13 @@ void DotF32Some(const RowBlock& block, const float* x, size_t x_stride, size_t n
 
 void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
   SwitchType(block.type, [&]<DType kType>() {
-    ByRowPair(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
-      DotF32Some<kType>(rows, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
-    });
+    if constexpr (IsFloat(kType)) {
+      DotFloatTokens<Floats512, kType>(block, x, x_stride, n_tokens, y, y_stride);
+    } else {
+      ByRowPair(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
+        DotF32Some<kType>(rows, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
+      });
+    }
   });
 }
 
@@ -304,6 +258,7 @@ const LinearKernels& Avx512LinearKernels() {
       .shape_bf16 = {},
       .int8 = &Avx512Int8Kernels(),
       .store = Store,
+      .few_float = 12,
   };
   return kKernels;
 }

@@ -91,7 +91,7 @@ struct LinearKernels {
   void (*unpack_f32)(const RowBlock& block, float* out, size_t out_stride);
   void (*unpack_bf16)(const RowBlock& block, uint16_t* out, size_t out_stride);
 
-  // y[t * y_stride + r] for n_tokens <= kKernelTokens.
+  // y[t * y_stride + r]; dot_int8 for n_tokens <= kKernelTokens.
   void (*dot_f32)(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride);
   void (*quantize)(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
   void (*dot_int8)(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
