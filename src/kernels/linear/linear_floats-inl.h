@@ -85,7 +85,8 @@ void DotFloatRows(const RowBlock& block, const float* x, size_t x_stride, float*
   by.template operator()<1>();
 }
 
-// Any number of tokens. More than kMostTokens: two rows at a time, so that the next pass finds them in the cache.
+// Any number of tokens. More than kMostTokens in shares of about equal size, two rows at a time, so that the next pass finds
+// them in the cache.
 template <typename Simd, DType kType>
 void DotFloatTokens(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
   if (n_tokens <= Simd::kMostTokens) {
@@ -93,11 +94,12 @@ void DotFloatTokens(const RowBlock& block, const float* x, size_t x_stride, size
       if (n_tokens == t + 1) DotFloatRows<Simd, kType, t + 1>(block, x, x_stride, y, y_stride);
     });
   }
+  const size_t passes = (n_tokens + Simd::kMostTokens - 1) / Simd::kMostTokens, share = (n_tokens + passes - 1) / passes;
   RowBlock pair = block;
   for (size_t r = 0; r < block.n_rows; r += 2, pair.rows += 2 * pair.row_bytes) {
     pair.n_rows = block.n_rows - r < 2 ? 1 : 2;
-    for (size_t t = 0; t < n_tokens; t += Simd::kMostTokens) {
-      const size_t count = n_tokens - t < Simd::kMostTokens ? n_tokens - t : Simd::kMostTokens;
+    for (size_t t = 0; t < n_tokens; t += share) {
+      const size_t count = n_tokens - t < share ? n_tokens - t : share;
       DotFloatTokens<Simd, kType>(pair, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
     }
   }
