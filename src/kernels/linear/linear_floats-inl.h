@@ -29,7 +29,8 @@ inline typename Simd::Vec LoadSome(const uint8_t* row, size_t i, size_t count) {
 }
 
 // Fetches what follows 8 KB further to the second cache: while several tokens keep the processor busy with a line of
-// weights, memory brings the next ones.
+// weights, memory brings the next ones. (With one token four rows come as fast as memory gives them; asking for more slows
+// them down.)
 inline void FetchFar(const uint8_t* p) { __builtin_prefetch(p + 8192, 0, 2); }
 
 // kRows rows, `apart` rows from each other (memory serves several streams faster than one), times kTokens tokens. A sum
@@ -49,9 +50,11 @@ inline void DotFloats(const uint8_t* first, size_t row_bytes, size_t apart, size
   };
   size_t i = 0;
   for (; i + kStep <= n; i += kStep) {
-    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-      for (size_t b = 0; b < kStep * kFloatBytes<kType>; b += 64) FetchFar(row[r] + i * kFloatBytes<kType> + b);
-    });
+    if constexpr (kTokens > 1) {
+      Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        for (size_t b = 0; b < kStep * kFloatBytes<kType>; b += 64) FetchFar(row[r] + i * kFloatBytes<kType> + b);
+      });
+    }
     Unrolled<kStep / Simd::kLanes>([&](auto v) __attribute__((always_inline)) {
       const size_t j = i + v * Simd::kLanes;
       Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { w[r] = Simd::template LoadRow<kType>(row[r], j); });
