@@ -71,6 +71,8 @@ TEST(Spec, Refusals) {
                                                                   {"full(3)", "value"},
                                                                   {"window(256, positions=maybe)", "positions"},
                                                                   {"snapkv(1024, kernel=4)", "odd"},
+                                                                  {"elastic(0.5, merge=off, weighted=true)", "nothing to do"},
+                                                                  {"elastic(0.5, merge=off, keys=unrotated)+recent", "nothing to do"},
                                                                   {"less(file=\"x)", "\""},
                                                                   {"frob(3)", "frob"},
                                                                   {"f16+f32", "same question"},

@@ -150,8 +150,9 @@ void Validate(const Arguments& arguments) {
     Fail(ErrorCode::kInvalidArgument, "cache spec: elastic's gamma, the share of tokens that stay, must be above 0");
   if (arguments.Has("at") && arguments.Has("distance"))
     Fail(ErrorCode::kInvalidArgument, "cache spec: elastic deletes at a place or at a distance from the end, not both");
-  if (arguments.Text("merge") == "off" && arguments.Has("weighted"))
-    Fail(ErrorCode::kInvalidArgument, "cache spec: elastic with merge=off has no merged rows to weigh");
+  if (arguments.Text("merge") == "off" && (arguments.Has("weighted") || arguments.Has("keys")))
+    Fail(ErrorCode::kInvalidArgument, "cache spec: elastic with merge=off has no merged rows, so {} has nothing to do",
+         arguments.Has("weighted") ? "weighted=true" : "keys=unrotated");
 }
 
 constexpr Parameter kParameters[] = {
