@@ -87,6 +87,7 @@ TEST(Registry, BudgetsByHand) {
         Rows{"h2o(0.5%)", 4096, 20, 10}, Rows{"h2o(heavy=0.1%, recent=4.9%)", 4096, 204, 200},
         Rows{"window(5%)", 4096, 204, 5}, Rows{"window(8, sinks=2)", 100, 8, 3}, Rows{"tova(5%)", 4096, 204, 0},
         Rows{"tova(7, extra=2)", 64, 9, 0}, Rows{"snapkv(1024)", 4096, 1024, 32}, Rows{"snapkv(20)", 4096, 20, 10},
+        Rows{"snapkv(2)", 4096, 2, 1},
         Rows{"snapkv(10%, window=16)", 4096, 409, 16}}) {
     SCOPED_TRACE(want.spec);
     const CacheSpec spec = CacheSpec::Parse(want.spec);
@@ -102,7 +103,7 @@ TEST(Registry, BudgetsByHand) {
 }
 
 TEST(Registry, BudgetsThatHoldNothingAreRefused) {
-  for (const char* spec : {"h2o(1%)", "window(4)", "window(1%)", "tova(1%)", "snapkv(8, window=8)", "snapkv(1%)"})
+  for (const char* spec : {"h2o(1%)", "window(4)", "window(1%)", "tova(1%)", "snapkv(8, window=8)", "snapkv(1%)", "snapkv(1)"})
     EXPECT_THROW(CacheConfig::Create(CacheSpec::Parse(spec), Shape(64)), Error) << spec;
   // 8-bit rows come in blocks of 32 channels.
   EXPECT_THROW(CacheConfig::Create(CacheSpec::Parse("q8"), Shape(64)), Error);

@@ -75,7 +75,7 @@ void Validate(const Arguments& arguments) {
 
 std::unique_ptr<const Selector> Make(const Arguments& arguments, const MethodContext& context) {
   const size_t rows = arguments.Rows("rows", context.ctx) + arguments.Count("extra");
-  const size_t window = arguments.Has("window") ? arguments.Count("window") : std::min<size_t>(32, rows / 2);
+  const size_t window = arguments.Has("window") ? arguments.Count("window") : std::clamp<size_t>(rows / 2, 1, 32);
   if (rows <= window)
     Fail(ErrorCode::kInvalidArgument, "snapkv: a capacity of {} rows must exceed its window of {} (context {})", rows,
          window, context.ctx);
