@@ -293,31 +293,11 @@ void CacheBatch::RotateQueries(size_t layer, const float* queries) {
   for (const Tile& tile : tiles_) {
     const PolicyCache& part = tile.item->Part(layer);
     std::copy_n(queries + (tile.item->first_row + tile.first) * stride, tile.n * stride, &rotated_[tile.row * stride]);
-    // Cache-relative: query i of the step reads at the position of its own key, behind the resident rows.
+    // Cache-relative: query i of the step reads at the position of its own key, behind the resident rows of every head.
     const size_t base = part.policy.ranks_positions() ? RankBase(part, tile.item->Place(layer).layer) : part.step.seen;
     for (size_t i = 0; i < tile.n; ++i) positions_[tile.row + i] = static_cast<int32_t>(base + tile.first + i);
   }
   RotateRows(*shape.rope, rotated_.data(), n, stride, shape.n_heads, shape.head_dim, positions_.data());
-  for (const Tile& tile : tiles_)
-    if (tile.item->Part(layer).policy.ranks_positions()) RotateShorterHeads(tile, layer, queries);
-}
-
-// Cache-relative: heads that hold fewer rows than the first, or more, have their queries nearer or farther.
-void CacheBatch::RotateShorterHeads(const Tile& tile, size_t layer, const float* queries) {
-  const PolicyCache& part = tile.item->Part(layer);
-  const LayerShape& shape = tile.item->cache->config->shape().layers[layer];
-  const size_t own = tile.item->Place(layer).layer, stride = shape.q_dim(), width = shape.group() * shape.head_dim;
-  for (size_t h = 1; h < shape.n_kv_heads; ++h) {
-    const size_t base = part.store->n_rows(own, h);
-    if (base == part.store->n_rows(own, 0)) continue;
-    for (size_t i = 0; i < tile.n; ++i) {
-      positions_[tile.row + i] = static_cast<int32_t>(base + tile.first + i);
-      std::copy_n(queries + (tile.item->first_row + tile.first + i) * stride + h * width, width,
-                  &rotated_[(tile.row + i) * stride + h * width]);
-    }
-    RotateRows(*shape.rope, &rotated_[tile.row * stride + h * width], tile.n, stride, shape.group(), shape.head_dim,
-               &positions_[tile.row]);
-  }
 }
 
 void CacheBatch::AddJobs(size_t layer, float* out) {

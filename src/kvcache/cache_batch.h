@@ -54,7 +54,6 @@ class CacheBatch final : public KvCache {
   void FailWithLeaders();
   void AttendTiles(size_t layer, const float* queries, float* out);
   void RotateQueries(size_t layer, const float* queries);
-  void RotateShorterHeads(const Tile& tile, size_t layer, const float* queries);
   void AddJobs(size_t layer, float* out);
   void AddSums(const Tile& tile, const Observation& wanted, std::vector<std::vector<float>>& into, Sums& sums);
   static void KeepQueries(const Tile& tile, size_t stride, const Observation& wanted);
