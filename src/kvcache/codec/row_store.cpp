@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <utility>
 
 #include "base/check.h"
@@ -241,8 +242,8 @@ void RowStore::Pack(size_t first_head, std::span<const size_t> rows) {
 // Rows of a share for a head that gets n and may keep so many. A store that grows has other room for those to come.
 size_t RowStore::ShareRows(size_t n, size_t budget) const { return shape_.grows ? std::min(n, budget) : RowsAhead(n, budget); }
 
-// Where budgets come later a layer's sum is known, and SetBudgets divides it (no head's share of it can be more than there
-// is: either every head has room for all its rows, or the sum is that of the budgets); across layers nothing is known yet.
+// Where budgets come later a layer's sum is known, and SetBudgets divides it: room for any division, in which a head with few
+// rows may leave its part to others. Across layers nothing is known yet.
 void RowStore::ReserveShares(const StepRoom& room) {
   if (!room.evicts || (room.budgets_later && room.defers)) return;
   std::vector<size_t> rows(room.budgets.begin(), room.budgets.end());
@@ -250,6 +251,13 @@ void RowStore::ReserveShares(const StepRoom& room) {
   for (size_t i = 0; i < heads_.size(); ++i) {
     rows[i] = ShareRows(heads_[i].most_rows, rows[i]);
     same &= heads_[i].share.rows == rows[i];
+  }
+  for (size_t layer = 0; layer < table_.n_layers() && room.budgets_later; ++layer) {
+    const size_t first = table_(layer, 0), n = table_.n_heads(layer);
+    const size_t all = std::accumulate(&room.budgets[first], &room.budgets[first] + n, size_t{0});
+    size_t most = 0, given = 0;
+    for (size_t i = first; i < first + n; ++i) most += ShareRows(heads_[i].most_rows, all), given += rows[i];
+    rows[first] += std::min(all, most) - given;
   }
   if (!same) Pack(0, rows);
 }
