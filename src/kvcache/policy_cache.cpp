@@ -51,6 +51,12 @@ size_t PolicyCache::Rows() const {
   return rows;
 }
 
+bool PolicyCache::IsFull() const {
+  for (size_t i = 0; i < ledgers.size(); ++i)
+    if (budgets.empty() || ledgers[i].n_rows < policy.RowsThatStay(budgets[i] + 1, budgets[i])) return false;
+  return true;
+}
+
 bool PolicyCache::ReadsState(size_t layer) const {
   if (StateFloats() == 0) return false;
   return has_absorbed[layer] || (policy.residual->ReadsEmptyState() && step.kind != StepKind::kPrompt && step.seen > 0);

@@ -196,13 +196,16 @@ CachePlan CacheConfig::Count(size_t n_prompt, size_t n_decode, bool least) const
     count(std::min(prefill_chunk_, n_prompt - done), StepKind::kStream);
   CachePlan plan;
   plan.bytes_after_prompt = cache.counter.now;
-  // Where every head's rows are bounded, the first decode step is like all others, once what a codec keeps apart is full.
+  // Where every head's rows are bounded, decode steps are alike once all heads are full, and what a codec keeps apart is.
   const bool bounded = std::all_of(policies_.begin(), policies_.end(),
                                    [](const LayerPolicy& policy) { return policy.selector->Bounded(); });
-  size_t n_first = n_decode;
   const CodecTraits codec = cache.global().policy.codec->traits();
-  if (bounded) n_first = std::min<size_t>(n_decode, 1 + codec.apart_rows + codec.window_rows);
-  for (size_t done = 0; done < n_first; ++done) count(1, StepKind::kDecode);
+  size_t n_first = 0;
+  for (size_t alike = 0; n_first < n_decode && !(bounded && alike > codec.apart_rows + codec.window_rows); ++n_first) {
+    count(1, StepKind::kDecode);
+    const bool full = std::all_of(cache.parts.begin(), cache.parts.end(), [](const auto& part) { return part->IsFull(); });
+    alike = full ? alike + 1 : 0;
+  }
   plan.bytes_end = cache.counter.now;
   plan.bytes_peak = cache.counter.peak;
   for (const auto& part : cache.parts) plan.bytes_slack += part->SlackBytes();
