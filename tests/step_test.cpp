@@ -269,6 +269,12 @@ TEST_F(StepFailure, CallersMistakesAreErrors) {
   EXPECT_EQ(logits.size(), 1u);
   EXPECT_EQ(a.tokens(), tokens);
   EXPECT_EQ(b.tokens().size(), 0u);
+  // Of a prompt in pieces none is read where the whole does not fit.
+  Sequence pieces(engine.MakeCacheConfig(CacheSpec::Parse("h2o(12)+prefill(chunk=16)"), 40));
+  EXPECT_THROW(engine.Prefill({{&pieces, many}}), Error);
+  EXPECT_TRUE(pieces.tokens().empty());
+  engine.Prefill({{&pieces, std::span(many).first(40)}});
+  EXPECT_EQ(pieces.tokens().size(), 40u);
 }
 
 // Prompts whose specs cut them into different chunks, or none, go together.

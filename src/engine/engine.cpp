@@ -158,7 +158,7 @@ bool Engine::PrefillAll(StepItems items, const LogitsSink& sink, const StepContr
     StepRun run(*this, sink, control);
     size_t most = 0;
     for (const Prompt& prompt : prompts) {
-      run.Add(prompt.Next(), prompt.fed);
+      run.Add(prompt.Next(), prompt.item->tokens, prompt.fed);
       most = std::max(most, prompt.Next().tokens.size());
     }
     const double share = std::min(1 - done, static_cast<double>(most) / longest);

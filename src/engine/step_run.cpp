@@ -70,13 +70,12 @@ void Engine::StepRun::CheckItem(const Entry& entry) const {
   if (item.sequence->interrupted()) refuse("a sequence whose step ended halfway cannot go on");
   if (item.tokens.empty()) refuse("a step needs at least one token a sequence, found none");
   const size_t n_vocab = engine_.model_->config().n_vocab;
-  for (const int32_t token : item.tokens)
+  for (const int32_t token : entry.checked)
     if (token < 0 || static_cast<size_t>(token) >= n_vocab)
       refuse(fmt::format("token {} is not in the vocabulary of {} tokens", token, n_vocab));
   const size_t seen = item.sequence->tokens().size(), ctx = item.sequence->config().shape().ctx;
-  if (item.tokens.size() > ctx - std::min(ctx, seen))
-    refuse(fmt::format("{} tokens do not fit the context of {} tokens, of which {} are used", item.tokens.size(), ctx,
-                       seen));
+  if (entry.checked.size() > ctx - std::min(ctx, seen))
+    refuse(fmt::format("{} tokens do not fit the context of {} tokens, of which {} are used", entry.checked.size(), ctx, seen));
 }
 
 // The entry whose rows another reads; null where it has its own.

@@ -14,8 +14,12 @@ class Engine::StepRun {
   StepRun(Engine& engine, const LogitsSink& sink, const StepControl& control)
       : engine_(engine), sink_(sink), control_(control) {}
 
-  // `first_row` is added to the row numbers of the item's logits: what was fed before it in the same call.
-  void Add(const StepItem& item, size_t first_row = 0) { entries_.push_back({item, first_row}); }
+  void Add(const StepItem& item) { entries_.push_back({item, item.tokens}); }
+  // A piece of a prompt. `first_row` is added to the row numbers of its logits: what was fed before it in the same call. The
+  // first piece is refused where the whole prompt cannot be read.
+  void Add(const StepItem& piece, std::span<const int32_t> prompt, size_t first_row) {
+    entries_.push_back({piece, first_row == 0 ? prompt : piece.tokens, first_row});
+  }
 
   // `done` and `share` of the whole call for the progress report: what was done before, how much this step is.
   // Returns false when stopped. Throws what Engine::Step throws.
@@ -28,6 +32,7 @@ class Engine::StepRun {
   enum class State { kWaiting, kBegun, kFinished, kFailed };
   struct Entry {
     StepItem item;
+    std::span<const int32_t> checked;  // tokens that must be known and fit the context
     size_t first_row = 0;
     State state = State::kWaiting;
     bool took_part = false;         // its rows are among the step's
