@@ -184,7 +184,7 @@ class HttpServer::Impl {
     request.job.client = ClientOf(http);
     const std::shared_ptr<Job> job = scheduler_.Submit(std::move(request.job));
     auto state = std::make_shared<JobState>(WaitFor(*job, http, !stream));
-    if (state->refused) throw BusyError(state->error->what());
+    if (state->busy) throw *state->busy;
     if (state->error) return SendError(response, ErrorOf(*state->error, *job));
     if (!stream) return response.set_content(answer->Body(*state), kJson);
     const auto held = std::make_shared<std::shared_ptr<void>>(place);

@@ -89,11 +89,11 @@ bool Job::Report(size_t choice, Generation::Output output, const CacheStats& sta
   return finished;
 }
 
-void Job::Fail(const Error& error, bool refused) {
+void Job::Fail(const Error& error) {
   {
     const std::lock_guard lock(mutex_);
     state_.error = error;
-    state_.refused = refused;
+    if (const auto* const busy = dynamic_cast<const BusyError*>(&error)) state_.busy = *busy;
     has_news_ = true;
   }
   news_.notify_all();
@@ -160,7 +160,7 @@ bool Scheduler::KeepPlace(const std::string& client) {
   const auto newest = std::ranges::find_if(waiting_.rbegin(), waiting_.rend(), [&](const Waiting& waiting) {
     return waiting.job->request().client == most->first;
   });
-  newest->job->Fail(Error(ErrorCode::kRuntime, kQueueFull), true);
+  newest->job->Fail(BusyError(kQueueFull));
   waiting_.erase(std::next(newest).base());
   ++metrics_.jobs_rejected;
   return true;
@@ -206,7 +206,7 @@ void Scheduler::Run() {
     Step();
     Settle();
   }
-  const Error stopping(ErrorCode::kRuntime, kStopping);
+  const BusyError stopping(kStopping, true);
   for (const auto& text : running_) FailOf(*text, stopping);
   Settle();
   const std::lock_guard lock(mutex_);
@@ -569,7 +569,7 @@ void Scheduler::StepInPause() {
     EndCancelled();
     TakeStep();
   } else {
-    FailOf(*reading_, Error(ErrorCode::kRuntime, kStopping));
+    FailOf(*reading_, BusyError(kStopping, true));
   }
   if (reading_->ended) reading_->job->cancelled_ = true;  // its time is over: it leaves the step
   Settle();

@@ -43,6 +43,18 @@ struct CachePicture {
 };
 CachePicture Picture(const SequenceCache& cache);
 
+// There is no place now, and later there may be; where `stopping`, in another process. Thrown by Submit, and what a job
+// fails with whose place in the queue went to another client, or that the end of the server cut.
+class BusyError : public Error {
+ public:
+  explicit BusyError(const std::string& message, bool stopping = false)
+      : Error(ErrorCode::kRuntime, message), stopping_(stopping) {}
+  bool stopping() const { return stopping_; }
+
+ private:
+  bool stopping_;
+};
+
 // What one of a job's texts has come to, by the time it was asked.
 struct ChoiceState {
   std::string new_text;                         // since the last time
@@ -55,9 +67,9 @@ struct ChoiceState {
 
 struct JobState {
   std::vector<ChoiceState> choices;
-  std::optional<Error> error;  // none of the texts can be gone on with
-  bool refused = false;        // the error is that the place in the queue went to another client: a BusyError
-  size_t cached_tokens = 0;    // of the prompt, that needed no reading
+  std::optional<Error> error;     // none of the texts can be gone on with
+  std::optional<BusyError> busy;  // the error, where it is one
+  size_t cached_tokens = 0;       // of the prompt, that needed no reading
 
   bool finished() const;  // all texts have ended
   bool ended() const { return error || finished(); }
@@ -83,7 +95,7 @@ class Job {
   // Of one token of a text. Returns whether all texts have ended.
   bool Report(size_t choice, Generation::Output output, const CacheStats& stats);
   void Show(CachePicture picture);  // of the only text
-  void Fail(const Error& error, bool refused = false);
+  void Fail(const Error& error);
 
   const JobRequest request_;
   std::atomic<bool> cancelled_ = false;
@@ -138,17 +150,6 @@ struct SlotState {
   size_t prompt_tokens = 0, prompt_read = 0, cached_tokens = 0, generated_tokens = 0;
   size_t kv_bytes = 0, kv_bytes_reserved = 0;
   double tokens_resident = 0;
-};
-
-// Thrown by Submit: there is no place now, and later there may be; where `stopping`, in another process.
-class BusyError : public Error {
- public:
-  explicit BusyError(const std::string& message, bool stopping = false)
-      : Error(ErrorCode::kRuntime, message), stopping_(stopping) {}
-  bool stopping() const { return stopping_; }
-
- private:
-  bool stopping_;
 };
 
 class Scheduler {

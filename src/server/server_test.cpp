@@ -509,10 +509,14 @@ TEST_F(ServerTest, TheModelIsFoundByItsName) {
 }
 
 TEST_F(ServerTest, TheEndOfTheServerEndsItsTexts) {
-  Start();
+  Start({.scheduler = {.max_running = 1, .max_queued = 8, .step_tokens = 16}});
   const auto stream = LongStream();
+  const Connection waiting(port_);
+  waiting.Send(RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3})"));
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().queued == 1; }));
   scheduler_->Stop();
   EXPECT_NE(stream->All().find("the server is stopping"), std::string::npos);
+  EXPECT_EQ(ParseReply(waiting.All()).status, 503);
   const Reply late = Complete({});
   EXPECT_EQ(late.status, 503);
   EXPECT_NE(late.head.find("Retry-After"), std::string::npos);
