@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <filesystem>
 #include <utility>
 
@@ -74,17 +75,20 @@ std::vector<bool> DirectoryBackend::Has(std::span<const SessionName> names) {
 }
 
 bool DirectoryBackend::Read(const SessionName& name, const Use& use) {
-  if (!Has({&name, 1})[0]) return false;
+  if (!Touch(name)) return false;
   use(MappedFile::Open(Where(name)).bytes());
-  Touch(name);
-  ::utimensat(AT_FDCWD, Where(name).c_str(), nullptr, 0);  // where that fails, it only is removed earlier
   return true;
 }
 
+// In memory and, for the next start, at the file. Somebody may have taken that away.
 bool DirectoryBackend::Touch(const SessionName& name) {
   const std::lock_guard lock(mutex_);
   const auto file = files_.find(name);
   if (file == files_.end()) return false;
+  if (::utimensat(AT_FDCWD, Where(name).c_str(), nullptr, 0) != 0 && errno == ENOENT) {
+    Forget(file);
+    return false;
+  }
   file->second.used = ++clock_;
   return true;
 }

@@ -33,7 +33,8 @@ using Values = std::map<SessionName, std::vector<std::byte>>;
 
 class FarBackend final : public StoreBackend {
  public:
-  FarBackend(Values& values, Gate& gate, Gate& saving) : values_(values), gate_(gate), saving_(saving) {}
+  FarBackend(Values& values, Gate& gate, Gate& saving, const std::atomic<bool>& refuses)
+      : values_(values), gate_(gate), saving_(saving), refuses_(refuses) {}
   bool remote() const override { return true; }
   size_t MaxBytes() const override { return 1 << 30; }
   std::vector<size_t> Lengths() override {
@@ -51,6 +52,7 @@ class FarBackend final : public StoreBackend {
   bool Read(const SessionName& name, const Use& use) override {
     gate_.Pass();
     const std::lock_guard lock(mutex_);
+    if (refuses_) Fail(ErrorCode::kIo, "there is no room");
     if (!values_.contains(name)) return false;
     use(values_.at(name));
     return true;
@@ -70,6 +72,7 @@ class FarBackend final : public StoreBackend {
   std::mutex mutex_;
   Values& values_;
   Gate &gate_, &saving_;
+  const std::atomic<bool>& refuses_;  // to read, as a machine does that has no room for it
 };
 
 class LoadingTest : public ReuseTest {
@@ -77,7 +80,7 @@ class LoadingTest : public ReuseTest {
   void SetUp() override {
     ReuseTest::SetUp();
     far_.scheduler.store_patience = 1h;
-    far_.backend = [this](const auto&) { return std::make_unique<FarBackend>(values_, gate_, saving_); };
+    far_.backend = [this](const auto&) { return std::make_unique<FarBackend>(values_, gate_, saving_, refuses_); };
     Start(far_);
     Ask(Ids("the sea"));
     alone_.Say(Ids("the sea"));
@@ -104,6 +107,7 @@ class LoadingTest : public ReuseTest {
 
   Values values_;
   Gate gate_, saving_;
+  std::atomic<bool> refuses_ = false;
   Options far_;
   Streamed alone_{engine_, *tokenizer_, "full"};
   std::vector<int32_t> prompt_;
@@ -205,6 +209,18 @@ TEST_F(LoadingTest, WhatIsThereIsNotWrittenAgain) {
   Ask(Ids("the tea"));
   EXPECT_TRUE(Saved(1));
   EXPECT_EQ(values_.size(), 2u);
+}
+
+// What cannot be read now is no damage of it.
+TEST_F(LoadingTest, AfterAFailureItIsReadAgain) {
+  gate_.Open();
+  Start(far_);
+  refuses_ = true;
+  EXPECT_EQ(Cached(Ask(prompt_, {{"max_tokens", 1}})), 0u);
+  EXPECT_NE(Log().find("passed over: there is no room"), std::string::npos) << Log();
+  refuses_ = false;
+  EXPECT_EQ(Cached(Ask(Joined(alone_.text(), Ids(" or not")), {{"max_tokens", 1}})), alone_.seen());
+  EXPECT_EQ(store_->Metrics().damaged, 0u);
 }
 
 TEST_F(LoadingTest, TimeIsLimited) {

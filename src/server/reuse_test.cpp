@@ -370,6 +370,21 @@ TEST_F(ReuseTest, WhatWasNotUsedForLongestLeavesTheDirectory) {
   EXPECT_EQ(backend.Usage()->bytes, 3000u);
 }
 
+// The order of use outlives the server, and who takes files away takes nothing else.
+TEST_F(ReuseTest, FilesSayWhenTheyWereUsedAndMayBeTakenAway) {
+  const std::vector<std::byte> bytes(1000, std::byte{7});
+  const std::vector<SessionName> names = {{1, 0, 5}, {2, 0, 6}, {3, 0, 7}};
+  DirectoryBackend backend(folder_.string(), 3500);
+  for (const SessionName& name : names) backend.Write(name, bytes);
+  std::this_thread::sleep_for(20ms);  // a file's time goes in steps
+  EXPECT_TRUE(backend.Touch(names[0]));
+  EXPECT_EQ(DirectoryBackend(folder_.string(), 1500).Has(names), (std::vector<bool>{true, false, false}));
+  EXPECT_FALSE(backend.Touch(names[1]));
+  EXPECT_FALSE(backend.Read(names[2], [](auto) { FAIL(); }));
+  EXPECT_EQ(backend.Has(names), (std::vector<bool>{true, false, false}));
+  EXPECT_EQ(backend.Usage()->bytes, 1000u);
+}
+
 TEST_F(ReuseTest, AStoreThatCannotBeIsRefused) {
   std::ofstream(folder_.string()) << "a file";
   EXPECT_THROW(DirectoryBackend(folder_.string(), 1 << 20), Error);

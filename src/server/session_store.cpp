@@ -200,6 +200,8 @@ std::optional<Sequence> SessionStore::Open(const SessionName& name, const StoreL
     throw;
   } catch (const Error& error) {
     Log(fmt::format("a stored conversation is passed over: {}", error.what()));
+    // What cannot be read for lack of memory, files or room on a disk may be whole.
+    if (error.code() != ErrorCode::kBadFile && error.code() != ErrorCode::kMismatch) return std::nullopt;
     const std::lock_guard lock(mutex_);
     damaged_.insert(name);
     ++metrics_.damaged;

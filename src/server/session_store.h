@@ -64,8 +64,8 @@ class SessionStore {
   // Whether that still reads it, or will.
   bool Saves(const Sequence& sequence) const;
   // Looks for the one that has seen most of the prompt's beginning, less than all of it and more than `longer_than`
-  // tokens. One that is damaged is passed over from then on, with a line in the log. Null: there is none, as is known
-  // at once.
+  // tokens. One that cannot be read is passed over with a line in the log, from then on where it is damaged. Null: there
+  // is none, as is known at once.
   std::shared_ptr<StoreLookup> Find(std::span<const int32_t> prompt, std::shared_ptr<const CacheConfig> config,
                                     size_t longer_than);
   StoreMetrics Metrics() const;
