@@ -235,8 +235,8 @@ bool CheckedServer::ServeOne(HttpReader& reader, const RequestHead& head, socket
   const bool close = last || head.close;
   if (head.expects_continue && !SendAll(socket, "HTTP/1.1 100 Continue\r\n\r\n")) return false;
   std::string body = reader.Body(head);
-  std::string text = fmt::format("{} {} HTTP/1.1\r\nContent-Length: {}\r\n{}\r\n", KnownMethod(head.method), head.target, body.size(),
-                                 close ? "Connection: close\r\n" : "");
+  std::string text = fmt::format("{} {} HTTP/1.{}\r\nContent-Length: {}\r\n{}\r\n", KnownMethod(head.method), head.target,
+                                 head.old ? 0 : 1, body.size(), close ? "Connection: close\r\n" : "");
   Admitted stream(socket, std::move(text), std::move(body));
   bool closed = false;
   const bool sent = process_request(stream, close, closed, [&](httplib::Request& request) {

@@ -86,7 +86,7 @@ class HeadParser {
       if (static_cast<unsigned char>(c) <= 0x20 || static_cast<unsigned char>(c) >= 0x7f)
         Refuse(400, "the request's target has characters that must be written as %XX");
     if (version != "HTTP/1.1" && version != "HTTP/1.0") Refuse(505, "only HTTP/1.1 is spoken here");
-    old_ = version == "HTTP/1.0";
+    head_.old = version == "HTTP/1.0";
   }
 
   void Header(std::string_view line) {
@@ -104,18 +104,18 @@ class HeadParser {
   }
 
   void Check() {
-    head_.close |= old_;
-    if (!host_ && !old_) Refuse(400, "the header Host is missing");
+    head_.close |= head_.old;
+    if (!host_ && !head_.old) Refuse(400, "the header Host is missing");
     head_.host = host_.value_or("");
     head_.origin = origin_.value_or("");
     head_.authorization = authorization_.value_or("");
     if (encoding_ && Lower(*encoding_) != "identity") Refuse(415, "the body must not be compressed");
     if (expect_) {
       if (Lower(*expect_) != "100-continue") Refuse(417, "Expect is known as 100-continue only");
-      head_.expects_continue = !old_;
+      head_.expects_continue = !head_.old;
     }
     // One that comes with both could be read otherwise by a proxy on the way.
-    if (transfer_ && (length_ || old_)) Refuse(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length");
+    if (transfer_ && (length_ || head_.old)) Refuse(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length");
     if (transfer_ && Lower(*transfer_) != "chunked") Refuse(501, "Transfer-Encoding is known as chunked only");
     head_.chunked = transfer_.has_value();
     if (!length_) return;
@@ -126,7 +126,6 @@ class HeadParser {
 
   using Value = std::optional<std::string_view>;
   RequestHead head_;
-  bool old_ = false;
   Value host_, origin_, authorization_, length_, transfer_, encoding_, expect_;
   const std::pair<std::string_view, Value&> values_[7] = {
       {"host", host_},           {"origin", origin_},   {"authorization", authorization_}, {"content-length", length_},

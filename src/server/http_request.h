@@ -20,6 +20,7 @@ constexpr size_t kMaxHead = size_t{64} << 10;  // the request line and all heade
 struct RequestHead {
   std::string method, target;
   std::string host, origin, authorization;
+  bool old = false;               // HTTP/1.0, which knows no chunks
   bool close = false;             // the connection is not to be kept
   bool expects_continue = false;  // the client waits for a word before it sends the body
   bool chunked = false;

@@ -188,9 +188,10 @@ class HttpServer::Impl {
     if (state->error) return SendError(response, ErrorOf(*state->error, *job));
     if (!stream) return response.set_content(answer->Body(*state), kJson);
     const auto held = std::make_shared<std::shared_ptr<void>>(place);
-    response.set_chunked_content_provider(
-        kEvents, [=](size_t, httplib::DataSink& sink) { return Stream(*answer, *job, *state, *held, sink); },
-        [job](bool) { job->Cancel(); });
+    const auto events = [=](size_t, httplib::DataSink& sink) { return Stream(*answer, *job, *state, *held, sink); };
+    const auto release = [job](bool) { job->Cancel(); };
+    if (http.version == "HTTP/1.0") return response.set_content_provider(kEvents, events, release);
+    response.set_chunked_content_provider(kEvents, events, release);
   }
 
   static ApiError ErrorOf(const Error& error, const Job& job) {

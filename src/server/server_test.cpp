@@ -58,6 +58,18 @@ TEST_F(ServerTest, AStreamHasTheSameText) {
   EXPECT_EQ(events.back()["choices"], Json::array());
 }
 
+// It knows no chunks: the events end with the connection.
+TEST_F(ServerTest, AStreamGoesToAClientOfHttp10) {
+  Start();
+  std::string request = RequestText("POST", "/v1/completions", R"({"prompt":"the","max_tokens":3,"stream":true})");
+  request.replace(request.find("HTTP/1.1"), 8, "HTTP/1.0");
+  const Reply reply = Call(request);
+  EXPECT_EQ(reply.status, 200);
+  EXPECT_EQ(reply.head.find("Transfer-Encoding"), std::string::npos) << reply.head;
+  EXPECT_NE(reply.head.find("Connection: close"), std::string::npos) << reply.head;
+  EXPECT_GE(Events(reply).size(), 2u);
+}
+
 TEST_F(ServerTest, ManyAtOnceAreAsEachAlone) {
   Start();
   std::vector<std::string> prompts, texts(8);  // as many as may wait, should all come before one begins
