@@ -152,8 +152,9 @@ class Admitted final : public httplib::Stream {
     at_ += n;
     return static_cast<ssize_t>(n);
   }
+  // Also to a client that has ended its side of the connection: what takes its time asks is_writable.
   ssize_t write(const char* text, size_t size) override {
-    return is_writable() ? Send(socket_, {text, size}) : -1;
+    return Waits(socket_, POLLOUT, Clock::now() + kWrite) ? Send(socket_, {text, size}) : -1;
   }
   void get_remote_ip_and_port(std::string& ip, int& port) const override {
     sockaddr_storage address;
@@ -233,7 +234,8 @@ bool CheckedServer::process_and_close_socket(socket_t socket) {
 bool CheckedServer::ServeOne(HttpReader& reader, const RequestHead& head, socket_t socket, bool last) {
   const size_t key = admit_(head);
   const bool close = last || head.close;
-  if (head.expects_continue && !SendAll(socket, "HTTP/1.1 100 Continue\r\n\r\n")) return false;
+  const bool too_long = !head.chunked && head.length > options_.max_body;  // told at once, in place of the word
+  if (head.expects_continue && !too_long && !SendAll(socket, "HTTP/1.1 100 Continue\r\n\r\n")) return false;
   std::string body = reader.Body(head);
   std::string text = fmt::format("{} {} HTTP/1.{}\r\nContent-Length: {}\r\n{}\r\n", KnownMethod(head.method), head.target,
                                  head.old ? 0 : 1, body.size(), close ? "Connection: close\r\n" : "");

@@ -328,6 +328,17 @@ TEST_F(ServerTest, AClientThatVanishesEndsItsText) {
   EXPECT_EQ(metrics.kv_bytes_reserved, 0u);
 }
 
+// As "echo ... | nc" asks.
+TEST_F(ServerTest, WhoHasEndedItsSideIsAnswered) {
+  Start();
+  for (const char* const path : {"/health", "/openapi.json", "/nothing"}) {
+    const Connection connection(port_);
+    connection.Send(RequestText("GET", path, ""));
+    connection.EndSending();
+    EXPECT_EQ(ParseReply(connection.All()).status, std::string_view(path) == "/nothing" ? 404 : 200) << path;
+  }
+}
+
 TEST_F(ServerTest, AFullQueueIsTold) {
   Start({.scheduler = {.max_running = 1, .max_queued = 1, .step_tokens = 16}});
   auto running = LongStream();
