@@ -14,6 +14,7 @@ namespace {
 
 constexpr const char* kJson = "application/json";
 constexpr const char* kEvents = "text/event-stream";
+constexpr const char* kNoPath = "there is nothing at this path";
 constexpr auto kLook = std::chrono::milliseconds(100);  // how often a client is looked for
 
 }  // namespace
@@ -128,11 +129,11 @@ class HttpServer::Impl {
   static void DescribeError(Response& response) {
     if (!response.body.empty()) return;
     const int status = response.status;
-    const char* const message = status == 404 ? "there is nothing at this path" : "the request cannot be read";
+    const char* const message = status == 404 ? kNoPath : "the request cannot be read";
     SendError(response, {status, status >= 500 ? "server_error" : "invalid_request_error", message});
   }
 
-  // A path that is there, asked for in another way than it can be.
+  // A path that is not there, or is asked for in another way than it can be.
   httplib::Server::HandlerResponse CheckMethod(const Request& request, Response& response) const {
     using Result = httplib::Server::HandlerResponse;
     std::string allowed;
@@ -143,9 +144,13 @@ class HttpServer::Impl {
       if (request.method == method || (request.method == "HEAD" && method == "GET")) return Result::Unhandled;
       allowed += (allowed.empty() ? "" : ", ") + method;
     }
-    if (allowed.empty()) return Result::Unhandled;
-    response.set_header("Allow", allowed);
-    SendError(response, {405, "invalid_request_error", "this path is for " + allowed});
+    // Not the library's to look for, which takes a path for a pattern.
+    if (allowed.empty()) {
+      SendError(response, {404, "invalid_request_error", kNoPath});
+    } else {
+      response.set_header("Allow", allowed);
+      SendError(response, {405, "invalid_request_error", "this path is for " + allowed});
+    }
     return Result::Handled;
   }
 

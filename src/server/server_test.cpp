@@ -292,7 +292,9 @@ TEST_F(ServerTest, GarbageDoesNotHurt) {
   const Reply other_method = Get("/v1/completions");
   EXPECT_EQ(other_method.status, 405);
   EXPECT_EQ(Call(RequestText("GRAB", "/v1/completions", "")).status, 405);
-  EXPECT_EQ(Call(RequestText("GRAB", "/nothing", "")).status, 400);
+  EXPECT_EQ(Call(RequestText("GRAB", "/nothing", "")).status, 404);
+  EXPECT_EQ(Get("/openapiXjson").status, 404);
+  EXPECT_EQ(Get("/health?a=b?c#d").status, 200);
   EXPECT_NE(other_method.head.find("Allow: POST"), std::string::npos) << other_method.head;
   Rng rng(3);
   for (int i = 0; i < 200; ++i) {
