@@ -151,9 +151,10 @@ void Serve(ServeOptions options) {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }
   });
-  server.Listen();
+  const bool stopped = server.Listen();
   ended = true;
   watch.join();
+  if (!stopped) Fail(ErrorCode::kIo, "the system gives no more connections at port {}", port);
   Say("stopped\n");
 }
 

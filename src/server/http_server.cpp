@@ -44,7 +44,7 @@ class HttpServer::Impl {
     return port;
   }
 
-  void Listen() { server_.listen_after_bind(); }
+  bool Listen() { return server_.listen_after_bind(); }
   void Stop() { server_.stop(); }
   const std::vector<std::string>& routes() const { return routes_; }
 
@@ -294,7 +294,7 @@ HttpServer::HttpServer(const ApiContext& context, Scheduler& scheduler, const Ht
     : impl_(std::make_unique<Impl>(context, scheduler, options, store)) {}
 HttpServer::~HttpServer() = default;
 int HttpServer::Bind() { return impl_->Bind(); }
-void HttpServer::Listen() { impl_->Listen(); }
+bool HttpServer::Listen() { return impl_->Listen(); }
 void HttpServer::Stop() { impl_->Stop(); }
 const std::vector<std::string>& HttpServer::Routes() const { return impl_->routes(); }
 

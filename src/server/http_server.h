@@ -36,8 +36,9 @@ class HttpServer {
 
   // Takes the address and returns the port. Throws Error kIo when it cannot be had.
   int Bind();
-  // Answers until Stop, which any thread may call; then waits for the connections in work.
-  void Listen();
+  // Answers until Stop, which any thread may call; then waits for the connections in work. False: it was not Stop that
+  // ended it, but the system, which gives no more connections.
+  bool Listen();
   void Stop();
 
   // What is answered, as "GET /health".

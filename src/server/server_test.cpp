@@ -479,6 +479,33 @@ TEST_F(ServerTest, OthersAreServedWithAKeyOnly) {
   EXPECT_THROW(HttpServer(*context_, *scheduler_, {.port = port_}).Bind(), Error);
 }
 
+// Whoever runs it must be able to tell such an end from one that was asked for.
+TEST_F(ServerTest, TheEndOfTheListeningSocketIsTold) {
+  Start();
+  for (const bool asked : {true, false}) {
+    HttpServer server(*context_, *scheduler_, {.port = 0});
+    const int port = server.Bind();
+    bool stopped = !asked;
+    std::thread thread([&] { stopped = server.Listen(); });
+    {
+      const Connection connection(port);
+      connection.Send(RequestText("GET", "/health", ""));
+      EXPECT_EQ(ParseReply(connection.All()).status, 200);
+    }
+    if (asked) server.Stop();
+    sockaddr_in address{};
+    for (int fd = 3; !asked && fd < 1000; ++fd) {
+      socklen_t size = sizeof address;
+      int listens = 0;
+      if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) != 0 || ntohs(address.sin_port) != port) continue;
+      size = sizeof listens;
+      if (::getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens != 0) ::shutdown(fd, SHUT_RDWR);
+    }
+    thread.join();
+    EXPECT_EQ(stopped, asked);
+  }
+}
+
 TEST_F(ServerTest, TheOtherPathsAnswer) {
   Start();
   const Json ids = Post("/tokenize", {{"content", "the tea"}, {"add_special", true}}).json()["tokens"];
