@@ -39,9 +39,13 @@ KeyRing::KeyRing(std::vector<std::string> keys, size_t most)
 
 std::optional<size_t> KeyRing::Find(std::string_view authorization) const {
   if (keys_.empty()) return 0;
+  constexpr std::string_view kScheme = "bearer ";  // in any case
+  const auto same = [](char a, char b) { return (a >= 'A' && a <= 'Z' ? a - 'A' + 'a' : a) == b; };
+  const std::string_view scheme = authorization.substr(0, kScheme.size());
+  if (!std::ranges::equal(scheme, kScheme, same)) return std::nullopt;
   std::optional<size_t> found;
   for (size_t i = 0; i < keys_.size(); ++i)
-    if (SameSecret(authorization, "Bearer " + keys_[i])) found = i;
+    if (SameSecret(authorization.substr(kScheme.size()), keys_[i])) found = i;
   return found;
 }
 

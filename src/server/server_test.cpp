@@ -463,6 +463,9 @@ TEST_F(ServerTest, KeysAreAskedFor) {
   EXPECT_EQ(Get("/v1/models", "Authorization: Bearer secreT\r\n").status, 401);
   EXPECT_EQ(Get("/v1/models", "Authorization: Bearer secret1\r\n").status, 401);
   EXPECT_EQ(Get("/v1/models", "Authorization: Bearer secret\r\n").status, 200);
+  EXPECT_EQ(Get("/v1/models", "Authorization: bearer secret\r\n").status, 200);
+  for (const char* const other : {"secret", "Basic secret", "Bearer", "Bearer  secre", "Bearersecret", "Bearer SECRET"})
+    EXPECT_EQ(Get("/v1/models", fmt::format("Authorization: {}\r\n", other)).status, 401) << other;
   EXPECT_EQ(Complete({}).status, 401);
   EXPECT_TRUE(SameSecret("ab", "ab"));
   EXPECT_FALSE(SameSecret("ab", "abc"));
