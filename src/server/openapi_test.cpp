@@ -168,6 +168,8 @@ TEST_F(OpenApiTest, AResponseIsItsEventsPutTogether) {
     EXPECT_EQ(event["response"]["usage"]["output_tokens"], whole["usage"]["output_tokens"]);
   }
   EXPECT_EQ(whole["output"][0]["content"][0]["text"], text);
+  EXPECT_EQ(whole["error"], nullptr);  // clients read these fields unasked
+  EXPECT_EQ(whole["usage"]["output_tokens_details"]["reasoning_tokens"], 0);
   EXPECT_EQ(last, "response." + whole["status"].get<std::string>());
 }
 

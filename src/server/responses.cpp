@@ -25,6 +25,7 @@ ResponseAnswer::OrderedJson ResponseAnswer::Response(const char* status, Ordered
                                                      const JobState* state) const {
   OrderedJson response = {{"id", id()},       {"object", "response"},  {"created_at", created()},
                           {"status", status}, {"model", model_name()}, {"output", std::move(output)}};
+  response["error"] = nullptr;  // one that fails is told by an event or a status of its own
   response["incomplete_details"] = nullptr;
   response["usage"] = nullptr;
   if (state == nullptr) return response;
@@ -33,6 +34,7 @@ ResponseAnswer::OrderedJson ResponseAnswer::Response(const char* status, Ordered
                        {"output_tokens", state->generated_tokens()},
                        {"total_tokens", prompt_tokens() + state->generated_tokens()},
                        {"input_tokens_details", {{"cached_tokens", state->cached_tokens}}},
+                       {"output_tokens_details", {{"reasoning_tokens", 0}}},
                        {"kv", Kv(state->choices[0].stats)}};
   return response;
 }
