@@ -20,13 +20,20 @@ class Gate {
   }
   void Pass() {
     std::unique_lock lock(mutex_);
+    ++at_gate_;
     opened_.wait(lock, [&] { return open_; });
+    --at_gate_;
+  }
+  bool SomebodyWaits() {
+    const std::lock_guard lock(mutex_);
+    return at_gate_ > 0;
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable opened_;
   bool open_ = true;
+  int at_gate_ = 0;
 };
 
 using Values = std::map<SessionName, std::vector<std::byte>>;
@@ -136,6 +143,7 @@ TEST_F(LoadingTest, WhatIsStillBeingSavedIsCopied) {
   EXPECT_EQ(Text(Ask(Ids("the tea"))), tea.Say(Ids("the tea")));
   const std::vector<int32_t> first = tea.text();
   const size_t seen = tea.seen();
+  ASSERT_TRUE(Soon([&] { return saving_.SomebodyWaits(); }));
   const Json next = Ask(Joined(first, Ids(" and then")));
   EXPECT_EQ(Cached(next), seen);
   EXPECT_EQ(Text(next), tea.Say(Ids(" and then")));
@@ -146,6 +154,43 @@ TEST_F(LoadingTest, WhatIsStillBeingSavedIsCopied) {
   Start(far_);
   EXPECT_EQ(Cached(Ask(Joined(first, Ids(" or not")))), seen);
   EXPECT_EQ(Cached(Ask(Joined(tea.text(), Ids(" or not")))), tea.seen());
+}
+
+// The next turn takes what waits to be saved, and waits in its place.
+TEST_F(LoadingTest, WhatWaitsToBeSavedGoesOn) {
+  gate_.Open();
+  Start(far_);
+  saving_.Close();
+  Ask(Ids("the tea"));
+  ASSERT_TRUE(Soon([&] { return saving_.SomebodyWaits(); }));
+  const std::string first = Text(Ask(Ids("the land")));
+  Streamed land(engine_, *tokenizer_, "full");
+  EXPECT_EQ(first, land.Say(Ids("the land")));
+  const size_t seen = land.seen();
+  const Json next = Ask(Joined(land.text(), Ids(" and then")));
+  EXPECT_EQ(Cached(next), seen);
+  EXPECT_EQ(Text(next), land.Say(Ids(" and then")));
+  EXPECT_EQ(store_->Metrics().skipped, 1u);
+  saving_.Open();
+  EXPECT_TRUE(Saved(2));
+}
+
+// What waits to be saved is not held beyond the memory for caches: it is skipped where nothing else makes room.
+TEST_F(LoadingTest, WhatWaitsToBeSavedMakesRoom) {
+  const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const size_t one = config->Plan(10, 300).bytes_peak;
+  far_.scheduler.kv_memory = 3 * one + one / 2;
+  gate_.Open();
+  Start(far_);
+  saving_.Close();
+  for (const char* const prompt : {"aaaaaaaa", "bbbbbbbb", "cccccccc", "dddddddd", "eeeeeeee", "ffffffff"})
+    Ask(Ids(prompt), {{"max_tokens", 300}});
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().idle + scheduler_->Metrics().idle_dropped == 6; }));
+  const uint64_t dropped = scheduler_->Metrics().idle_dropped;
+  ASSERT_GE(dropped, 3u);
+  EXPECT_EQ(store_->Metrics().skipped, dropped - 1);  // but for the first, which is in work
+  saving_.Open();
+  EXPECT_TRUE(Saved(6 - (dropped - 1)));
 }
 
 TEST_F(LoadingTest, ItHasItsPlace) {

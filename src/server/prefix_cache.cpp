@@ -1,7 +1,6 @@
 #include "server/prefix_cache.h"
 
 #include <algorithm>
-#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -129,33 +128,23 @@ void PrefixCache::Remove(std::list<Entry>::iterator entry) {
   entries_.erase(entry);
 }
 
-Sequence PrefixCache::Take(const Entry* entry, bool read) {
+std::list<PrefixCache::Entry>::iterator PrefixCache::At(const Entry* entry) {
   const auto at = std::ranges::find_if(entries_, [&](const Entry& other) { return &other == entry; });
   CHECK(at != entries_.end());
+  return at;
+}
+
+Sequence PrefixCache::Take(const Entry* entry, bool read) {
+  const auto at = At(entry);
   Sequence sequence = read ? Copy(entry) : std::move(*at->sequence);
   Remove(at);
   return sequence;
 }
 
-size_t PrefixCache::DropOldestOnDisk() {
-  const auto oldest = std::find_if(entries_.rbegin(), entries_.rend(), [](const Entry& entry) {
-    return entry.sequence->Stats().recall.file_bytes > 0;
-  });
-  if (oldest == entries_.rend()) return 0;
-  const size_t bytes = oldest->own_bytes();
-  Remove(std::prev(oldest.base()));
+size_t PrefixCache::Drop(const Entry* entry) {
+  const size_t bytes = entry->own_bytes();
+  Remove(At(entry));
   return bytes;
-}
-
-size_t PrefixCache::DropOldest(const Entry* spared) {
-  for (auto entry = entries_.end(); entry != entries_.begin();) {
-    --entry;
-    if (&*entry == spared) continue;
-    const size_t bytes = entry->own_bytes();
-    Remove(entry);
-    return bytes;
-  }
-  return 0;
 }
 
 }  // namespace lesskv

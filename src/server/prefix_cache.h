@@ -73,10 +73,8 @@ class PrefixCache {
   // Gives one of ours away: a copy of it where it is `read`, by who saves it.
   Sequence Take(const Entry* entry, bool read);
   static Sequence Copy(const Entry* entry) { return entry->sequence->Clone(); }
-  // Lets the one that was not used for longest go, but not `spared`. Returns its bytes; 0: there is none.
-  size_t DropOldest(const Entry* spared = nullptr);
-  // Likewise of those that have rows on a disk.
-  size_t DropOldestOnDisk();
+  // Lets one of ours go. Returns its bytes.
+  size_t Drop(const Entry* entry);
 
   // Counts memory that caches share once: that of `running` with the running texts, what the others share with
   // whichever was used last. Until the next call caches that come count in full.
@@ -88,6 +86,7 @@ class PrefixCache {
 
  private:
   std::list<Entry>::const_iterator Longest(const Beginning& beginning) const;
+  std::list<Entry>::iterator At(const Entry* entry);
   void Remove(std::list<Entry>::iterator entry);
 
   std::list<Entry> entries_;  // the last used first

@@ -381,7 +381,7 @@ std::optional<Sequence> Scheduler::FindBeginning(const JobRequest& request, std:
   MakeRoom(idle);
   if (idle->shared && HasRoom(0)) return PrefixCache::Copy(idle);
   beginning_ = nullptr;
-  return idle_.Take(idle, store_ != nullptr && store_->Saves(*idle->sequence));
+  return idle_.Take(idle, store_ != nullptr && !store_->LetGo(*idle->sequence));
 }
 
 // Counts memory that caches share once, after any has come or gone: with the text that began first, with idle caches
@@ -416,13 +416,29 @@ bool Scheduler::HasRoom(size_t more) const {
 void Scheduler::MakeRoom(const PrefixCache::Entry* spared, size_t more) {
   CountShared();
   while (idle_.size() > options_.max_idle || !HasRoom(more)) {
-    const size_t bytes = idle_.DropOldest(spared);
+    const size_t bytes = DropIdle(spared, false);
     if (bytes == 0) return;
     ReturnMemory(bytes);
     CountShared();
     const std::lock_guard lock(mutex_);
     ++metrics_.idle_dropped;
   }
+}
+
+// Lets the idle cache go that was not used for longest, of all but `spared` or of those that have rows on a disk: rather
+// one that does not wait to be saved, for which the store holds it. Returns its bytes; 0: there is none.
+size_t Scheduler::DropIdle(const PrefixCache::Entry* spared, bool on_disk) {
+  const auto waits = [&](const PrefixCache::Entry& entry) {
+    return store_ != nullptr && store_->Saves(*entry.sequence);
+  };
+  const PrefixCache::Entry* dropped = nullptr;
+  for (const PrefixCache::Entry& entry : idle_.entries()) {  // the last used first
+    if (&entry == spared || (on_disk && entry.sequence->Stats().recall.file_bytes == 0)) continue;
+    if (dropped == nullptr || !waits(entry) || waits(*dropped)) dropped = &entry;
+  }
+  if (dropped == nullptr) return 0;
+  if (store_ != nullptr) store_->LetGo(*dropped->sequence);
+  return idle_.Drop(dropped);
 }
 
 // What the C library has been given back it would keep for itself.
@@ -611,7 +627,7 @@ void Scheduler::TakeStep() {
 // another text of the same step may have made room.
 bool Scheduler::TriesAgain(Running& text, const Error& error) {
   if (error.code() != ErrorCode::kIo || text.sequence.interrupted()) return false;
-  const size_t bytes = idle_.DropOldestOnDisk();
+  const size_t bytes = DropIdle(nullptr, true);
   if (bytes == 0 && std::exchange(text.tries_again, true)) return false;
   text.next_fed = 0;
   if (bytes == 0) return true;

@@ -224,6 +224,7 @@ class Scheduler {
   size_t Reserved() const;
   bool HasRoom(size_t more) const;
   void MakeRoom(const PrefixCache::Entry* spared, size_t more = 0);
+  size_t DropIdle(const PrefixCache::Entry* spared, bool on_disk);
   size_t SharedBeginning(const Running& text) const;
   void KeepShared(const Running& text);
   void Keep(Sequence sequence, bool shared);

@@ -87,9 +87,11 @@ void SessionStore::Write() {
     work_.wait(lock, [&] { return stopping_ || !to_write_.empty(); });
     if (to_write_.empty()) return;
     std::shared_ptr<const Sequence> sequence = to_write_.front();
+    writing_ = true;
     lock.unlock();
     WriteOne(*sequence);
     lock.lock();
+    writing_ = false;
     to_write_.pop_front();  // whoever wants it now need not copy it
     lock.unlock();
     sequence.reset();  // which takes its time where nobody else has it
@@ -100,6 +102,16 @@ void SessionStore::Write() {
 bool SessionStore::Saves(const Sequence& sequence) const {
   const std::lock_guard lock(mutex_);
   return std::ranges::any_of(to_write_, [&](const auto& other) { return other.get() == &sequence; });
+}
+
+bool SessionStore::LetGo(const Sequence& sequence) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::ranges::find_if(to_write_, [&](const auto& other) { return other.get() == &sequence; });
+  if (found == to_write_.end()) return true;
+  if (writing_ && found == to_write_.begin()) return false;
+  to_write_.erase(found);
+  ++metrics_.skipped;
+  return true;
 }
 
 void SessionStore::WriteOne(const Sequence& sequence) {

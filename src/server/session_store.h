@@ -63,6 +63,9 @@ class SessionStore {
   void Save(std::shared_ptr<const Sequence> sequence);
   // Whether that still reads it, or will.
   bool Saves(const Sequence& sequence) const;
+  // Its memory is wanted: where it still waits to be written, it no more does (counted as skipped). False: it is being
+  // written, and read for that.
+  bool LetGo(const Sequence& sequence);
   // Looks for the one that has seen most of the prompt's beginning, less than all of it and more than `longer_than`
   // tokens. One that cannot be read is passed over with a line in the log, from then on where it is damaged. Null: there
   // is none, as is known at once.
@@ -88,7 +91,8 @@ class SessionStore {
   const LogLine log_;
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable work_;
-  std::deque<std::shared_ptr<const Sequence>> to_write_;  // the first perhaps in work
+  std::deque<std::shared_ptr<const Sequence>> to_write_;
+  bool writing_ = false;  // the first is in work
   std::deque<std::weak_ptr<StoreLookup>> to_find_;
   std::set<SessionName> damaged_;
   StoreMetrics metrics_;
