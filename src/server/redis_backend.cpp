@@ -41,8 +41,8 @@ bool IsAboutValue(const redisReply& error) {
 
 // Why a connection failed, from what hiredis and the last system call left.
 std::string Reason(const redisContext& connection, int error) {
-  const bool late = connection.err == REDIS_ERR_IO && (error == EAGAIN || error == EWOULDBLOCK);
-  return late ? "it does not answer in time" : connection.errstr;
+  const bool late = error == EAGAIN || error == EWOULDBLOCK;
+  return late && (connection.err == REDIS_ERR_IO || connection.err == 0) ? "it does not answer in time" : connection.errstr;
 }
 
 }  // namespace
@@ -185,8 +185,14 @@ RedisBackend::Connection RedisBackend::Connect() {
   return connection;
 }
 
-// Nothing, where the connection failed: errno is that of the last system call.
-std::optional<RedisBackend::Replies> RedisBackend::Exchange(redisContext& connection, const Commands& commands) {
+// Nothing, where the connection failed: errno is that of the last system call, or says that it takes too long.
+std::optional<RedisBackend::Replies> RedisBackend::Exchange(redisContext& connection, const Commands& commands) const {
+  const auto end = std::chrono::steady_clock::now() + options_.whole_time;
+  const auto late = [&] {
+    if (std::chrono::steady_clock::now() < end) return false;
+    errno = EAGAIN;
+    return true;
+  };
   errno = 0;
   for (const Command& command : commands) {
     std::vector<const char*> words;
@@ -198,11 +204,16 @@ std::optional<RedisBackend::Replies> RedisBackend::Exchange(redisContext& connec
     if (redisAppendCommandArgv(&connection, static_cast<int>(words.size()), words.data(), lengths.data()) != REDIS_OK)
       return std::nullopt;
   }
+  for (int written = 0; written == 0;)
+    if (redisBufferWrite(&connection, &written) != REDIS_OK || (written == 0 && late())) return std::nullopt;
   Replies replies;
-  for (size_t i = 0; i < commands.size(); ++i) {
+  while (replies.size() < commands.size()) {
     void* reply = nullptr;
-    if (redisGetReply(&connection, &reply) != REDIS_OK) return std::nullopt;
-    replies.emplace_back(static_cast<redisReply*>(reply));
+    if (redisGetReplyFromReader(&connection, &reply) != REDIS_OK) return std::nullopt;
+    if (reply != nullptr)
+      replies.emplace_back(static_cast<redisReply*>(reply));
+    else if (late() || redisBufferRead(&connection) != REDIS_OK)
+      return std::nullopt;
   }
   return replies;
 }

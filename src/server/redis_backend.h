@@ -38,7 +38,8 @@ struct RedisOptions {
   RedisAddress address;
   std::string password = {};  // empty: none
   std::chrono::seconds unused{7 * 24 * 3600};
-  std::chrono::milliseconds connect_time{500}, answer_time{2000};  // that we wait
+  std::chrono::milliseconds connect_time{500}, answer_time{2000};  // that we wait for a sign of it
+  std::chrono::milliseconds whole_time{30000};                     // for all of what was asked, however it comes
   std::chrono::milliseconds retry_time{5000};                      // after a failure nobody tries for so long
   std::function<void(const std::string&)> log = {};                // a line when it goes, and one when it is back
 };
@@ -76,7 +77,7 @@ class RedisBackend final : public StoreBackend {
   Replies Ask(const Commands& commands);
   Connection TakeIdle();
   Connection Connect();
-  static std::optional<Replies> Exchange(redisContext& connection, const Commands& commands);
+  std::optional<Replies> Exchange(redisContext& connection, const Commands& commands) const;
   void RequireReachable() const;
   void SetUp(Connection connection);
   [[noreturn]] void SetDown(const std::string& why);

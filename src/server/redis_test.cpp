@@ -225,6 +225,37 @@ TEST_F(RedisTest, ASlowRedisHoldsNobodyUp) {
   EXPECT_TRUE(Soon([&] { return store_->Metrics().saved > saved; })) << Log();
 }
 
+// It says something again and again, but never all: not for ever.
+TEST(RedisBackendTest, AnAnswerThatComesInDropsIsNotWaitedFor) {
+  const int listener = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  ASSERT_EQ(::bind(listener, reinterpret_cast<sockaddr*>(&address), size), 0);
+  ASSERT_EQ(::listen(listener, 1), 0);
+  ::getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size);
+  std::thread redis([&] {
+    const int connection = ::accept(listener, nullptr, nullptr);
+    ::send(connection, "+OK\r\n*1\r\n$1000\r\n", 16, MSG_NOSIGNAL);
+    for (int i = 0; i < 200 && ::send(connection, "x", 1, MSG_NOSIGNAL) == 1; ++i) std::this_thread::sleep_for(50ms);
+    ::close(connection);
+  });
+  const auto begin = std::chrono::steady_clock::now();
+  std::string log;
+  {
+    RedisBackend backend({.address = {"127.0.0.1", ntohs(address.sin_port)},
+                          .answer_time = 2s,
+                          .whole_time = 500ms,
+                          .log = [&](const std::string& line) { log += line; }});
+    EXPECT_THROW(backend.Lengths(), StoreGone);
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 5s);
+  EXPECT_NE(log.find("does not answer in time"), std::string::npos) << log;
+  redis.join();
+  ::close(listener);
+}
+
 TEST_F(RedisTest, APasswordAndADatabaseAreUsed) {
   StartRedis({"--requirepass", "secret"});
   RedisOptions options = ToRedis();
