@@ -116,6 +116,7 @@ const BadValue kBadValues[] = {
     {"$L eval recall -m $M --task kv,,needle", "--task: expected a value, found an empty one"},
     {"$L eval ruler -m $M --task ,vt", "--task: expected a value, found an empty one"},
     {"$L plan -m $M --parallel ''", "--parallel"},
+    {"$L plan -m $M --kv 'elastic(γ)'", "at character 9, found 'γ'"},
     {"$L eval perplexity -m $M --text $T --step ''", "--step"},
     {"$L info ''", "file"},
     {"$L train less -m $M --text $T -o x.gguf --layers -1", "--layers: expected a layer from 0"},

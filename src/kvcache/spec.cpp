@@ -84,8 +84,10 @@ class Parser {
     return true;
   }
   [[noreturn]] void Refuse(const char* expected) {
+    size_t end = at_ + 1;  // of the whole character, where it has several bytes
+    while (end < text_.size() && (static_cast<unsigned char>(text_[end]) & 0xC0) == 0x80) ++end;
     Fail(ErrorCode::kInvalidArgument, "cache spec '{}': expected {} at character {}, found {}", text_, expected, at_ + 1,
-         at_ < text_.size() ? fmt::format("'{}'", text_[at_]) : "the end");
+         at_ < text_.size() ? fmt::format("'{}'", text_.substr(at_, end - at_)) : "the end");
   }
 
   std::string_view text_;
