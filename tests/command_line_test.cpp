@@ -90,7 +90,9 @@ const BadValue kBadValues[] = {
     {"$L run -m $M -p x -n 99999999999999999999", "99999999999999999999 is out of range"},
     {"$L run -m $M -p x -n -99999999999999999999", "is out of range"},
     {"$L run -m $M -p x --keep 99999999999999999999", "is out of range"},
-    {"$L run -m $M -p x --top-k 99999999999", "--top-k"},
+    {"$L run -m $M -p x --top-k 99999999999", "--top-k: 99999999999 is out of range"},
+    {"$L run -m $M -p x -n 1 -n 2", "--predict is given more than once (lesskv run --help lists what there is)"},
+    {"$L eval foo", "there is no command \"foo\" (lesskv eval --help lists what there is)"},
     {"$L run -m $M -p x -c 99999999999999999999", "is out of range"},
     {"$L run -m $M -p x -c -5", "--ctx: expected a whole number from 0, found \"-5\""},
     {"$L run -m $M -p x -c ''", "--ctx"},
@@ -140,6 +142,32 @@ TEST_F(CommandLine, ValuesThatAreNoneAreRefused) {
   }
   for (const auto& entry : fs::directory_iterator(folder_))  // refused before any work
     EXPECT_TRUE(entry.path().filename() == "out" || entry.path().filename() == "err") << entry.path();
+}
+
+TEST_F(CommandLine, HelpTellsDefaults) {
+  const std::pair<const char*, const char*> kHelp[] = {
+      {"run", "--kv SPEC=full "},
+      {"run", "--temp FLOAT=0.8 "},
+      {"bench", "--prompt N,...=512 "},
+      {"bench", "--output FORMAT=md "},
+      {"eval recall", "--depths X,...=0,0.25,0.5,0.75,1"},
+      {"eval perplexity", "--step N=8 "},
+      {"eval perplexity", "--prompt N "},
+      {"train less", "--step UINT=[8] "},
+      {"train csr", "--atoms UINT=1024 "},
+  };
+  for (const auto& [command, told] : kHelp) {
+    const Result help = Shell(fmt::format("$L {} --help", command));
+    EXPECT_EQ(help.status, 0);
+    EXPECT_NE(help.out.find(told), std::string::npos) << told << " in\n" << help.out;
+  }
+}
+
+TEST_F(CommandLine, ThePageOfMethodsIsWhatTheProgramSays) {
+  const Result page = Shell("$L methods -o md");
+  EXPECT_EQ(page.out, ReadFile(LESSKV_SOURCE_DIR "/docs/methods.md"));
+  EXPECT_NE(page.out.find("| `pyramid(beta=20)` |"), std::string::npos);
+  EXPECT_NE(page.out.find("| `window(rows, sinks=4,"), std::string::npos);
 }
 
 TEST_F(CommandLine, ZerosInFrontOfANumberSayNothing) {

@@ -88,7 +88,8 @@ void AddModelOptions(CLI::App& command, ModelOptions& options) {
   command.add_option("-t,--threads", options.threads, "Threads (default: all CPUs)")
       ->check(CLI::Range(0, ThreadPool::kMaxThreads))->option_text("N");
   command.add_option("--compute", options.compute, "Arithmetic of products: auto (bf16 with AMX, int8 "
-                                                  "elsewhere, f32 where a CPU has neither), f32, bf16, int8")->option_text("TYPE");
+                                                  "elsewhere, f32 where a CPU has neither), f32, bf16, int8")
+      ->capture_default_str()->option_text("TYPE");
 }
 
 void AddSeed(CLI::App& command, uint64_t& seed, const char* help) {
@@ -139,7 +140,8 @@ CLI::Option* AddList(CLI::App& command, const std::string& names, std::vector<It
       values.push_back(value);
     }
   };
-  return command.add_option_function<std::vector<std::string>>(names, read, help);
+  return command.add_option_function<std::vector<std::string>>(names, read, help)
+      ->default_str(fmt::format("{}", fmt::join(values, ",")));
 }
 
 template CLI::Option* AddList(CLI::App&, const std::string&, std::vector<int>&, const std::string&,

@@ -31,6 +31,18 @@ int Complain(int status, std::string message) {
   return status;
 }
 
+// What an option takes and its default: CLI11 leaves the default out behind a word of ours for the value, and tells
+// the checks of a value as a part of its type.
+class HelpFormatter : public CLI::Formatter {
+ public:
+  std::string make_option_opts(const CLI::Option* option) const override {
+    if (option->get_type_size() == 0) return CLI::Formatter::make_option_opts(option);  // a flag
+    const std::string type = option->get_type_name(), standard = option->get_default_str();
+    const std::string& value = option->get_option_text().empty() ? type.substr(0, type.find(':')) : option->get_option_text();
+    return " " + value + (standard.empty() ? "" : "=" + standard);
+  }
+};
+
 void AddCommands(CLI::App& app) {
   AddRunCommand(app);
   AddChatCommand(app);
@@ -47,15 +59,36 @@ void AddCommands(CLI::App& app) {
   RequirePlainValues(app);
 }
 
-// The first words name a command and, where it has them, one of its own; the word that names none, or null.
-const char* UnknownCommand(const CLI::App* app, int argc, char** argv) {
+// The first words name a command and, where it has them, one of its own: "lesskv eval recall".
+struct NamedCommand {
+  std::string words;
+  const char* unknown = nullptr;  // the word behind them that names none
+};
+
+NamedCommand ReadCommand(const CLI::App* app, int argc, char** argv) {
+  NamedCommand command{app->get_name()};
   for (int i = 1; i < argc && argv[i][0] != '-' && !app->get_subcommands({}).empty(); ++i) {
-    const auto named = [&](const CLI::App* command) { return command->get_name() == argv[i]; };
-    const auto found = app->get_subcommands(named);
-    if (found.empty()) return argv[i];
+    const auto found = app->get_subcommands([&](const CLI::App* known) { return known->get_name() == argv[i]; });
+    if (found.empty()) {
+      command.unknown = argv[i];
+      return command;
+    }
     app = found.front();
+    command.words += " " + app->get_name();
   }
-  return nullptr;
+  return command;
+}
+
+// What was wrong with the words, in ours where CLI11's say little. Numbers are numbers when it converts them.
+std::string Sentence(const CLI::ParseError& error) {
+  const std::string text = error.what();
+  if (const size_t end = text.find(": At Most 1 required but received"); end != std::string::npos)
+    return text.substr(0, end) + " is given more than once";
+  constexpr std::string_view kConvert = "Could not convert: ";
+  const size_t equals = text.find(" = ");
+  if (text.starts_with(kConvert) && equals != std::string::npos)
+    return fmt::format("{}: {} is out of range", text.substr(kConvert.size(), equals - kConvert.size()), text.substr(equals + 3));
+  return text;
 }
 
 // Parsing runs the chosen command's callback.
@@ -63,10 +96,13 @@ int Run(int argc, char** argv) {
   CLI::App app("Runs large language models with a key-value cache that stays small.", "lesskv");
   app.set_version_flag("--version", "lesskv " + Version());
   app.require_subcommand(1);
+  app.formatter(std::make_shared<HelpFormatter>());  // of the commands, too
   AddCommands(app);
   app.parse_complete_callback([] { ActiveIsa(); });  // refuses a bad LESSKV_ISA, before any command begins
-  if (const char* unknown = UnknownCommand(&app, argc, argv))
-    return Complain(kBadUsage, fmt::format("there is no command \"{}\" (lesskv --help lists what there is)", unknown));
+  const NamedCommand command = ReadCommand(&app, argc, argv);
+  const std::string hint = fmt::format("({} --help lists what there is)", command.words);
+  if (command.unknown != nullptr)
+    return Complain(kBadUsage, fmt::format("there is no command \"{}\" {}", command.unknown, hint));
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {  // --help and --version
@@ -74,7 +110,7 @@ int Run(int argc, char** argv) {
     FlushResults();
     return 0;
   } catch (const CLI::ParseError& error) {
-    return Complain(kBadUsage, fmt::format("{} (lesskv --help lists what there is)", error.what()));
+    return Complain(kBadUsage, fmt::format("{} {}", Sentence(error), hint));
   }
   FlushResults();
   return 0;

@@ -2,10 +2,12 @@
 #include "kvcache/registry.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "commands.h"
@@ -21,12 +23,23 @@ std::string Signature(const Method& method) {
   for (size_t i = 0; i < method.parameters.size(); ++i) {
     const Parameter& p = method.parameters[i];
     text += i == 0 ? "(" : ", ";
-    text += p.positional ? std::string(p.name) : fmt::format("{}={}", p.name, p.default_value.empty() ? "…" : p.default_value);
+    text += p.name;
+    if (!p.default_value.empty() || !p.positional) text += fmt::format("={}", p.default_value.empty() ? "…" : p.default_value);
   }
   return method.parameters.empty() ? text : text + ")";
 }
 
 bool IsDefault(const Method& method) { return method.name == DefaultTerm(method.stage); }
+
+// "`rows`, `gamma`": options that may be given without their names, before all others.
+std::string PositionalNames() {
+  std::vector<std::string> names;
+  for (const Method* method : Methods())
+    for (const Parameter& p : method->parameters)
+      if (std::string name = fmt::format("`{}`", p.name); p.positional && std::find(names.begin(), names.end(), name) == names.end())
+        names.push_back(std::move(name));
+  return fmt::format("{}", fmt::join(names, ", "));
+}
 
 struct ConflictingTerms {
   std::string a, b, reason;
@@ -74,7 +87,9 @@ std::string MarkdownText() {
   std::string text =
       "# Cache methods\n\n"
       "A cache is written as terms joined by `+`, at most one a stage, in any order. This page is the output of\n"
-      "`lesskv methods -o md`.\n\n" +
+      "`lesskv methods -o md`. Behind `=` stands what holds where an option is not given (…: it says so itself); an option that\n"
+      "comes first may be given without its name where that is one of " + PositionalNames() + ":\n"
+      "`pyramid(10)` is `pyramid(beta=10)`.\n\n" +
       std::string(kLocalLayers) + "\n";
   for (Stage stage : kStages) {
     if (!HasMethods(stage)) continue;
@@ -116,7 +131,7 @@ std::string PlainText() {
   }
   text += "\nCannot be combined (besides two terms of one stage)\n";
   for (const auto& [a, b, reason] : Conflicts()) text += fmt::format("  {} + {}: {}\n", a, b, reason);
-  text += fmt::format("\n{}\n", kLocalLayers);
+  text += fmt::format("\n{}\nWhat the options mean: lesskv methods -o md\n", kLocalLayers);
   return text;
 }
 

@@ -158,7 +158,8 @@ void AddLess(CLI::App& train) {
   less->add_option("-o,--output", c->output, "Sidecar to write, NAME.less.gguf for NAME.gguf")->option_text("SIDECAR");
   train::TrainLessOptions& o = c->options;
   less->add_option("--text", o.texts, "Text files to draw training texts from")->option_text("FILE...");
-  less->add_option("--kv", o.policies, "Selectors and budgets to train for, shared out over the texts")->option_text("SPEC...");
+  less->add_option("--kv", o.policies, "Selectors and budgets to train for, shared out over the texts")->option_text("SPEC...")
+      ->capture_default_str();
   less->add_option("--step", o.steps, "Tokens a step while text streams in, in turn")->capture_default_str();
   less->add_option("--views", o.views, "Selectors each text is captured under")->capture_default_str();
   less->add_option("--sequences", o.sequences, "Training texts, validation included")->capture_default_str();
@@ -167,7 +168,7 @@ void AddLess(CLI::App& train) {
   less->add_option("--hidden", o.hidden, "Hidden width R' of the maps")->capture_default_str();
   less->add_option("--features", c->features, "exp, or gelu (the paper's)")->capture_default_str();
   less->add_option("--type", c->type, "Stored matrices: bf16 or f32")->capture_default_str();
-  less->add_option("--epochs", o.epochs)->capture_default_str();
+  less->add_option("--epochs", o.epochs, "Times that all training texts are gone through")->capture_default_str();
   less->add_option("--batch", o.batch, "Texts an Adam step")->capture_default_str();
   less->add_option("--lr", o.rate, "Learning rate")->capture_default_str();
   less->add_option("--schedule", c->schedule, "cosine, or halve (the paper's: every 10 epochs)")->capture_default_str();

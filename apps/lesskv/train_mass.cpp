@@ -141,7 +141,8 @@ void AddTrainMass(CLI::App& train) {
   mass->add_option("--compute", c->model.compute, "Arithmetic of the model: auto, f32, bf16, int8");
   mass->add_option("-o,--output", c->output, "Sidecar whose maps are weighed, and written again")->option_text("SIDECAR")->required();
   mass->add_option("--text", c->texts, "Text files, none of which trained the maps")->option_text("FILE...")->required();
-  mass->add_option("--kv", c->policies, "Selectors and budgets to weigh them for")->option_text("SPEC...");
+  mass->add_option("--kv", c->policies, "Selectors and budgets to weigh them for")->option_text("SPEC...")
+      ->capture_default_str();
   mass->add_option("--max-windows", c->max_windows, "Windows, evenly spaced over the texts")->capture_default_str()->check(CLI::Range(1, 100000));
   mass->add_option("--step", c->step, "Tokens a step while text streams in")->capture_default_str()->check(CLI::Range(1, 1 << 20));
   mass->add_option("--grid", c->grid, "Distance of the shifts that are tried, nats")->capture_default_str()->check(CLI::Range(0.01, 4.0));
