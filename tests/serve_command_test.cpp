@@ -115,7 +115,7 @@ TEST_F(ServeCommandTest, ThePageTalks) {
 TEST_F(ServeCommandTest, WhatCannotBeIsRefused) {
   Write("file", "");
   ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store file"), 1, "the session store file cannot be");
-  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store dir --store-size lots"), 2, "--store-size: expected bytes");
+  ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --store dir --store-size lots"), 2, "--store-size: expected a number of bytes");
   const auto refused = [&](const std::string& more, const std::string& said) {
     ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 " + more), 2, said);
   };
@@ -123,14 +123,16 @@ TEST_F(ServeCommandTest, WhatCannotBeIsRefused) {
   refused("--store rediss://localhost", "without TLS");
   refused("--store http://localhost", "redis://HOST");
   refused("--store redis://localhost --store-size 1G", "--store-size: Redis is limited by");
-  for (const char* const bytes : {"0", "0G", "17179869184G", "999999999999G", "9223372036854775808", "99999999999999999999", "-1", "1T"}) {
-    refused(std::string("--kv-memory ") + bytes, "--kv-memory: expected bytes such as 500M or 4G");
-    refused(std::string("--store dir --store-size ") + bytes, "--store-size: expected bytes such as 500M or 4G");
+  for (const char* const bytes : {"0", "0G", "17179869184G", "999999999999G", "9223372036854775808", "99999999999999999999", "-1", "1MB"}) {
+    refused(std::string("--kv-memory ") + bytes, "--kv-memory: expected a number of bytes such as 500M or 4GiB");
+    refused(std::string("--store dir --store-size ") + bytes, "--store-size: expected a number of bytes such as 500M or 4GiB");
   }
   for (const char* const blank : {"' '", "' \t '", "'\n'"})
     ExpectOneSentence(Shell(std::string("LESSKV_API_KEY=") + blank + " $L serve -m $M --chat-template plain --port 0 --host 0.0.0.0"), 2, "LESSKV_API_KEY: there is no key in it");
   refused("--host 0.0.0.0", "with an API key only");
   refused("--store dir --store-days 3", "--store-days: a directory is limited by");
+  refused("--store-days 3", "limits of a --store, which is not given");
+  refused("--store-size 1G", "limits of a --store, which is not given");
   ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "--api-key-file file: there is no key in it");
   Write("file", " \n\t\n");
   ExpectOneSentence(Shell("$L serve -m $M --chat-template plain --port 0 --api-key-file file"), 2, "--api-key-file file: there is no key in it");

@@ -3,10 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <charconv>
 #include <cstdlib>
 #include <filesystem>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -34,20 +32,6 @@ struct ServeOptions {
   size_t max_prompt = 0, max_output = 1024, max_protected = 1024, max_seconds = 600, max_body_kib = 4096,
          read_seconds = 30;
 };
-
-// "4G": a number with K, M, G or without; not 0, and no more than a file could have.
-size_t ParseBytes(const std::string& text, const char* option) {
-  const size_t digits = std::min(text.find_first_not_of("0123456789"), text.size());
-  const std::string unit = text.substr(digits);
-  const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
-  constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
-  uint64_t number = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + digits, number);
-  if (digits == 0 || shift < 0 || error != std::errc() || number == 0 || number > kMost >> shift)
-    Fail(ErrorCode::kInvalidArgument, "{}: expected bytes such as 500M or 4G, more than 0 and less than 8 EiB, found {}",
-         option, Quoted(text));
-  return number << shift;
-}
 
 // LESSKV_API_KEY, or the lines of a file, without the blanks around them. One that was set and has no key in it must not
 // open the server to everybody.
@@ -119,7 +103,11 @@ std::unique_ptr<StoreBackend> OpenBackend(const ServeOptions& options) {
 }
 
 std::unique_ptr<SessionStore> OpenStore(const ServeOptions& options, const Engine& engine) {
-  if (options.store.empty()) return nullptr;
+  if (options.store.empty()) {
+    if (!options.store_size.empty() || options.store_days != 0)
+      Fail(ErrorCode::kInvalidArgument, "--store-size and --store-days are limits of a --store, which is not given");
+    return nullptr;
+  }
   return std::make_unique<SessionStore>(engine, OpenBackend(options), SayLine);
 }
 

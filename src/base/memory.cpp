@@ -1,8 +1,8 @@
 #include "base/memory.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
-#include <cstdlib>
 #include <fstream>
 #include <limits>
 #include <string_view>
@@ -98,18 +98,18 @@ std::string HumanBytes(size_t bytes) {
 }
 
 size_t ParseBytes(const std::string& text, const std::string& option) {
-  constexpr std::string_view kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  const char* begin = text.c_str();
-  char* end = nullptr;
-  double value = std::strtod(begin, &end);
-  std::string_view unit(end);
+  constexpr std::string_view kUnits = "BKMGT";
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  std::string_view unit = std::string_view(text).substr(static_cast<size_t>(end - text.data()));
   while (unit.starts_with(' ')) unit.remove_prefix(1);
-  const auto* found = std::find(std::begin(kUnits), std::end(kUnits), unit);
-  if (end != begin && (found != std::end(kUnits) || unit.empty())) {
-    if (!unit.empty()) value = std::ldexp(value, 10 * static_cast<int>(found - kUnits));
+  const size_t power = unit.empty() ? 0 : kUnits.find(unit[0]);
+  const bool is_unit = unit.size() < 2 || (power != 0 && unit.substr(1) == "iB");
+  if (error == std::errc() && power != std::string_view::npos && is_unit) {
+    value = std::ldexp(value, 10 * static_cast<int>(power));
     if (value >= 1 && value <= std::ldexp(1.0, 60)) return static_cast<size_t>(value);
   }
-  Fail(ErrorCode::kInvalidArgument, "{}: expected a number of bytes such as 256MiB, found \"{}\"", option, text);
+  Fail(ErrorCode::kInvalidArgument, "{}: expected a number of bytes such as 500M or 4GiB, found \"{}\"", option, text);
 }
 
 }  // namespace lesskv

@@ -17,8 +17,8 @@ void RequireMemory(size_t bytes, const std::string& what);
 // "512 B", "3.4 MiB", "1.20 GiB".
 std::string HumanBytes(size_t bytes);
 
-// The opposite, for options: a number and one of the units B, KiB, MiB, GiB, TiB or nothing (bytes), such as "256MiB" or
-// "1.5 GiB". Throws Error naming the option for anything else, for 0 and for what no machine has.
+// The opposite, for options: a number and B, KiB, MiB, GiB, TiB, the same as K, M, G, T, or nothing (bytes), such as
+// "256M" or "1.5 GiB". Throws Error naming the option for anything else, for 0 and for what no machine has.
 size_t ParseBytes(const std::string& text, const std::string& option);
 
 }  // namespace lesskv
