@@ -133,6 +133,17 @@ const BadValue kBadValues[] = {
      "'full' lets no token leave"},
     {"$L train less -m $M --text $T -o .", "-o .: expected a file, found a folder"},
     {"$L train less -m $M --text $T -o nowhere/x.gguf", "-o nowhere/x.gguf: there is no folder"},
+    {"$L train less -m $S -o x.gguf", "no text to train on"},
+    {"$L train less -m $S --text $T -o x.gguf -c 60000", "the texts hold no stretch of 60000 tokens"},
+    {"$L quantize $S nowhere/x.gguf Q8_0", "OUT nowhere/x.gguf: there is no folder"},
+    {"$L quantize $S /dev/full Q8_0", "OUT /dev/full: it exists and is not a regular file"},
+    {"$L eval recall -m $M --heatmap nowhere/x.svg", "--heatmap nowhere/x.svg: there is no folder"},
+    {"$L eval choices -m $M --file $T --batch 4", "not expected: 4 --batch"},
+    {"$L eval recall -m $M --step 4", "--step is for --mode stream"},
+    {"$L eval perplexity -m $M --text $T --prompt 16", "--prompt is for --mode continue"},
+    {"$L eval divergence -m $M --text $T --mode continue --prompt 16 --step 4", "--step is for --mode stream"},
+    {"$L bench -m $M --memory 0x10M", "--memory: expected a number of bytes"},
+    {"$L bench -m $M --memory 1MB", "--memory: expected a number of bytes"},
 };
 
 TEST_F(CommandLine, ValuesThatAreNoneAreRefused) {
@@ -259,7 +270,7 @@ TEST_F(CommandLine, NamesThatTheSystemRefusesAreASentence) {
       EXPECT_NE(lower.find(said), std::string::npos) << result.err;
     }
     const Result result = Shell("$L quantize $M " + bad + " F16");
-    EXPECT_EQ(result.status, 1) << result.err;
+    EXPECT_EQ(result.status, 2) << result.err;
     EXPECT_TRUE(fs::is_symlink(folder_ / "loop"));
   }
 }

@@ -262,6 +262,8 @@ void CheckOutputPath(const std::string& option, const std::string& path) {
   if (!exists && errno != ENOENT) Fail(ErrorCode::kInvalidArgument, "{} {}: {}", option, path, std::strerror(errno));
   if (exists && S_ISDIR(info.st_mode))
     Fail(ErrorCode::kInvalidArgument, "{} {}: expected a file, found a folder", option, path);
+  if (exists && !S_ISREG(info.st_mode))
+    Fail(ErrorCode::kInvalidArgument, "{} {}: it exists and is not a regular file", option, path);
   if (IsReadOnlyFile(path))
     Fail(ErrorCode::kInvalidArgument, "{} {}: the file is read-only", option, path);
   std::filesystem::path folder = std::filesystem::path(path).parent_path();

@@ -38,10 +38,25 @@ struct CommonOptions {
 // For counts: a negative number would otherwise become a huge one.
 CLI::Range AtLeast(int64_t low) { return CLI::Range(low, int64_t{1} << 30); }
 
+constexpr size_t kStep = 8;
+
+// `step`, `prompt`: 0 where not given. What the mode would not read is refused: it tells of a mode that was forgotten.
+Protocol ReadProtocol(const std::string& mode, size_t step, size_t prompt) {
+  const Protocol protocol{.mode = ParseMode(mode), .step = step == 0 ? kStep : step, .prompt = prompt};
+  const bool stream = protocol.mode == Protocol::Mode::kStream;
+  if (stream && prompt != 0) Fail(ErrorCode::kInvalidArgument, "--prompt is for --mode continue, the mode is stream");
+  if (!stream && step != 0) Fail(ErrorCode::kInvalidArgument, "--step is for --mode stream, the mode is continue");
+  return protocol;
+}
+
+void AddStep(CLI::App& command, size_t& step) {
+  command.add_option("--step", step, "Tokens a step of --mode stream")->check(AtLeast(1))->option_text("N")
+      ->default_str(std::to_string(kStep));
+}
+
 struct ProtocolOptions {
   std::string mode = "stream";
-  size_t step = 8;
-  size_t prompt = 0;
+  size_t step = 0, prompt = 0;  // 0: not given
   std::string protocol = "lesskv";
 
   // For texts: `ctx` is the length of their windows.
@@ -49,7 +64,8 @@ struct ProtocolOptions {
     if (protocol != "lesskv" && protocol != "llama")
       Fail(ErrorCode::kInvalidArgument, "--protocol: expected lesskv or llama, found '{}'", protocol);
     const bool llama = protocol == "llama";
-    Protocol result{ParseMode(mode), step, prompt, llama};
+    Protocol result = ReadProtocol(mode, step, prompt);
+    result.llama_windows = llama;
     if (llama && result.mode == Protocol::Mode::kContinue && prompt == 0) result.prompt = ctx / 2;
     CheckProtocol(result, ctx);
     return result;
@@ -68,6 +84,9 @@ void AddCommonOptions(CLI::App& command, CommonOptions& o) {
       ->check(CLI::Range(0, 1 << 20))->option_text("N")
       ->capture_default_str();
   AddSeed(command, o.seed, "Seed of generated tasks and sampling");
+}
+
+void AddBatch(CLI::App& command, CommonOptions& o) {
   command
       .add_option("--batch", o.batch,
                   "Texts that go through the model together, at most; fewer when their caches "
@@ -124,6 +143,7 @@ struct TextOptions {
 
 void AddTextOptions(CLI::App& command, TextOptions& o) {
   AddCommonOptions(command, o.common);
+  AddBatch(command, o.common);
   command.add_option("--text", o.texts, "Text file; may be repeated")
       ->required()
       ->option_text("FILE")
@@ -142,9 +162,7 @@ void AddTextOptions(CLI::App& command, TextOptions& o) {
                   "lesskv: every token of each window is scored; llama: windows and scored halves of llama-perplexity")
       ->option_text("NAME")
       ->capture_default_str();
-  command.add_option("--step", o.protocol.step, "Tokens a step of --mode stream")
-      ->check(AtLeast(1))->option_text("N")
-      ->capture_default_str();
+  AddStep(command, o.protocol.step);
   command.add_option("--prompt", o.protocol.prompt, "Tokens that --mode continue reads before scoring")
       ->check(AtLeast(1))->option_text("N");
 }
@@ -194,7 +212,7 @@ struct RecallFlags {
   std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
   size_t samples = 20;
   std::string words, text, heat_map, mode = "continue", ask = "with";
-  size_t step = 8;
+  size_t step = 0;  // 0: not given
 };
 
 RecallOptions::Ask ParseAsk(const std::string& text) {
@@ -210,7 +228,7 @@ RecallOptions ReadRecallFlags(const RecallFlags& flags) {
   options.lengths = flags.lengths;
   options.depths = flags.depths;
   options.samples = flags.samples;
-  options.protocol = {ParseMode(flags.mode), flags.step, 0};
+  options.protocol = ReadProtocol(flags.mode, flags.step, 0);
   options.ask = ParseAsk(flags.ask);
   if (!flags.text.empty()) options.text = ReadText(flags.text);
   if (!flags.words.empty()) {
@@ -227,6 +245,7 @@ void AddRecall(CLI::App& parent) {
   CLI::App* command = parent.add_subcommand("recall", "Answers to questions about something far back in the prompt");
   auto o = std::make_shared<RecallFlags>();
   AddCommonOptions(*command, o->common);
+  AddBatch(*command, o->common);
   AddList(*command, "--task", o->tasks, "kv, kv_words, needle or variable; several with commas")
       ->option_text("TASK,...");
   AddList(*command, "--length", o->lengths, "Prompt lengths in tokens, with commas (default: the context)", AtLeast(1))
@@ -242,13 +261,15 @@ void AddRecall(CLI::App& parent) {
       ->option_text("FILE");
   command->add_option("--mode", o->mode, "How prompts are read: continue (at once) or stream (--step tokens at a time)")
       ->option_text("MODE")->capture_default_str();
-  command->add_option("--step", o->step, "Tokens a step of --mode stream")
-      ->check(AtLeast(1))->option_text("N")->capture_default_str();
+  AddStep(*command, o->step);
   command->add_option("--ask", o->ask, "The question comes with the prompt, or after it was read and compressed")
       ->option_text("WHEN")->capture_default_str();
   command->callback([o] {
     const RecallOptions options = ReadRecallFlags(*o);
-    if (!o->heat_map.empty()) CheckHeatMapPath(o->heat_map);
+    if (!o->heat_map.empty()) {
+      CheckHeatMapPath(o->heat_map);
+      CheckOutputPath("--heatmap", o->heat_map);
+    }
     Session session(o->common, "recall");
     session.AddRivalsIfAsked(o->common, session.setup.ctx - std::min(session.setup.ctx, RecallOptions::kAnswerRoom));
     const Report report = EvaluateRecall(session.setup, options);
@@ -267,6 +288,7 @@ void AddRuler(CLI::App& parent) {
   };
   auto o = std::make_shared<Flags>();
   AddCommonOptions(*command, o->common);
+  AddBatch(*command, o->common);
   AddList(*command, "--task", o->tasks,
           "niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2; "
           "several with commas; all: all of them, qa_1 and qa_2 where --qa holds such questions")

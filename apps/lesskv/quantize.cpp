@@ -161,6 +161,7 @@ void Quantize(const QuantizeOptions& options) {
   const DType target = ParseType(options.type);
   const GgufFile file = GgufFile::Open(options.in);
   RefuseSameFile(options);
+  CheckOutputPath("OUT", options.out);
   GgufWriter writer;
   CopyMetadata(file, target, writer);
   TypePlan plan(target);

@@ -183,6 +183,7 @@ class Trainer {
              "--work", o_.work_folder);
       return;
     }
+    CropSource(tokenizer_, o_.texts).Crop(MixSeed(o_.seed, 0), o_.ctx);  // texts too short leave no folder behind
     fs::create_directories(o_.work_folder, ignored);
     AtomicFile file(key_path);
     const std::string key = CaptureKey();
