@@ -123,7 +123,7 @@ Outputs Live(SequenceCache& cache, const Text& text, size_t first, const LifeSte
   return outputs;
 }
 
-TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
+TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind, size_t input_width) {
   static std::atomic<int> count{0};
   path_ = (std::filesystem::temp_directory_path() / fmt::format("lesskv-contract-{}-{}.less.gguf", getpid(), count++))
               .string();
@@ -152,7 +152,7 @@ TempSidecar::TempSidecar(const TinyShape& shape, FeatureKind kind) {
       budgets.shares.push_back(std::min(1.0f, ratio * rng.UniformFloat(0.1f, 1.9f)));
   SidecarScores& scores = sidecar_.scores;
   scores.n_kv_heads = budgets.n_kv_heads;
-  scores.width = shape.n_kv_heads * shape.head_dim;
+  scores.width = input_width > 0 ? input_width : shape.n_kv_heads * shape.head_dim;
   for (size_t i = 0; i < budgets.n_heads(); ++i) {
     scores.bias.push_back(rng.UniformFloat(-1.0f, 1.0f));
     for (size_t c = 0; c < scores.width; ++c) scores.weight.push_back(rng.UniformFloat(-0.5f, 0.5f));

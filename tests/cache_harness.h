@@ -61,7 +61,8 @@ Outputs Live(SequenceCache& cache, const Text& text, size_t first, const LifeSte
 // A sidecar file with weights that matter (an untrained one is next to nothing), removed with the object.
 class TempSidecar {
  public:
-  explicit TempSidecar(const TinyShape& shape, FeatureKind kind = FeatureKind::kGelu);
+  // input_width: of what enters a layer; 0: as MakeCacheShape has it.
+  explicit TempSidecar(const TinyShape& shape, FeatureKind kind = FeatureKind::kGelu, size_t input_width = 0);
   ~TempSidecar();
   SidecarSource source() const { return {path_, sidecar_.model_fingerprint}; }
   const std::string& path() const { return path_; }
