@@ -173,7 +173,7 @@ TEST_F(ModelFileCommands, QuantizeRefusals) {
       {"in.gguf", "in.gguf", "Q8_0", "are the same file", 2},
       {"in.gguf", "./in.gguf", "Q8_0", "are the same file", 2},
       {"in.gguf", "o.gguf", "Q9", "unknown type 'Q9', expected one of F32, F16", 2},
-      {"in.gguf", "absent_folder/o.gguf", "Q8_0", "there is no folder absent_folder", 2},
+      {"in.gguf", "absent_folder/o.gguf", "Q8_0", "there is no folder", 2},
       {"infinite.gguf", "o.gguf", "Q8_0", "row 1 of tensor 'fits' holds a value that is not finite", 2},
       {"nan.gguf", "o.gguf", "BF16", "row 1 of tensor 'fits' holds a value that is not finite", 2},
       {"large.gguf", "o.gguf", "F16", "holds 70000, more than F16 can", 2},
