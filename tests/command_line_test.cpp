@@ -120,6 +120,7 @@ const BadValue kBadValues[] = {
     {"$L plan -m $M --parallel ''", "--parallel"},
     {"$L plan -m $M --kv 'elastic(γ)'", "at character 9, found 'γ'"},
     {"$L eval perplexity -m $M --text $T --step ''", "--step"},
+    {"$L eval perplexity -m $M --text nowhere.txt", "nowhere.txt cannot be read: No such file"},
     {"$L info ''", "file"},
     {"$L train less -m $M --text $T -o x.gguf --layers -1", "--layers: expected a layer from 0"},
     {"$L train less -m $M --text $T -o x.gguf --layers 99999999999999999999", "--layers: expected a layer from 0"},

@@ -1,6 +1,8 @@
 #include "eval/text_windows.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -38,7 +40,7 @@ std::string ReadTextFile(const std::string& path) {
     Fail(ErrorCode::kInvalidArgument, "{}: expected a text file, found a directory", path);
   }
   std::ifstream file(path, std::ios::binary);
-  if (!file) Fail(ErrorCode::kNotFound, "{}: cannot be opened", path);
+  if (!file) Fail(ErrorCode::kNotFound, "{} cannot be read: {}", path, std::strerror(errno));
   std::string text{std::istreambuf_iterator<char>(file), {}};
   if (file.bad()) Fail(ErrorCode::kIo, "{}: cannot be read", path);
   return text;
