@@ -1,5 +1,6 @@
 """The C API (include/lesskv/lesskv.h) through ctypes, which releases the GIL in every call."""
 import ctypes as c
+import operator
 import os
 import pathlib
 
@@ -14,11 +15,33 @@ class Error(RuntimeError):
         self.status = status
 
 
+def refuse(sentence: str):
+    raise Error(sentence, "invalid argument")
+
+
+LIMITS = {i32: (-(2**31), 2**31 - 1), size_t: (0, 2**64 - 1), c.c_uint64: (0, 2**64 - 1)}
+
+
+def whole(name: str, value, kind) -> int:
+    """A number that fits the C type, which ctypes would cut to it without a word."""
+    low, high = LIMITS[kind]
+    number = operator.index(value)
+    if not low <= number <= high:
+        refuse(f"{name}: expected {low} to {high}, found {number}")
+    return number
+
+
 class Structure(c.Structure):
     """One that begins with its size."""
 
     def __init__(self, **fields):
-        super().__init__(size=c.sizeof(self), **fields)
+        super().__init__(size=c.sizeof(self))
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        kind = dict(self._fields_)[name]
+        super().__setattr__(name, whole(name, value, kind) if kind in LIMITS else value)
 
 
 class ModelParams(Structure):
@@ -168,6 +191,7 @@ def version() -> str:
 
 
 _functions: dict = {}
+interrupts: list = []  # what ended a callback though it is no failure of it, such as KeyboardInterrupt: the call raises it
 
 
 def call(name: str, *arguments) -> None:
@@ -177,6 +201,8 @@ def call(name: str, *arguments) -> None:
         function = _functions[name] = getattr(lib, "lesskv_" + name)
     status = function(*arguments)
     if status != 0:
+        if interrupts:
+            raise interrupts.pop() from None
         raise Error(lib.lesskv_last_error().decode("utf-8", "replace"), lib.lesskv_status_name(status).decode())
 
 
@@ -196,8 +222,24 @@ def array_of(name: str, ctype, *arguments):
     return values
 
 
-def strings(texts):
-    return (c.c_char_p * len(texts))(*[os.fsencode(t) for t in texts])
+def encoded(text) -> bytes:
+    """A text or path for C, where it ends at a zero byte."""
+    data = os.fsencode(text)
+    if b"\0" in data:
+        refuse(f"{text!r} has a zero byte in it")
+    return data
+
+
+def several(name: str, values) -> list:
+    """A list; a single text, which is a list of letters, too, is a mistake."""
+    if isinstance(values, (str, bytes, os.PathLike)):
+        refuse(f"{name}: expected a list of them, found {values!r}")
+    return list(values)
+
+
+def strings(name: str, texts):
+    texts = several(name, texts)
+    return (c.c_char_p * len(texts))(*[encoded(t) for t in texts])
 
 
 class Handle:

@@ -18,7 +18,7 @@ def rows(name: str, array, shape: tuple) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         array = np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
     if array.shape != shape:
-        raise _c.Error(f"{name}: expected shape {shape}, found {array.shape}", "invalid argument")
+        _c.refuse(f"{name}: expected shape {shape}, found {array.shape}")
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
@@ -26,8 +26,8 @@ def _array(name: str, values, n: int, ctype):
     if values is None:
         return None
     if len(values) != n:
-        raise _c.Error(f"{name}: expected {n} values, found {len(values)}", "invalid argument")
-    return (ctype * n)(*values)
+        _c.refuse(f"{name}: expected {n} values, found {len(values)}")
+    return (ctype * n)(*([_c.whole(name, value, ctype) for value in values] if ctype in _c.LIMITS else values))
 
 
 class Cache(_c.Handle):
@@ -59,14 +59,14 @@ class Cache(_c.Handle):
                               rope_magnitude=rope_magnitude, windows=_array("windows", windows, layers, c.c_size_t),
                               local_rope_theta=local_rope_theta)
         handle = c.c_void_p()
-        _c.call("cache_new", c.byref(shape), kv.encode(), threads, c.byref(handle))
+        _c.call("cache_new", c.byref(shape), _c.encoded(kv), _c.whole("threads", threads, _c.i32), c.byref(handle))
         super().__init__(handle)
         self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
         self._n = 0
 
     def step(self, n: int, kind: str = "decode") -> "Cache":
         """Begins a step of n tokens: "prompt" (a whole one), "stream" (a part of a text) or "decode". Use it in `with`."""
-        _c.call("cache_begin_step", self._pointer, n, choice("kind", kind, KINDS))
+        _c.call("cache_begin_step", self._pointer, _c.whole("n", n, _c.size_t), choice("kind", kind, KINDS))
         self._n = n
         return self
 
@@ -80,9 +80,12 @@ class Cache(_c.Handle):
     def end_step(self) -> None:
         """What `with` does at its end."""
         _c.call("cache_end_step", self._pointer)
+        self._n = 0
 
     def __call__(self, layer: int, queries, keys, values) -> np.ndarray:
         """Appends keys and values of the step's tokens to a layer and attends: the output [n, heads, head_dim]."""
+        if self._n == 0:
+            _c.refuse("no step is in progress")
         row = (self._n, self.kv_heads, self.head_dim)
         k, v = rows("keys", keys, row), rows("values", values, row)
         q = rows("queries", queries, (self._n, self.heads, self.head_dim))
@@ -116,4 +119,5 @@ class Cache(_c.Handle):
 
     def load(self, state: bytes) -> None:
         """Into a new cache of the same shape and spec."""
+        state = bytes(state)
         _c.call("cache_load", self._pointer, state, len(state))

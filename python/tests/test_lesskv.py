@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 import threading
 import time
 
@@ -233,3 +234,86 @@ def test_handles_go_with_their_objects():
         del model
         gc.collect()
         sequence.prefill([1, 2, 3])
+
+
+def test_numbers_and_texts_that_c_would_cut_are_refused(model):
+    """ctypes takes 2**32 + 5 for 5, -1 for the largest number, and a text up to its first zero byte."""
+    sequence = model.sequence(ctx=64)
+    sequence.prefill([1, 2])
+    mistakes = {
+        "token: expected": lambda: sequence.decode(2**32 + 5),
+        "tokens: expected": lambda: sequence.prefill(np.array([2**32 + 5])),
+        "found float64": lambda: sequence.prefill([1.7, 2.2]),
+        r"of shape \(2, 2\)": lambda: sequence.prefill([[1, 2], [3, 4]]),
+        "n_threads: expected": lambda: lesskv.Model(MODEL, threads=2**32),
+        "max_tokens: expected": lambda: sequence.generate("x", max_tokens=-1),
+        "max_windows: expected 0 to": lambda: model.evaluate_rows([TEXT], windows=-1),
+        "protect: expected": lambda: model.sequence(protect=[(0, 2**32 + 4)]),
+        "windows: expected": lambda: make_cache("full", windows=[0, -1]),
+        "epochs: expected": lambda: model.train_less("s.gguf", [TEXT], epochs=-1),
+        "zero byte": lambda: model.sequence(kv="window(16)\0 and more"),
+        "texts: expected a list": lambda: model.evaluate_rows(str(TEXT)),
+        "kv: expected a list": lambda: lesskv.sweep_rows([MODEL], [TEXT], "full"),
+    }
+    for sentence, mistake in mistakes.items():
+        with pytest.raises(lesskv.Error, match=sentence) as failure:
+            mistake()
+        assert failure.value.status == "invalid argument"
+    assert sequence.tokens == [1, 2]
+    sequence.decode(np.int64(3))
+    with pytest.raises(lesskv.Error, match="no step is in progress"):
+        make_cache("full")(0, np.zeros((0, 4, 32)), np.zeros((0, 2, 32)), np.zeros((0, 2, 32)))
+
+
+def test_a_program_may_end_in_the_middle_of_a_generation():
+    """The library calls back from a thread, which must not find the interpreter gone."""
+    program = f"""if True:
+        import lesskv
+        stream = lesskv.Model({str(MODEL)!r}, threads=1).sequence(ctx=2048).generate("The sea was", temperature=0)
+        next(stream)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_sequence_is_its_generation_s_until_that_has_ended(model):
+    sequence = model.sequence(ctx=512)
+    stream = sequence.generate("The sea was", max_tokens=200, temperature=0)
+    shown = next(stream)
+    for use in (lambda: sequence.stats, lambda: sequence.tokens, lambda: sequence.prefill([1]), lambda: sequence.decode(1),
+                lambda: sequence.clone(), lambda: sequence.save("s.bin"), lambda: next(sequence.generate("and", max_tokens=1)),
+                lambda: lesskv.model.decode([sequence], [1])):
+        with pytest.raises(lesskv.Error, match="generation of this sequence is in progress"):
+            use()
+    stream.close()
+    # What was generated before the iterator was closed is told, shown or not: the sequence has seen it.
+    seen = sequence.tokens[len(model.tokenize("The sea was")):]
+    assert sequence.result.text.startswith(shown) and sequence.result.generated_tokens == len(seen) + 1
+    assert sequence.result.text.startswith(model.detokenize(seen).lstrip()) or model.detokenize(seen) in sequence.result.text
+
+
+def test_the_last_token_generated_is_lost_nowhere(model, tmp_path):
+    """It is not yet seen when a generation ends; whatever the sequence does next begins with it."""
+    def fresh():
+        sequence = model.sequence(ctx=256)
+        list(sequence.generate("The sea was", max_tokens=6, temperature=0))
+        return sequence, list(sequence._pending), sequence.tokens
+
+    sequence, pending, seen = fresh()
+    assert len(pending) == 1
+    with pytest.raises(lesskv.Error):
+        list(sequence.generate("x", temperature=-1))  # refused: nothing has changed
+    sequence.prefill([7, 8])
+    assert sequence.tokens == seen + pending + [7, 8]
+    sequence, pending, seen = fresh()
+    sequence.decode(7)
+    assert sequence.tokens == seen + pending + [7]
+    sequence, pending, seen = fresh()
+    first, second = (sequence.generate(text, max_tokens=2, temperature=0) for text in (" and", " but"))
+    list(first)
+    between = sequence._pending
+    list(second)
+    assert sequence.tokens[: len(seen) + 1] == seen + pending and between[0] in sequence.tokens
+    assert sequence.tokens.count(model.bos) == 1
+    sequence, pending, seen = fresh()
+    sequence.save(tmp_path / "s.bin")
+    assert model.load(tmp_path / "s.bin", ctx=256).tokens == seen + pending
