@@ -16,7 +16,7 @@ _registered: list = []  # what the library calls must outlive every cache
 
 @dataclasses.dataclass
 class Rows:
-    """One KV head of a layer after a step's attention and before rows leave. Arrays are views that end with the call."""
+    """One KV head of a layer after a step's attention and before rows leave. Arrays are copies, which may be kept."""
 
     layer: int  # among the global ones
     kv_head: int
@@ -37,7 +37,8 @@ def _rows_of(given) -> Rows:
     n = given.n_rows
     attention = _view(given.attention, n, c.c_float, np.float32) if given.attention else None
     return Rows(given.layer, given.kv_head, _KINDS[given.kind], given.tokens_seen, given.n_step, given.budget,
-                _view(given.positions, n, c.c_int32, np.int32), attention, _view(given.votes, n, c.c_float, np.float32))
+                _view(given.positions, n, c.c_int32, np.int32).copy(), None if attention is None else attention.copy(),
+                _view(given.votes, n, c.c_float, np.float32).copy())
 
 
 def _callback(vote: Callable) -> _c.Vote:
@@ -47,12 +48,15 @@ def _callback(vote: Callable) -> _c.Vote:
         try:
             rows = _rows_of(given)
             votes = vote(rows)
-            if votes is not None:
-                if np.shape(votes) != rows.votes.shape:
-                    raise ValueError(f"expected {rows.votes.size} votes, found shape {np.shape(votes)}")
-                rows.votes[:] = votes
+            if votes is None:
+                votes = rows.votes
+            if np.shape(votes) != (given.n_rows,):
+                raise ValueError(f"expected {given.n_rows} votes, found shape {np.shape(votes)}")
+            _view(given.votes, given.n_rows, c.c_float, np.float32)[:] = votes
             return True
         except BaseException as error:  # nothing may pass through the library; its own failure says this one's sentence
+            if not isinstance(error, Exception):
+                _c.interrupts[:] = [error]
             sentence = f"{type(error).__name__}: {error}".encode()[: given.sentence_capacity - 1] + b"\0"
             c.memmove(given.sentence, sentence, len(sentence))
             return False
@@ -77,8 +81,8 @@ def register_selector(name: str, vote: Callable | None = None, *, keeps_votes: b
     """
     if vote is None:
         return lambda function: register_selector(name, function, keeps_votes=keeps_votes, queries=queries, summary=summary)
-    call, about = _callback(vote), summary.encode()
+    call, about = _callback(vote), _c.encoded(summary)
     selector = _c.CSelector(summary=about, keeps_votes=keeps_votes, last_queries=_ALL if queries is None else queries, vote=call)
-    _c.call("selector_register", name.encode(), c.byref(selector))
+    _c.call("selector_register", _c.encoded(name), c.byref(selector))
     _registered.append((call, about))
     return vote

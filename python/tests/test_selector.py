@@ -118,3 +118,33 @@ def test_a_name_may_be_given_a_new_function():
     feed(old, 20)
     feed(new, 20)
     assert list(old.positions(0, 0)) == list(range(12, 20)) and list(new.positions(0, 0)) == list(range(8))
+
+
+def test_arrays_may_be_kept():
+    """They outlive the call, whose memory the library then uses for something else."""
+    kept = []
+
+    @lesskv.register_selector("keeping", keeps_votes=True)
+    def vote(rows):
+        kept.append((rows, rows.positions.tolist(), rows.attention.tolist()))
+        rows.votes += rows.attention
+
+    cache = make_cache("keeping(8)", threads=1)
+    feed(cache, 60)
+    del cache
+    for rows, positions, attention in kept:
+        assert rows.positions.tolist() == positions and rows.attention.tolist() == attention
+        rows.votes[:] = 7  # nobody's but its own
+    assert all(rows.positions.flags.owndata for rows, _, _ in kept)
+
+
+def test_an_interrupt_is_not_a_mistake():
+    @lesskv.register_selector("interrupted")
+    def vote(rows):
+        raise KeyboardInterrupt
+
+    cache = make_cache("interrupted(8)", threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        feed(cache, 10)
+    with pytest.raises(lesskv.Error, match="can only be freed"):
+        cache.stats
