@@ -37,8 +37,7 @@ ADJACENT_PAIRS = ("llama", "mistral")
 _step = threading.local()  # .cache: what a layer has just updated, for the attention that it calls next
 
 
-def _refuse(sentence: str):
-    raise _c.Error(sentence, "invalid argument")
+_refuse = _c.refuse
 
 
 class _Layer(cache_utils.CacheLayerMixin):
@@ -55,6 +54,9 @@ class _Layer(cache_utils.CacheLayerMixin):
         pass
 
     def update(self, keys, values, *arguments, **options):
+        if self.layer > 0 and getattr(_step, "cache", None) == (self.cache, self.layer - 1):  # which nobody has taken
+            _step.cache = None
+            _refuse("this model attends by itself, and keys and values would be lost: lesskv.transformers.attach(model)")
         _step.cache = (self.cache, self.layer)
         return keys, values
 
@@ -120,6 +122,8 @@ class Cache(cache_utils.Cache):
             self.texts, self._seen = [self._empty.clone() for _ in range(batch)], [0] * batch
         if len(self.texts) != batch:
             _refuse(f"the cache holds {len(self.texts)} texts, the step has {batch}")
+        if mask is not None and mask.dim() != 2:
+            _refuse(f"attention_mask: expected [texts, tokens], which says what is padded, found shape {tuple(mask.shape)}")
         self._mask = None if mask is None else mask[:, -n:].bool()
         self._steps = [n] * batch if self._mask is None else self._mask.sum(-1).tolist()
         for i, (tokens, seen) in enumerate(zip(self._steps, self._seen)):
@@ -191,8 +195,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         _refuse("this model attends through lesskv: give it a lesskv.transformers.Cache, or lesskv.transformers.detach(model)")
     if query.device.type != "cpu":
         _refuse(f"lesskv's cache works on the CPU, the model's layer {layer} is on {query.device}")
-    if dropout:
-        _refuse("lesskv's attention has no dropout: model.eval() first")
+    if dropout or (module.training and torch.is_grad_enabled()):
+        _refuse("lesskv's attention has neither dropout nor gradients: model.eval() first")
     return cache._attend(layer, query, key, value, attention_mask, position_ids).to(query.dtype), None
 
 
@@ -246,6 +250,8 @@ def _shape_of(model, ctx: int) -> dict:
     attentions = [layer.self_attn for layer in decoder.layers]
     if getattr(config, "attn_logit_softcapping", None) is not None:
         _refuse("attn_logit_softcapping is not supported")
+    if getattr(config, "use_bidirectional_attention", None):
+        _refuse("attention to later tokens (use_bidirectional_attention) is not supported")
     head_dim = _one("head_dim", [a.head_dim for a in attentions])
     window_of_all = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     windows = [getattr(a, "sliding_window", None) or window_of_all or 0 for a in attentions]
@@ -264,6 +270,8 @@ def _rope_of(rotary, parameters: dict, windows: list, head_dim: int) -> dict:
         if parameters["rope_type"] != "default":
             _refuse(f"sliding windows with rope type {parameters['rope_type']} are not supported")
         return {**rope, "local_rope_theta": parameters["rope_theta"]}
+    if all(windows):
+        _refuse("a model without global layers is not supported: no cache spec would be about it")
     local = parameters["sliding_attention"]
     if local["rope_type"] != "default":
         _refuse(f"sliding windows with rope type {local['rope_type']} are not supported")

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 program = os.environ.get("LESSKV_PROGRAM") or pytest.skip("LESSKV_PROGRAM names no lesskv to convert with", allow_module_level=True)
 
-from lesskv.transformers import Cache, detach  # noqa: E402
+from lesskv.transformers import Cache, attach, detach  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests/data/huggingface"
@@ -171,3 +171,34 @@ def test_refusals_are_sentences(pair):
         transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=300, bos_token_id=0, eos_token_id=1))
     with pytest.raises(lesskv.Error, match="found gpt2"):
         Cache(gpt2)
+
+
+def test_a_model_that_attends_by_itself_is_no_model_for_the_cache(pair):
+    """Its layers would hand keys over that nobody keeps, and answers would be wrong without a word."""
+    model, _ = pair
+    cache, ids = Cache(model, kv="full", ctx=64, threads=1), torch.tensor(ids_of(model, 20)[None])
+    with torch.no_grad():
+        model(ids, cache=cache)
+        detach(model)
+        with pytest.raises(lesskv.Error, match="attends by itself"):
+            model(ids[:, :1], cache=cache)
+        attach(model)
+        model(ids[:, :1], cache=cache)
+    assert cache.stats[0].tokens_seen == 21
+
+
+def test_masks_training_and_attention_to_later_tokens_are_refused(pair):
+    model, _ = pair
+    ids = torch.tensor(ids_of(model, 20)[None])
+    with torch.no_grad(), pytest.raises(lesskv.Error, match=r"attention_mask: expected .* found shape \(1, 1, 20, 20\)"):
+        model(ids, cache=Cache(model, ctx=64, threads=1), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
+    model.train()
+    with pytest.raises(lesskv.Error, match="gradients"):
+        model(ids, cache=Cache(model, ctx=64, threads=1))
+    model.eval()
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=1, num_key_value_heads=1,
+                 head_dim=16, vocab_size=300, sliding_window=8)
+    for more, sentence in (({"use_bidirectional_attention": True}, "bidirectional"), ({"num_hidden_layers": 3}, "global layers")):
+        gemma = transformers.AutoModelForCausalLM.from_config(transformers.Gemma3TextConfig(**{**shape, **more}))
+        with pytest.raises(lesskv.Error, match=sentence):
+            Cache(gemma, ctx=64)
