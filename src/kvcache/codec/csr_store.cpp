@@ -228,9 +228,10 @@ void CsrStore::SetBudgets(size_t, std::span<const size_t>) { CHECK(false, "csr k
 
 // Without memory for a smaller copy the larger one stays, which the next step uses.
 void CsrStore::CancelStep() {
+  const bool has_rows = std::any_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.n_rows() > 0; });
   for (Head& head : heads_) {
     for (const RowSide side : kSides)
-      if (head.n_rows() == 0) head.Of(side) = Own{};
+      if (!has_rows) head.Of(side) = Own{};
     try {
       if (shape_.grows)
         Trim(head);
@@ -369,7 +370,8 @@ SlotMap CsrStore::Close(size_t layer, size_t kv_head, std::span<const Departure>
   Head& head = At(layer, kv_head);
   const size_t was_coded = head.n_coded, all = head.n_rows() + n_step_, window = WindowOf(table_(layer, kv_head));
   CHECK(evicts_ || leaving.empty(), "{} rows leave in a step that evicts nothing", leaving.size());
-  Open open{was_coded, head.n_exact, all == n_step_, {}, {}, {}};
+  const bool first_step = all == n_step_ && head.Of(RowSide::kKeys).n_own + head.Of(RowSide::kValues).n_own == 0;
+  Open open{was_coded, head.n_exact, first_step, {}, {}, {}};
   size_t next = 0;
   while (next < leaving.size() && leaving[next].row < was_coded) ++next;
   const std::span<const Departure> coded_leaving = leaving.first(next);
@@ -573,10 +575,11 @@ void CsrStore::Save(ByteWriter& out) const {
 void CsrStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
   if (std::any_of(budgets.begin(), budgets.end(), [](size_t rows) { return rows > 0; }))
     budgets_.assign(budgets.begin(), budgets.end());
-  for (size_t i = 0; i < heads_.size(); ++i) LoadHead(i, in, shape_.grows ? max_rows : budgets[i]);
+  for (size_t i = 0; i < heads_.size(); ++i) LoadHead(i, in, shape_.grows ? max_rows : budgets[i], max_rows > 0);
 }
 
-void CsrStore::LoadHead(size_t i, ByteReader& in, size_t most_rows) {
+// `begun`: it has seen rows, of which none need be left.
+void CsrStore::LoadHead(size_t i, ByteReader& in, size_t most_rows, bool begun) {
   Head& head = heads_[i];
   const Formats& f = *head.formats;
   const size_t n_coded = in.Count(most_rows, "a head's number of coded rows");
@@ -585,13 +588,13 @@ void CsrStore::LoadHead(size_t i, ByteReader& in, size_t most_rows) {
     Grow(head, n_coded);
   else if (most_rows > 0)
     ResizeArena(head, most_rows);
-  if (n_coded + n_exact > 0 && options_.own() > 0) ReserveOwn(head);
-  if (n_coded + n_exact > 0 && options_.window > 0) ResizeWindow(head, RoundUp(WindowOf(i), kTileRows));
+  if (begun && options_.own() > 0) ReserveOwn(head);
+  if (begun && options_.window > 0) ResizeWindow(head, RoundUp(WindowOf(i), kTileRows));
   head.n_coded = n_coded;
   std::vector<float> row(f.exact.keys.head_dim);
   for (const RowSide side : kSides) {
     Own& own = head.Of(side);
-    own.n_own = in.Count(n_coded + n_exact > 0 ? options_.own() : 0, "a head's number of atoms");
+    own.n_own = in.Count(begun ? options_.own() : 0, "a head's number of atoms");
     own.n_sampled = in.Count(std::min(own.n_own, options_.sample), "a head's number of sampled atoms");
     if (own.n_own - own.n_sampled > options_.guard)
       Fail(ErrorCode::kBadFile, "saved cache: a guard of {} atoms, {} are possible", own.n_own - own.n_sampled, options_.guard);

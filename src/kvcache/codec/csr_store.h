@@ -177,7 +177,7 @@ class CsrStore final : public KvStore {
   // Whether there was room and the vector has a direction.
   bool AddAtom(Head& head, RowSide side, const float* x) const;
 
-  void LoadHead(size_t i, ByteReader& in, size_t most_rows);
+  void LoadHead(size_t i, ByteReader& in, size_t most_rows, bool begun);
   void LoadCodes(Head& head, RowSide side, ByteReader& in) const;
   void LoadOwn(Head& head, RowSide side, ByteReader& in) const;
 
