@@ -398,7 +398,9 @@ SlotMap WindowStore::Close(size_t layer, size_t kv_head, std::span<const Departu
   for (const Departure& departure : leaving)
     CHECK(departure.fate == Fate::kDrop || departure.fate == Fate::kAbsorb, "rows of this store are not rewritten");
   const Cut cut = PlanCut(layer, kv_head, leaving);
-  if (cut.entering > 0) BeforeRowsEnter(layer, kv_head, cut);
+  // Not only where rows enter: how many stay is the division's, what memory the store takes is not.
+  const Head& head = heads_[table_(layer, kv_head)];
+  if (cut.entering > 0 || (MovesOn() && head.n + n_step_ > head.window)) BeforeRowsEnter(layer, kv_head, cut);
   return MoveOn(layer, kv_head, cut);
 }
 

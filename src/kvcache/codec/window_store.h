@@ -79,7 +79,7 @@ class WindowStore : public KvStore {
   virtual void SaveOwn(size_t /*head*/, ByteWriter&) const {}
   virtual void LoadOwn(size_t /*head*/, ByteReader&) {}
   virtual void CheckLoaded() {}
-  // Before rows of a head become old; from several threads for different heads.
+  // Before rows of a head become old, or leave where they would have; from several threads for different heads.
   virtual void BeforeRowsEnter(size_t /*layer*/, size_t /*kv_head*/, const Cut&) {}
   virtual void WriteOld(size_t layer, size_t kv_head, const Place& from, std::byte* keys, std::byte* values, size_t slot) const;
   virtual void ReadOld(size_t layer, size_t kv_head, uint32_t row, float* key, float* value) const;
