@@ -45,7 +45,10 @@ struct SequenceCache::RandomFill {
       const Growth growth = policy.selector->After(kind, n_tokens);
       budgets = policy.Budgets(growth.rows, kind == StepKind::kPrompt ? n_tokens : policy.ctx);
     }
-    for (size_t i = 0; i < policy.heads.size(); ++i) most_rows = std::max(most_rows, Staying(i));
+    // What leaves last leaves at the fill's end, so that each head has been as full as it would have been.
+    const size_t together = std::max(group, policy.bunches().rows);
+    for (size_t i = 0; i < policy.heads.size(); ++i)
+      most_rows = std::max(most_rows, Staying(i) + (Staying(i) < n_tokens ? together : 0));
     if (!evicts) return;
     for (size_t i = 0; i < policy.heads.size(); ++i) {
       const bool first = i == policy.heads(policy.heads.LayerOf(i), 0);
