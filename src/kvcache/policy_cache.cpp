@@ -53,7 +53,7 @@ size_t PolicyCache::Rows() const {
 
 bool PolicyCache::IsFull() const {
   for (size_t i = 0; i < ledgers.size(); ++i)
-    if (budgets.empty() || ledgers[i].n_rows < policy.RowsThatStay(budgets[i] + 1, budgets[i])) return false;
+    if (budgets.empty() || ledgers[i].n_rows < budgets[i]) return false;
   return true;
 }
 

@@ -60,7 +60,7 @@ class PolicyCache {
   HeadLedger& Ledger(size_t layer, size_t kv_head) { return ledgers[policy.heads(layer, kv_head)]; }
   const HeadLedger& Ledger(size_t layer, size_t kv_head) const { return ledgers[policy.heads(layer, kv_head)]; }
   size_t Rows() const;  // of all heads
-  // Whether every head holds what its budget allows, so that as many rows leave as come.
+  // Whether every head holds all the rows that its budget allows.
   bool IsFull() const;
   LedgerColumns columns() const {
     return {policy.selector->votes() == Votes::kKept, policy.weights() != Weights::kNone};

@@ -196,9 +196,11 @@ CachePlan CacheConfig::Count(size_t n_prompt, size_t n_decode, bool least) const
     count(std::min(prefill_chunk_, n_prompt - done), StepKind::kStream);
   CachePlan plan;
   plan.bytes_after_prompt = cache.counter.now;
-  // Where every head's rows are bounded, decode steps are alike once all heads are full, and what a codec keeps apart is.
-  const bool bounded = std::all_of(policies_.begin(), policies_.end(),
-                                   [](const LayerPolicy& policy) { return policy.selector->Bounded(); });
+  // Where every head's rows are bounded and leave one by one, decode steps are alike once all heads are full, and what a
+  // codec keeps apart is.
+  const bool bounded = std::all_of(policies_.begin(), policies_.end(), [](const LayerPolicy& policy) {
+    return policy.selector->Bounded() && policy.codec->traits().group_rows == 1 && policy.bunches().rows == 1;
+  });
   const CodecTraits codec = cache.global().policy.codec->traits();
   size_t n_first = 0;
   for (size_t alike = 0; n_first < n_decode && !(bounded && alike > codec.apart_rows + codec.window_rows); ++n_first) {
