@@ -536,7 +536,9 @@ void Planned(Subject& s) {
     EXPECT_LE(filled.Stats().kv_bytes, plan.bytes_after_prompt);
   else
     EXPECT_EQ(filled.Stats().kv_bytes, plan.bytes_after_prompt);
-  EXPECT_LE(filled.Stats().kv_bytes_peak, plan.bytes_peak);
+  if (s.config->policies().size() == 1) {  // else global layers are filled before local ones begin
+    EXPECT_LE(filled.Stats().kv_bytes_peak, plan.bytes_peak);
+  }
   for (size_t i = 0; i < std::min<size_t>(n_decode, 3); ++i)
     for (const auto& layer : Step(filled, s.text, {1, StepKind::kDecode}))
       for (const float x : layer) ASSERT_TRUE(std::isfinite(x)) << "after " << filled.tokens_seen();
@@ -567,10 +569,11 @@ void Damaged(Subject& s) {
   }
 }
 
+// By two threads, under a config that was given its spans later.
 void Threaded(Subject& s) {
   const ThreadPool pool(2);
   const ThreadScope scope(pool);
-  SequenceCache cache(s.config);
+  SequenceCache cache(s.model.Config(s.spec)->WithProtected(s.protect));
   ExpectGoesOn(s, cache, 0);
 }
 
@@ -588,7 +591,7 @@ class RandomSpecs : public testing::Test {
   const ThreadScope scope_{pool_};
 };
 
-void ExpectPromises(Subject& s) {
+void ExpectEach(Subject& s) {
   CanonicalTexts(s);
   ASSERT_NO_FATAL_FAILURE(LiveWhole(s));
   Planned(s);
@@ -598,7 +601,15 @@ void ExpectPromises(Subject& s) {
   Batched(s);
   ReadWithAnother(s);
   if (Chance(0.2, s.rng)) Damaged(s);
-  if (Chance(0.05, s.rng)) Threaded(s);
+  if (Chance(0.1, s.rng)) Threaded(s);
+}
+
+void ExpectPromises(Subject& s) {
+  try {
+    ExpectEach(s);
+  } catch (const Error& error) {
+    ADD_FAILURE() << error.what();
+  }
 }
 
 TEST_F(RandomSpecs, KeepWhatEveryCachePromises) {
@@ -624,8 +635,11 @@ TEST_F(RandomSpecs, NameEveryMethod) {
 
 // Those that once did not keep them.
 TEST_F(RandomSpecs, KeepThemSince) {
-  for (const char* const spec : {"window(12, sinks=2, positions=cache)+split(2)+f32", "snapkv(56)+ada", "h2o(400)+ada",
-                                 "h2o(200, extra=3)+less", "window(100000, sinks=3900)"}) {
+  for (const char* const spec :
+       {"window(12, sinks=2, positions=cache)+split(2)+f32", "snapkv(56)+ada", "h2o(400)+ada", "h2o(200, extra=3)+less",
+        "window(100000, sinks=3900)", "snapkv(17, pool=avg)+split+ada+think(window=17)",
+        "tova(160)+match(every=112)+f32", "tova(177)+less+balanced(4, v=3, window=1)",
+        "tova(10)+pyramid(1000000)+csr(4, sample=8, guard=5)"}) {
     size_t lives = 0;
     for (uint64_t seed = 0; lives < 4; ++seed) {
       ASSERT_LT(seed, 1000u) << spec << " fits no model";
