@@ -321,9 +321,11 @@ void ExpectGoesOn(const Subject& s, SequenceCache& cache, size_t first, bool sam
   }
 }
 
-// Where heads of different budgets grow, their rows are restored beside each other, wherever they lay.
+// Where heads of different budgets grow, their rows are restored beside each other, wherever they lay; and where rows
+// leave together, only as much room as those that are there need.
 bool KeepsBytes(const Subject& s) {
   const LayerPolicy& policy = s.config->global();
+  if (policy.codec->traits().group_rows > 1 || policy.bunches().rows > 1) return false;
   return policy.selector->Bounded() || policy.budgeter->differ() == BudgetsDiffer::kNowhere;
 }
 
