@@ -290,11 +290,10 @@ RecallSample RecallTasks::Make(RecallKind kind, size_t length, double depth, uin
   if (kind == RecallKind::kNeedle && paragraphs_.empty()) {
     Fail(ErrorCode::kInvalidArgument, "needle tasks hide a sentence in real text: give a file with --text");
   }
-  // Pieces are counted one by one; should a tokenizer need more tokens for the whole, the next attempt has less room.
+  // Pieces are counted one by one, and the question before it is known what is asked; should the whole need more tokens,
+  // the next attempt has less room.
   size_t room = length - std::min<size_t>(length, tokenizer_.add_bos() ? 1 : 0);
-  for (int attempt = 0; attempt < 4; ++attempt) {
-    const Draft draft = MakeDraft(kind, room, depth, seed);
-    if (draft.prompt.empty()) break;
+  for (Draft draft; !(draft = MakeDraft(kind, room, depth, seed)).prompt.empty();) {
     RecallSample sample = Finish(draft);
     if (sample.prompt.size() <= length) return sample;
     room -= std::min(room, sample.prompt.size() - length);

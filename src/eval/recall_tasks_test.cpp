@@ -99,6 +99,14 @@ TEST(RecallTasksTest, PromptsFillTheirLength) {
   }
 }
 
+// What is asked may have a few tokens more than what was allowed for before that was known.
+TEST(RecallTasksTest, AQuestionOfALongerKeyFits) {
+  const RecallTasks tasks(*Bundled().tokenizer, {"sea", "sky", "zqzqzq", "qzqzqz", "zqqzqz", "qzzqzq", "zzqqzz", "qqzzqq"}, "");
+  for (const size_t length : {100, 103, 106, 109})
+    for (uint64_t seed = 0; seed < 100; ++seed)
+      EXPECT_LE(tasks.Make(RecallKind::kKeyNumber, length, 0.5, seed).prompt.size(), length);
+}
+
 TEST(RecallTasksTest, TokensAreThoseOfTheWholeText) {
   const RecallTasks tasks = MakeTasks();
   const Tokenizer& tokenizer = *Bundled().tokenizer;
