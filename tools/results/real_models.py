@@ -80,9 +80,12 @@ NEEDLES = ["full", "full+cluster(25%)", *[f"{s}({b}){t}" for b in ("25%", "12%",
 # At 4,096 tokens, all of a task in one run: a document is read once for all caches but those that stream.
 LONG_NEEDLES = ["full", *[f"{s}({b}){t}" for s, t in (("kvzap", "+pooled"), ("snapkv", "")) for b in ("75%", "50%", "25%", "12.5%")], "snapkv(25%)+ada",
                 "snapkv(25%)+split", "h2o(25%)", "window(25%)", "full+cluster(25%)"]
-# Those of RULER_ALL of which `full` solves half or about it ("ruler all").
-LONG_TASKS = {"smollm2": ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_single_3"], "qwen": RULER_TASKS}
-LONG_SAMPLES = {"smollm2": 20, "qwen": 10}
+LONG_CACHES = {"smollm2": LONG_NEEDLES, "qwen": ["full", "kvzap(50%)+pooled", "kvzap(12.5%)+pooled", "snapkv(50%)", "snapkv(12.5%)"]}
+# Those of RULER_ALL of which `full` solves half or about it ("all of 4096").
+LONG_TASKS = {"smollm2": ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_single_3"],
+              "qwen": ["niah_single_2", "niah_multikey_1", "niah_multikey_2", "vt", *(t for t in RULER_TASKS if t not in ("niah_single_2", "niah_multikey_1", "niah_multikey_2")),
+                       "niah_multiquery", "cwe"]}
+LONG_SAMPLES = {"smollm2": 20, "qwen": 5}
 
 
 def runs():
@@ -147,7 +150,7 @@ def runs():
     long(f"all of 4096 {model}", RULER_ALL, "after", 3, ["full"])
     for ask in ("after", "with"):
       for task in tasks:
-        long(f"long {model} {ask} {task}", [task], ask, LONG_SAMPLES[model], LONG_NEEDLES)
+        long(f"long {model} {ask} {task}", [task], ask, LONG_SAMPLES[model], LONG_CACHES[model])
   return out
 
 
