@@ -1,6 +1,7 @@
 #include "kvcache/codec/row_store.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -678,12 +679,29 @@ void RowStore::SaveTile(const Formats& formats, RowSide side, const Head& head, 
   out.Raw(copy.data(), TileBytes(format));
 }
 
+namespace {
+
+// Codes whose scale is no finite number have sums that overflow.
+void RequireFiniteScales(const RowFormat& format, const std::byte* tile) {
+  if (format.type != RowType::kQ8 && format.type != RowType::kQ4) return;
+  std::vector<float> rows(kTileRows * format.head_dim);
+  ReadRows(format, tile, 0, kTileRows, rows.data(), format.head_dim);
+  if (!std::ranges::all_of(rows, [](float x) { return std::isfinite(x); }))
+    Fail(ErrorCode::kBadFile, "saved cache: a row of {} has a scale that is not finite", Name(format.type));
+}
+
+}  // namespace
+
 void RowStore::LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const {
   const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;
-  if (std::byte* tile = WholeTile(formats, side, head, row)) return in.Raw(tile, TileBytes(format));
+  if (std::byte* tile = WholeTile(formats, side, head, row)) {
+    in.Raw(tile, TileBytes(format));
+    return RequireFiniteScales(format, tile);
+  }
   ByteCounter scratch;
   CountedBuffer copy(scratch, RegionBytes(format, kTileRows));
   in.Raw(copy.data(), TileBytes(format));
+  RequireFiniteScales(format, copy.data());
   for (size_t i = 0; i < std::min(kTileRows, head.n_rows - row); ++i) {
     const Place to = FindIn(head, row + i);
     CopyRow(format, copy.data(), i, DataAt(formats, side, to), to.slot);

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "base/rng.h"
+#include "kvcache/bytes.h"
 
 namespace lesskv {
 namespace {
@@ -116,6 +117,43 @@ TEST(RowStore, TransformedLowBitRowsAnswerAsExactOnesToTheirPrecision) {
         ExpectSame(Ask(shape, {RowType::kQ8, RowType::kQ8, true}, n_queries, true, cache_positions), exact, 0.02);
         ExpectSame(Ask(shape, {RowType::kQ4, RowType::kQ4, true}, n_queries, true, cache_positions), exact, 0.25);
       }
+}
+
+// Of all that a file may have in the place of two bytes, infinities as scales alone are refused, and all of them.
+TEST(RowStore, SavedScalesAreFinite) {
+  const LayerShape shape = Shape(64, RopeStyle::kHalves);
+  const size_t width = shape.n_kv_heads * shape.head_dim, n_scales = 32 * shape.head_dim / 32 * shape.n_kv_heads * 2;
+  for (const RowType type : {RowType::kQ8, RowType::kQ4})
+    for (const size_t n : {size_t{32}, size_t{25}}) {  // whole tiles, and one that is copied
+      const std::vector<float> keys = Random(n * width, 1), values = Random(n * width, 2);
+      const std::vector<size_t> budgets(shape.n_kv_heads, n);
+      ByteCounter counter;
+      const StoreShape of{{shape}, ComputeType::kF32, false, true};
+      RowStore store(counter, of, {type, type});
+      store.Reserve({.n_step = n, .budgets = {}});
+      store.Append(0, 0, n, keys.data(), values.data());
+      for (size_t h = 0; h < shape.n_kv_heads; ++h) store.Close(0, h, {});
+      store.EndStep();
+      ByteWriter saved;
+      store.Save(saved);
+      const size_t head_bytes = saved.bytes.size() / shape.n_kv_heads;
+      size_t refused = 0;
+      for (size_t at = 0; at < saved.bytes.size(); at += 2) {
+        if (at % head_bytes < sizeof(uint64_t)) continue;  // the number of rows
+        std::vector<std::byte> bad = saved.bytes;
+        bad[at] = std::byte{0};
+        bad[at + 1] = std::byte{0x7c};
+        RowStore other(counter, of, {type, type});
+        ByteReader in{bad};
+        try {
+          other.Load(in, budgets, n);
+        } catch (const Error& error) {
+          EXPECT_NE(std::string_view(error.what()).find("not finite"), std::string_view::npos) << error.what();
+          ++refused;
+        }
+      }
+      EXPECT_EQ(refused, n_scales) << Name(type) << n;
+    }
 }
 
 // Full blocks of a store that keeps all, and the last one of each head apart.
