@@ -185,7 +185,7 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
   policies_[0].selector = select.method->make_selector(select.arguments(), context);
   if (const std::string artefact = policies_[0].selector->artefact(); !artefact.empty())
     artefacts.push_back({select.term.name, artefact});
-  if (policies_[0].codec->traits().grows && policies_[0].selector->Bounded())
+  if (policies_[0].codec->traits().grows && policies_[0].selector->EvictsIn(StepKind::kDecode))
     Fail(ErrorCode::kInvalidArgument,
          "cache spec '{}': '{}' bounds the rows of a head while decoding, but what is generated would pile up beside "
          "them",

@@ -418,6 +418,7 @@ TEST(Think, RefusesWhatCannotWork) {
                                   {"cascade(64)+think", "re-numbers positions"},
                                   {"think(generated=full)+prefill(chunk=64)", "end of a prompt only"},
                                   {"h2o(64)+think(generated=full)", "bounds the rows"},
+                                  {"elastic(0.9, merge=off)+think(generated=full)", "bounds the rows"},
                                   {"think(1)", "ratio"},
                                   {"think(window=0)", "window"}})
     EXPECT_NE(message(spec, 64).find(why), std::string::npos) << spec << ": " << message(spec, 64);
