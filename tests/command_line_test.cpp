@@ -160,6 +160,7 @@ TEST_F(CommandLine, HelpTellsDefaults) {
   const std::pair<const char*, const char*> kHelp[] = {
       {"run", "--kv SPEC=full "},
       {"run", "--temp FLOAT=0.8 "},
+      {"run", "--mmap Excludes: --no-mmap "},
       {"bench", "--prompt N,...=512 "},
       {"bench", "--output FORMAT=md "},
       {"eval recall", "--depths X,...=0,0.25,0.5,0.75,1"},

@@ -36,10 +36,9 @@ int Complain(int status, std::string message) {
 class HelpFormatter : public CLI::Formatter {
  public:
   std::string make_option_opts(const CLI::Option* option) const override {
-    if (option->get_type_size() == 0) return CLI::Formatter::make_option_opts(option);  // a flag
-    const std::string type = option->get_type_name(), standard = option->get_default_str();
-    const std::string& value = option->get_option_text().empty() ? type.substr(0, type.find(':')) : option->get_option_text();
-    return " " + value + (standard.empty() ? "" : "=" + standard);
+    if (option->get_items_expected_max() == 0) return CLI::Formatter::make_option_opts(option);  // a flag
+    const std::string type = option->get_type_name(), word = option->get_option_text(), standard = option->get_default_str();
+    return " " + (word.empty() ? type.substr(0, type.find(':')) : word) + (standard.empty() ? "" : "=" + standard);
   }
 };
 
@@ -87,7 +86,8 @@ std::string Sentence(const CLI::ParseError& error) {
   constexpr std::string_view kConvert = "Could not convert: ";
   const size_t equals = text.find(" = ");
   if (text.starts_with(kConvert) && equals != std::string::npos)
-    return fmt::format("{}: {} is out of range", text.substr(kConvert.size(), equals - kConvert.size()), text.substr(equals + 3));
+    return fmt::format("{}: {} is out of range", text.substr(kConvert.size(), equals - kConvert.size()),
+                       text.substr(equals + 3));
   return text;
 }
 

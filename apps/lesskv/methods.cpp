@@ -24,7 +24,8 @@ std::string Signature(const Method& method) {
     const Parameter& p = method.parameters[i];
     text += i == 0 ? "(" : ", ";
     text += p.name;
-    if (!p.default_value.empty() || !p.positional) text += fmt::format("={}", p.default_value.empty() ? "…" : p.default_value);
+    if (!p.default_value.empty()) text += fmt::format("={}", p.default_value);
+    else if (!p.positional) text += "=…";
   }
   return method.parameters.empty() ? text : text + ")";
 }
@@ -35,9 +36,10 @@ bool IsDefault(const Method& method) { return method.name == DefaultTerm(method.
 std::string PositionalNames() {
   std::vector<std::string> names;
   for (const Method* method : Methods())
-    for (const Parameter& p : method->parameters)
-      if (std::string name = fmt::format("`{}`", p.name); p.positional && std::find(names.begin(), names.end(), name) == names.end())
-        names.push_back(std::move(name));
+    for (const Parameter& p : method->parameters) {
+      const std::string name = fmt::format("`{}`", p.name);
+      if (p.positional && std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+    }
   return fmt::format("{}", fmt::join(names, ", "));
 }
 
@@ -87,9 +89,9 @@ std::string MarkdownText() {
   std::string text =
       "# Cache methods\n\n"
       "A cache is written as terms joined by `+`, at most one a stage, in any order. This page is the output of\n"
-      "`lesskv methods -o md`. Behind `=` stands what holds where an option is not given (…: it says so itself); an option that\n"
-      "comes first may be given without its name where that is one of " + PositionalNames() + ":\n"
-      "`pyramid(10)` is `pyramid(beta=10)`.\n\n" +
+      "`lesskv methods -o md`. Behind `=` stands what holds where an option is not given, `…` where its text tells.\n"
+      "A first option may go without its name where that is " +
+      PositionalNames() + ": `pyramid(10)` is `pyramid(beta=10)`.\n\n" +
       std::string(kLocalLayers) + "\n";
   for (Stage stage : kStages) {
     if (!HasMethods(stage)) continue;

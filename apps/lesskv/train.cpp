@@ -158,8 +158,8 @@ void AddLess(CLI::App& train) {
   less->add_option("-o,--output", c->output, "Sidecar to write, NAME.less.gguf for NAME.gguf")->option_text("SIDECAR");
   train::TrainLessOptions& o = c->options;
   less->add_option("--text", o.texts, "Text files to draw training texts from")->option_text("FILE...");
-  less->add_option("--kv", o.policies, "Selectors and budgets to train for, shared out over the texts")->option_text("SPEC...")
-      ->capture_default_str();
+  less->add_option("--kv", o.policies, "Selectors and budgets to train for, shared out over the texts")
+      ->option_text("SPEC...")->capture_default_str();
   less->add_option("--step", o.steps, "Tokens a step while text streams in, in turn")->capture_default_str();
   less->add_option("--views", o.views, "Selectors each text is captured under")->capture_default_str();
   less->add_option("--sequences", o.sequences, "Training texts, validation included")->capture_default_str();
