@@ -293,7 +293,7 @@ size_t Shared(const SequenceCache& cache) {
 // Lives the whole life, holding what must be true after every step.
 void LiveWhole(Subject& s) {
   s.whole = std::make_unique<SequenceCache>(s.config);
-  const std::optional<double> tolerance = Chance(0.5, s.rng) ? ToleranceOf(s) : std::nullopt;
+  const std::optional<double> tolerance = Chance(0.6, s.rng) ? ToleranceOf(s) : std::nullopt;
   std::vector<std::vector<int32_t>> before = Held(s, *s.whole);
   for (const Piece& piece : s.life) {
     s.states.push_back(s.whole->Serialize());
@@ -644,7 +644,7 @@ TEST_F(RandomSpecs, KeepThemSince) {
         "tova(160)+match(every=112)+f32", "tova(177)+less+balanced(4, v=3, window=1)",
         "tova(10)+pyramid(1000000)+csr(4, sample=8, guard=5)"}) {
     size_t lives = 0;
-    for (uint64_t seed = 0; lives < 4; ++seed) {
+    for (uint64_t seed = 0; lives < 8; ++seed) {
       ASSERT_LT(seed, 1000u) << spec << " fits no model";
       Subject s(seed, spec);
       if (s.config == nullptr) continue;
