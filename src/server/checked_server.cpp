@@ -237,8 +237,9 @@ bool CheckedServer::ServeOne(HttpReader& reader, const RequestHead& head, socket
   const bool too_long = !head.chunked && head.length > options_.max_body;  // told at once, in place of the word
   if (head.expects_continue && !too_long && !SendAll(socket, "HTTP/1.1 100 Continue\r\n\r\n")) return false;
   std::string body = reader.Body(head);
-  std::string text = fmt::format("{} {} HTTP/1.{}\r\nContent-Length: {}\r\n{}\r\n", KnownMethod(head.method), head.path(),
-                                 head.old ? 0 : 1, body.size(), close ? "Connection: close\r\n" : "");
+  std::string text =
+      fmt::format("{} {} HTTP/1.{}\r\nContent-Length: {}\r\n{}\r\n", KnownMethod(head.method), head.path(),
+                  head.old ? 0 : 1, body.size(), close ? "Connection: close\r\n" : "");
   Admitted stream(socket, std::move(text), std::move(body));
   bool closed = false;
   const bool sent = process_request(stream, close, closed, [&](httplib::Request& request) {

@@ -115,7 +115,8 @@ class HeadParser {
       head_.expects_continue = !head_.old;
     }
     // One that comes with both could be read otherwise by a proxy on the way.
-    if (transfer_ && (length_ || head_.old)) Refuse(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length");
+    if (transfer_ && (length_ || head_.old))
+      Refuse(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length");
     if (transfer_ && Lower(*transfer_) != "chunked") Refuse(501, "Transfer-Encoding is known as chunked only");
     head_.chunked = transfer_.has_value();
     if (!length_) return;

@@ -42,7 +42,8 @@ bool IsAboutValue(const redisReply& error) {
 // Why a connection failed, from what hiredis and the last system call left.
 std::string Reason(const redisContext& connection, int error) {
   const bool late = error == EAGAIN || error == EWOULDBLOCK;
-  return late && (connection.err == REDIS_ERR_IO || connection.err == 0) ? "it does not answer in time" : connection.errstr;
+  const bool io = connection.err == REDIS_ERR_IO || connection.err == 0;
+  return late && io ? "it does not answer in time" : connection.errstr;
 }
 
 }  // namespace

@@ -233,7 +233,8 @@ TEST_F(LimitsTest, BodiesAreLimitedHoweverTheyCome) {
   EXPECT_LT(Resident(), before + kFloodBytes);
   const Reply refused = Flood(head + "Content-Length: 65537\r\n\r\n", chunk, 0);
   EXPECT_EQ(refused.json()["error"]["message"], "the body is longer than 65536 bytes");
-  EXPECT_EQ(Flood(head + "Expect: 100-continue\r\nContent-Length: 65537\r\n\r\n", chunk, 0).status, 413);  // not told to send it
+  // Nobody is told to send what then is refused.
+  EXPECT_EQ(Flood(head + "Expect: 100-continue\r\nContent-Length: 65537\r\n\r\n", chunk, 0).status, 413);
   // Within the limit, whatever it is called: also as the form that curl -d says it is.
   const std::string body = Json({{"content", std::string(40000, 'x')}}).dump();
   for (const char* const type : {"", "Content-Type: application/x-www-form-urlencoded\r\n", "Content-Type: multipart/form-data; boundary=x\r\n"})

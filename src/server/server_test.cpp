@@ -500,7 +500,8 @@ TEST_F(ServerTest, TheEndOfTheListeningSocketIsTold) {
     for (int fd = 3; !asked && fd < 1000; ++fd) {
       socklen_t size = sizeof address;
       int listens = 0;
-      if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) != 0 || ntohs(address.sin_port) != port) continue;
+      if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) != 0) continue;
+      if (ntohs(address.sin_port) != port) continue;
       size = sizeof listens;
       if (::getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens != 0) ::shutdown(fd, SHUT_RDWR);
     }
