@@ -829,6 +829,33 @@ TEST(Contract, CascadeOfOneLevelIsAWindow) {
   }
 }
 
+// Heads that hold different numbers of rows, each read at its ranks: a head's outputs are those of a window of its own rows.
+TEST(Contract, UnequalWindowsAreReadAsWindowsOfTheirOwn) {
+  for (const TinyShape& shape : {kTinyShapes[0], kTinyShapes[1]}) {
+    const TempSidecar sidecar(shape);
+    const Text text = RandomText(shape, 120, 33);
+    SequenceCache split(MakeConfig("window(12, sinks=2, positions=cache)+split(2)+f32", shape, sidecar));
+    const auto found = LiveAll(split, text, UsualLife());
+    const size_t width = shape.group() * shape.head_dim, stride = shape.n_heads * shape.head_dim;
+    std::set<size_t> sizes;
+    for (size_t l = 0; l < shape.n_layers; ++l) {
+      for (size_t h = 0; h < shape.n_kv_heads; ++h) {
+        const size_t rows = Resident(split, l, h).size();
+        sizes.insert(rows);
+        SequenceCache alone(MakeConfig("window(" + std::to_string(rows) + ", sinks=2, positions=cache)+f32", shape, sidecar));
+        const auto wanted = LiveAll(alone, text, UsualLife());
+        const auto last = [&](const std::vector<Outputs>& outputs) {
+          const std::vector<float>& layer = outputs.back()[l];
+          const auto* const head = layer.data() + layer.size() - stride + h * width;
+          return std::vector<float>(head, head + width);
+        };
+        EXPECT_LT(RelativeError(last(found), last(wanted)), 1e-5) << shape.Name() << " layer " << l << " head " << h;
+      }
+    }
+    EXPECT_GT(sizes.size(), 1u);
+  }
+}
+
 // The cascade reads prompts in blocks of its own, as prefill(chunk) would feed them; that term comes first.
 TEST(Contract, CascadeReadsAPromptInBlocks) {
   TinyShape shape = kTinyShapes[1];
