@@ -150,15 +150,15 @@ void ReadHeads(const KeyReader& keys, ModelConfig& config) {
 void ReadRopeScaling(const KeyReader& keys, ModelConfig& config) {
   const std::string type = keys.TextOr("rope.scaling.type", "linear");
   config.original_ctx = keys.CountOr("rope.scaling.original_context_length", kMaxContext, config.train_ctx);
-  if (type == "none") return;
+  RopeConfig& rope = config.rope;
+  rope.magnitude = keys.RealOr("rope.scaling.attn_factor", 100, 1);
+  if (type == "none") return;  // no stretching, whatever the factor
   if (type != "linear" && type != "yarn" && type != "longrope")
     keys.Refuse("rope.scaling.type", "\"none\", \"linear\", \"yarn\" or \"longrope\"", Quoted(type));
   // rope.scale_linear is the name in files of 2023; some converters write a factor of 0 for none.
   const char* const factor = keys.Has("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
   config.long_rope = type == "longrope";
-  RopeConfig& rope = config.rope;
   rope.linear_scale = keys.NumberOr(factor, 0) == 0 ? 1.0 : keys.Real(factor, 1e6f);
-  rope.magnitude = keys.RealOr("rope.scaling.attn_factor", 100, 1);
   if (type != "yarn") return;
   rope.yarn = {.original_ctx = static_cast<double>(config.original_ctx),
                .beta_fast = keys.RealOr("rope.scaling.yarn_beta_fast", 1e6f, 32),

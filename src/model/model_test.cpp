@@ -128,6 +128,7 @@ TEST(Model, RopeScalingFromMetadata) {
   EXPECT_EQ(RopeOf({{"rope.scaling.factor", 4}}, "").linear_scale, 4);  // linear unless another type is named
   EXPECT_EQ(RopeOf({{"rope.scale_linear", 4}}, "").linear_scale, 4);
   EXPECT_EQ(RopeOf({{"rope.scaling.factor", 4}}, "none").linear_scale, 1);
+  EXPECT_EQ(RopeOf({{"rope.scaling.attn_factor", 0.5}}, "none").magnitude, 0.5f);
   EXPECT_EQ(RopeOf({}, "linear").linear_scale, 1);
   const RopeConfig yarn = RopeOf({{"rope.scaling.factor", 4}, {"rope.scaling.yarn_beta_fast", 16}}, "yarn");
   EXPECT_EQ(yarn.yarn.original_ctx, 64);  // the context length where nothing else is said
