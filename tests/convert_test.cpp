@@ -295,6 +295,7 @@ TEST_F(ConvertTest, ConfigurationsThatCannotBeRunAreNamed) {
       {"llama3", "tie_word_embeddings", "yes", "tie_word_embeddings: expected true or false"},
       {"qwen2", "use_sliding_window", true, "use_sliding_window: expected false, found 'true'"},
       {"gemma3", "final_logit_softcapping", 30.0, "final_logit_softcapping: expected none"},
+      {"gemma3", "attn_logit_softcapping", 1.0, "attn_logit_softcapping: expected none"},
       {"gemma3", "layer_types", {"full_attention"}, "layer_types: expected one for each of 7 layers, found 1"},
       {"falcon-7b", "parallel_attn", false, "parallel_attn: expected true"},
       {"falcon-7b", "alibi", true, "alibi: expected none"},

@@ -39,7 +39,8 @@ constexpr HfClass kClasses[] = {
     {.name = "SmolLM3ForCausalLM", .architecture = "smollm3", .rope_base = 2e6, .tied = true},
 };
 
-// Keys that would change the result and that no class above has: refused unless absent, null, false, zero or one.
+// Keys that would change the result and that no class above has: refused unless absent, null, false or zero. One expert
+// is none.
 constexpr std::string_view kForeignKeys[] = {"attn_logit_softcapping",
                                              "final_logit_softcapping",
                                              "num_local_experts",
@@ -63,7 +64,7 @@ const HfClass& FindClass(const JsonReader& config) {
 void RefuseForeignKeys(const JsonReader& config) {
   for (const std::string_view key : kForeignKeys) {
     const nlohmann::json* const value = config.Find(key);
-    if (value == nullptr || *value == false || *value == 0 || *value == 1) continue;
+    if (value == nullptr || *value == false || *value == 0 || (key.ends_with("experts") && *value == 1)) continue;
     config.Refuse(key, "none (lesskv has nothing that does this)");
   }
 }
