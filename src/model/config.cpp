@@ -87,12 +87,13 @@ class KeyReader {
 
   float RealOr(std::string_view key, float high, float fallback) const { return Has(key) ? Real(key, high) : fallback; }
 
-  // Truth values count as 0 and 1.
+  // Truth values count as 0 and 1. An array is refused: what it holds would be ignored.
   double NumberOr(std::string_view key, double fallback) const {
-    const GgufValue* const value = file_.Find(prefix_ + std::string(key));
-    if (value == nullptr || value->is_array()) return fallback;
-    if (const auto truth = value->Element<bool>(0)) return *truth ? 1 : 0;
-    return file_.Get<double>(prefix_ + std::string(key));
+    const std::string full = prefix_ + std::string(key);
+    const GgufValue* const value = file_.Find(full);
+    if (value == nullptr) return fallback;
+    const auto truth = value->is_array() ? std::nullopt : value->Element<bool>(0);
+    return truth ? *truth : file_.Get<double>(full);
   }
 
   // One truth value a layer; empty without the key or where it holds a number.

@@ -242,6 +242,14 @@ const std::vector<BadFile> kBadFiles = {
      },
      {"head_count_kv", "the same number in all layers (1 in the first)", "layer 2"}},
     {"soft caps", [](TinyFile& f) { f.reals["attn_logit_softcapping"] = 50; }, {"attn_logit_softcapping", "found 50"}},
+    {"a factor for each layer",
+     [](TinyFile& f) {
+       f.arrays["rope.scaling.factor"] = {2, 2, 2};
+     },
+     {"rope.scaling.factor", "array of u32"}},
+    {"soft caps for no layer",
+     [](TinyFile& f) { f.arrays["attn_logit_softcapping"] = {}; },
+     {"attn_logit_softcapping", "array of u32"}},
     {"architectures are listed",
      [](TinyFile& f) { f.architecture = "gemma2"; },
      {"llama, qwen2, qwen3, gemma3, phi3, falcon, smollm3", "gemma2"}},
