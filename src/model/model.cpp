@@ -1,7 +1,7 @@
 #include "model/model.h"
 
 #include <algorithm>
-
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <optional>
@@ -43,6 +43,15 @@ class TensorReader {
 
   std::vector<float> VectorIfPresent(const std::string& name, size_t n) {
     return file_.FindTensor(name) == nullptr ? std::vector<float>() : Vector(name, n);
+  }
+
+  // Divisors of frequencies.
+  std::vector<float> Factors(const std::string& name, size_t n) {
+    std::vector<float> factors = Vector(name, n);
+    for (const float factor : factors)
+      if (!(factor > 0) || !std::isfinite(factor))
+        Fail(ErrorCode::kBadFile, "{}: tensor {}: expected factors above 0, found {}", file_.name(), name, factor);
+    return factors;
   }
 
   NormWeights Norm(const std::string& name, size_t n, NormKind kind) {
@@ -191,10 +200,12 @@ RopeTables ReadRopes(TensorReader& tensors, const ModelConfig& config) {
   const size_t n_pairs = config.rope.n_dims / 2;
   RopeTables tables;
   if (config.long_rope || tensors.Has("rope_factors_long.weight")) {
-    tables.global = WithFactors(config.rope, tensors.Vector("rope_factors_short.weight", n_pairs));
-    tables.global_long = WithFactors(config.rope, tensors.Vector("rope_factors_long.weight", n_pairs));
+    tables.global = WithFactors(config.rope, tensors.Factors("rope_factors_short.weight", n_pairs));
+    tables.global_long = WithFactors(config.rope, tensors.Factors("rope_factors_long.weight", n_pairs));
   } else {
-    tables.global = WithFactors(config.rope, tensors.VectorIfPresent("rope_freqs.weight", n_pairs));
+    const bool has_factors = tensors.Has("rope_freqs.weight");
+    tables.global = WithFactors(
+        config.rope, has_factors ? tensors.Factors("rope_freqs.weight", n_pairs) : std::vector<float>());
   }
   if (!config.local.empty())
     tables.local = std::make_shared<RopeTable>(

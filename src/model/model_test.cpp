@@ -280,7 +280,9 @@ const std::vector<BadFile> kBadFiles = {
     {"rope factors of another size",
      [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {3}; },
      {"rope_freqs.weight", "[2]"}},
-    {"rope factors of zero", [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {2}; }, {"factor"}},
+    {"rope factors of zero",
+     [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {2}; },
+     {".gguf: tensor rope_freqs.weight", "found 0"}},
 };
 
 TEST(Model, BrokenFilesAreRefusedByName) {
