@@ -6,7 +6,9 @@
  * not given to a new object). What a function writes through its pointers is left alone when it fails.
  *
  * Handles may be used from any thread, by one thread at a time. A model's calls that compute take turns: steps of several
- * threads on one model wait for one another. A model lives as long as a sequence or cache of it does.
+ * threads on one model wait for one another, but a callback cannot wait for the call that it is in: from there, computing with
+ * that model is LESSKV_INVALID_ARGUMENT. What a callback frees goes when the call ends. A model lives as long as a sequence
+ * of it does.
  *
  * Structures begin with their `size`, the caller's sizeof, because later versions add fields at their ends; one without a
  * size (lesskv_span) never changes. Structures of options begin with what lesskv_*_default_params gives. One that is shorter
@@ -42,7 +44,8 @@ LESSKV_API const char* lesskv_version(void);
 LESSKV_API const char* lesskv_last_error(void);           /* "" when nothing has failed; of the calling thread */
 LESSKV_API const char* lesskv_status_name(lesskv_status); /* "bad file"; "unknown status" for another number */
 
-/* Called for each failure, from the thread that fails, with its sentence; NULL: none. For a host that keeps a log. */
+/* Called for each failure, from the thread that fails, with its sentence; NULL: none. For a host that keeps a log. What fails
+ * inside the callback is not told. */
 typedef void (*lesskv_log_callback)(lesskv_status status, const char* sentence, void* user_data);
 LESSKV_API void lesskv_log_set(lesskv_log_callback callback, void* user_data);
 
@@ -146,7 +149,8 @@ LESSKV_API lesskv_status lesskv_prefill(lesskv_sequence* sequence, const int32_t
 /* One token each for n sequences of one model, which share the products of weights. logits: NULL, or [n, n_vocab]. */
 LESSKV_API lesskv_status lesskv_decode(lesskv_sequence* const* sequences, const int32_t* tokens, size_t n, float* logits);
 
-/* Session files, which lesskv run and chat read, too. The params must name the spec and context that it was saved with. */
+/* Session files, which lesskv run and chat read, too. The params must name the spec and context that it was saved with. What
+ * one of theirs ends with, a token that its text has not seen, is read when it is loaded. */
 LESSKV_API lesskv_status lesskv_sequence_save(const lesskv_sequence* sequence, const char* path);
 LESSKV_API lesskv_status lesskv_sequence_load(lesskv_model* model, const lesskv_sequence_params* params, const char* path,
                                               lesskv_sequence** sequence);

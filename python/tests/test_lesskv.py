@@ -317,3 +317,11 @@ def test_the_last_token_generated_is_lost_nowhere(model, tmp_path):
     sequence, pending, seen = fresh()
     sequence.save(tmp_path / "s.bin")
     assert model.load(tmp_path / "s.bin", ctx=256).tokens == seen + pending
+
+
+def test_sessions_of_the_program_are_continued_whole(model, tmp_path):
+    program = os.environ.get("LESSKV_PROGRAM") or pytest.skip("LESSKV_PROGRAM names no lesskv")
+    run = [program, "run", "-m", MODEL, "-c", "256", "--temp", "0", "-t", "2", "--session", tmp_path / "s.bin", "--json"]
+    said = subprocess.run([*run, "-p", "The sea was", "-n", "6"], capture_output=True, text=True, check=True)
+    loaded = model.load(tmp_path / "s.bin", ctx=256)
+    assert model.detokenize(loaded.tokens) == "The sea was" + json.loads(said.stdout)["text"]

@@ -25,19 +25,16 @@ constexpr lesskv_cache_shape kDefaults{
 constexpr size_t kMost = 1 << 16;       // layers, heads, coordinates
 constexpr size_t kMostCtx = 1u << 30;
 
-const lesskv_cache& Live(const lesskv_cache* cache) {
-  RequireLive(cache, Kind::kCache, "cache");
-  Require(!cache->broken, "a cache whose step failed can only be freed");
-  return *cache;
+std::shared_ptr<lesskv_cache> Live(const lesskv_cache* cache) {
+  auto live = std::static_pointer_cast<lesskv_cache>(FindLive(cache, Kind::kCache, "cache"));
+  Require(!live->broken, "a cache whose step failed can only be freed");
+  return live;
 }
 
-lesskv_cache& Live(lesskv_cache* cache) { return const_cast<lesskv_cache&>(Live(static_cast<const lesskv_cache*>(cache))); }
-
-template <typename Cache>
-Cache& LiveBetweenSteps(Cache* cache) {
-  Cache& c = Live(cache);
-  Require(!c.in_step, "a step is in progress");
-  return c;
+std::shared_ptr<lesskv_cache> LiveBetweenSteps(const lesskv_cache* cache) {
+  auto live = Live(cache);
+  Require(!live->in_step, "a step is in progress");
+  return live;
 }
 
 // Inside a step a failure leaves a cache that can only be destroyed.
@@ -121,11 +118,6 @@ void RequireLayer(const lesskv_cache& c, size_t layer, bool appended) {
          appended ? "attended" : "appended to", c.appended ? "attending" : "appending", c.next_layer);
 }
 
-void Hand(std::unique_ptr<lesskv_cache> made, lesskv_cache** to) {
-  Register(made.get(), Kind::kCache);
-  *to = made.release();
-}
-
 }  // namespace
 
 extern "C" {
@@ -138,31 +130,30 @@ lesskv_status lesskv_cache_new(const lesskv_cache_shape* shape, const char* spec
     const CacheShape s = ShapeOf(Options(shape, kDefaults));
     if (n_threads < 0 || n_threads > ThreadPool::kMaxThreads)
       Fail(ErrorCode::kInvalidArgument, "n_threads: expected 0 (all CPUs) to {}, found {}", ThreadPool::kMaxThreads, n_threads);
-    auto made = std::make_unique<lesskv_cache>();
+    const auto made = std::make_shared<lesskv_cache>();
     made->threads = std::make_shared<ThreadPool>(n_threads);
     made->cache = std::make_unique<SequenceCache>(CacheConfig::Create(CacheSpec::Parse(spec == nullptr ? "full" : spec), s));
-    Hand(std::move(made), cache);
+    Hand(made, Kind::kCache, cache);
   });
 }
 
 lesskv_status lesskv_cache_clone(const lesskv_cache* cache, lesskv_cache** clone) {
   return Guard([&] {
-    const lesskv_cache& from = LiveBetweenSteps(cache);
+    const auto from = LiveBetweenSteps(cache);
     Require(clone != nullptr, "there is nowhere to write the cache");
-    auto made = std::make_unique<lesskv_cache>();
-    made->threads = from.threads;
-    made->cache = from.cache->Clone();
-    Hand(std::move(made), clone);
+    const auto made = std::make_shared<lesskv_cache>();
+    made->threads = from->threads;
+    made->cache = from->cache->Clone();
+    Hand(made, Kind::kCache, clone);
   });
 }
 
-void lesskv_cache_free(lesskv_cache* cache) {
-  if (Unregister(cache, Kind::kCache)) delete cache;
-}
+void lesskv_cache_free(lesskv_cache* cache) { Release(cache, Kind::kCache); }
 
 lesskv_status lesskv_cache_begin_step(lesskv_cache* cache, size_t n_tokens, lesskv_step_kind kind) {
   return Guard([&] {
-    lesskv_cache& c = LiveBetweenSteps(cache);
+    const auto live = LiveBetweenSteps(cache);
+    lesskv_cache& c = *live;
     const size_t ctx = c.cache->config().shape().ctx, seen = c.cache->tokens_seen();
     if (n_tokens == 0 || n_tokens > ctx - seen)
       Fail(ErrorCode::kInvalidArgument, "a step of {} tokens does not fit: {} of {} tokens are seen", n_tokens, seen, ctx);
@@ -178,7 +169,8 @@ lesskv_status lesskv_cache_begin_step(lesskv_cache* cache, size_t n_tokens, less
 
 lesskv_status lesskv_cache_append(lesskv_cache* cache, size_t layer, const float* keys, const float* values) {
   return Guard([&] {
-    lesskv_cache& c = Live(cache);
+    const auto live = Live(cache);
+    lesskv_cache& c = *live;
     RequireLayer(c, layer, false);
     if (layer >= c.cache->config().shape().n_layers())
       Fail(ErrorCode::kInvalidArgument, "all {} layers have been attended: the step ends next", layer);
@@ -190,7 +182,8 @@ lesskv_status lesskv_cache_append(lesskv_cache* cache, size_t layer, const float
 
 lesskv_status lesskv_cache_attend(lesskv_cache* cache, size_t layer, const float* queries, float* out) {
   return Guard([&] {
-    lesskv_cache& c = Live(cache);
+    const auto live = Live(cache);
+    lesskv_cache& c = *live;
     RequireLayer(c, layer, true);
     Require(queries != nullptr && out != nullptr, "queries and room for the output are needed");
     InStep(c, [&] { c.cache->Attend(layer, queries, out); });
@@ -201,7 +194,8 @@ lesskv_status lesskv_cache_attend(lesskv_cache* cache, size_t layer, const float
 
 lesskv_status lesskv_cache_end_step(lesskv_cache* cache) {
   return Guard([&] {
-    lesskv_cache& c = Live(cache);
+    const auto live = Live(cache);
+    lesskv_cache& c = *live;
     Require(c.in_step, "no step is in progress");
     const size_t n_layers = c.cache->config().shape().n_layers();
     if (c.next_layer != n_layers)
@@ -213,20 +207,22 @@ lesskv_status lesskv_cache_end_step(lesskv_cache* cache) {
 
 lesskv_status lesskv_cache_end_prompt(lesskv_cache* cache) {
   return Guard([&] {
-    lesskv_cache& c = LiveBetweenSteps(cache);
+    const auto live = LiveBetweenSteps(cache);
+    lesskv_cache& c = *live;
     const ThreadScope scope(*c.threads);
     c.cache->EndPrompt();
   });
 }
 
 lesskv_status lesskv_cache_get_stats(const lesskv_cache* cache, lesskv_stats* stats) {
-  return Guard([&] { Give(stats, StatsOf(LiveBetweenSteps(cache).cache->Stats())); });
+  return Guard([&] { Give(stats, StatsOf(LiveBetweenSteps(cache)->cache->Stats())); });
 }
 
 lesskv_status lesskv_cache_get_positions(const lesskv_cache* cache, size_t layer, size_t kv_head, int32_t* positions,
                                          size_t capacity, size_t* n_positions) {
   return Guard([&] {
-    const lesskv_cache& c = LiveBetweenSteps(cache);
+    const auto live = LiveBetweenSteps(cache);
+    const lesskv_cache& c = *live;
     const CacheShape& shape = c.cache->config().shape();
     if (layer >= shape.n_layers() || kv_head >= shape.layers[layer].n_kv_heads)
       Fail(ErrorCode::kInvalidArgument, "there is no KV head {} of layer {}", kv_head, layer);
@@ -238,13 +234,14 @@ lesskv_status lesskv_cache_get_positions(const lesskv_cache* cache, size_t layer
 
 lesskv_status lesskv_cache_save(const lesskv_cache* cache, void* bytes, size_t capacity, size_t* n_bytes) {
   return Guard([&] {
-    GiveArray(LiveBetweenSteps(cache).cache->Serialize(), static_cast<std::byte*>(bytes), capacity, n_bytes);
+    GiveArray(LiveBetweenSteps(cache)->cache->Serialize(), static_cast<std::byte*>(bytes), capacity, n_bytes);
   });
 }
 
 lesskv_status lesskv_cache_load(lesskv_cache* cache, const void* bytes, size_t n_bytes) {
   return Guard([&] {
-    lesskv_cache& c = LiveBetweenSteps(cache);
+    const auto live = LiveBetweenSteps(cache);
+    lesskv_cache& c = *live;
     Require(c.cache->tokens_seen() == 0, "a state is loaded into a new cache");
     Require(bytes != nullptr && n_bytes > 0, "there are no bytes to read");
     auto restored = std::make_unique<SequenceCache>(

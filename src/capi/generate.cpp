@@ -61,10 +61,12 @@ lesskv_status lesskv_generate_params_init(lesskv_generate_params* params, size_t
 lesskv_status lesskv_generate(lesskv_sequence* sequence, const int32_t* prompt, size_t n_prompt,
                               const lesskv_generate_params* params, lesskv_generate_result* result) {
   return Guard([&] {
-    lesskv_sequence& s = Live(sequence);
+    const auto live = Live(sequence);
+    lesskv_sequence& s = *live;
     Require(prompt != nullptr && n_prompt > 0, "a prompt of one token at least is needed");
     const lesskv_generate_params o = Options(params, GenerateDefaults());
     GenerateOptions options = OptionsOf(o);
+    RequireResult(result);
     std::atomic<bool> stop{false};
     options.stop = &stop;
     if (o.on_text != nullptr)
@@ -81,22 +83,22 @@ lesskv_status lesskv_eval_params_init(lesskv_eval_params* params, size_t size) {
 
 lesskv_status lesskv_evaluate(lesskv_model* model, const lesskv_eval_params* params, char** json) {
   return Guard([&] {
-    LoadedModel& loaded = Loaded(model);
+    const auto loaded = Loaded(model);
     Require(json != nullptr, "there is nowhere to write the rows");
     const lesskv_eval_params o = Options(params, kEvalDefaults);
     std::vector<std::string> specs = Strings(o.kv_specs, o.n_kv_specs, "cache specs");
     if (specs.empty()) specs.emplace_back("full");
     const std::vector<std::string> texts = Strings(o.texts, o.n_texts, "texts");
     EvalSetup setup;
-    setup.engine = loaded.engine.get();
-    setup.tokenizer = loaded.tokenizer.get();
+    setup.engine = loaded->engine.get();
+    setup.tokenizer = loaded->tokenizer.get();
     Require(o.ctx <= size_t{1} << 30, "ctx: positions are 32-bit, so it is at most 2^30");
-    setup.ctx = o.ctx == 0 ? loaded.model->config().train_ctx : o.ctx;
+    setup.ctx = o.ctx == 0 ? loaded->model->config().train_ctx : o.ctx;
     for (const std::string& spec : specs)
-      setup.subjects.push_back({loaded.engine->MakeCacheConfig(CacheSpec::Parse(spec), setup.ctx)});
+      setup.subjects.push_back({loaded->engine->MakeCacheConfig(CacheSpec::Parse(spec), setup.ctx)});
     const Protocol protocol{o.step > 0 ? Protocol::Mode::kStream : Protocol::Mode::kContinue, o.step, o.prompt};
     CheckProtocol(protocol, setup.ctx);
-    const std::lock_guard lock(loaded.in_use);
+    const std::lock_guard lock(loaded->in_use);
     const Report report = o.divergence ? EvaluateDivergence(setup, {texts, o.max_windows, protocol})
                                        : EvaluatePerplexity(setup, {texts, o.max_windows, protocol});
     GiveText(Format(report, OutputFormat::kJson), json);

@@ -1,24 +1,33 @@
 #include "capi/handles.h"
 
 #include <unordered_map>
+#include <utility>
 
 namespace lesskv::capi {
 namespace {
 
-struct Handles {
-  std::mutex mutex;
-  std::unordered_map<const void*, Kind> live;
+struct Live {
+  Kind kind;
+  std::shared_ptr<void> handle;
 };
 
+struct Handles {
+  std::mutex mutex;
+  std::unordered_map<const void*, Live> live;
+};
+
+// Never destroyed: what a program has not freed when it ends may still be in use by a thread.
 Handles& All() {
-  static Handles handles;
+  static Handles& handles = *new Handles;
   return handles;
 }
 
 thread_local std::string t_last_error;
+thread_local bool t_logging = false, t_in_vote = false;
 
+// The callback may fail itself, which is not logged, and may set another one.
 struct Log {
-  std::mutex mutex;
+  std::recursive_mutex mutex;
   lesskv_log_callback callback = nullptr;
   void* user_data = nullptr;
 };
@@ -43,25 +52,46 @@ lesskv_status StatusOf(ErrorCode code) {
 
 }  // namespace
 
-void Register(const void* handle, Kind kind) {
+void Register(std::shared_ptr<void> handle, Kind kind) {
   const std::lock_guard lock(All().mutex);
-  All().live[handle] = kind;
+  const void* const address = handle.get();
+  All().live[address] = {kind, std::move(handle)};
 }
 
-bool Unregister(const void* handle, Kind kind) {
+void Release(const void* handle, Kind kind) {
+  std::shared_ptr<void> last;  // destroyed when others can use the list again
   const std::lock_guard lock(All().mutex);
   const auto found = All().live.find(handle);
-  if (found == All().live.end() || found->second != kind) return false;
+  if (found == All().live.end() || found->second.kind != kind) return;
+  last = std::move(found->second.handle);
   All().live.erase(found);
-  return true;
 }
 
-void RequireLive(const void* handle, Kind kind, const char* what) {
+std::shared_ptr<void> FindLive(const void* handle, Kind kind, const char* what) {
   const std::lock_guard lock(All().mutex);
   const auto found = All().live.find(handle);
-  if (found == All().live.end() || found->second != kind)
+  if (found == All().live.end() || found->second.kind != kind)
     Fail(ErrorCode::kInvalidArgument, "the handle is no live {}", what);
+  return found->second.handle;
 }
+
+void Turns::lock() {
+  if (owner_ == std::this_thread::get_id())
+    Fail(ErrorCode::kInvalidArgument, "a callback cannot compute with the model whose call it is in");
+  if (!t_in_vote)
+    mutex_.lock();
+  else if (!mutex_.try_lock())
+    Fail(ErrorCode::kInvalidArgument, "a selector cannot compute with a model that is computing");
+  owner_ = std::this_thread::get_id();
+}
+
+void Turns::unlock() {
+  owner_ = std::thread::id();
+  mutex_.unlock();
+}
+
+InVote::InVote() { t_in_vote = true; }
+InVote::~InVote() { t_in_vote = false; }
 
 std::vector<std::string> Strings(const char* const* strings, size_t n, const char* what) {
   if (strings == nullptr && n > 0) Fail(ErrorCode::kInvalidArgument, "there are no {} to read", what);
@@ -85,21 +115,24 @@ lesskv_status Failed(ErrorCode code, const char* sentence) {
   const lesskv_status status = StatusOf(code);
   try {
     t_last_error = sentence;
+    if (t_logging) return status;
     const std::lock_guard lock(TheLog().mutex);
-    if (TheLog().callback != nullptr) TheLog().callback(status, t_last_error.c_str(), TheLog().user_data);
+    if (TheLog().callback == nullptr) return status;
+    t_logging = true;
+    const std::string own = t_last_error;  // whatever fails in the callback
+    try {
+      TheLog().callback(status, own.c_str(), TheLog().user_data);
+    } catch (...) {  // a callback of C++ may throw; it is not the failure that is told
+    }
+    t_logging = false;
+    t_last_error = own;
   } catch (...) {  // no memory for the sentence: the status tells
   }
   return status;
 }
 
-const LoadedModel& Loaded(const lesskv_model* model) {
-  RequireLive(model, Kind::kModel, "model");
-  return *model->loaded;
-}
-
-LoadedModel& Loaded(lesskv_model* model) {
-  RequireLive(model, Kind::kModel, "model");
-  return *model->loaded;
+std::shared_ptr<LoadedModel> Loaded(const lesskv_model* model) {
+  return std::static_pointer_cast<lesskv_model>(FindLive(model, Kind::kModel, "model"))->loaded;
 }
 
 }  // namespace lesskv::capi

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <exception>
@@ -10,6 +11,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -19,11 +21,37 @@
 
 namespace lesskv::capi {
 
-// Every live handle, so that a freed one or one of another kind is an error and not a crash.
+// Every live handle, so that a freed one or one of another kind is an error and not a crash. A call holds what it works on:
+// what a callback frees meanwhile goes when the call ends.
 enum class Kind { kModel, kSequence, kCache };
-void Register(const void* handle, Kind kind);
-bool Unregister(const void* handle, Kind kind);  // false: it is none
-void RequireLive(const void* handle, Kind kind, const char* what);
+void Register(std::shared_ptr<void> handle, Kind kind);
+void Release(const void* handle, Kind kind);  // nothing happens where it is none
+std::shared_ptr<void> FindLive(const void* handle, Kind kind, const char* what);
+
+template <typename Handle>
+void Hand(std::shared_ptr<Handle> made, Kind kind, Handle** to) {
+  Register(made, kind);
+  *to = made.get();
+}
+
+// A model computes for one call at a time. What would wait for its own end is refused: a callback that computes with the
+// model whose call it is in.
+class Turns {
+ public:
+  void lock();
+  void unlock();
+
+ private:
+  std::mutex mutex_;
+  std::atomic<std::thread::id> owner_;
+};
+
+// While a caller's selector votes, on a thread of a step that may be any model's: nobody is waited for.
+class InVote {
+ public:
+  InVote();
+  ~InVote();
+};
 
 lesskv_status Failed(ErrorCode code, const char* sentence);  // remembers and logs it
 
@@ -94,6 +122,12 @@ Params Options(const Params* given, const Params& defaults) {
   return result;
 }
 
+// A place for a result, before anything is done that it should tell of; null: nobody wants it.
+template <typename Result>
+void RequireResult(const Result* to) {
+  if (to != nullptr) RequireSize(to->size);
+}
+
 // As many as fit, and how many there are.
 template <typename T, typename From>
 void GiveArray(const From& from, T* to, size_t capacity, size_t* count) {
@@ -113,7 +147,7 @@ struct LoadedModel {
   std::shared_ptr<const Model> model;
   std::unique_ptr<const Tokenizer> tokenizer;
   std::unique_ptr<Engine> engine;
-  std::mutex in_use;  // the engine takes one step at a time
+  Turns in_use;
 };
 
 }  // namespace lesskv::capi
@@ -124,7 +158,6 @@ struct lesskv_model {
 
 namespace lesskv::capi {
 
-const LoadedModel& Loaded(const lesskv_model* model);
-LoadedModel& Loaded(lesskv_model* model);
+std::shared_ptr<LoadedModel> Loaded(const lesskv_model* model);
 
 }  // namespace lesskv::capi

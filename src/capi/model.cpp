@@ -61,51 +61,47 @@ lesskv_status lesskv_model_load(const char* path, const lesskv_model_params* par
       Fail(ErrorCode::kBadFile, "{}: the tokenizer has {} tokens, the model only {}", path, loaded->tokenizer->size(),
            loaded->model->config().n_vocab);
     loaded->engine = std::make_unique<Engine>(loaded->model, EngineOptions{o.n_threads, Choice(o.compute)});
-    auto handle = std::make_unique<lesskv_model>(lesskv_model{std::move(loaded)});
-    Register(handle.get(), Kind::kModel);
-    *model = handle.release();
+    Hand(std::make_shared<lesskv_model>(lesskv_model{std::move(loaded)}), Kind::kModel, model);
   });
 }
 
-void lesskv_model_free(lesskv_model* model) {
-  if (Unregister(model, Kind::kModel)) delete model;
-}
+void lesskv_model_free(lesskv_model* model) { Release(model, Kind::kModel); }
 
 lesskv_status lesskv_model_get_info(const lesskv_model* model, lesskv_model_info* info) {
   return Guard([&] {
-    const LoadedModel& loaded = Loaded(model);
-    const ModelConfig& c = loaded.model->config();
-    Give(info, {0, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.n_vocab, c.train_ctx, loaded.model->parameter_count(),
-                loaded.model->weight_bytes(), loaded.tokenizer->bos(), loaded.tokenizer->eos(), loaded.model->fingerprint(),
-                loaded.model->identity()});
+    const auto loaded = Loaded(model);
+    const ModelConfig& c = loaded->model->config();
+    Give(info, {0, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.n_vocab, c.train_ctx, loaded->model->parameter_count(),
+                loaded->model->weight_bytes(), loaded->tokenizer->bos(), loaded->tokenizer->eos(), loaded->model->fingerprint(),
+                loaded->model->identity()});
   });
 }
 
 lesskv_status lesskv_tokenize(const lesskv_model* model, const char* text, size_t n_bytes, bool add_special,
                               bool parse_special, int32_t* tokens, size_t capacity, size_t* n_tokens) {
   return Guard([&] {
-    const LoadedModel& loaded = Loaded(model);
+    const auto loaded = Loaded(model);
     Require(text != nullptr || n_bytes == 0, "there is no text to read");
     const std::string_view all = n_bytes == 0 ? std::string_view() : std::string_view(text, n_bytes);
-    GiveArray(loaded.tokenizer->Encode(all, add_special, parse_special), tokens, capacity, n_tokens);
+    GiveArray(loaded->tokenizer->Encode(all, add_special, parse_special), tokens, capacity, n_tokens);
   });
 }
 
 lesskv_status lesskv_detokenize(const lesskv_model* model, const int32_t* tokens, size_t n_tokens, bool skip_special,
                                 char* text, size_t capacity, size_t* n_bytes) {
   return Guard([&] {
-    const LoadedModel& loaded = Loaded(model);
-    RequireTokens(*loaded.tokenizer, tokens, n_tokens);
-    GiveArray(loaded.tokenizer->Decode({tokens, n_tokens}, skip_special), text, capacity, n_bytes);
+    const auto loaded = Loaded(model);
+    RequireTokens(*loaded->tokenizer, tokens, n_tokens);
+    GiveArray(loaded->tokenizer->Decode({tokens, n_tokens}, skip_special), text, capacity, n_bytes);
   });
 }
 
 lesskv_status lesskv_token_ends_generation(const lesskv_model* model, int32_t token, bool* ends) {
   return Guard([&] {
-    const LoadedModel& loaded = Loaded(model);
-    RequireTokens(*loaded.tokenizer, &token, 1);
+    const auto loaded = Loaded(model);
+    RequireTokens(*loaded->tokenizer, &token, 1);
     Require(ends != nullptr, "there is nowhere to write the answer");
-    *ends = loaded.tokenizer->IsEndOfGeneration(token);
+    *ends = loaded->tokenizer->IsEndOfGeneration(token);
   });
 }
 

@@ -49,7 +49,11 @@ class CallersSelector final : public Selector {
                                     reinterpret_cast<const int32_t*>(head.positions.data()),
                                     head.attention.empty() ? nullptr : head.attention.data(), head.votes.data(), sentence,
                                     sizeof sentence};
-    if (o_.vote(&rows, o_.user_data)) return;
+    const auto votes = [&] {
+      const InVote scope;
+      return o_.vote(&rows, o_.user_data);
+    };
+    if (votes()) return;
     sentence[sizeof sentence - 1] = 0;
     Fail(ErrorCode::kRuntime, "the selector '{}' failed: {}", name_, sentence[0] == 0 ? "it gave no reason" : sentence);
   }

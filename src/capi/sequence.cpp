@@ -23,9 +23,16 @@ std::shared_ptr<const CacheConfig> ConfigOf(const LoadedModel& loaded, const les
   return loaded.engine->MakeCacheConfig(SpecOf(o), o.ctx, std::move(spans));
 }
 
-void Hand(std::unique_ptr<lesskv_sequence> made, lesskv_sequence** to) {
-  Register(made.get(), Kind::kSequence);
-  *to = made.release();
+void Hand(std::shared_ptr<LoadedModel> loaded, Sequence sequence, lesskv_sequence** to) {
+  const std::shared_ptr<lesskv_sequence> made(new lesskv_sequence{std::move(loaded), std::move(sequence)});
+  lesskv::capi::Hand(made, Kind::kSequence, to);
+}
+
+// The token that the program had generated and its text had not yet seen. A full context has no room for it, nor for any more.
+void ReadPending(LoadedModel& loaded, Session& session) {
+  if (!session.pending_token || session.sequence.tokens().size() >= session.sequence.config().shape().ctx) return;
+  const std::lock_guard lock(loaded.in_use);
+  loaded.engine->Decode({{&session.sequence, {&*session.pending_token, 1}}});
 }
 
 LogitsSink CopyTo(float* logits) {
@@ -39,14 +46,8 @@ LogitsSink CopyTo(float* logits) {
 
 namespace lesskv::capi {
 
-lesskv_sequence& Live(lesskv_sequence* sequence) {
-  RequireLive(sequence, Kind::kSequence, "sequence");
-  return *sequence;
-}
-
-const lesskv_sequence& Live(const lesskv_sequence* sequence) {
-  RequireLive(sequence, Kind::kSequence, "sequence");
-  return *sequence;
+std::shared_ptr<lesskv_sequence> Live(const lesskv_sequence* sequence) {
+  return std::static_pointer_cast<lesskv_sequence>(FindLive(sequence, Kind::kSequence, "sequence"));
 }
 
 lesskv_stats StatsOf(const CacheStats& s) {
@@ -72,83 +73,85 @@ lesskv_status lesskv_sequence_params_init(lesskv_sequence_params* params, size_t
 
 lesskv_status lesskv_sequence_new(lesskv_model* model, const lesskv_sequence_params* params, lesskv_sequence** sequence) {
   return Guard([&] {
-    const LoadedModel& loaded = Loaded(model);
+    const auto loaded = Loaded(model);
     Require(sequence != nullptr, "there is nowhere to write the sequence");
-    auto config = ConfigOf(loaded, Options(params, kDefaults));
-    Hand(std::unique_ptr<lesskv_sequence>(new lesskv_sequence{model->loaded, Sequence(std::move(config))}), sequence);
+    Hand(loaded, Sequence(ConfigOf(*loaded, Options(params, kDefaults))), sequence);
   });
 }
 
 lesskv_status lesskv_sequence_clone(const lesskv_sequence* sequence, lesskv_sequence** clone) {
   return Guard([&] {
-    const lesskv_sequence& from = Live(sequence);
+    const auto from = Live(sequence);
     Require(clone != nullptr, "there is nowhere to write the sequence");
-    Require(!from.sequence.interrupted(), "a sequence whose step failed can only be freed");
-    Hand(std::unique_ptr<lesskv_sequence>(new lesskv_sequence{from.loaded, from.sequence.Clone()}), clone);
+    Require(!from->sequence.interrupted(), "a sequence whose step failed can only be freed");
+    Hand(from->loaded, from->sequence.Clone(), clone);
   });
 }
 
-void lesskv_sequence_free(lesskv_sequence* sequence) {
-  if (Unregister(sequence, Kind::kSequence)) delete sequence;
-}
+void lesskv_sequence_free(lesskv_sequence* sequence) { Release(sequence, Kind::kSequence); }
 
 lesskv_status lesskv_sequence_get_stats(const lesskv_sequence* sequence, lesskv_stats* stats) {
-  return Guard([&] { Give(stats, StatsOf(Live(sequence).sequence.Stats())); });
+  return Guard([&] { Give(stats, StatsOf(Live(sequence)->sequence.Stats())); });
 }
 
 lesskv_status lesskv_sequence_get_tokens(const lesskv_sequence* sequence, int32_t* tokens, size_t capacity, size_t* n_tokens) {
-  return Guard([&] { GiveArray(Live(sequence).sequence.tokens(), tokens, capacity, n_tokens); });
+  return Guard([&] {
+    const auto live = Live(sequence);
+    GiveArray(live->sequence.tokens(), tokens, capacity, n_tokens);
+  });
 }
 
 lesskv_status lesskv_prefill(lesskv_sequence* sequence, const int32_t* tokens, size_t n_tokens, float* logits) {
   return Guard([&] {
-    lesskv_sequence& s = Live(sequence);
+    const auto live = Live(sequence);
     Require(tokens != nullptr && n_tokens > 0, "a prompt of one token at least is needed");
-    const std::lock_guard lock(s.loaded->in_use);
-    s.loaded->engine->Prefill({{&s.sequence, {tokens, n_tokens}, logits == nullptr ? LogitsRows::kNone : LogitsRows::kLast}},
-                              CopyTo(logits));
+    const std::lock_guard lock(live->loaded->in_use);
+    const LogitsRows rows = logits == nullptr ? LogitsRows::kNone : LogitsRows::kLast;
+    live->loaded->engine->Prefill({{&live->sequence, {tokens, n_tokens}, rows}}, CopyTo(logits));
   });
 }
 
 lesskv_status lesskv_decode(lesskv_sequence* const* sequences, const int32_t* tokens, size_t n, float* logits) {
   return Guard([&] {
     Require(sequences != nullptr && tokens != nullptr && n > 0, "sequences and a token for each are needed");
+    std::vector<std::shared_ptr<lesskv_sequence>> live;
     std::vector<StepItem> items;
     for (size_t i = 0; i < n; ++i) {
-      lesskv_sequence& s = Live(sequences[i]);
-      Require(s.loaded == sequences[0]->loaded, "sequences of one step belong to one model");
-      items.push_back({&s.sequence, {tokens + i, 1}, logits == nullptr ? LogitsRows::kNone : LogitsRows::kLast, i});
+      live.push_back(Live(sequences[i]));
+      Require(live[i]->loaded == live[0]->loaded, "sequences of one step belong to one model");
+      items.push_back({&live[i]->sequence, {tokens + i, 1}, logits == nullptr ? LogitsRows::kNone : LogitsRows::kLast, i});
     }
-    const std::lock_guard lock(sequences[0]->loaded->in_use);
-    sequences[0]->loaded->engine->Decode(items, CopyTo(logits));
+    const std::lock_guard lock(live[0]->loaded->in_use);
+    live[0]->loaded->engine->Decode(items, CopyTo(logits));
   });
 }
 
 lesskv_status lesskv_sequence_save(const lesskv_sequence* sequence, const char* path) {
   return Guard([&] {
-    const lesskv_sequence& s = Live(sequence);
+    const auto live = Live(sequence);
     Require(path != nullptr, "a path is needed");
-    Require(!s.sequence.interrupted(), "a sequence whose step failed can only be freed");
-    SaveSession(path, *s.loaded->engine, s.sequence, std::nullopt);
+    Require(!live->sequence.interrupted(), "a sequence whose step failed can only be freed");
+    SaveSession(path, *live->loaded->engine, live->sequence, std::nullopt);
   });
 }
 
 lesskv_status lesskv_sequence_load(lesskv_model* model, const lesskv_sequence_params* params, const char* path,
                                    lesskv_sequence** sequence) {
   return Guard([&] {
-    const LoadedModel& loaded = Loaded(model);
+    const auto loaded = Loaded(model);
     Require(path != nullptr && sequence != nullptr, "a path and a place for the sequence are needed");
     const lesskv_sequence_params o = Options(params, kDefaults);
     Require(o.n_protected_spans == 0, "protected spans are the session's own");
-    Session session = LoadSession(path, *loaded.engine, SpecOf(o), o.ctx);
-    Hand(std::unique_ptr<lesskv_sequence>(new lesskv_sequence{model->loaded, std::move(session.sequence)}), sequence);
+    Session session = LoadSession(path, *loaded->engine, SpecOf(o), o.ctx);
+    ReadPending(*loaded, session);
+    Hand(loaded, std::move(session.sequence), sequence);
   });
 }
 
 lesskv_status lesskv_plan_bytes(lesskv_model* model, const lesskv_sequence_params* params, size_t n_prompt, size_t n_decode,
                                 lesskv_plan* plan) {
   return Guard([&] {
-    const auto config = ConfigOf(Loaded(model), Options(params, kDefaults));
+    const auto config = ConfigOf(*Loaded(model), Options(params, kDefaults));
     const size_t ctx = config->shape().ctx;
     if (n_prompt == 0 || n_prompt > ctx || n_decode > ctx - n_prompt)
       Fail(ErrorCode::kInvalidArgument, "a prompt of {} tokens and {} more do not fit the context of {}", n_prompt, n_decode, ctx);

@@ -11,8 +11,7 @@ struct lesskv_sequence {
 
 namespace lesskv::capi {
 
-lesskv_sequence& Live(lesskv_sequence* sequence);
-const lesskv_sequence& Live(const lesskv_sequence* sequence);
+std::shared_ptr<lesskv_sequence> Live(const lesskv_sequence* sequence);
 lesskv_stats StatsOf(const CacheStats& stats);
 
 }  // namespace lesskv::capi

@@ -33,6 +33,11 @@ struct Progress {
   void operator()(const char* phase, double done) {
     if (callback != nullptr && !stop && !callback(phase, done, user_data)) stop = true;
   }
+
+  // Before anything is written: the callback may have said so when all was done.
+  void RequireWanted() const {
+    if (stop) Fail(ErrorCode::kRuntime, "stopped");
+  }
 };
 
 void RequireAtMost(const char* name, size_t value, size_t most) {
@@ -101,17 +106,19 @@ lesskv_status lesskv_train_budgets_params_init(lesskv_train_budgets_params* para
 lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_params* params, const char* sidecar,
                                 char** json) {
   return Guard([&] {
-    LoadedModel& loaded = Loaded(model);
+    const auto loaded = Loaded(model);
     Require(sidecar != nullptr, "a sidecar to write is needed");
     const lesskv_train_less_params o = Options(params, LessDefaults());
     const train::TrainLessOptions options = OptionsOf(o, sidecar);
-    const std::lock_guard lock(loaded.in_use);
-    const std::optional<Sidecar> existing = ExistingSidecar(sidecar, loaded.model->fingerprint(), loaded.model->identity());
+    const std::lock_guard lock(loaded->in_use);
+    const auto existing = [&] { return ExistingSidecar(sidecar, loaded->model->fingerprint(), loaded->model->identity()); };
+    existing();  // one that is of another model is refused before the work
     Progress progress{o.on_progress, o.user_data};
     train::TrainLessReport report = train::TrainLess(
-        *loaded.engine, *loaded.tokenizer, options,
+        *loaded->engine, *loaded->tokenizer, options,
         [&](const train::TrainProgress& p) { if (p.phase != "plan") progress(p.phase.c_str(), p.done); }, &progress.stop);
-    if (existing) AddOtherParts(*existing, report.sidecar);
+    progress.RequireWanted();
+    if (const auto other = existing()) AddOtherParts(*other, report.sidecar);  // as it is now: others may train parts, too
     WriteSidecar(sidecar, report.sidecar);
     if (o.work_folder == nullptr) std::filesystem::remove_all(options.work_folder);
     GiveText(Dump(LayerRowsOf(report, options.first_layer)), json);
@@ -121,7 +128,7 @@ lesskv_status lesskv_train_less(lesskv_model* model, const lesskv_train_less_par
 lesskv_status lesskv_train_budgets(lesskv_model* model, const lesskv_train_budgets_params* params, const char* sidecar,
                                    char** json) {
   return Guard([&] {
-    LoadedModel& loaded = Loaded(model);
+    const auto loaded = Loaded(model);
     Require(sidecar != nullptr, "a sidecar to write is needed");
     const lesskv_train_budgets_params o = Options(params, BudgetsDefaults());
     RequireAtMost("sequences", o.sequences, kMostSequences);
@@ -131,14 +138,16 @@ lesskv_status lesskv_train_budgets(lesskv_model* model, const lesskv_train_budge
     options.sequences = o.sequences;
     options.tokens = o.tokens;
     options.seed = o.seed;
-    const std::lock_guard lock(loaded.in_use);
-    std::optional<Sidecar> written = ExistingSidecar(sidecar, loaded.model->fingerprint(), loaded.model->identity());
+    const std::lock_guard lock(loaded->in_use);
+    const auto existing = [&] { return ExistingSidecar(sidecar, loaded->model->fingerprint(), loaded->model->identity()); };
+    existing();  // one that is of another model is refused before the work
     Progress progress{o.on_progress, o.user_data};
     const train::TrainBudgetsReport report = train::TrainBudgets(
-        *loaded.engine, *loaded.tokenizer, options, [&](double done) { progress("budgets", done); }, &progress.stop);
-    if (!written) written = NewSidecar(*loaded.model);
-    written->budgets = report.budgets;
-    WriteSidecar(sidecar, *written);
+        *loaded->engine, *loaded->tokenizer, options, [&](double done) { progress("budgets", done); }, &progress.stop);
+    progress.RequireWanted();
+    Sidecar written = existing().value_or(NewSidecar(*loaded->model));  // as it is now: others may train parts, too
+    written.budgets = report.budgets;
+    WriteSidecar(sidecar, written);
     GiveText(Dump(RatioRowsOf(report.budgets)), json);
   });
 }

@@ -26,6 +26,26 @@ static void log_failure(lesskv_status status, const char* sentence, void* user_d
   *(int*)user_data += 1;
 }
 
+/* Fails itself, and takes itself off. */
+static void log_and_fail(lesskv_status status, const char* sentence, void* user_data) {
+  CHECK(status == LESSKV_INVALID_ARGUMENT && strstr(sentence, "no live model") != NULL);
+  CHECK(lesskv_prefill(NULL, NULL, 0, NULL) == LESSKV_INVALID_ARGUMENT);
+  CHECK(strstr(sentence, "no live model") != NULL);
+  *(int*)user_data += 1;
+  lesskv_log_set(NULL, NULL);
+}
+
+static void logs(void) {
+  int calls = 0;
+  lesskv_model_info info;
+  info.size = sizeof info;
+  lesskv_log_set(log_and_fail, &calls);
+  REFUSES(lesskv_model_get_info(NULL, &info), "no live model");
+  REFUSES(lesskv_model_get_info(NULL, &info), "no live model");
+  CHECK(calls == 1);
+  lesskv_log_set(log_failure, &logged);
+}
+
 static lesskv_model* load(void) {
   lesskv_model* model = NULL;
   lesskv_model_params params = lesskv_model_default_params();
@@ -207,6 +227,59 @@ static void generation(lesskv_model* model) {
   how.temperature = NAN;
   REFUSES(lesskv_generate(sequence, tokens, 1, &how, &result), "--temp");
   lesskv_sequence_free(sequence);
+}
+
+struct callers {
+  lesskv_model* model;
+  lesskv_sequence *sequence, *other;
+  int calls;
+};
+
+/* What computes with the model would wait for its own end; what is freed goes when the call ends. */
+static bool call_back(const char* text, size_t n_bytes, void* user_data) {
+  struct callers* c = (struct callers*)user_data;
+  const int32_t token = 5;
+  int32_t tokens[100];
+  size_t n = 0;
+  if (c->calls++ > 0) return true;
+  lesskv_train_budgets_params budgets = lesskv_train_budgets_default_params();
+  const char* texts[1] = {TEXT};
+  budgets.texts = texts;
+  budgets.n_texts = 1;
+  REFUSES(lesskv_prefill(c->other, &token, 1, NULL), "callback");
+  REFUSES(lesskv_decode(&c->other, &token, 1, NULL), "callback");
+  REFUSES(lesskv_train_budgets(c->model, &budgets, "never.less.gguf", NULL), "callback");
+  OK(lesskv_tokenize(c->model, text, n_bytes, false, false, tokens, 100, &n));
+  OK(lesskv_sequence_get_tokens(c->sequence, tokens, 100, &n));
+  CHECK(n > 5);
+  lesskv_sequence_free(c->sequence);
+  lesskv_model_free(c->model);
+  REFUSES(lesskv_sequence_get_tokens(c->sequence, tokens, 100, &n), "no live sequence");
+  return true;
+}
+
+static void callbacks(void) {
+  struct callers c = {load(), NULL, NULL, 0};
+  int32_t tokens[100];
+  const size_t n = prompt_of(c.model, tokens, 100);
+  size_t n_seen = 1;
+  OK(lesskv_sequence_new(c.model, NULL, &c.sequence));
+  OK(lesskv_sequence_new(c.model, NULL, &c.other));
+  lesskv_generate_params how = lesskv_generate_default_params();
+  lesskv_generate_result result;
+  result.size = 3;
+  how.temperature = 0;
+  how.max_tokens = 3;
+  how.on_text = call_back;
+  how.user_data = &c;
+  REFUSES(lesskv_generate(c.sequence, tokens, n, &how, &result), "size"); /* before anything is done */
+  OK(lesskv_sequence_get_tokens(c.sequence, NULL, 0, &n_seen));
+  CHECK(n_seen == 0 && c.calls == 0);
+  result.size = sizeof result;
+  OK(lesskv_generate(c.sequence, tokens, n, &how, &result));
+  CHECK(result.generated_tokens == 3 && c.calls > 1);
+  OK(lesskv_prefill(c.other, tokens, n, NULL));
+  lesskv_sequence_free(c.other);
 }
 
 static void evaluation(lesskv_model* model) {
@@ -438,6 +511,10 @@ static void training(lesskv_model* model) {
   budgets.on_progress = stop_training;
   budgets.user_data = &calls;
   CHECK(lesskv_train_budgets(model, &budgets, path, &json) == LESSKV_RUNTIME && calls == 1 && json == NULL);
+  budgets.sequences = 1; /* stopped when the last text is done, too */
+  CHECK(lesskv_train_budgets(model, &budgets, path, &json) == LESSKV_RUNTIME && calls == 2 && json == NULL);
+  CHECK(fopen(path, "rb") == NULL);
+  budgets.sequences = 2;
   budgets.on_progress = NULL;
   OK(lesskv_train_budgets(model, &budgets, path, &json));
   CHECK(json != NULL && strstr(json, "\"shares\"") != NULL);
@@ -453,11 +530,12 @@ static void training(lesskv_model* model) {
 
 int main(void) {
   CHECK(strcmp(lesskv_last_error(), "") == 0);
-  lesskv_log_set(log_failure, &logged);
+  logs();
   lesskv_model* model = load();
   models(model);
   sequences(model);
   generation(model);
+  callbacks();
   evaluation(model);
   cache_alone();
   shapes_of_models();
