@@ -208,6 +208,18 @@ TEST(PerplexityTest, ByBlockItShowsWhereInTheTextTheLossLies) {
   }
 }
 
+// The time of a block is that of its tokens, also while the shorter texts of a batch have ended.
+TEST(PerplexityTest, BlocksOfTextsOfDifferentLengthsAreTimedWhereTheyLie) {
+  const std::string short_text = testing::TempDir() + "/short_text.txt";
+  std::ofstream(short_text) << "The sea was calm.";
+  const std::string long_text = testing::TempDir() + "/long_text.txt";
+  std::ofstream(long_text) << ReadTextFile(kSampleText).substr(0, 600);
+  const Json row = EvaluatePerplexity(Bundled().Setup({"window(24)"}, 256),
+                                      {{long_text, short_text, short_text, short_text}, 0, kStream8, 0, 20}).rows[0];
+  EXPECT_EQ(row.at("microseconds_by_block").size(), row.at("perplexity_by_block").size());
+  for (const Json& microseconds : row.at("microseconds_by_block")) EXPECT_GT(microseconds.get<double>(), 0);
+}
+
 TEST(PerplexityTest, StopsWhenAsked) {
   EvalSetup setup = Bundled().Setup({"full"}, 128);
   const std::atomic<bool> stop = true;
@@ -396,6 +408,10 @@ TEST(SummarizeTest, AgainstItselfIsOneAndAgainstOtherWordsZero) {
   EXPECT_EQ(Value(self, "rouge1"), 1);
   EXPECT_EQ(Value(self, "rouge_l"), 1);
   EXPECT_EQ(self["against"], "the full cache's continuation");
+  options.max_tokens = 1;  // which the prompt predicts: nothing was decoded, so there is no speed
+  const Json one = EvaluateSummaries(Bundled().Setup({"full"}, 128), options).rows.at(0);
+  EXPECT_EQ(one["generated_tokens"], 1);
+  EXPECT_EQ(Value(one, "tokens_per_second"), 0);
   options.max_tokens = 128;  // leaves no room for the prompt
   EXPECT_THROW(EvaluateSummaries(Bundled().Setup({"full"}, 128), options), Error);
   EXPECT_THROW(ParseSummaryTasks("{\"article\": \"x\"}", "test"), Error);

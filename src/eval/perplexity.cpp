@@ -26,14 +26,12 @@ Nats MakeNats(std::span<const TextWindow> windows, size_t first_target) {
 class BlockPace {
  public:
   explicit BlockPace(size_t block) : block_(block) {}
-  // A batch of windows begins, whose first `prompt` tokens are not timed by blocks.
-  void Begin(size_t n_windows, size_t prompt) {
-    n_windows_ = n_windows, prompt_ = prompt;
-    before_ = {};
-  }
-  void Note(const FeedCost& cost) {
+  // A batch of windows begins, whose prompts are not timed by blocks.
+  void Begin() { before_ = {}; }
+  // `fed`: tokens of the longest window so far.
+  void Note(const FeedCost& cost, size_t fed) {
     if (block_ == 0) return;
-    const size_t at = (prompt_ + cost.tokens / n_windows_ - 1) / block_;  // of the step's last token
+    const size_t at = (fed - 1) / block_;  // of the step's last token
     if (blocks_.size() <= at) blocks_.resize(at + 1);
     blocks_[at].tokens += cost.tokens - before_.tokens;
     blocks_[at].seconds += cost.seconds - before_.seconds;
@@ -45,7 +43,7 @@ class BlockPace {
   }
 
  private:
-  size_t block_, n_windows_ = 0, prompt_ = 0;
+  size_t block_;
   FeedCost before_;
   std::vector<FeedCost> blocks_;
 };
@@ -58,9 +56,8 @@ struct SubjectTally {
   StatsTally stats;
 };
 
-void Score(const EvalSetup& setup, WindowBatch& batch, std::span<const TextWindow> windows, const Protocol& protocol,
-           SubjectTally& tally) {
-  tally.pace.Begin(windows.size(), protocol.prompt);
+void Score(const EvalSetup& setup, WindowBatch& batch, std::span<const TextWindow> windows, SubjectTally& tally) {
+  tally.pace.Begin();
   const size_t first = batch.FirstTarget();
   Nats nats = MakeNats(windows, first);
   const ScoredSink score = [&](std::span<const ScoredRow> rows) {
@@ -72,7 +69,7 @@ void Score(const EvalSetup& setup, WindowBatch& batch, std::span<const TextWindo
   };
   while (batch.Step(score)) {
     setup.CheckStop();
-    tally.pace.Note(batch.cost());
+    tally.pace.Note(batch.cost(), batch.fed());
   }
   tally.cost += batch.cost();
   for (size_t w = 0; w < windows.size(); ++w) tally.scores.AddWindow(windows[w], first, nats[w]);
@@ -91,7 +88,7 @@ void RunGroup(const EvalSetup& setup, std::span<const size_t> group, std::span<c
     for (const size_t s : group) together.push_back(&batches.emplace_back(setup, setup.subjects[s].config, part, protocol));
     if (protocol.mode == Protocol::Mode::kContinue) WindowBatch::ReadPrompts(together);
     for (size_t i = 0; i < group.size(); ++i) {
-      Score(setup, batches[i], part, protocol, tallies[group[i]]);
+      Score(setup, batches[i], part, tallies[group[i]]);
       scored(part.size());
     }
   }

@@ -23,9 +23,11 @@ size_t Width(std::string_view text) {
   return static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));
 }
 
-bool Missing(const Json& row, const std::string& key) {
-  return !row.contains(key) || row[key].is_null() || (row[key].is_number_float() && std::isnan(row[key].get<double>()));
+bool IsNothing(const Json& value) {
+  return value.is_null() || (value.is_number_float() && !std::isfinite(value.get<double>()));
 }
+
+bool Missing(const Json& row, const std::string& key) { return !row.contains(key) || IsNothing(row[key]); }
 
 std::string Number(const Json& value, const Column& column) {
   if (value.is_array() && column.style != Column::Style::kText) {
@@ -63,7 +65,14 @@ struct Table {
   std::vector<size_t> widths;
 };
 
-Table MakeTable(const Report& report) {
+// In Markdown a bar ends a cell and a line feed a row.
+std::string Escaped(std::string_view text) {
+  std::string out;
+  for (const char c : text) out += c == '|' ? "\\|" : c == '\n' || c == '\r' ? " " : std::string(1, c);
+  return out;
+}
+
+Table MakeTable(const Report& report, bool markdown) {
   Table table;
   table.cells.resize(report.rows.size() + 1);
   for (const Column& column : report.columns) {
@@ -73,7 +82,8 @@ Table MakeTable(const Report& report) {
     table.left.push_back(column.style == Column::Style::kText);
     table.widths.push_back(Width(column.title));
     for (size_t i = 0; i < report.rows.size(); ++i) {
-      table.cells[i + 1].push_back(Cell(report.rows[i], column));
+      const std::string cell = Cell(report.rows[i], column);
+      table.cells[i + 1].push_back(markdown ? Escaped(cell) : cell);
       table.widths.back() = std::max(table.widths.back(), Width(table.cells[i + 1].back()));
     }
   }
@@ -114,7 +124,7 @@ std::string Caption(const Report& report) {
 }
 
 std::string FormatTable(const Report& report) {
-  const Table table = MakeTable(report);
+  const Table table = MakeTable(report, false);
   std::string text = Caption(report) + "\n\n" + Line(table, 0, "", "  ", "");
   for (size_t r = 1; r < table.cells.size(); ++r) text += Line(table, r, "", "  ", "");
   for (const std::string& note : report.notes) text += "\n" + note;
@@ -122,7 +132,7 @@ std::string FormatTable(const Report& report) {
 }
 
 std::string FormatMarkdown(const Report& report) {
-  const Table table = MakeTable(report);
+  const Table table = MakeTable(report, true);
   std::string text = Caption(report) + "\n\n" + Line(table, 0, "| ", " | ", " |") + "|";
   for (size_t c = 0; c < table.widths.size(); ++c) {
     text += table.left[c] ? std::string(table.widths[c] + 2, '-') : std::string(table.widths[c] + 1, '-') + ":";
@@ -135,7 +145,7 @@ std::string FormatMarkdown(const Report& report) {
 }
 
 std::string CsvValue(const Json& value) {
-  if (value.is_null() || (value.is_number_float() && std::isnan(value.get<double>()))) return "";
+  if (IsNothing(value)) return "";
   if (value.is_array()) {
     std::string joined;
     for (const Json& element : value) joined += (joined.empty() ? "" : ";") + CsvValue(element);

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "base/error.h"
 #include "eval/metrics.h"
 
@@ -46,6 +48,19 @@ TEST(ReportTest, Markdown) {
             "|-----------------|-------------:|--------:|---------:|\n"
             "| full            | 10.00 ± 0.25 |   100.0 | 2.00 KiB |\n"
             "| mix(k=q8, v=q4) |            - |    50.0 |    512 B |\n");
+}
+
+// What a file's name may hold ends no cell and no row, and a number without end is none.
+TEST(ReportTest, BarsLineFeedsAndInfinities) {
+  Report report;
+  report.columns = {{"kv_spec", "cache"}, {"perplexity", "ppl", Column::Style::kFixed, 2}};
+  report.rows = {{{"kv_spec", "less(file=\"a|b\nc\")"}, {"perplexity", std::numeric_limits<double>::infinity()}}};
+  EXPECT_EQ(Format(report, OutputFormat::kMarkdown),
+            "\n\n"
+            "| cache               | ppl |\n"
+            "|---------------------|----:|\n"
+            "| less(file=\"a\\|b c\") |   - |\n");
+  EXPECT_EQ(Format(report, OutputFormat::kCsv), "kv_spec,perplexity\n\"less(file=\"\"a|b\nc\"\")\",\n");
 }
 
 TEST(ReportTest, CsvHasAllKeysAndQuotes) {

@@ -176,6 +176,9 @@ std::vector<RulerQuestion> ParseRulerQuestions(std::string_view json_lines, cons
       Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with a text, question, one or a list of them, context, and a list, answers: {}",
            name, line_number, error.what());
     }
+    // Every text names an empty answer.
+    for (const std::string& answer : questions.back().answers)
+      if (answer.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: an answer is empty", name, line_number);
     if (questions.back().answers.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: no answers", name, line_number);
     if (questions.back().contexts.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: no context", name, line_number);
   }

@@ -207,6 +207,7 @@ TEST(RulerTasksTest, RefusesWhatCannotBeMade) {
   for (const RulerKind kind : kRulerKinds) EXPECT_THROW(Tasks().Make(kind, 30, 1), Error) << Name(kind);
   EXPECT_THROW(ParseRulerKind("niah"), Error);
   for (const char* bad : {"", "{}", "{\"question\":\"a\",\"context\":\"b\",\"answers\":[]}", "[1", "{\"question\":1,\"context\":\"b\",\"answers\":[\"a\"]}",
+                          "{\"question\":\"a\",\"context\":\"b\",\"answers\":[\"\"]}",
                           "{\"question\":\"a\",\"context\":[],\"answers\":[\"a\"]}", "{\"question\":\"a\",\"context\":[2],\"answers\":[\"a\"]}"})
     EXPECT_THROW(ParseRulerQuestions(bad, "f"), Error) << bad;
 }

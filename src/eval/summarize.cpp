@@ -39,7 +39,7 @@ std::vector<Prompt> ReadPrompts(const EvalSetup& setup, const SummarizeOptions& 
 }
 
 std::string Write(const EvalSetup& setup, const SummarizeOptions& options, Sequence& sequence, const Prompt& prompt,
-                  FeedCost& cost) {
+                  FeedCost& cost, size_t& generated) {
   GenerateOptions generate;
   generate.sampler = options.sampler;
   generate.sampler.seed = setup.seed;
@@ -49,7 +49,8 @@ std::string Write(const EvalSetup& setup, const SummarizeOptions& options, Seque
   const GenerateResult result = Generate(*setup.engine, *setup.tokenizer, sequence, prompt.ids, generate);
   cost.prompt_tokens += result.prompt_tokens;
   cost.prompt_seconds += result.prefill_seconds;
-  cost.tokens += result.generated_tokens;
+  cost.tokens += result.generated_tokens - std::min<size_t>(result.generated_tokens, 1);  // the prompt predicts the first
+  generated += result.generated_tokens;
   cost.seconds += result.decode_seconds;
   setup.CheckStop();
   return result.text;
@@ -59,10 +60,11 @@ Json MakeRow(const EvalSetup& setup, const SummarizeOptions& options, const Subj
              std::span<const Prompt> prompts, std::span<const std::string> references, size_t& done) {
   ClusteredMean rouge1, rouge2, rouge_l;
   FeedCost cost;
+  size_t generated = 0;
   StatsTally stats;
   for (size_t i = 0; i < prompts.size(); ++i) {
     Sequence sequence(subject.config);
-    const RougeScores scores = Rouge(Write(setup, options, sequence, prompts[i], cost), references[i]);
+    const RougeScores scores = Rouge(Write(setup, options, sequence, prompts[i], cost, generated), references[i]);
     rouge1.AddOne(scores.rouge1);
     rouge2.AddOne(scores.rouge2);
     rouge_l.AddOne(scores.rouge_l);
@@ -81,8 +83,8 @@ Json MakeRow(const EvalSetup& setup, const SummarizeOptions& options, const Subj
     row[key] = mean->Mean();
     row[std::string(key) + "_se"] = mean->StandardError();
   }
-  row["tokens_scored"] = cost.tokens;
-  row["generated_tokens"] = cost.tokens;
+  row["tokens_scored"] = generated;
+  row["generated_tokens"] = generated;
   AddCacheStats(row, stats.stats(), *subject.config);
   AddCost(row, cost);
   return row;
@@ -119,8 +121,9 @@ Report EvaluateSummaries(const EvalSetup& setup, const SummarizeOptions& options
   const auto full_config = setup.engine->MakeCacheConfig(CacheSpec(), setup.ctx);
   for (const Prompt& prompt : prompts) {
     FeedCost unused;
+    size_t untold = 0;
     Sequence sequence(full_config);
-    references.push_back(full ? Write(setup, options, sequence, prompt, unused) : prompt.task->summary);
+    references.push_back(full ? Write(setup, options, sequence, prompt, unused, untold) : prompt.task->summary);
   }
   Report report;
   size_t done = 0;

@@ -31,6 +31,12 @@ size_t WindowBatch::FirstTarget() const {
 
 size_t WindowBatch::TokensPerStep() const { return protocol_.mode == Protocol::Mode::kStream ? protocol_.step : 1; }
 
+size_t WindowBatch::fed() const {
+  size_t longest = 0;
+  for (const TextWindow& window : windows_) longest = std::max(longest, window.ids.size());
+  return std::min(fed_, longest - 1);
+}
+
 void WindowBatch::ReadPrompts(std::span<WindowBatch* const> batches) {
   const EvalSetup& setup = batches[0]->setup_;
   const std::span<const TextWindow> windows = batches[0]->windows_;

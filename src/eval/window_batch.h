@@ -41,6 +41,7 @@ class WindowBatch {
 
   size_t FirstTarget() const;
   size_t TokensPerStep() const;
+  size_t fed() const;  // tokens of the longest window so far
   const FeedCost& cost() const { return cost_; }
   void AddStats(StatsTally& tally) const;
 
