@@ -100,7 +100,8 @@ void PrintReport(const TrainCommand& c, const train::TrainLessReport& r) {
                           static_cast<double>(r.capture_bytes) / (1 << 20), r.capture_seconds, r.train_seconds));
 }
 
-// The one that is there already, or a new one for the model.
+// The one that is there already, or a new one for the model. Commands look twice: before the work, to refuse another model's,
+// and after it, as others may have trained parts meanwhile.
 Sidecar SidecarToAddTo(const std::string& path, const Model& model) {
   if (std::optional<Sidecar> existing = ExistingSidecar(path, model.fingerprint(), model.identity())) return std::move(*existing);
   Sidecar sidecar;
@@ -127,7 +128,7 @@ void Train(TrainCommand& c) {
   o.halve = Choose<bool>("--schedule", c.schedule, {{"cosine", false}, {"halve", true}});
   ParseLayers(c.layers, o);
   OpenedModel opened = OpenModel(c.model);
-  const std::optional<Sidecar> existing = ExistingSidecar(c.output, opened.model->fingerprint(), opened.model->identity());
+  SidecarToAddTo(c.output, *opened.model);
   o.ctx = opened.ctx;
   const bool temporary = o.work_folder.empty();
   if (temporary) o.work_folder = c.output + ".work";
@@ -141,7 +142,7 @@ void Train(TrainCommand& c) {
                          ShowProgress(status, last_line, p);
                        }, &StopOnInterrupt());
   status.Clear();
-  if (existing) AddOtherParts(*existing, report.sidecar);
+  AddOtherParts(SidecarToAddTo(c.output, *opened.model), report.sidecar);
   WriteSidecar(c.output, report.sidecar);
   PrintReport(c, report);
   if (temporary && !c.keep) std::filesystem::remove_all(o.work_folder);
@@ -222,13 +223,14 @@ void PrintBudgets(const BudgetsCommand& c, const train::TrainBudgetsReport& r, c
 void TrainBudgets(BudgetsCommand& c) {
   CheckOutputPath("-o", c.output);
   const OpenedModel opened = OpenModel(c.model);
-  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  SidecarToAddTo(c.output, *opened.model);
   StatusLine status;
   const train::TrainBudgetsReport report = train::TrainBudgets(
       *opened.engine, *opened.tokenizer, c.options,
       [&](double done) { if (status.enabled()) status.Set(fmt::format("budgets {:3.0f} %", 100 * done)); },
       &StopOnInterrupt());
   status.Clear();
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
   sidecar.budgets = report.budgets;
   WriteSidecar(c.output, sidecar);
   PrintBudgets(c, report, sidecar);
@@ -301,13 +303,14 @@ void PrintScores(const KvzapCommand& c, const train::TrainKvzapReport& r, const 
 void TrainKvzap(KvzapCommand& c) {
   CheckOutputPath("-o", c.output);
   const OpenedModel opened = OpenModel(c.model);
-  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  SidecarToAddTo(c.output, *opened.model);
   StatusLine status;
   const train::TrainKvzapReport report = train::TrainKvzap(
       *opened.engine, *opened.tokenizer, c.options,
       [&](double done) { if (status.enabled()) status.Set(fmt::format("scores {:3.0f} %", 100 * done)); },
       &StopOnInterrupt());
   status.Clear();
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
   sidecar.scores = report.scores;
   WriteSidecar(c.output, sidecar);
   PrintScores(c, report, sidecar);
@@ -359,7 +362,7 @@ void PrintDictionaries(const CsrCommand& c, const train::TrainCsrReport& r, cons
 void TrainCsr(CsrCommand& c) {
   CheckOutputPath("-o", c.output);
   const OpenedModel opened = OpenModel(c.model);
-  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  SidecarToAddTo(c.output, *opened.model);
   StatusLine status;
   const train::TrainCsrReport report = train::TrainCsr(
       *opened.engine, *opened.tokenizer, c.options,
@@ -368,6 +371,7 @@ void TrainCsr(CsrCommand& c) {
       },
       &StopOnInterrupt());
   status.Clear();
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
   sidecar.dictionaries = report.dictionaries;
   WriteSidecar(c.output, sidecar);
   PrintDictionaries(c, report, sidecar);
@@ -424,13 +428,14 @@ void PrintBalance(const BalanceCommand& c, const train::TrainBalanceReport& r, c
 void TrainBalance(BalanceCommand& c) {
   CheckOutputPath("-o", c.output);
   const OpenedModel opened = OpenModel(c.model);
-  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
+  SidecarToAddTo(c.output, *opened.model);
   StatusLine status;
   const train::TrainBalanceReport report = train::TrainBalance(
       *opened.engine, *opened.tokenizer, c.options,
       [&](double done) { if (status.enabled()) status.Set(fmt::format("balance {:3.0f} %", 100 * done)); },
       &StopOnInterrupt());
   status.Clear();
+  Sidecar sidecar = SidecarToAddTo(c.output, *opened.model);
   sidecar.balance = report.balance;
   WriteSidecar(c.output, sidecar);
   PrintBalance(c, report, sidecar);

@@ -63,11 +63,17 @@ def _tasks(models, texts, kv, **options) -> list[Task]:
             for model in models for text in texts for spec in kv]
 
 
+def _sidecar(model: str) -> str | None:
+    """What was trained for a model and lies beside it, by its bytes: rows that it took part in are measured anew with another."""
+    path = pathlib.Path(model).with_suffix(".less.gguf")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
 class _Results:
     """Finished rows in a file of JSON lines. A last line that a kill cut short is dropped."""
 
     def __init__(self, path):
-        self.path, self.rows = path, {}
+        self.path, self.rows, self.sidecars = path, {}, {}
         if path is None or not os.path.exists(path):
             return
         whole = pathlib.Path(path).read_bytes()
@@ -75,18 +81,22 @@ class _Results:
         for number, line in enumerate(kept.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                self.rows[entry["key"]] = entry["row"]
+                self.rows[entry["key"]], self.sidecars[entry["key"]] = entry["row"], entry.get("sidecar")
             except (ValueError, KeyError, TypeError):
                 raise _c.Error(f"{path}: line {number} is no row of a sweep", "bad file") from None
         if len(kept) < len(whole):
             os.truncate(path, len(kept))
 
-    def add(self, task: Task, row: dict):
+    def has(self, task: Task, sidecar: str | None) -> bool:
+        row = self.rows.get(task.key)
+        return row is not None and (not row.get("sidecar_bytes") or self.sidecars[task.key] == sidecar)
+
+    def add(self, task: Task, row: dict, sidecar: str | None):
         self.rows[task.key] = row
         if self.path is None or "error" in row:  # what failed is tried again
             return
         with open(self.path, "ab") as file:
-            file.write(json.dumps({"key": task.key, "row": row}).encode() + b"\n")
+            file.write(json.dumps({"key": task.key, "sidecar": sidecar, "row": row}).encode() + b"\n")
 
 
 def _here(tasks: list[Task], threads: int) -> Iterator[tuple[Task, dict]]:
@@ -111,12 +121,13 @@ def _there(tasks: list[Task], threads: int, client) -> Iterator[tuple[Task, dict
 def sweep_rows(models: Iterable, texts: Iterable, kv: Iterable[str], *, ctx: int = 0, windows: int = 0, step: int = 8,
                prompt: int = 0, divergence: bool = False, threads: int = 0, results=None, client=None) -> list[dict]:
     """`sweep` as a list of dictionaries."""
-    tasks = _tasks(list(models), list(texts), list(kv), ctx=ctx, windows=windows, step=step, prompt=prompt,
-                   divergence=divergence)
+    models, texts, kv = _c.several("models", models), _c.several("texts", texts), _c.several("kv", kv)
+    tasks = _tasks(models, texts, kv, ctx=ctx, windows=windows, step=step, prompt=prompt, divergence=divergence)
+    sidecars = {os.fspath(model): _sidecar(model) for model in models}
     done = _Results(results)
-    todo = list({task.key: task for task in tasks if task.key not in done.rows}.values())
+    todo = list({task.key: task for task in tasks if not done.has(task, sidecars[task.model])}.values())
     for task, row in _here(todo, threads) if client is None else _there(todo, threads, client):
-        done.add(task, row)
+        done.add(task, row, sidecars[task.model])
     return [{"model_file": task.model, "text_file": task.text, "kv_spec": task.kv, **done.rows[task.key]} for task in tasks]
 
 

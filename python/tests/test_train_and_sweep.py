@@ -43,6 +43,24 @@ def test_training_writes_sidecars_that_specs_find(tmp_path):
         model.sequence(kv=spec, ctx=128).prefill(model.tokenize("The sea was calm."))
 
 
+def test_parts_trained_meanwhile_are_kept(tmp_path):
+    """A sidecar is what it is when a training ends, not what it was when that began hours before."""
+    path, sidecar = shutil.copy(MODEL, tmp_path / "m.gguf"), tmp_path / "m.less.gguf"
+    model, other, less = lesskv.Model(path, threads=1), lesskv.Model(path, threads=1), dict(
+        kv=["h2o(10%)"], ctx=64, sequences=2, epochs=1, hidden=8, rank=2)
+    model.train_less(sidecar, [TEXT], **less,
+                     progress=lambda phase, done: sidecar.exists() or other.train_budgets(sidecar, [TEXT], sequences=1, tokens=32))
+    for spec in ("h2o(10%)+less", "h2o(10%)+split"):
+        model.sequence(kv=spec, ctx=128)
+    sidecar.unlink()
+    model.train_budgets(sidecar, [TEXT], sequences=1, tokens=32,
+                        progress=lambda phase, done: sidecar.exists() or other.train_less(sidecar, [TEXT], **less))
+    for spec in ("h2o(10%)+less", "h2o(10%)+split"):
+        model.sequence(kv=spec, ctx=128)
+    with pytest.raises(lesskv.Error, match="a callback cannot compute"):
+        model.train_budgets(sidecar, [TEXT], sequences=1, tokens=32, progress=lambda *_: model.sequence().prefill([1]))
+
+
 def test_training_refuses_and_stops(tmp_path):
     model = lesskv.Model(MODEL, threads=2)
     with pytest.raises(lesskv.Error, match="found 'ranks'"):
@@ -85,6 +103,25 @@ def test_a_sweep_goes_on_where_it_ended(tmp_path, expected, monkeypatch):
         sweep(results=results)
 
 
+def test_a_sweep_measures_anew_what_another_sidecar_takes_part_in(tmp_path, monkeypatch):
+    model, sidecar, results = tmp_path / "m.gguf", tmp_path / "m.less.gguf", tmp_path / "sweep.jsonl"
+    shutil.copy(MODEL, model)
+    shutil.copy(MODEL.with_suffix(".less.gguf"), sidecar)
+    specs, measured = ["window(16)", "h2o(16)+less"], []
+    measure = lesskv.sweeps.measure
+    monkeypatch.setattr(lesskv.sweeps, "measure", lambda task, threads: measured.append(task.kv) or measure(task, threads))
+
+    def sweep():
+        measured.clear()
+        rows = lesskv.sweep_rows([model], [TEXT], specs, ctx=128, windows=1, threads=1, results=results)
+        assert all("error" not in row for row in rows), rows
+        return list(measured)
+
+    assert sweep() == specs and sweep() == []
+    lesskv.Model(model, threads=1).train_less(sidecar, [TEXT], kv=["h2o(16)"], ctx=64, sequences=2, epochs=1, hidden=8, rank=2)
+    assert sweep() == ["h2o(16)+less"] and sweep() == []
+
+
 def test_workers_give_the_same_rows_though_one_is_killed(tmp_path, expected):
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
@@ -93,8 +130,8 @@ def test_workers_give_the_same_rows_though_one_is_killed(tmp_path, expected):
             killed = []
 
             class Killing(lesskv.sweeps._Results):
-                def add(self, task, row):
-                    super().add(task, row)
+                def add(self, task, row, sidecar):
+                    super().add(task, row, sidecar)
                     if not killed:
                         killed.append(os.kill(victims[0], signal.SIGKILL))
 

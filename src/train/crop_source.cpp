@@ -1,5 +1,6 @@
 #include "train/crop_source.h"
 
+#include <algorithm>
 #include <string_view>
 
 #include "base/error.h"
@@ -15,27 +16,44 @@ CropSource::CropSource(const Tokenizer& tokenizer, const std::vector<std::string
   if (total_ == 0) Fail(ErrorCode::kInvalidArgument, "train: no text to train on (--text)");
 }
 
-std::vector<int32_t> CropSource::Crop(uint64_t seed, size_t n_tokens, bool begins) const {
+std::vector<int32_t> CropSource::Crop(uint64_t seed, size_t n_tokens, bool begins, std::span<const Stretch> others,
+                                      Stretch* where) const {
   Rng rng(seed);
   constexpr int kTries = 64;
+  bool any = false;
   for (int i = 0; i < kTries; ++i) {
-    uint64_t at = rng.Below(total_);
-    size_t file = 0;
-    while (at >= files_[file].bytes().size()) at -= files_[file++].bytes().size();
-    std::vector<int32_t> ids = CropAt(files_[file], at, n_tokens, begins);
-    if (ids.size() == n_tokens) return ids;
+    Stretch stretch{0, rng.Below(total_), 0};
+    while (stretch.begin >= files_[stretch.file].bytes().size()) stretch.begin -= files_[stretch.file++].bytes().size();
+    std::vector<int32_t> ids = CropAt(stretch, n_tokens, begins);
+    if (ids.size() < n_tokens) continue;
+    any = true;
+    const auto shares = [&](const Stretch& other) {
+      return stretch.file == other.file && stretch.begin < other.end && other.begin < stretch.end;
+    };
+    if (std::any_of(others.begin(), others.end(), shares)) continue;
+    if (where != nullptr) *where = stretch;
+    return ids;
   }
+  if (any)
+    Fail(ErrorCode::kInvalidArgument,
+         "train: the texts have hardly a stretch of {} tokens that no validation text shares; more text is needed, or fewer "
+         "--sequences", n_tokens);
   Fail(ErrorCode::kInvalidArgument, "train: the texts hold no stretch of {} tokens", n_tokens);
 }
 
-std::vector<int32_t> CropSource::CropAt(const MappedFile& file, uint64_t at, size_t n_tokens, bool begins) const {
+// From the first word behind stretch.begin on; says where that is, and where the tokens end.
+std::vector<int32_t> CropSource::CropAt(Stretch& stretch, size_t n_tokens, bool begins) const {
   constexpr size_t kBytesPerToken = 12;  // enough in one go for nearly any text
-  const auto bytes = file.bytes();
+  const auto bytes = files_[stretch.file].bytes();
+  uint64_t& at = stretch.begin;
   while (at < bytes.size() && at > 0 && bytes[at - 1] != std::byte{'\n'} && bytes[at - 1] != std::byte{' '}) ++at;
   const size_t n = std::min<size_t>(bytes.size() - at, n_tokens * kBytesPerToken);
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + at, n);
   std::vector<int32_t> ids = tokenizer_.Encode(text, begins && tokenizer_.add_bos(), false);
   if (ids.size() > n_tokens) ids.resize(n_tokens);
+  stretch.end = at;
+  for (const int32_t id : ids) stretch.end += tokenizer_.TokenBytes(id).size();
+  stretch.end = std::min(stretch.end, at + n);
   return ids;
 }
 

@@ -46,6 +46,8 @@ class Trainer {
     Validate(model);
     shape_ = {model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, o_.rank, o_.hidden, o_.kind};
     n_validation_ = std::max<size_t>(1, static_cast<size_t>(o_.validation * static_cast<double>(o_.sequences) + 0.5));
+    if (n_validation_ >= o_.sequences)
+      Fail(ErrorCode::kInvalidArgument, "train less: --validation {} of {} texts leaves none to train on", o_.validation, o_.sequences);
     n_training_ = o_.sequences - n_validation_;
   }
 
@@ -124,12 +126,14 @@ class Trainer {
     // What less cannot stand beside teaches it nothing: a cache that no token leaves, positions counted inside the cache.
     for (const std::string& policy : o_.policies) CacheSpec::Parse(policy + "+less");
     require(!o_.steps.empty() && *std::min_element(o_.steps.begin(), o_.steps.end()) > 0, "--step must be at least 1");
-    require(o_.views >= 1, "--views must be at least 1");
-    require(o_.sequences >= 2, "--sequences must be at least 2: one of them validates");
+    constexpr size_t kMost = 1'000'000;  // a negative number that became a huge one makes no sense, either
+    require(o_.views >= 1 && o_.views <= 1000, "--views must lie between 1 and 1000");
+    require(o_.sequences >= 2 && o_.sequences <= kMost, "--sequences must lie between 2 and 1000000: one of them validates");
     require(o_.validation > 0 && o_.validation < 1, "--validation must lie between 0 and 1");
     require(o_.rank >= 1 && o_.rank <= 64, "--rank must lie between 1 and 64");
     require(o_.hidden >= 1 && o_.hidden <= 8192, "--hidden must lie between 1 and 8192");
-    require(o_.epochs >= 1 && o_.batch >= 1, "--epochs and --batch must be at least 1");
+    require(std::min(o_.epochs, o_.batch) >= 1 && std::max(o_.epochs, o_.batch) <= kMost,
+            "--epochs and --batch must lie between 1 and 1000000");
     require(o_.rate > 0 && o_.rate < 1, "--lr must lie between 0 and 1");
     require(o_.dropout >= 0 && o_.dropout < 1, "--dropout must lie between 0 and 1");
     require(o_.ctx >= 16, "--ctx must be at least 16");
@@ -240,8 +244,16 @@ class Trainer {
     for (size_t layer = group.first; layer < group.end; ++layer) recorder.Replay(layer, capture);
   }
 
+  // Where the texts that validate lie, of which training reads nothing.
+  std::vector<CropSource::Stretch> ValidationStretches(const CropSource& crops) const {
+    std::vector<CropSource::Stretch> stretches(n_validation_);
+    for (size_t i = 0; i < n_validation_; ++i) crops.Crop(MixSeed(o_.seed, n_training_ + i), o_.ctx, true, {}, &stretches[i]);
+    return stretches;
+  }
+
   void Capture(const Group& group) {
     const CropSource crops(tokenizer_, o_.texts);
+    const std::vector<CropSource::Stretch> held = ValidationStretches(crops);
     const CacheShape shape = engine_.model().MakeCacheShape(o_.ctx, engine_.compute());
     ForwardWorkspace workspace;
     workspace.Reserve(engine_.model().config(), o_.ctx);
@@ -250,7 +262,8 @@ class Trainer {
     for (size_t s = 0; s < o_.sequences; ++s) {
       ThrowIfStopped();
       if (IsCaptured(s, group)) continue;
-      const std::vector<int32_t> tokens = crops.Crop(MixSeed(o_.seed, s), o_.ctx);
+      const std::vector<int32_t> tokens =
+          crops.Crop(MixSeed(o_.seed, s), o_.ctx, true, s < n_training_ ? std::span(held) : std::span<const CropSource::Stretch>());
       const size_t plus_rows = s >= n_training_ ? std::max<size_t>(1, o_.rank / 2) : 0;
       CaptureCache cache(shape, o_.ctx, Views(s), plus_rows, group.first, group.end,
                          [&](size_t layer, const CaptureRecord& record) {

@@ -18,6 +18,7 @@
 #include "kvcache/sequence_cache.h"
 #include "train/capture.h"
 #include "train/capture_record.h"
+#include "train/crop_source.h"
 
 namespace lesskv::train {
 namespace {
@@ -313,6 +314,49 @@ TEST_F(TrainLessTest, RefusesOptionsThatMakeNoSense) {
   refuses([](auto& o) { o.end_layer = 3; });
   refuses([](auto& o) { o.texts = {"/nonexistent"}; });
   refuses([](auto& o) { o.ctx = 1u << 20; });  // no text is that long
+  // What a negative number becomes: a batch that no text reaches, epochs without end.
+  refuses([](auto& o) { o.batch = SIZE_MAX; });
+  refuses([](auto& o) { o.epochs = SIZE_MAX; });
+  refuses([](auto& o) { o.views = SIZE_MAX; });
+  refuses([](auto& o) { o.sequences = SIZE_MAX; });
+  refuses([](auto& o) { o.sequences = 2, o.validation = 0.9; });  // nothing is left to train on
+}
+
+// Which epoch is kept, and what error is told, is of texts that training has not read.
+TEST_F(TrainLessTest, ValidationSharesNothingWithTraining) {
+  const CropSource crops(*tokenizer_, options_.texts);
+  std::vector<CropSource::Stretch> held(4);
+  for (uint64_t i = 0; i < held.size(); ++i) crops.Crop(i, 512, true, {}, &held[i]);
+  const auto shares = [&](const CropSource::Stretch& s) {
+    return std::any_of(held.begin(), held.end(), [&](const auto& other) { return s.begin < other.end && other.begin < s.end; });
+  };
+  size_t would_share = 0;
+  for (uint64_t seed = 10; seed < 60; ++seed) {
+    CropSource::Stretch where{};
+    EXPECT_EQ(crops.Crop(seed, 512, true, held, &where).size(), 512u);
+    EXPECT_FALSE(shares(where)) << seed;
+    const std::vector<int32_t> ids = crops.Crop(seed, 512, true, {}, &where);
+    EXPECT_EQ(ids, crops.Crop(seed, 512));
+    would_share += shares(where);
+    // The stretch is where the tokens come from.
+    std::ifstream in(options_.texts[0]);
+    const std::string text{std::istreambuf_iterator<char>(in), {}};
+    const auto again = tokenizer_->Encode(text.substr(where.begin, where.end - where.begin), tokenizer_->add_bos(), false);
+    ASSERT_GE(again.size(), ids.size());
+    EXPECT_TRUE(std::equal(ids.begin(), ids.end(), again.begin()));
+  }
+  EXPECT_GT(would_share, 0u);
+  // A text that a single crop fills has nothing left to train on.
+  std::string words;
+  for (int i = 0; i < 38; ++i) words += "a ";
+  std::ofstream(folder_ + "/short.txt") << words;
+  options_.texts = {folder_ + "/short.txt"};
+  try {
+    Run();
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("no validation text shares"), std::string::npos) << error.what();
+  }
 }
 
 // A row that leaves with a text's last step is missed by nobody.
