@@ -263,6 +263,9 @@ std::string ChatFormatNames() {
 }
 
 std::optional<RecognisedFormat> RecogniseChatFormat(std::string_view jinja) {
+  // Ten times the longest of real models. Blocks in blocks, and brackets behind white space, take quadratic time.
+  constexpr size_t kLongestTemplate = size_t{256} << 10;
+  if (jinja.size() > kLongestTemplate) return std::nullopt;
   const ChatFormat* format = RecogniseByMarks(jinja);
   if (format == nullptr) return std::nullopt;
   RecognisedFormat found{format, std::string(format->default_system)};

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -95,6 +96,27 @@ TEST(ChatTemplate, WhatIsNotKnownIsNotGuessed) {
                             "<|im_start|>{% for m in messages %}{{ m.content }}<end_of_utterance>{% endfor %}",
                             "<|user|>{{ m.content }}<|assistant|>", "<|start_of_role|>user<|end_of_role|>"})
     EXPECT_FALSE(RecogniseChatFormat(jinja).has_value()) << jinja;
+}
+
+// The template comes from a file that may want to keep us busy.
+TEST(ChatTemplate, HostileTemplatesTakeNoTime) {
+  const std::string chatml =
+      "{{ '<|im_start|>' + role + '\\n' + text + '<|im_end|>\\n' }}{{ '<|im_start|>assistant\\n' }}";
+  ASSERT_TRUE(RecogniseChatFormat(chatml).has_value());
+  const auto repeat = [](const std::string& text, size_t n) {
+    std::string all;
+    for (size_t i = 0; i < n; ++i) all += text;
+    return all;
+  };
+  const auto around = [&](const std::string& open, const std::string& close, size_t n) {
+    return "{% if " + repeat(open, n) + "x" + repeat(close, n) + " %}{% endif %}" + chatml;
+  };
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_TRUE(RecogniseChatFormat(around("(", ")", 40000)).has_value());
+  EXPECT_TRUE(RecogniseChatFormat(around("not (", ")", 20000)).has_value());
+  EXPECT_TRUE(RecogniseChatFormat(around("(a or (b and ", "))", 10000)).has_value());
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_FALSE(RecogniseChatFormat(repeat("{# a longer one than any model has #}", 10000) + chatml).has_value());
 }
 
 // Each is alike a known template and writes something that it does not.

@@ -105,16 +105,20 @@ size_t Count(std::string_view text, std::string_view part) {
   return n;
 }
 
-When ConditionHolds(std::string_view condition);
+// Conditions in parentheses that lie deeper than those of any real template are not looked into: each level reads the
+// rest again, and the calls take the stack.
+constexpr size_t kDeepestCondition = 32;
 
-When AtomHolds(std::string_view atom) {
+When ConditionHolds(std::string_view condition, size_t depth = 0);
+
+When AtomHolds(std::string_view atom, size_t depth) {
   atom = Trimmed(atom);
   if (atom.starts_with("not ") || atom.starts_with("not(")) {
     const std::string_view rest = Trimmed(atom.substr(3));
     if (rest.starts_with('(') && FindOutside(rest, ")", 0) + 1 <= rest.size() && rest.ends_with(')'))
-      return Not(ConditionHolds(rest));
+      return Not(ConditionHolds(rest, depth + 1));
   }
-  if (atom.starts_with('(') && atom.ends_with(')')) return ConditionHolds(atom.substr(1, atom.size() - 2));
+  if (atom.starts_with('(') && atom.ends_with(')')) return ConditionHolds(atom.substr(1, atom.size() - 2), depth + 1);
   if (atom == "false" || atom == "False" || atom.starts_with("false ==")) return When::kNever;
   if (atom == "true" || atom == "True" || atom == "true == true") return When::kAlways;
   if (!IsOptional(atom)) return When::kMaybe;
@@ -124,22 +128,23 @@ When AtomHolds(std::string_view atom) {
   return negations % 2 == 1 ? When::kAlways : When::kNever;
 }
 
-When ConditionHolds(std::string_view condition) {
+When ConditionHolds(std::string_view condition, size_t depth) {
+  if (depth > kDeepestCondition) return When::kMaybe;
   const std::vector<std::string_view> choices = SplitAt(Trimmed(condition), "or");
   if (choices.size() > 1) {
     bool all_never = true;
     for (const std::string_view choice : choices) {
-      const When when = ConditionHolds(choice);
+      const When when = ConditionHolds(choice, depth + 1);
       if (when == When::kAlways) return when;
       all_never = all_never && when == When::kNever;
     }
     return all_never ? When::kNever : When::kMaybe;
   }
   const std::vector<std::string_view> parts = SplitAt(Trimmed(condition), "and");
-  if (parts.size() == 1) return AtomHolds(condition);
+  if (parts.size() == 1) return AtomHolds(condition, depth);
   bool all_always = true;
   for (const std::string_view part : parts) {
-    const When when = AtomHolds(part);
+    const When when = AtomHolds(part, depth);
     if (when == When::kNever) return when;
     all_always = all_always && when == When::kAlways;
   }
