@@ -1,5 +1,5 @@
-// Few tokens times rows of float types (F32, F16, BF16), in float32. Everything is in an anonymous namespace, so that each
-// translation unit keeps its own copy, built with its own flags. Simd describes the vectors:
+// Few tokens times rows of float types (F32, F16, BF16), in float32. Everything is in an anonymous namespace, so that
+// each translation unit keeps its own copy, built with its own flags. Simd describes the vectors:
 //   Vec, kLanes            float32 values, how many
 //   Zero(), Load(p)        Vec of zeros, of the floats at p
 //   LoadRow<type>(row, i)  kLanes elements of a row from element i, to float32
@@ -24,13 +24,14 @@ constexpr size_t kFloatBytes = kType == DType::kF32 ? 4 : 2;
 template <typename Simd, DType kType>
 inline typename Simd::Vec LoadSome(const uint8_t* row, size_t i, size_t count) {
   uint8_t bytes[Simd::kLanes * kFloatBytes<kType>] = {};
-  __builtin_memcpy(bytes, row + i * kFloatBytes<kType>, (count < Simd::kLanes ? count : Simd::kLanes) * kFloatBytes<kType>);
+  __builtin_memcpy(bytes, row + i * kFloatBytes<kType>,
+                   (count < Simd::kLanes ? count : Simd::kLanes) * kFloatBytes<kType>);
   return Simd::template LoadRow<kType>(bytes, 0);
 }
 
 // Fetches what follows 8 KB further to the second cache: while several tokens keep the processor busy with a line of
-// weights, memory brings the next ones. (With one token four rows come as fast as memory gives them; asking for more slows
-// them down.)
+// weights, memory brings the next ones. (With one token four rows come as fast as memory gives them; asking for more
+// slows them down.)
 inline void FetchFar(const uint8_t* p) { __builtin_prefetch(p + 8192, 0, 2); }
 
 // kRows rows, `apart` rows from each other (memory serves several streams faster than one), times kTokens tokens. A sum
@@ -46,7 +47,8 @@ inline void DotFloats(const uint8_t* first, size_t row_bytes, size_t apart, size
     Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) { sum[r][t] = Simd::Zero(); });
   });
   const auto add = [&](auto t, typename Simd::Vec token) __attribute__((always_inline)) {
-    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { sum[r][t] = Simd::AddProduct(w[r], token, sum[r][t]); });
+    Unrolled<kRows>([&](auto r)
+                        __attribute__((always_inline)) { sum[r][t] = Simd::AddProduct(w[r], token, sum[r][t]); });
   };
   size_t i = 0;
   for (; i + kStep <= n; i += kStep) {
@@ -68,7 +70,8 @@ inline void DotFloats(const uint8_t* first, size_t row_bytes, size_t apart, size
     });
   }
   Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-    Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) { y[t * y_stride + r * apart] = Simd::Sum(sum[r][t]); });
+    Unrolled<kTokens>([&](auto t)
+                          __attribute__((always_inline)) { y[t * y_stride + r * apart] = Simd::Sum(sum[r][t]); });
   });
 }
 
@@ -88,16 +91,18 @@ void DotFloatRows(const RowBlock& block, const float* x, size_t x_stride, float*
   by.template operator()<1>();
 }
 
-// Any number of tokens. More than kMostTokens in shares of about equal size, two rows at a time, so that the next pass finds
-// them in the cache.
+// Any number of tokens. More than kMostTokens in shares of about equal size, two rows at a time, so that the next pass
+// finds them in the cache.
 template <typename Simd, DType kType>
-void DotFloatTokens(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
+void DotFloatTokens(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y,
+                    size_t y_stride) {
   if (n_tokens <= Simd::kMostTokens) {
     return Unrolled<Simd::kMostTokens>([&](auto t) {
       if (n_tokens == t + 1) DotFloatRows<Simd, kType, t + 1>(block, x, x_stride, y, y_stride);
     });
   }
-  const size_t passes = (n_tokens + Simd::kMostTokens - 1) / Simd::kMostTokens, share = (n_tokens + passes - 1) / passes;
+  const size_t passes = (n_tokens + Simd::kMostTokens - 1) / Simd::kMostTokens,
+               share = (n_tokens + passes - 1) / passes;
   RowBlock pair = block;
   for (size_t r = 0; r < block.n_rows; r += 2, pair.rows += 2 * pair.row_bytes) {
     pair.n_rows = block.n_rows - r < 2 ? 1 : 2;
