@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "base/aligned.h"
 #include "base/plain_read.h"
 #include "base/rng.h"
 #include "base/threads.h"
@@ -99,6 +100,30 @@ void CheckInt8(Guard& guard, DType type, size_t n_tokens, double bound) {
   guard.broken |= !ok;
   std::printf("%-34s %8.2f times the float32 product, at least %4.2f expected  %s\n",
               fmt::format("int8 product {}, {} tokens", Traits(type).name, n_tokens).c_str(), ratio, bound,
+              ok ? "ok" : "BROKEN");
+}
+
+// Eight tokens times float weights beside 64, which meet them in panels.
+void CheckFew(Guard& guard, DType type, double most) {
+  constexpr size_t kOut = 512, kIn = 2048, kFew = 8, kMany = 64;
+  const std::vector<float> row = Normals(kIn, 1);
+  AlignedVector<float> x(kMany * kIn), y(kMany * kOut);
+  std::ranges::copy(Normals(x.size(), 2), x.begin());
+  std::vector<std::byte> weights(kOut * RowBytes(type, kIn));
+  for (size_t o = 0; o < kOut; ++o) QuantizeRow(type, row.data(), kIn, weights.data() + o * RowBytes(type, kIn));
+  double few = 1e9, many = 1e9;
+  for (int i = 0; i < 3 * kRounds; ++i) {
+    for (const size_t n_tokens : {kFew, kMany}) {
+      const double start = Seconds();
+      Linear({type, kOut, kIn, weights.data()}, x.data(), kIn, n_tokens, y.data(), kOut, AutoCompute());
+      double& least = n_tokens == kFew ? few : many;
+      least = std::min(least, Seconds() - start);
+    }
+  }
+  const bool ok = few / many <= most || ActiveIsa() == Isa::kScalar;
+  guard.broken |= !ok;
+  std::printf("%-34s %8.2f of what %zu take, at most %4.2f expected  %s\n",
+              fmt::format("product {}, {} tokens", Traits(type).name, kFew).c_str(), few / many, kMany, most,
               ok ? "ok" : "BROKEN");
 }
 
@@ -215,6 +240,7 @@ int main() {
   CheckInt8(guard, DType::kQ8_0, 64, 1.0);  // signed codes cost AVX2 most of what they bring
   for (const DType type : {DType::kQ4_1, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 64, 1.2);
   for (const DType type : {DType::kQ4_0, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 8, 1.5);
+  if (ActiveIsa() != Isa::kAmx) CheckFew(guard, DType::kF16, 0.3);  // the matrix unit takes more than four tokens in tiles
   for (const DType type : {DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_K}) CheckStreaming(guard, type, 0.7);
   const struct {
     RowType type;
