@@ -83,8 +83,7 @@ LONG_NEEDLES = ["full", *[f"{s}({b}){t}" for s, t in (("kvzap", "+pooled"), ("sn
 LONG_CACHES = {"smollm2": LONG_NEEDLES, "qwen": ["full", "kvzap(50%)+pooled", "kvzap(12.5%)+pooled", "snapkv(50%)", "snapkv(12.5%)"]}
 # Those of RULER_ALL of which `full` solves half or about it ("all of 4096").
 LONG_TASKS = {"smollm2": ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_single_3"],
-              "qwen": ["niah_single_2", "niah_multikey_1", "niah_multikey_2", "vt", *(t for t in RULER_TASKS if t not in ("niah_single_2", "niah_multikey_1", "niah_multikey_2")),
-                       "niah_multiquery", "cwe"]}
+              "qwen": [t for t in RULER_ALL if t not in ("niah_multivalue", "fwe")]}
 LONG_SAMPLES = {"smollm2": 20, "qwen": 5}
 
 
