@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 
 #include "base/check.h"
 #include "kernels/quants/half.h"
@@ -348,6 +349,14 @@ std::vector<std::vector<int32_t>> AllResident(const SequenceCache& cache, const 
   for (size_t l = 0; l < shape.n_layers; ++l)
     for (size_t h = 0; h < shape.n_kv_heads; ++h) all.push_back(Resident(cache, l, h));
   return all;
+}
+
+bool Same(const Outputs& a, const Outputs& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t l = 0; l < a.size(); ++l)
+    if (a[l].size() != b[l].size() || std::memcmp(a[l].data(), b[l].data(), a[l].size() * sizeof(float)) != 0)
+      return false;
+  return true;
 }
 
 double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {

@@ -44,6 +44,8 @@ Text RandomText(const TinyShape& shape, size_t n, uint64_t seed, float scale = 1
 // One step over tokens [first, first + n) of the text; outputs [n_layers][n, n_heads, head_dim].
 using Outputs = std::vector<std::vector<float>>;
 Outputs Feed(SequenceCache& cache, const Text& text, size_t first, size_t n, StepKind kind);
+// Bit for bit.
+bool Same(const Outputs& a, const Outputs& b);
 // Append and Attend of all layers: the step without its beginning and end.
 Outputs RunLayers(KvCache& cache, const TinyShape& shape, const Text& text, size_t first, size_t n);
 

@@ -32,14 +32,6 @@ void ForEachSpec(const std::function<void(const std::string&, const TinyShape&, 
   }
 }
 
-bool Same(const Outputs& a, const Outputs& b) {
-  if (a.size() != b.size()) return false;
-  for (size_t l = 0; l < a.size(); ++l)
-    if (a[l].size() != b[l].size() || std::memcmp(a[l].data(), b[l].data(), a[l].size() * sizeof(float)) != 0)
-      return false;
-  return true;
-}
-
 // Feeds a life from token `first` on; the outputs of each of its steps.
 std::vector<Outputs> LiveAll(SequenceCache& cache, const Text& text, const std::vector<LifeStep>& life,
                              size_t first = 0) {

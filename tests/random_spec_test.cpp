@@ -104,14 +104,6 @@ Outputs Step(SequenceCache& cache, const Text& text, const Piece& piece) {
   return outputs;
 }
 
-bool Same(const Outputs& a, const Outputs& b) {
-  if (a.size() != b.size()) return false;
-  for (size_t l = 0; l < a.size(); ++l)
-    if (a[l].size() != b[l].size() || std::memcmp(a[l].data(), b[l].data(), a[l].size() * sizeof(float)) != 0)
-      return false;
-  return true;
-}
-
 // ---- One random spec
 
 struct Subject {

@@ -1,6 +1,6 @@
 // Vectors that begin with a cache line, for floats that vector instructions read over and over: a large std::vector's
-// begin 16 bytes behind one, so that every load of 64 bytes touches two lines, and products of four tokens with weights
-// in the caches take 1.5 times as long.
+// begin 16 bytes behind one, so that every load of 64 bytes touches two lines, of which products of several tokens take
+// many.
 #pragma once
 
 #include <cstddef>
