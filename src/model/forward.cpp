@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <new>
 
 #include "base/check.h"
@@ -91,15 +92,13 @@ struct Pass {
     float *q = w.q.data() + row * l.q.n_out, *k = w.k.data() + row * l.k.n_out, *v = w.v.data() + row * l.v.n_out;
     NormRows(w.x.data() + row * config.d_model, l.attn_norm, config.norm_eps, n, w.h.data());
     if (cache.WantsInputs(index)) cache.ReadInputs(index, row, n, w.h.data());
-    Product(l.q, l.q_bias, w.h.data(), row, n, q);
-    Product(l.k, l.k_bias, w.h.data(), row, n, k);
-    Product(l.v, l.v_bias, w.h.data(), row, n, v);
+    Products({{l.q, l.q_bias, q}, {l.k, l.k_bias, k}, {l.v, l.v_bias, v}}, w.h.data(), row, n);
     NormInPlace(q, l.q_norm, config.norm_eps, n * config.n_heads);
     NormInPlace(k, l.k_norm, config.norm_eps, n * config.n_kv_heads);
   }
 
   void AttentionOutput(const LayerWeights& l, size_t row, size_t n) {
-    Product(l.attn_output, l.attn_output_bias, w.out.data() + row * l.q.n_out, row, n, w.h.data());
+    Products({{l.attn_output, l.attn_output_bias, w.h.data()}}, w.out.data() + row * l.q.n_out, row, n);
     NormInPlace(w.h.data(), l.post_attn_norm, config.norm_eps, n);
     AddRows(w.x.data() + row * config.d_model, w.h.data(), n, config.d_model);
   }
@@ -110,30 +109,46 @@ struct Pass {
     float* x = w.x.data() + row * config.d_model;
     NormRows(x, l.ffn_norm, config.norm_eps, n, w.h.data());
     if (a.gated()) {
-      Product(l.ffn_gate, l.ffn_gate_bias, w.h.data(), row, n, w.gate.data());
-      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), row, n, w.up.data());
+      Products({{l.ffn_gate, l.ffn_gate_bias, w.gate.data()}, {l.ffn_up, l.ffn_up_bias, w.up.data()}}, w.h.data(), row, n);
     } else {
-      Product(l.ffn_up, l.ffn_up_bias, w.h.data(), row, n, w.gate.data());
+      Products({{l.ffn_up, l.ffn_up_bias, w.gate.data()}}, w.h.data(), row, n);
     }
     ParallelFor(n, [&](size_t i) { Activate(a.activation, w.gate.data() + i * d, w.up.data() + i * d, d); });
-    Product(l.ffn_down, l.ffn_down_bias, w.gate.data(), row, n, w.h.data());
+    Products({{l.ffn_down, l.ffn_down_bias, w.h.data()}}, w.gate.data(), row, n);
     NormInPlace(w.h.data(), l.post_ffn_norm, config.norm_eps, n);
     AddRows(x, w.h.data(), n, config.d_model);
   }
 
-  // y [n, out] = x [n, in] W^T + bias, both dense, for the rows [first, first + n) of the step.
-  void Product(const WeightView& weights, const std::vector<float>& bias, const float* x, size_t first, size_t n,
-               float* y) const {
-    const size_t in = weights.n_in, out = weights.n_out;
-    const auto multiply = [&](size_t row, size_t rows) {
-      if (rows > 0) Linear(weights, x + row * in, in, rows, y + row * out, out, compute);
-    };
-    if (segments.empty())
-      multiply(0, n);
-    else
-      ForRuns(FewTokens(weights.type, in, compute), first, n, multiply);
-    if (bias.empty()) return;
-    ParallelFor(n, [&](size_t row) { Add(y + row * out, bias.data(), out); });
+  struct Term {
+    const WeightView& weights;
+    const std::vector<float>& bias;
+    float* y;  // [n, out]
+  };
+
+  // y = x [n, in] W^T + bias, all dense, of each term, for the rows [first, first + n) of the step.
+  void Products(std::initializer_list<Term> terms, const float* x, size_t first, size_t n) const {
+    constexpr size_t kMostTerms = 3;
+    CHECK(terms.size() <= kMostTerms, "{} products at once", terms.size());
+    for (const Term *begin = terms.begin(), *end = begin; begin != terms.end(); begin = end) {
+      const DType type = begin->weights.type;
+      const size_t in = begin->weights.n_in;
+      while (end != terms.end() && end->weights.type == type) ++end;
+      const auto multiply = [&](size_t row, size_t rows) {
+        if (rows == 0) return;
+        LinearTerm some[kMostTerms];
+        for (const Term* t = begin; t != end; ++t)
+          some[t - begin] = {t->weights, t->y + row * t->weights.n_out, t->weights.n_out};
+        Linear({some, static_cast<size_t>(end - begin)}, x + row * in, in, rows, compute);
+      };
+      if (segments.empty())
+        multiply(0, n);
+      else
+        ForRuns(FewTokens(type, in, compute), first, n, multiply);
+    }
+    for (const Term& t : terms) {
+      const size_t out = t.weights.n_out;
+      if (!t.bias.empty()) ParallelFor(n, [&](size_t row) { Add(t.y + row * out, t.bias.data(), out); });
+    }
   }
 
   // Calls f(row, n) for runs of segments inside the tile [first, first + n): all of few rows, and few together, or all

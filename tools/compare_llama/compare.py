@@ -3,6 +3,7 @@
 
     compare.py --lesskv build/release/apps/lesskv/lesskv --llama-bench .../llama-bench --llama-depth .../decode_at_depth
                --model q4_0=FILE [--model bf16=FILE ...] [--mha FILE] [--rounds 3] [--prompt 512,4096] [--depth 16384,32768]
+               [--prompt-depth 8192,32768]
 
 README.md beside this file says how to build the llama.cpp programs and make the files. Every number is the median over
 the rounds; a round runs llama.cpp, then lesskv, for one test after the other.
@@ -14,6 +15,7 @@ import subprocess
 
 DEPTH_MODEL = "q4_0"  # the file whose decoding at depth is compared
 LLAMA_CACHES = [("f16", "f16", 0), ("f16", "f16", 1), ("q8_0", "q8_0", 1), ("q4_0", "q4_0", 1)]
+PIECE, PROMPT_CACHES, PROMPT_SPECS = 512, LLAMA_CACHES[:2], ["full", "full+q8"]  # llama.cpp takes minutes with others
 SPECS = ["full", "full+q8", "full+q4", "h2o(5%)", "h2o(5%)+less"]
 
 
@@ -34,8 +36,8 @@ class Comparison:
                                   "-r", 1, "-o", "json"]))
         return rows[0]["avg_ts"]
 
-    def llama_depth(self, model, depth, cache):
-        lines = output([self.args.llama_depth, model, self.args.threads, depth, self.args.generate, 1, *cache])
+    def llama_depth(self, model, depth, cache, n, together=1):
+        lines = output([self.args.llama_depth, model, self.args.threads, depth, n, 1, *cache, together])
         return float(lines.split()[-1])
 
     def lesskv(self, model, *options):
@@ -63,7 +65,7 @@ class Comparison:
         theirs, ours, shares = {}, {}, {}
         for _ in range(self.args.rounds):
             for cache in caches:
-                theirs.setdefault(cache, []).append(self.llama_depth(model, depth, cache))
+                theirs.setdefault(cache, []).append(self.llama_depth(model, depth, cache, self.args.generate))
             options = [x for spec in specs for x in ("--kv", spec)]
             rows = self.lesskv(model, "-p", 0, "-n", self.args.generate, "-d", depth, *options)
             for spec, row in zip(specs, rows.values()):
@@ -78,6 +80,20 @@ class Comparison:
             speed, share = median(ours[spec]), 100 * median(shares[spec])
             print(f"| {name} | {depth} | lesskv, `{spec}` | {speed:.2f} | {speed / base:.2f} | {share:.0f} % |", flush=True)
 
+    def prompt_at_depth(self, name, model, depth):
+        """A prompt's next PIECE tokens behind `depth` of them."""
+        theirs, ours = {}, {}
+        for _ in range(self.args.rounds):
+            for cache in PROMPT_CACHES:
+                theirs.setdefault(cache, []).append(self.llama_depth(model, depth, cache, 1, PIECE))
+            options = [x for spec in PROMPT_SPECS for x in ("--kv", spec)]
+            rows = self.lesskv(model, "-p", PIECE, "-n", 0, "-d", depth, *options)
+            for spec, row in zip(PROMPT_SPECS, rows.values()):
+                ours.setdefault(spec, []).append(row["tokens_per_second"])
+        speeds = [median(samples) for samples in [*theirs.values(), *ours.values()]]
+        best = max(speeds[:len(PROMPT_CACHES)])
+        print(f"| {name} | {depth} | " + " | ".join(f"{s:.1f}" for s in speeds) + f" | {speeds[len(PROMPT_CACHES)] / best:.2f} |", flush=True)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +107,8 @@ def main():
     parser.add_argument("--generate", type=int, default=8, help="tokens decoded at depth")
     parser.add_argument("--prompt", type=lambda s: [int(x) for x in s.split(",") if x], default=[512, 4096])
     parser.add_argument("--depth", type=lambda s: [int(x) for x in s.split(",") if x], default=[16384, 32768])
+    parser.add_argument("--prompt-depth", type=lambda s: [int(x) for x in s.split(",") if x], default=[],
+                        help="behind so many tokens 512 more of a prompt are timed")
     args = parser.parse_args()
     comparison = Comparison(args)
     models = dict(m.split("=", 1) for m in args.model)
@@ -98,6 +116,13 @@ def main():
         print("| weights | test | llama.cpp tokens/s | lesskv tokens/s | ratio |\n|---|---|---:|---:|---:|")
         for name, model in models.items():
             comparison.empty(name, model)
+        print()
+    if args.prompt_depth:
+        print("| model | tokens before | llama.cpp | flash attention | lesskv, `full` | `full+q8` | `full` to the best |\n"
+              "|---|---:|---:|---:|---:|---:|---:|")
+        for name, model in models.items():
+            for depth in args.prompt_depth:
+                comparison.prompt_at_depth(name, model, depth)
         print()
     if not args.depth:
         return

@@ -1,8 +1,9 @@
-// Decoding speed of llama.cpp with many tokens in its cache, without computing their prompt. Built against a llama.cpp
-// that lies beside lesskv (see README.md here); not part of lesskv's own build.
+// Decoding speed of llama.cpp with many tokens in its cache, without computing their prompt, or that of a prompt's next
+// tokens there. Built against a llama.cpp that lies beside lesskv (see README.md here); not part of lesskv's own build.
 //
-//   decode_at_depth MODEL THREADS DEPTH N REPEAT [CACHE_TYPE_K CACHE_TYPE_V FLASH_ATTENTION]
+//   decode_at_depth MODEL THREADS DEPTH N REPEAT [CACHE_TYPE_K CACHE_TYPE_V FLASH_ATTENTION [TOGETHER]]
 //
+// N steps of TOGETHER tokens (1: decoding).
 // 512 tokens are computed once; their saved state is loaded into as many further sequences as the depth takes, and all
 // are then made part of sequence 0. Their positions repeat, which changes what is generated but not what it costs.
 // Prints tokens per second of each repetition, one a line.
@@ -31,14 +32,16 @@ ggml_type TypeNamed(const std::string& name) {
 
 constexpr int kPiece = 512;
 
-void DecodeOne(llama_context* context, llama_token token, llama_pos position) {
-  llama_batch batch = llama_batch_init(1, 0, 1);
-  batch.n_tokens = 1;
-  batch.token[0] = token;
-  batch.pos[0] = position;
-  batch.n_seq_id[0] = 1;
-  batch.seq_id[0][0] = 0;
-  batch.logits[0] = 1;
+void Step(llama_context* context, llama_token first_token, int n, llama_pos position) {
+  llama_batch batch = llama_batch_init(n, 0, 1);
+  batch.n_tokens = n;
+  for (int i = 0; i < n; ++i) {
+    batch.token[i] = first_token + i;
+    batch.pos[i] = position + i;
+    batch.n_seq_id[i] = 1;
+    batch.seq_id[i][0] = 0;
+    batch.logits[i] = i + 1 == n;
+  }
   if (llama_decode(context, batch) != 0) Fail("decoding failed");
   llama_get_logits(context);
   llama_batch_free(batch);
@@ -59,14 +62,15 @@ void Fill(llama_context* context, int depth) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 6) Fail("MODEL THREADS DEPTH N REPEAT [TYPE_K TYPE_V FLASH]");
+  if (argc < 6) Fail("MODEL THREADS DEPTH N REPEAT [TYPE_K TYPE_V FLASH [TOGETHER]]");
   llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
   const int threads = std::atoi(argv[2]), depth = std::atoi(argv[3]), n = std::atoi(argv[4]), repeat = std::atoi(argv[5]);
+  const int together = argc > 9 ? std::atoi(argv[9]) : 1;
   llama_backend_init();
   llama_model* model = llama_model_load_from_file(argv[1], llama_model_default_params());
   if (model == nullptr) Fail("the model could not be loaded");
   llama_context_params params = llama_context_default_params();
-  params.n_ctx = static_cast<uint32_t>(depth + n * (repeat + 1) + kPiece);
+  params.n_ctx = static_cast<uint32_t>(depth + n * together * (repeat + 1) + kPiece);
   params.n_seq_max = static_cast<uint32_t>(depth / kPiece + 1);
   params.kv_unified = true;
   params.n_threads = params.n_threads_batch = threads;
@@ -80,11 +84,11 @@ int main(int argc, char** argv) {
   if (context == nullptr) Fail("no context");
   if (depth >= kPiece) Fill(context, depth);
   llama_pos position = kPiece;
-  for (int r = -1; r < repeat; ++r) {  // the first round warms up
+  for (int r = together > 1 && depth >= kPiece ? 0 : -1; r < repeat; ++r) {  // a round warms up, or what filled the cache
     const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < n; ++i) DecodeOne(context, 11 + i, position++);
+    for (int i = 0; i < n; ++i, position += together) Step(context, 11 + i, together, position);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    if (r >= 0) std::printf("%.3f\n", n / seconds);
+    if (r >= 0) std::printf("%.3f\n", n * together / seconds);
     std::fflush(stdout);
   }
   llama_free(context);

@@ -80,35 +80,64 @@ class Workspace {
 
 bool IsQuantized(DType type) { return Traits(type).block_elements > 1; }
 
+// Some tokens times matrices of one type and length of rows.
 struct Call {
   const LinearKernels& kernels;
-  WeightView w;
-  size_t row_bytes;
+  std::span<const LinearTerm> terms;
   const float* x;
   size_t x_stride;
   size_t n_tokens;
-  float* y;
-  size_t y_stride;
+  size_t first_token = 0;  // of the terms' y
 
-  RowBlock Rows(size_t first, size_t count) const {
-    return {w.type, static_cast<const uint8_t*>(w.data) + first * row_bytes, row_bytes, count, w.n_in};
+  DType type() const { return terms[0].w.type; }
+  size_t n_in() const { return terms[0].w.n_in; }
+  size_t row_bytes() const { return RowBytes(type(), n_in()); }
+  size_t MostRows() const {
+    size_t most = 0;
+    for (const LinearTerm& term : terms) most = std::max(most, term.w.n_out);
+    return most;
   }
 };
 
+// What a task multiplies: some rows of one of the matrices.
+struct Part {
+  RowBlock rows;
+  float* y;  // of the first of them and the call's first token
+  size_t y_stride;
+
+  RowBlock Rows(size_t first, size_t count) const {
+    return {rows.type, rows.rows + first * rows.row_bytes, rows.row_bytes, count, rows.n};
+  }
+};
+
+// Calls body(part) for all rows in one region, step(n_out) rows of a matrix at a time.
+template <typename Step, typename Body>
+void ForParts(const Call& call, Step&& step, Body&& body) {
+  size_t n_tasks = 0;
+  for (const LinearTerm& term : call.terms) n_tasks += CeilDiv(term.w.n_out, step(term.w.n_out));
+  ParallelFor(n_tasks, [&](size_t task) {
+    const LinearTerm* term = call.terms.data();
+    size_t own = 0;
+    for (; task >= (own = CeilDiv(term->w.n_out, step(term->w.n_out))); ++term) task -= own;
+    const size_t rows = step(term->w.n_out), first = task * rows, row_bytes = call.row_bytes();
+    const auto* data = static_cast<const uint8_t*>(term->w.data) + first * row_bytes;
+    body(Part{{call.type(), data, row_bytes, std::min(rows, term->w.n_out - first), call.n_in()},
+              term->y + call.first_token * term->y_stride + first, term->y_stride});
+  });
+}
+
 // --- Few tokens ---
 
-// Rows a task takes: enough bytes to stream, few enough that the threads finish together.
-size_t FewTokensTaskRows(const Call& call) {
-  const size_t by_bytes = std::max<size_t>(1, kTaskBytes / call.row_bytes);
-  return std::clamp<size_t>(CeilDiv(call.w.n_out, 16), 1, by_bytes);
+// Calls body(part); a task takes enough bytes to stream, and few enough that the threads finish together.
+template <typename Body>
+void ForFewTokensParts(const Call& call, Body&& body) {
+  const size_t by_bytes = std::max<size_t>(1, kTaskBytes / call.row_bytes());
+  ForParts(call, [&](size_t n_out) { return std::clamp<size_t>(CeilDiv(n_out, 16), 1, by_bytes); }, body);
 }
 
 void FewTokensF32(const Call& call) {
-  const size_t step = FewTokensTaskRows(call);
-  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
-    const size_t first = task * step;
-    call.kernels.dot_f32(call.Rows(first, std::min(step, call.w.n_out - first)), call.x, call.x_stride, call.n_tokens,
-                         call.y + first, call.y_stride);
+  ForFewTokensParts(call, [&](const Part& part) {
+    call.kernels.dot_f32(part.rows, call.x, call.x_stride, call.n_tokens, part.y, part.y_stride);
   });
 }
 
@@ -142,22 +171,19 @@ Int8Activations CarveInt8(char* data, size_t n, size_t n_tokens, bool spikes) {
 void FewTokensInt8(const Call& call) {
   constexpr size_t kMaxShares = CeilDiv(kMostFewTokens, kKernelTokens);
   thread_local Workspace workspace;
-  const size_t n = call.w.n_in;
+  const size_t n = call.n_in();
   const size_t n_shares = CeilDiv(call.n_tokens, kKernelTokens), share = CeilDiv(call.n_tokens, n_shares);
   char* data = workspace.Get<char>(n_shares * Int8Bytes(n, share));
   Int8Activations q[kMaxShares];
   for (size_t s = 0; s < n_shares; ++s)
     q[s] = CarveInt8(data + s * Int8Bytes(n, share), n, share, call.kernels.dots_take_spikes);
   for (size_t t = 0; t < call.n_tokens; ++t) {
-    call.kernels.quantize(call.w.type, call.x + t * call.x_stride, n, t % share, q[t / share]);
+    call.kernels.quantize(call.type(), call.x + t * call.x_stride, n, t % share, q[t / share]);
   }
-  const size_t step = FewTokensTaskRows(call);
-  ParallelFor(CeilDiv(call.w.n_out, step), [&](size_t task) {
-    const size_t first = task * step;
-    const RowBlock rows = call.Rows(first, std::min(step, call.w.n_out - first));
+  ForFewTokensParts(call, [&](const Part& part) {
     for (size_t s = 0; s < n_shares; ++s) {
-      call.kernels.dot_int8(rows, q[s], std::min(share, call.n_tokens - s * share),
-                            call.y + s * share * call.y_stride + first, call.y_stride);
+      call.kernels.dot_int8(part.rows, q[s], std::min(share, call.n_tokens - s * share),
+                            part.y + s * share * part.y_stride, part.y_stride);
     }
   });
 }
@@ -214,12 +240,12 @@ Group GroupAt(size_t index, size_t n_tokens, size_t group_vectors) {
   return {first, n, CeilDiv(n, kTokenLanes)};
 }
 
-// One task: `block` (unpacked in `panel`, or used in place) times every group.
+// One task: a part, unpacked in `panel`, times every group.
 template <typename Kind>
-void MultiplyPanel(const Call& call, size_t n_rows, const typename Kind::Element* panel, size_t panel_stride,
-                   const typename Kind::Element* packed, float* acc, float* y) {
+void MultiplyPanel(const Call& call, const Part& part, const typename Kind::Element* panel, size_t panel_stride,
+                   const typename Kind::Element* packed, float* acc) {
   using Element = typename Kind::Element;
-  const size_t n_units = CeilDiv(call.w.n_in, Kind::kUnitElements);
+  const size_t n_units = CeilDiv(call.n_in(), Kind::kUnitElements), n_rows = part.rows.n_rows;
   const TileShape& shape = Kind::Shape(call.kernels);
   const size_t group_vectors = shape.group_vectors;
   const size_t depth = shape.depth / Kind::kUnitElements;
@@ -238,15 +264,15 @@ void MultiplyPanel(const Call& call, size_t n_rows, const typename Kind::Element
                    group.vectors, acc + row * width, unit == 0);
       }
     }
-    call.kernels.store(acc, width, n_rows, group.n_tokens, y + group.first_token * call.y_stride, call.y_stride);
+    call.kernels.store(acc, width, n_rows, group.n_tokens, part.y + group.first_token * part.y_stride, part.y_stride);
   }
 }
 
 // Rows of a task: what fits the panel, and no more than leaves every thread several tasks. A fixed rule, so that the
 // split does not depend on the number of threads.
-size_t PanelRows(const Call& call, size_t element_bytes, const TileShape& shape) {
-  const size_t fit = shape.panel_bytes / (call.w.n_in * element_bytes) / shape.row_step * shape.row_step;
-  const size_t share = RoundUp(CeilDiv(call.w.n_out, 8), shape.row_step);
+size_t PanelRows(size_t n_in, size_t n_out, size_t element_bytes, const TileShape& shape) {
+  const size_t fit = shape.panel_bytes / (n_in * element_bytes) / shape.row_step * shape.row_step;
+  const size_t share = RoundUp(CeilDiv(n_out, 8), shape.row_step);
   return std::clamp<size_t>(share, shape.row_step, std::max(fit, shape.row_step));
 }
 
@@ -256,9 +282,9 @@ struct WorkSizes {
   using Element = typename Kind::Element;
   explicit WorkSizes(const Call& call) {
     const TileShape& shape = Kind::Shape(call.kernels);
-    padded = RoundUp(call.w.n_in, Kind::kUnitElements);
+    padded = RoundUp(call.n_in(), Kind::kUnitElements);
     group_tokens = shape.group_vectors * kTokenLanes;
-    step = PanelRows(call, sizeof(Element), shape);
+    const size_t step = PanelRows(call.n_in(), call.MostRows(), sizeof(Element), shape);
     packed = RoundUp(call.n_tokens, kTokenLanes) * padded;
     // Rows one cache line longer than a power of two: a tile reads many at once, and they must not share a cache set.
     panel_stride = RoundUp(padded * sizeof(Element), 64) / sizeof(Element) + 64 / sizeof(Element);
@@ -268,7 +294,7 @@ struct WorkSizes {
   size_t Bytes() const {
     return packed * sizeof(Element) + static_cast<size_t>(Threads()) * (panel * sizeof(Element) + acc * sizeof(float));
   }
-  size_t padded, group_tokens, step, packed, panel_stride, panel, acc;
+  size_t padded, group_tokens, packed, panel_stride, panel, acc;
 };
 
 template <typename Kind>
@@ -281,19 +307,18 @@ void ManyTokensBlock(const Call& call) {
   Element* packed = packed_workspace.Get<Element>(sizes.packed);
   ParallelFor(CeilDiv(call.n_tokens, sizes.group_tokens), [&](size_t g) {
     const Group group = GroupAt(g, call.n_tokens, shape.group_vectors);
-    Kind::Pack(kernels, call.x + group.first_token * call.x_stride, call.x_stride, group.n_tokens, call.w.n_in,
+    Kind::Pack(kernels, call.x + group.first_token * call.x_stride, call.x_stride, group.n_tokens, call.n_in(),
                group.vectors, packed + group.first_token * sizes.padded);
   });
   thread_local Workspace panel_workspace, acc_workspace;  // a share for each thread
   Element* panels = panel_workspace.Get<Element>(static_cast<size_t>(Threads()) * sizes.panel);
   float* accs = acc_workspace.Get<float>(static_cast<size_t>(Threads()) * sizes.acc);
-  ParallelFor(CeilDiv(call.w.n_out, sizes.step), [&](size_t task) {
+  const auto step = [&](size_t n_out) { return PanelRows(call.n_in(), n_out, sizeof(Element), shape); };
+  ForParts(call, step, [&](const Part& part) {
     const size_t thread = static_cast<size_t>(ThreadIndex());
-    const size_t first = task * sizes.step;
-    const size_t n_rows = std::min(sizes.step, call.w.n_out - first);
     Element* panel = panels + thread * sizes.panel;
-    Kind::Unpack(kernels, call.Rows(first, n_rows), panel, sizes.panel_stride);
-    MultiplyPanel<Kind>(call, n_rows, panel, sizes.panel_stride, packed, accs + thread * sizes.acc, call.y + first);
+    Kind::Unpack(kernels, part.rows, panel, sizes.panel_stride);
+    MultiplyPanel<Kind>(call, part, panel, sizes.panel_stride, packed, accs + thread * sizes.acc);
   });
 }
 
@@ -304,7 +329,7 @@ void ManyTokens(Call call) {
     call.n_tokens = std::min(kMaxPackedTokens, n_tokens - t);
     ManyTokensBlock<Kind>(call);
     call.x += call.n_tokens * call.x_stride;
-    call.y += call.n_tokens * call.y_stride;
+    call.first_token += call.n_tokens;
   }
 }
 
@@ -316,13 +341,15 @@ constexpr size_t kInt8TokenBlock = 64;         // tokens that stay in the L2 whi
 
 // What a call of at most kMaxPackedTokens works in; panels are a thread's.
 struct Int8Sizes {
-  explicit Int8Sizes(const Call& call) : n(call.w.n_in), rows(call.kernels.int8->rows) {
-    const size_t fit = kInt8PanelBytes / n / rows * rows, share = RoundUp(CeilDiv(call.w.n_out, 8), rows);
-    step = std::clamp<size_t>(share, rows, std::max(fit, rows));
+  explicit Int8Sizes(const Call& call) : n(call.n_in()), rows(call.kernels.int8->rows) {
     codes = rows * n;
     scales = rows * n / 16;
     group = codes + 2 * scales * sizeof(float);
-    panel = step / rows * group;
+    panel = TaskRows(call.MostRows()) / rows * group;
+  }
+  size_t TaskRows(size_t n_out) const {
+    const size_t fit = kInt8PanelBytes / n / rows * rows, share = RoundUp(CeilDiv(n_out, 8), rows);
+    return std::clamp<size_t>(share, rows, std::max(fit, rows));
   }
   size_t Bytes(size_t n_tokens) const {
     return Int8Bytes(n, n_tokens) + static_cast<size_t>(Threads()) * panel;
@@ -334,22 +361,20 @@ struct Int8Sizes {
   }
   size_t n, rows;                       // elements of a row; rows of a group, which has
   size_t codes, scales, group;          // so many bytes of codes and numbers of scales, in all so many bytes
-  size_t step, panel;                   // rows of a task, and the bytes of their groups
+  size_t panel;                         // bytes of a task's groups
 };
 
 // The groups of a panel times all tokens: a group's share of the depth stays in the L1, a block of tokens in the L2.
-void MultiplyGroups(const Call& call, const Int8Sizes& sizes, char* panel, size_t n_rows, const Int8Activations& x,
-                    float* y) {
-  const size_t n_blocks = call.w.n_in / 32;
+void MultiplyGroups(const Call& call, const Part& part, const Int8Sizes& sizes, char* panel, const Int8Activations& x) {
+  const size_t n_blocks = call.n_in() / 32, n_rows = part.rows.n_rows;
   for (size_t t = 0; t < call.n_tokens; t += kInt8TokenBlock) {
     const size_t n_tokens = std::min(kInt8TokenBlock, call.n_tokens - t);
     for (size_t b = 0; b < n_blocks; b += kInt8DepthBlocks) {
       const size_t depth = std::min(kInt8DepthBlocks, n_blocks - b);
       for (size_t row = 0; row < n_rows; row += sizes.rows) {
         const size_t count = std::min(sizes.rows, n_rows - row);
-        call.kernels.int8->multiply(call.w.type, sizes.Panel(panel, row / sizes.rows), count, x,
-                                    {b, depth, n_blocks, t, n_tokens},
-                                    y + t * call.y_stride + row, call.y_stride);
+        call.kernels.int8->multiply(call.type(), sizes.Panel(panel, row / sizes.rows), count, x,
+                                    {b, depth, n_blocks, t, n_tokens}, part.y + t * part.y_stride + row, part.y_stride);
       }
     }
   }
@@ -364,16 +389,15 @@ void ManyTokensInt8Block(const Call& call) {
   ParallelFor(CeilDiv(call.n_tokens, kKernelTokens), [&](size_t task) {
     const size_t end = std::min(call.n_tokens, (task + 1) * kKernelTokens);
     for (size_t t = task * kKernelTokens; t < end; ++t)
-      kernels.quantize(call.w.type, call.x + t * call.x_stride, call.w.n_in, t, x);
+      kernels.quantize(call.type(), call.x + t * call.x_stride, call.n_in(), t, x);
   });
   char* panels = panel_workspace.Get<char>(static_cast<size_t>(Threads()) * sizes.panel);
-  ParallelFor(CeilDiv(call.w.n_out, sizes.step), [&](size_t task) {
+  ForParts(call, [&](size_t n_out) { return sizes.TaskRows(n_out); }, [&](const Part& part) {
     char* panel = panels + static_cast<size_t>(ThreadIndex()) * sizes.panel;
-    const size_t first = task * sizes.step, n_rows = std::min(sizes.step, call.w.n_out - first);
-    for (size_t row = 0; row < n_rows; row += sizes.rows) {
-      kernels.unpack(call.Rows(first + row, std::min(sizes.rows, n_rows - row)), sizes.Panel(panel, row / sizes.rows));
+    for (size_t row = 0; row < part.rows.n_rows; row += sizes.rows) {
+      kernels.unpack(part.Rows(row, std::min(sizes.rows, part.rows.n_rows - row)), sizes.Panel(panel, row / sizes.rows));
     }
-    MultiplyGroups(call, sizes, panel, n_rows, x, call.y + first);
+    MultiplyGroups(call, part, sizes, panel, x);
   });
 }
 
@@ -385,7 +409,7 @@ void ManyTokensInt8(Call call) {
     call.n_tokens = std::min(most, n_tokens - t);
     panels ? ManyTokensInt8Block(call) : FewTokensInt8(call);
     call.x += call.n_tokens * call.x_stride;
-    call.y += call.n_tokens * call.y_stride;
+    call.first_token += call.n_tokens;
   }
 }
 
@@ -426,8 +450,8 @@ size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
 }
 
 size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute) {
-  const Call call{Kernels(w.n_in), w,       RowBytes(w.type, w.n_in), nullptr, 0, std::min(n_tokens, kMaxPackedTokens),
-                  nullptr,         0};
+  const LinearTerm term{w, nullptr, 0};
+  const Call call{Kernels(w.n_in), {&term, 1}, nullptr, 0, std::min(n_tokens, kMaxPackedTokens)};
   if (n_tokens <= FewTokens(w.type, w.n_in, compute)) return Int8Bytes(w.n_in, RoundUp(n_tokens, 2));
   if (compute == ComputeType::kInt8 && IsQuantized(w.type)) {
     return call.kernels.int8 != nullptr ? Int8Sizes(call).Bytes(call.n_tokens)
@@ -437,27 +461,45 @@ size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute
   return bf16 ? WorkSizes<TileBf16>(call).Bytes() : WorkSizes<TileF32>(call).Bytes();
 }
 
-void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
-            ComputeType compute) {
-  CHECK(IsLinearType(w.type), "no product with weights of type {}", Traits(w.type).name);
-  CHECK(w.n_in > 0, "a weight matrix without columns");
-  CHECK(n_tokens <= 1 || (x_stride >= w.n_in && y_stride >= w.n_out), "strides {} and {} of a [{}, {}] matrix",
-        x_stride, y_stride, w.n_out, w.n_in);
-  if (n_tokens == 0 || w.n_out == 0) return;
-  const Call call{Kernels(w.n_in), w, RowBytes(w.type, w.n_in), x, x_stride, n_tokens, y, y_stride};
+namespace {
+
+void Multiply(const Call& call, ComputeType compute) {
   const bool fast = compute != ComputeType::kF32;
-  if (n_tokens <= FewTokens(w.type, w.n_in, compute)) {
-    if (fast && IsQuantized(w.type))
+  if (call.n_tokens <= FewTokens(call.type(), call.n_in(), compute)) {
+    if (fast && IsQuantized(call.type()))
       FewTokensInt8(call);
     else
       FewTokensF32(call);
-  } else if (compute == ComputeType::kInt8 && IsQuantized(w.type)) {
+  } else if (compute == ComputeType::kInt8 && IsQuantized(call.type())) {
     ManyTokensInt8(call);
   } else if (fast && call.kernels.tile_bf16 != nullptr) {
     ManyTokens<TileBf16>(call);
   } else {
     ManyTokens<TileF32>(call);
   }
+}
+
+}  // namespace
+
+void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, size_t n_tokens, ComputeType compute) {
+  for (const LinearTerm& term : terms) {
+    const WeightView& w = term.w;
+    CHECK(IsLinearType(w.type), "no product with weights of type {}", Traits(w.type).name);
+    CHECK(w.n_in > 0, "a weight matrix without columns");
+    CHECK(w.n_in == terms[0].w.n_in, "matrices of {} and of {} columns", terms[0].w.n_in, w.n_in);
+    CHECK(n_tokens <= 1 || (x_stride >= w.n_in && term.y_stride >= w.n_out), "strides {} and {} of a [{}, {}] matrix",
+          x_stride, term.y_stride, w.n_out, w.n_in);
+  }
+  for (size_t first = 0, end = 0; n_tokens > 0 && first < terms.size(); first = end) {
+    while (end < terms.size() && terms[end].w.type == terms[first].w.type) ++end;
+    Multiply({Kernels(terms[0].w.n_in), terms.subspan(first, end - first), x, x_stride, n_tokens}, compute);
+  }
+}
+
+void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
+            ComputeType compute) {
+  const LinearTerm term{w, y, y_stride};
+  Linear({&term, 1}, x, x_stride, n_tokens, compute);
 }
 
 }  // namespace lesskv

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <cstddef>
-#include <string>
+#include <span>
 #include <string_view>
 
 #include "base/dtype.h"
@@ -54,7 +54,18 @@ bool IsLinearType(DType type);
 void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,
             ComputeType compute);
 
-// An upper bound of the work memory of such a call, with the threads and the instruction set that are active now: at
+// One of several matrices that the same activations are multiplied with, and where its products go.
+struct LinearTerm {
+  WeightView w;
+  float* y;
+  size_t y_stride;
+};
+
+// The same for each of the terms, all of one n_in, to the same bits: rounding the activations and the parallel region are
+// shared by neighbours of one type.
+void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, size_t n_tokens, ComputeType compute);
+
+// An upper bound of the work memory of a call, also of one with several matrices for the largest of them, with the threads and the instruction set that are active now: at
 // most 512 packed tokens, and a panel of unpacked rows a thread.
 size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute);
 

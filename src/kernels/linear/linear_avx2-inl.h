@@ -554,18 +554,33 @@ inline float LargestLane(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
 
-// Of 32 values.
-inline float LargestSize(const float* x) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 most = _mm256_setzero_ps();
-#pragma GCC unroll 4
-  for (size_t i = 0; i < 32; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-  return LargestLane(most);
+// The sizes of values [8 i, 8 i + 8), 0 for those in `without`.
+inline __m256 SizesBut(const float* x, uint32_t without, size_t i) {
+  const __m256 sizes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + 8 * i));
+  if (__builtin_constant_p(without) && without == 0) return sizes;
+  const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32(1 << 8 * i), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+  const __m256i out = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(without)), bits), bits);
+  return _mm256_andnot_ps(_mm256_castsi256_ps(out), sizes);
 }
 
-// Rounds 32 values to 127 steps of the largest; the same numbers as the scalar reference's. Returns the scale.
-inline float Quantize32(const float* x, int8_t* q) {
-  const float largest = LargestSize(x);
+// Of 32 values but for those in `without`.
+inline float LargestSize(const float* x, uint32_t without) {
+  return LargestLane(_mm256_max_ps(_mm256_max_ps(SizesBut(x, without, 0), SizesBut(x, without, 1)),
+                                   _mm256_max_ps(SizesBut(x, without, 2), SizesBut(x, without, 3))));
+}
+
+inline uint32_t OfSize(const float* x, float size) {
+  uint32_t found = 0;
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) {
+    const __m256 same = _mm256_cmp_ps(SizesBut(x, 0, i), _mm256_set1_ps(size), _CMP_EQ_OQ);
+    found |= static_cast<uint32_t>(_mm256_movemask_ps(same)) << 8 * i;
+  }
+  return found;
+}
+
+// Rounds 32 values to 127 steps of the largest; the same numbers as the scalar reference's.
+inline void Quantize32(const float* x, float largest, int8_t* q) {
   const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
   __m256i rounded[4];
 #pragma GCC unroll 4
@@ -574,7 +589,6 @@ inline float Quantize32(const float* x, int8_t* q) {
       _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]), _mm256_packs_epi32(rounded[2], rounded[3]));
   const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_permutevar8x32_epi32(bytes, order));
-  return largest / 127.0f;
 }
 
 inline __m256i SumsOfFour(const int8_t* q) {

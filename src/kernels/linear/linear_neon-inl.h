@@ -490,15 +490,31 @@ void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tok
 
 // --- Few tokens, int8 activations in natural order ---
 
-inline float LargestSize(const float* x) {
+// The sizes of values [4 i, 4 i + 4), 0 for those in `without`.
+inline VF SizesBut(const float* x, uint32_t without, size_t i) {
+  const VI32 bits = hn::Set(DI32(), static_cast<int32_t>(without >> 4 * i)) & hn::Shl(hn::Set(DI32(), 1), hn::Iota(DI32(), 0));
+  return hn::IfThenElseZero(hn::RebindMask(DF(), bits == hn::Zero(DI32())), hn::Abs(hn::LoadU(DF(), x + 4 * i)));
+}
+
+inline float LargestSize(const float* x, uint32_t without) {
   VF most = hn::Zero(DF());
-  for (size_t i = 0; i < 32; i += 4) most = hn::Max(most, hn::Abs(hn::LoadU(DF(), x + i)));
+  for (size_t i = 0; i < 8; ++i) most = hn::Max(most, SizesBut(x, without, i));
   return hn::GetLane(hn::MaxOfLanes(DF(), most));
 }
 
-inline float Quantize32(const float* x, int8_t* q) {
+inline uint32_t OfSize(const float* x, float size) {
+  uint32_t found = 0;
+  for (size_t i = 0; i < 8; ++i) {
+    const auto same = hn::Abs(hn::LoadU(DF(), x + 4 * i)) == hn::Set(DF(), size);
+    uint8_t bits = 0;
+    hn::StoreMaskBits(DF(), same, &bits);
+    found |= uint32_t{bits} << 4 * i;
+  }
+  return found;
+}
+
+inline void Quantize32(const float* x, float largest, int8_t* q) {
   const hn::Full64<int16_t> d16;
-  const float largest = LargestSize(x);
   const VF inverse = hn::Set(DF(), largest > 0 ? 127.0f / largest : 0.0f);
   for (size_t i = 0; i < 32; i += 8) {
     const auto low = hn::DemoteTo(d16, hn::NearestInt(hn::Mul(hn::LoadU(DF(), x + i), inverse)));
@@ -506,7 +522,6 @@ inline float Quantize32(const float* x, int8_t* q) {
     hn::StoreU(hn::DemoteTo(hn::Full64<int8_t>(), hn::Combine(hn::Full128<int16_t>(), high, low)), hn::Full64<int8_t>(),
                q + i);
   }
-  return largest / 127.0f;
 }
 
 inline int32_t SumOf16(const int8_t* q) {

@@ -11,57 +11,48 @@
 namespace lesskv::internal {
 namespace {
 
-// Each instruction set has its own: the largest size of 32 values; and 32 values rounded to 127 steps of the largest,
-// the same numbers as the scalar reference's, whose scale it returns.
-inline float LargestSize(const float* x);
-inline float Quantize32(const float* x, int8_t* q);
+// Each instruction set has its own, of 32 values: the largest size of those that are not in `without`; the ones of that
+// size; and their codes, rounded to 127 steps of the largest, the same numbers as the scalar reference's.
+inline float LargestSize(const float* x, uint32_t without);
+inline uint32_t OfSize(const float* x, float size);
+inline void Quantize32(const float* x, float largest, int8_t* q);
 
-// 32 elements but for those in `without`.
-inline void CopyBlock(const float* x, uint32_t without, float out[32]) {
-  for (size_t i = 0; i < 32; ++i) out[i] = (without >> i & 1) != 0 ? 0.0f : x[i];
+// Takes the first element that is not taken yet.
+inline void TakeFirst(uint32_t* taken) {
+  while (*taken == ~uint32_t{0}) ++taken;
+  *taken |= *taken + 1;
 }
 
-// Where the first element of that size stands, which one of the n has; the last one where none is (NaN).
-inline size_t FirstOfSize(const float* x, size_t n, float size) {
-  size_t i = 0;
-  while (i + 1 < n && __builtin_fabsf(x[i]) != size) ++i;
-  return i;
-}
-
-inline float LargestOf(const float* sizes, size_t n) {
-  float most[4] = {};  // one would wait for itself
-  size_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (size_t j = 0; j < 4; ++j) most[j] = sizes[i + j] > most[j] ? sizes[i + j] : most[j];
-  }
-  for (; i < n; ++i) most[0] = sizes[i] > most[0] ? sizes[i] : most[0];
-  for (size_t j = 1; j < 4; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
-  return most[0];
-}
+inline size_t FirstOf(uint32_t bits) { return static_cast<size_t>(__builtin_ctz(bits)); }
 
 // Takes out the spikes of a row, its largest elements: where they stood, ascending, and in `taken` the bits of each
-// block. `largest` is work space for a number a block, `run` for one of every 16 blocks, so that a spike is not looked
-// for in all of a long row.
+// block. `largest` becomes the largest size of what is left of each block; it and `taken` have room for whole runs of 32
+// blocks, of which `run` has the largest sizes, so that a spike is not looked for in all of a long row.
 inline void TakeSpikes(const float* x, size_t n_blocks, size_t n_spikes, float* largest, float* run, uint32_t* taken,
                        uint32_t* spike) {
-  constexpr size_t kRun = 16;
-  const size_t n_runs = (n_blocks + kRun - 1) / kRun;
-  const auto blocks = [&](size_t r) { return n_blocks - r * kRun < kRun ? n_blocks - r * kRun : kRun; };
-  for (size_t b = 0; b < n_blocks; ++b) largest[b] = LargestSize(x + b * 32), taken[b] = 0;
-  for (size_t r = 0; r < n_runs; ++r) run[r] = LargestOf(largest + r * kRun, blocks(r));
+  const size_t n_runs = (n_blocks + 31) / 32;
+  for (size_t b = 0; b < n_runs * 32; ++b) largest[b] = b < n_blocks ? LargestSize(x + b * 32, 0) : 0, taken[b] = 0;
+  for (size_t r = 0; r < n_runs; ++r) run[r] = LargestSize(largest + r * 32, 0);
   for (size_t e = 0; e < n_spikes; ++e) {
-    const size_t r = FirstOfSize(run, n_runs, LargestOf(run, n_runs));
-    const size_t b = r * kRun + FirstOfSize(largest + r * kRun, blocks(r), run[r]);
-    float block[32];
-    CopyBlock(x + b * 32, taken[b], block);
-    const size_t i = FirstOfSize(block, 32, largest[b]);
-    taken[b] |= uint32_t{1} << i;
-    block[i] = 0;
-    largest[b] = LargestSize(block);
-    run[r] = LargestOf(largest + r * kRun, blocks(r));
-    size_t place = e;
-    for (; place > 0 && spike[place - 1] > b * 32 + i; --place) spike[place] = spike[place - 1];
-    spike[place] = static_cast<uint32_t>(b * 32 + i);
+    size_t r = 0;
+    for (size_t other = 1; other < n_runs; ++other) r = run[other] > run[r] ? other : r;
+    const uint32_t blocks = OfSize(largest + r * 32, run[r]) | uint32_t{1} << 31;
+    const size_t b = r * 32 + FirstOf(blocks);
+    const uint32_t elements = b < n_blocks ? OfSize(x + b * 32, largest[b]) & ~taken[b] : 0;
+    if (elements == 0) {  // only zeros are left, or NaN: any will do
+      TakeFirst(taken);
+      continue;
+    }
+    taken[b] |= elements & -elements;
+    const float left = LargestSize(x + b * 32, taken[b]);
+    const float others = LargestSize(largest + r * 32, uint32_t{1} << b % 32);
+    largest[b] = left;
+    run[r] = left > others ? left : others;
+  }
+  size_t e = 0;
+  for (size_t b = 0; b < n_blocks; ++b) {
+    for (uint32_t bits = taken[b]; bits != 0; bits &= bits - 1)
+      spike[e++] = static_cast<uint32_t>(b * 32 + static_cast<size_t>(__builtin_ctz(bits)));
   }
   spike[n_spikes] = kNoSpike;
 }
@@ -71,18 +62,21 @@ inline size_t RoundRowToInt8(const float* x, size_t n, size_t token, const Int8A
   int8_t* q = out.q + token * out.n_padded;
   float* scale = out.scale + token * out.n_padded / 16;
   uint32_t* spike = out.spike + token * out.n_padded / 32;
-  auto* taken = reinterpret_cast<uint32_t*>(out.init + token * out.n_padded / 4);  // written later, as is sum
   const size_t n_blocks = n / 32;
-  TakeSpikes(x, n_blocks, out.n_spikes, scale, out.sum + token * out.n_padded / 16, taken, spike);
+  auto* taken = reinterpret_cast<uint32_t*>(out.init + token * out.n_padded / 4);  // written later, as is sum
+  auto* largest = reinterpret_cast<float*>(taken + (n_blocks + 31) / 32 * 32);
+  TakeSpikes(x, n_blocks, out.n_spikes, largest, out.sum + token * out.n_padded / 16, taken, spike);
   for (size_t b = 0; b < n_blocks; ++b) {
-    float block[32];
-    if (taken[b] != 0) CopyBlock(x + b * 32, taken[b], block);
-    scale[b] = Quantize32(taken[b] != 0 ? block : x + b * 32, q + b * 32);
+    Quantize32(x + b * 32, largest[b], q + b * 32);
+    scale[b] = largest[b] / 127.0f;
   }
   for (size_t e = 0; e < out.n_spikes; ++e) {
-    float block[32] = {};
-    block[spike[e] % 32] = x[spike[e]];
-    scale[n_blocks + e] = Quantize32(block, q + (n_blocks + e) * 32);
+    const float value = x[spike[e]];
+    int8_t* own = q + (n_blocks + e) * 32;
+    __builtin_memset(own, 0, 32);
+    own[spike[e] % 32] = static_cast<int8_t>(value > 0 ? 127 : value < 0 ? -127 : 0);
+    scale[n_blocks + e] = __builtin_fabsf(value) / 127.0f;
+    q[spike[e]] = 0;
   }
   return n_blocks + out.n_spikes;
 }

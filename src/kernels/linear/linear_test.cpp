@@ -320,6 +320,69 @@ TEST_P(LinearTest, SpikesAtEveryEdge) {
   }
 }
 
+// Rows with fewer values than spikes, whole blocks of spikes, and rows that are not numbers, beside one that is ordinary.
+TEST_P(LinearTest, RowsOfFewValues) {
+  Rng rng(12);
+  const size_t n_in = 4352, n_tokens = 6;
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    const Matrix m = MakeMatrix(type, 19, n_in, rng);
+    std::vector<float> x(n_tokens * n_in), before = RandomVector(n_tokens * n_in, rng);
+    for (size_t t = 1; t <= n_tokens; ++t) before[t * n_in - 1] = 100;
+    x[5] = 3, x[n_in - 1] = -2;                                         // two values
+    for (size_t i = 0; i < 32; ++i) x[n_in + 4320 + i] = i % 2 == 0 ? 1.0f : 2.0f;  // the last block alone
+    for (size_t i = 0; i < 40; ++i) x[2 * n_in + i] = 5;                // more than a block of equal ones
+    for (size_t i = 0; i < n_in; ++i) x[3 * n_in + i] = rng.Normal();
+    for (size_t i = 0; i < n_in; ++i) x[4 * n_in + i] = NAN;
+    for (size_t i = 0; i < n_in; i += 7) x[5 * n_in + i] = i % 2 == 0 ? INFINITY : NAN;
+    for (const bool few : {true, false}) {
+      const size_t most = FewTokens(type, n_in, ComputeType::kInt8);
+      const bool spikes = !few || most == 0 || FewTakeSpikes(GetParam());
+      const std::vector<float> expected = Product(m, RoundToInt8({x.begin(), x.begin() + 4 * n_in}, n_in, spikes), 4);
+      RunLinear(m.view, before, few ? 1 : n_tokens, ComputeType::kInt8);  // leaves its spikes in the work memory
+      std::vector<float> y = few ? std::vector<float>() : RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
+      for (size_t t = 0; few && t < n_tokens; ++t) {
+        const std::vector<float> one(&x[t * n_in], &x[t * n_in] + n_in);
+        const std::vector<float> own = RunLinear(m.view, one, 1, ComputeType::kInt8);
+        y.insert(y.end(), own.begin(), own.end());
+      }
+      if (!few && most >= n_tokens) continue;
+      y.resize(expected.size());
+      EXPECT_LT(NormalizedError(expected, y), 1e-11) << Traits(type).name << (few ? " alone" : " together");
+    }
+  }
+}
+
+// Matrices of the same activations: to the bits of each alone, whatever their types and sizes.
+TEST_P(LinearTest, MatricesTogetherHaveTheBitsOfEachAlone) {
+  Rng rng(13);
+  std::vector<Matrix> matrices;
+  for (const auto& [type, n_out] : {std::pair{DType::kQ4_K, size_t{70}}, {DType::kQ4_K, size_t{9}}, {DType::kQ6_K, size_t{33}},
+                                    {DType::kF16, size_t{1}}, {DType::kF16, size_t{0}}, {DType::kF16, size_t{130}}})
+    matrices.push_back(MakeMatrix(type, n_out, 512, rng));
+  const std::vector<float> x = RandomVector(530 * 512, rng);
+  for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
+    for (const size_t n_tokens : {1, 3, 13, 530}) {
+      std::vector<std::vector<float>> found;
+      std::vector<LinearTerm> terms;
+      for (const Matrix& m : matrices) {
+        found.emplace_back(n_tokens * (m.view.n_out + 2), -77.0f);
+        terms.push_back({m.view, found.back().data(), m.view.n_out + 2});
+      }
+      Linear(terms, x.data(), 512, n_tokens, compute);
+      for (size_t i = 0; i < matrices.size(); ++i) {
+        const size_t n_out = matrices[i].view.n_out;
+        const std::vector<float> alone = RunLinear(matrices[i].view, x, n_tokens, compute);
+        for (size_t t = 0; t < n_tokens; ++t) {
+          ASSERT_EQ(0, std::memcmp(&found[i][t * (n_out + 2)], alone.data() + t * n_out, n_out * sizeof(float)))
+              << ComputeTypeName(compute) << ", " << n_tokens << " tokens, matrix " << i;
+          EXPECT_EQ(found[i][t * (n_out + 2) + n_out], -77.0f);
+        }
+      }
+    }
+  }
+}
+
 // An output depends on its own row and token only: not on the other tokens of the call, nor on the threads.
 TEST_P(LinearTest, SameBitsWhateverTheCompanyAndTheThreads) {
   Rng rng(5);
