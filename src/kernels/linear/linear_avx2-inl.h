@@ -409,11 +409,14 @@ inline __m256 EightBytes(uint64_t bytes, int subtract, float factor) {
 // them together: vector units have the codes to do.
 template <size_t kBytes>
 inline __m128i EightWords(const uint8_t* p, size_t n_blocks) {
+  const auto words = [](uint64_t low, uint64_t high) {
+    return _mm_insert_epi64(_mm_cvtsi64_si128(static_cast<long long>(low)), static_cast<long long>(high), 1);
+  };
   if (n_blocks < 8) {
-    uint16_t words[8] = {};
+    uint64_t some[2] = {};
 #pragma GCC unroll 1
-    for (size_t b = 0; b < n_blocks; ++b) words[b] = Load16(p + b * kBytes);
-    return Load16Bytes(reinterpret_cast<const uint8_t*>(words));
+    for (size_t b = 0; b < n_blocks; ++b) some[b / 4] |= uint64_t{Load16(p + b * kBytes)} << (16 * (b % 4));
+    return words(some[0], some[1]);
   }
   uint64_t low = Load16(p), high = Load16(p + 4 * kBytes);
   Unrolled<3>([&](auto i) __attribute__((always_inline)) {
@@ -421,8 +424,7 @@ inline __m128i EightWords(const uint8_t* p, size_t n_blocks) {
     low |= uint64_t{Load16(p + b * kBytes)} << (16 * b);
     high |= uint64_t{Load16(p + (4 + b) * kBytes)} << (16 * b);
   });
-  const __m128i half = _mm_cvtsi64_si128(static_cast<long long>(low));
-  return _mm_insert_epi64(half, static_cast<long long>(high), 1);
+  return words(low, high);
 }
 
 // n_blocks: how many of the eight blocks of 32 there are; the scales of others are zero, or mean nothing.

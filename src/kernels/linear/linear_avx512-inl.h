@@ -480,9 +480,10 @@ inline size_t PrefetchAhead(size_t n_rows, size_t row_bytes, size_t apart) {
   return n_rows == 1 || apart > 1 ? kBytes : (kBytes + step - 1) / step * step;
 }
 
-template <_mm_hint kHint = _MM_HINT_T0>
+// To the first cache (3) or the second (2).
+template <int kLocality = 3>
 inline void Prefetch(const uint8_t* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), kHint);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, kLocality);
 }
 
 // Calls some(rows, first token, number of tokens, first row) with at most kDotTokens tokens; when there are more, by

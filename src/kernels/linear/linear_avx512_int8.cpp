@@ -265,13 +265,20 @@ struct Step {
   __m512i codes[2];
   __m128 d, m;
 
-  inline void Load(const uint8_t* p) {
+  __attribute__((always_inline)) inline void Load(const uint8_t* p) {
     Group::Codes(p, codes);
     d = Group::Scales(p);
     if constexpr (kHasMin) m = Group::Mins(p);
   }
 
-  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
+  // Of the four blocks only the first ones count.
+  __attribute__((always_inline)) inline void Keep(size_t n_blocks) {
+    const auto kept = static_cast<__mmask8>((1u << n_blocks) - 1);
+    d = _mm_maskz_mov_ps(kept, d);
+    if constexpr (kHasMin) m = _mm_maskz_mov_ps(kept, m);
+  }
+
+  __attribute__((always_inline)) inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
     const __m512i x0 = _mm512_loadu_si512(x.q + s * 128), x1 = _mm512_loadu_si512(x.q + s * 128 + 64);
     const __m512 scale = _mm512_castps128_ps512(_mm_mul_ps(d, _mm_loadu_ps(x.scale + s * 4)));
     if constexpr (IsMerged(kType)) {
@@ -299,14 +306,14 @@ struct StepK45 {
   __m512i codes[4];
   __m256 d, m;
 
-  inline void Load(const uint8_t* p) {
+  __attribute__((always_inline)) inline void Load(const uint8_t* p) {
     K45Codes<kType>(p, codes);
     const ScalesAndMins packed = UnpackScales(p + 4);
     d = _mm256_mul_ps(BytesToFloat8(packed.scales), _mm256_set1_ps(HalfAt(p)));
     m = _mm256_mul_ps(BytesToFloat8(packed.mins), _mm256_set1_ps(HalfAt(p + 2)));
   }
 
-  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
+  __attribute__((always_inline)) inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
     const __m512i lanes[4] = {HalfLanes(0, 2), HalfLanes(1, 3), HalfLanes(4, 6), HalfLanes(5, 7)};
     const __m512 scale = _mm512_castps256_ps512(_mm256_mul_ps(d, _mm256_loadu_ps(x.scale + s * 8)));
     min_acc = _mm256_fnmadd_ps(m, _mm256_loadu_ps(x.sum + s * 8), min_acc);
@@ -332,13 +339,13 @@ struct Step<DType::kIQ4_XS> {
   __m512i codes[4];
   __m256 d;
 
-  inline void Load(const uint8_t* p) {
+  __attribute__((always_inline)) inline void Load(const uint8_t* p) {
     for (size_t v = 0; v < 2; ++v) SplitNibbles(_mm512_loadu_si512(p + 8 + 64 * v), codes + 2 * v);
     for (size_t v = 0; v < 4; ++v) codes[v] = LookUp(ShiftedIq4Table(), codes[v]);
     d = Iq4XsScales(p);
   }
 
-  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256&) const {
+  __attribute__((always_inline)) inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256&) const {
     const __m512 scale = _mm512_castps256_ps512(_mm256_mul_ps(d, _mm256_loadu_ps(x.scale + s * 8)));
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
@@ -359,13 +366,13 @@ struct Step<DType::kQ2_K> {
   __m512i codes[4];
   __m512 d, m;
 
-  inline void Load(const uint8_t* p) {
+  __attribute__((always_inline)) inline void Load(const uint8_t* p) {
     Q2Codes(p, codes);
     d = Q2Scales(p);
     m = Q2Mins(p);
   }
 
-  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
+  __attribute__((always_inline)) inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
     const __m512 scale = _mm512_mul_ps(d, _mm512_loadu_ps(x.scale + s * 16));
     min_acc = _mm256_fnmadd_ps(_mm512_castps512_ps256(m), _mm256_loadu_ps(x.sum + s * 16), min_acc);
     min_acc = _mm256_fnmadd_ps(_mm512_extractf32x8_ps(m, 1), _mm256_loadu_ps(x.sum + s * 16 + 8), min_acc);
@@ -386,7 +393,7 @@ struct StepQ36 {
   __m512i codes[4];
   __m512 d;
 
-  inline void Load(const uint8_t* p) {
+  __attribute__((always_inline)) inline void Load(const uint8_t* p) {
     if constexpr (kType == DType::kQ3_K) {
       Q3Codes(p, codes);
       d = Q3Scales(p);
@@ -396,7 +403,7 @@ struct StepQ36 {
     }
   }
 
-  inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256&) const {
+  __attribute__((always_inline)) inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256&) const {
     const __m512 scale = _mm512_mul_ps(d, _mm512_loadu_ps(x.scale + s * 16));
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
@@ -420,10 +427,16 @@ struct RowProduct {
   __m512 acc[kRows][kTokens];
   __m256 min_acc[kRows][kTokens];
 
-  inline void Add(const uint8_t* const* at, size_t s, const Int8Row* x) {
+  // Of the step's blocks of 32 the first n_blocks.
+  __attribute__((always_inline)) inline void Add(const uint8_t* const* at, size_t s, size_t n_blocks, const Int8Row* x) {
     S step[kRows];
 #pragma GCC unroll 2
-    for (size_t r = 0; r < kRows; ++r) step[r].Load(at[r]);
+    for (size_t r = 0; r < kRows; ++r) {
+      step[r].Load(at[r]);
+      if constexpr (S::kElements == 128) {
+        if (n_blocks < 4) step[r].Keep(n_blocks);
+      }
+    }
 #pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
@@ -431,9 +444,9 @@ struct RowProduct {
     }
   }
 
-  // Rows `apart` rows from each other, the first at `row`.
-  inline void Run(const uint8_t* row, size_t row_bytes, size_t apart, size_t n, const Int8Row* x, float* y,
-                  size_t y_stride) {
+  // Rows `apart` rows from each other, the first at `row`; bytes before `end` may be read.
+  inline void Run(const uint8_t* row, const uint8_t* end, size_t row_bytes, size_t apart, size_t n, const Int8Row* x,
+                  float* y, size_t y_stride) {
 #pragma GCC unroll 2
     for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -447,20 +460,22 @@ struct RowProduct {
         at[r] = row + r * apart * row_bytes + s * S::kBytes;
         // Q8_0 is bound by memory, and comes fastest to the second cache, from further ahead.
         if constexpr (kType == DType::kQ8_0) {
-          Prefetch<_MM_HINT_T1>(at[r] + 4096, S::kBytes);
+          Prefetch<2>(at[r] + 4096, S::kBytes);
         } else {
           Prefetch(at[r] + PrefetchAhead(kRows, row_bytes, apart), S::kBytes);
         }
       }
-      Add(at, s, x);
+      Add(at, s, S::kElements / 32, x);
     }
     if (s * S::kElements < n) {
-      uint8_t last[kRows][S::kBytes] = {};  // blocks beyond the row's end have scale zero
+      uint8_t last[kRows][S::kBytes];
       for (size_t r = 0; r < kRows; ++r) {
-        __builtin_memcpy(last[r], row + r * apart * row_bytes + s * S::kBytes, row_bytes - s * S::kBytes);
+        at[r] = row + r * apart * row_bytes + s * S::kBytes;
+        if (at[r] + S::kBytes <= end) continue;  // what lies behind the row does not count
+        __builtin_memcpy(last[r], at[r], row_bytes - s * S::kBytes);
         at[r] = last[r];
       }
-      Add(at, s, x);
+      Add(at, s, (n - s * S::kElements) / 32, x);
     }
 #pragma GCC unroll 2
     for (size_t r = 0; r < kRows; ++r) {
@@ -480,7 +495,8 @@ void DotRows(const RowBlock& block, const Int8Activations& x, size_t token, floa
   for (size_t t = 0; t < kTokens; ++t) tokens[t] = TokenRow(x, token + t);
   const auto run = [&]<size_t kRows>(size_t r, size_t apart) {
     RowProduct<kType, kTokens, kRows> product;
-    product.Run(block.rows + r * block.row_bytes, block.row_bytes, apart, block.n, tokens, y + r, y_stride);
+    product.Run(block.rows + r * block.row_bytes, block.rows + block.n_rows * block.row_bytes, block.row_bytes, apart,
+                block.n, tokens, y + r, y_stride);
   };
   const size_t apart = block.n_rows / kStreams;
   for (size_t r = 0; r < apart; ++r) run.template operator()<kStreams>(r, apart);

@@ -353,6 +353,28 @@ TEST_P(LinearTest, RowsOfFewValues) {
   }
 }
 
+// What the kernels read behind a row's end does not count, not even where it is no number.
+TEST_P(LinearTest, RowsDoNotSeeTheirNeighbours) {
+  Rng rng(14);
+  for (DType type : kTypes) {
+    if (Traits(type).block_elements == 1) continue;
+    for (const size_t n_in : RowLengths(type)) {
+      Matrix m = MakeMatrix(type, 5, n_in, rng);
+      const std::vector<float> x = RandomVector(20 * n_in, rng);
+      for (const size_t n_tokens : {1, 2, 3, 4, 20}) {
+        const std::vector<float> before = RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
+        Matrix broken = m;
+        broken.view.data = broken.bytes.data() + 2;
+        std::memset(broken.bytes.data() + 2 + RowBytes(type, n_in), 0xff, 2 * RowBytes(type, n_in));
+        const std::vector<float> after = RunLinear(broken.view, x, n_tokens, ComputeType::kInt8);
+        for (size_t t = 0; t < n_tokens; ++t)
+          for (const size_t o : {0, 3, 4})
+            ASSERT_EQ(before[t * 5 + o], after[t * 5 + o]) << Traits(type).name << ' ' << n_in << ", row " << o;
+      }
+    }
+  }
+}
+
 // Matrices of the same activations: to the bits of each alone, whatever their types and sizes.
 TEST_P(LinearTest, MatricesTogetherHaveTheBitsOfEachAlone) {
   Rng rng(13);
