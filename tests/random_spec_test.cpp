@@ -318,7 +318,6 @@ void ExpectGoesOn(const Subject& s, SequenceCache& cache, size_t first, bool sam
 bool KeepsBytes(const Subject& s) {
   const LayerPolicy& policy = s.config->global();
   if (policy.codec->traits().group_rows > 1 || policy.bunches().rows > 1) return false;
-  if (s.whole->Stats().recall.file_bytes > 0) return false;  // which blocks of rows are still there depends on the steps
   return policy.selector->Bounded() || policy.budgeter->differ() == BudgetsDiffer::kNowhere;
 }
 

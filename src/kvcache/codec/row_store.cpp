@@ -17,11 +17,13 @@
 
 namespace lesskv {
 
-RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims)
+RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims,
+                   size_t n_apart)
     : counter_(&counter),
       shape_(shape),
       types_(types),
       key_dims_(std::move(key_dims)),
+      n_apart_(n_apart),
       table_(shape.layers),
       heads_(table_.size()) {
   for (const LayerShape& layer : shape.layers) {
@@ -51,7 +53,7 @@ std::set<const CountedBuffer*> RowStore::Settled(const SettledRows& settled) con
 }
 
 std::unique_ptr<RowStore> RowStore::CloneWith(ByteCounter& counter, const SettledRows& settled) const {
-  auto copy = std::make_unique<RowStore>(counter, shape_, types_, key_dims_);
+  auto copy = std::make_unique<RowStore>(counter, shape_, types_, key_dims_, n_apart_);
   const std::set<const CountedBuffer*> stays = Settled(settled);
   std::map<const CountedBuffer*, std::shared_ptr<CountedBuffer>> copies;  // what regions lie in together stays so
   const auto copy_region = [&](Region& region) {
@@ -129,10 +131,16 @@ void RowStore::ResizeArena(const Formats& formats, Head& head, size_t rows) {
 }
 
 void RowStore::Grow(std::span<const size_t> rows) {
+  const size_t n_apart = n_apart_ < table_.n_layers() ? table_(n_apart_, 0) : 0;
+  GrowHeads(0, n_apart, rows);
+  GrowHeads(n_apart, heads_.size(), rows);
+}
+
+void RowStore::GrowHeads(size_t first, size_t end, std::span<const size_t> rows) {
   for (const bool filled : {true, false}) {
     std::vector<size_t> missing(heads_.size());
     std::vector<const Formats*> formats;
-    for (size_t i = 0; i < heads_.size(); ++i) {
+    for (size_t i = first; i < end; ++i) {
       const size_t capacity = heads_[i].capacity(), block = heads_[i].region_rows;
       if (rows[i] <= capacity) continue;
       missing[i] = filled ? (rows[i] - capacity) / block : CeilDiv(rows[i] - capacity, block);
@@ -140,7 +148,7 @@ void RowStore::Grow(std::span<const size_t> rows) {
     }
     const std::vector<size_t> block_rows(formats.size(), heads_.empty() ? 0 : heads_[0].region_rows);
     const std::vector<Region> blocks = Allocate(*counter_, formats, block_rows);
-    for (size_t i = 0, next = 0; i < heads_.size(); ++i)
+    for (size_t i = first, next = 0; i < end; ++i)
       for (size_t n = missing[i]; n > 0; --n) heads_[i].regions.push_back(blocks[next++]);
   }
 }
@@ -679,9 +687,6 @@ void RowStore::SaveTile(const Formats& formats, RowSide side, const Head& head, 
   out.Raw(copy.data(), TileBytes(format));
 }
 
-namespace {
-
-// Codes whose scale is no finite number have sums that overflow.
 void RequireFiniteScales(const RowFormat& format, const std::byte* tile) {
   if (format.type != RowType::kQ8 && format.type != RowType::kQ4) return;
   std::vector<float> rows(kTileRows * format.head_dim);
@@ -689,8 +694,6 @@ void RequireFiniteScales(const RowFormat& format, const std::byte* tile) {
   if (!std::ranges::all_of(rows, [](float x) { return std::isfinite(x); }))
     Fail(ErrorCode::kBadFile, "saved cache: a row of {} has a scale that is not finite", Name(format.type));
 }
-
-}  // namespace
 
 void RowStore::LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const {
   const RowFormat& format = side == RowSide::kKeys ? formats.keys : formats.values;

@@ -2,7 +2,7 @@
 //
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
-// can hold them; those that the step fills and the last ones have one each, because full ones are shared with clones
+// can hold them (two, where some layers may give theirs back before the others); those that the step fills and the last ones have one each, because full ones are shared with clones
 // where nothing ever leaves (StoreShape::keeps_all). Where budgets differ between heads (StoreShape::packs) all heads
 // share one region, in which each has exactly its budget side by side with the others', so that only the whole is rounded
 // up; rows that a growing head takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
@@ -44,10 +44,16 @@ struct RowTypes {
 };
 inline constexpr RowTypes kF16Rows;
 
+// Of rows that were read from a file. Throws Error(kBadFile) where codes of a tile have a scale that is no finite number,
+// as their sums would overflow.
+void RequireFiniteScales(const RowFormat& format, const std::byte* tile);
+
 class RowStore final : public KvStore {
  public:
   // key_dims: the channels that keys have, a layer, where they are not all of the head's (think_store.h).
-  RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims = {});
+  // n_apart: first layers that may keep blocks that the others give back (cluster_store.h).
+  RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims = {},
+           size_t n_apart = 0);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
   void AddShareable(std::vector<SharedPart>& parts) const override;
@@ -170,6 +176,7 @@ class RowStore final : public KvStore {
   SlotMap Compact(size_t layer, size_t kv_head, std::span<const Departure> leaving, size_t n_new, const WriteRow* write);
   void ReserveHeads(const StepRoom& room, std::span<const size_t> entering);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
+  void GrowHeads(size_t first, size_t end, std::span<const size_t> rows);
   // The same for heads from first_head on, with last blocks as long as they must be.
   void GrowExactly(size_t first_head, std::span<const size_t> rows);
   void LengthenLast(const Formats& formats, Head& head, size_t rows);
@@ -190,6 +197,7 @@ class RowStore final : public KvStore {
   StoreShape shape_;
   RowTypes types_;
   std::vector<size_t> key_dims_;
+  size_t n_apart_;
   HeadTable table_;
   std::vector<Formats> formats_;  // [n_layers]
   size_t widest_ = 0, most_heads_ = 0;

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -14,6 +15,11 @@
 #include "base/error.h"
 
 namespace lesskv {
+namespace {
+
+const auto kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+
+}  // namespace
 
 ClusterFile::ClusterFile(std::string folder) : folder_(std::move(folder)) {
   std::string name = folder_ + "/lesskv-clusters-XXXXXX";
@@ -36,6 +42,9 @@ void ClusterFile::FailIo(const char* what, size_t bytes, int error_number) const
 void ClusterFile::Resize(size_t bytes) {
   Unmap();
   if (bytes > size_) {
+    struct stat now = {};  // new room behind rows that are gone would have zeros for them
+    if (fstat(file_, &now) != 0) FailIo("read", size_, errno);
+    if (static_cast<size_t>(now.st_size) < size_) FailIo("read", size_, 0);
     const int error = posix_fallocate(file_, static_cast<off_t>(size_), static_cast<off_t>(bytes - size_));
     if (error != 0) {
       [[maybe_unused]] const int ignored = ftruncate(file_, static_cast<off_t>(size_));  // what was had of it
@@ -80,7 +89,26 @@ void ClusterFile::ReadPieces(size_t offset, std::span<std::byte* const> to, size
   }
 }
 
-const std::byte* ClusterFile::Map() const {
+// Mapped pages that cannot be had kill the program when they are touched, so the system is asked to have them first.
+const std::byte* ClusterFile::Map(size_t offset, size_t bytes) const {
+  const std::byte* const all = MapAll();
+  const size_t first = offset / kPage * kPage;
+  int failed = -1;
+#ifdef MADV_POPULATE_READ  // Linux 5.14
+  failed = madvise(const_cast<std::byte*>(all) + first, offset + bytes - first, MADV_POPULATE_READ);
+#endif
+  if (failed != 0) ReadThrough(offset, bytes);
+  return all + offset;
+}
+
+// Says what is wrong with bytes that cannot be read, and has the system hold those that can.
+void ClusterFile::ReadThrough(size_t offset, size_t bytes) const {
+  std::vector<std::byte> piece(std::min<size_t>(bytes, 1 << 16));
+  for (size_t done = 0; done < bytes; done += piece.size())
+    Read(offset + done, std::span(piece).first(std::min(piece.size(), bytes - done)));
+}
+
+const std::byte* ClusterFile::MapAll() const {
   const std::lock_guard lock(mutex_);
   if (mapped_ == nullptr) {
     void* const memory = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_, 0);

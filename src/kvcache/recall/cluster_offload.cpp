@@ -59,6 +59,11 @@ size_t ClusterOffload::Offset(const Extent& extent, size_t layer, size_t kv_head
   return offset + kv_head * HeadBytes(layer, extent.rows);
 }
 
+// Of a head's regions, behind its keys.
+size_t ClusterOffload::ValuesAt(const Extent& extent, size_t layer) const {
+  return RegionBytes(formats_[layer].keys, extent.tiles() * kTileRows);
+}
+
 const ClusterOffload::Extent& ClusterOffload::Find(size_t row) const {
   const auto behind = std::upper_bound(extents_.begin(), extents_.end(), row,
                                        [](size_t r, const Extent& extent) { return r < extent.first_row; });
@@ -160,8 +165,7 @@ void ClusterOffload::LoadTiles(size_t layer, size_t kv_head, const Cache& cache,
   if (slots.empty()) return;
   const Formats& formats = formats_[layer];
   const size_t key_bytes = TileBytes(formats.keys), value_bytes = TileBytes(formats.values);
-  const size_t keys = Offset(extent, layer, kv_head);
-  const size_t values = keys + RegionBytes(formats.keys, extent.tiles() * kTileRows);
+  const size_t keys = Offset(extent, layer, kv_head), values = keys + ValuesAt(extent, layer);
   std::vector<std::byte*> to;
   for (const size_t slot : slots) to.push_back(cache.keys + slot * key_bytes);
   file_->ReadPieces(keys + first_tile * key_bytes, to, key_bytes);
@@ -206,9 +210,13 @@ void ClusterOffload::AddPart(size_t layer, size_t kv_head, const Extent& extent,
       AddSpan(keys, formats.keys, cache.keys, slot * kTileRows + lane, count);
       AddSpan(values, formats.values, cache.values, slot * kTileRows + lane, count);
     } else {  // more than the cache holds: where it lies
-      const std::byte* const region = file_->Map() + Offset(extent, layer, kv_head);
-      AddSpan(keys, formats.keys, region, row, count);
-      AddSpan(values, formats.values, region + RegionBytes(formats.keys, extent.tiles() * kTileRows), row, count);
+      const auto add = [&](std::vector<RowSpan>& spans, const RowFormat& format, size_t region) {
+        const size_t at = tile * TileBytes(format);
+        AddSpan(spans, format, file_->Map(region + at, RegionBytes(format, kTileRows)) - at, row, count);
+      };
+      const size_t at = Offset(extent, layer, kv_head);
+      add(keys, formats.keys, at);
+      add(values, formats.values, at + ValuesAt(extent, layer));
     }
     row += count;
   }
@@ -229,20 +237,19 @@ void ClusterOffload::AddAll(size_t layer, size_t kv_head, std::vector<RowSpan>& 
                             std::vector<RowSpan>& values) const {
   for (size_t i = 0; i < extents_before_; ++i) {
     const Extent& extent = extents_[i];
-    const std::byte* const region = file_->Map() + Offset(extent, layer, kv_head);
+    const std::byte* const region = file_->Map(Offset(extent, layer, kv_head), HeadBytes(layer, extent.rows));
     keys.push_back({formats_[layer].keys, region, 0, extent.rows});
-    values.push_back({formats_[layer].values, region + RegionBytes(formats_[layer].keys, extent.tiles() * kTileRows), 0,
-                      extent.rows});
+    values.push_back({formats_[layer].values, region + ValuesAt(extent, layer), 0, extent.rows});
   }
 }
 
 void ClusterOffload::ReadRow(size_t layer, size_t kv_head, size_t row, std::byte* keys, std::byte* values) const {
   const Extent& extent = Find(row);
   const Formats& formats = formats_[layer];
-  const std::byte* const region = file_->Map() + Offset(extent, layer, kv_head);
+  const std::byte* const region = file_->Map(Offset(extent, layer, kv_head), HeadBytes(layer, extent.rows));
   const size_t slot = row - extent.first_row;
   CopyRow(formats.keys, region, slot, keys, 0);
-  CopyRow(formats.values, region + RegionBytes(formats.keys, extent.tiles() * kTileRows), slot, values, 0);
+  CopyRow(formats.values, region + ValuesAt(extent, layer), slot, values, 0);
 }
 
 void ClusterOffload::Save(ByteWriter& out) const {
@@ -251,6 +258,24 @@ void ClusterOffload::Save(ByteWriter& out) const {
   const size_t at = out.bytes.size();
   out.bytes.resize(at + file_bytes());
   if (file_ != nullptr) file_->Read(0, std::span(out.bytes).subspan(at));
+}
+
+void ClusterOffload::RequireFiniteScales(std::span<const std::byte> file) const {
+  ByteCounter scratch;
+  const auto require = [&](const RowFormat& format, size_t region, size_t tiles) {
+    CountedBuffer tile(scratch, RegionBytes(format, kTileRows));
+    for (size_t t = 0; t < tiles; ++t) {
+      std::memcpy(tile.data(), &file[region + t * TileBytes(format)], TileBytes(format));
+      lesskv::RequireFiniteScales(format, tile.data());
+    }
+  };
+  for (const Extent& extent : extents_)
+    for (size_t layer = options_.skip; layer < layers_.size(); ++layer)
+      for (size_t h = 0; h < layers_[layer].n_kv_heads; ++h) {
+        const size_t region = Offset(extent, layer, h);
+        require(formats_[layer].keys, region, extent.tiles());
+        require(formats_[layer].values, region + ValuesAt(extent, layer), extent.tiles());
+      }
 }
 
 void ClusterOffload::Load(ByteReader& in, size_t max_rows) {
@@ -267,6 +292,7 @@ void ClusterOffload::Load(ByteReader& in, size_t max_rows) {
   if (bytes > in.rest.size())
     Fail(ErrorCode::kBadFile, "saved cache: {} more bytes expected, {} found", bytes, in.rest.size());
   Reserve(rows);
+  RequireFiniteScales(in.rest.first(bytes));
   if (n > 0) file_->Write(0, in.rest.first(bytes));
   in.rest = in.rest.subspan(bytes);
   EndStep();

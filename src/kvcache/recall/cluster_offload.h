@@ -77,7 +77,9 @@ class ClusterOffload {
   size_t HeadBytes(size_t layer, size_t rows) const;
   size_t ExtentBytes(size_t rows) const;
   size_t Offset(const Extent& extent, size_t layer, size_t kv_head) const;
+  size_t ValuesAt(const Extent& extent, size_t layer) const;
   const Extent& Find(size_t row) const;
+  void RequireFiniteScales(std::span<const std::byte> file) const;
   void AddExtents(std::span<const size_t> batch_rows);
   std::vector<CountedBuffer> MakeCaches() const;
   Cache CacheOf(size_t layer, size_t kv_head);

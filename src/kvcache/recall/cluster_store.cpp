@@ -40,7 +40,7 @@ ClusterStore::ClusterStore(ByteCounter& counter, const StoreShape& shape, const 
       types_(types),
       options_(options),
       table_(shape.layers),
-      rows_(std::make_unique<RowStore>(counter, shape, types)),
+      rows_(std::make_unique<RowStore>(counter, shape, types, std::vector<size_t>{}, options.folder.empty() ? 0 : options.skip)),
       offload_(MakeOffload()) {}
 
 std::unique_ptr<ClusterOffload> ClusterStore::MakeOffload() const {

@@ -1,5 +1,6 @@
 // ClusterKV: the arithmetic by hand and by its properties, and the store against exact arithmetic over the rows that
 // its own clusters say.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -623,6 +624,76 @@ TEST(ClusterOffload, AnswersAsInMemory) {
         }
 }
 
+// A life of random steps under random options: where rows lie changes no bit, and what single tokens read is what exact
+// arithmetic says.
+TEST(ClusterOffload, RandomLivesAreThoseOfExactArithmetic) {
+  const Folder folder;
+  size_t n_checked = 0;
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    Rng rng(seed * 2 + 1);
+    const auto one_of = [&](std::initializer_list<size_t> list) { return list.begin()[rng.Below(list.size())]; };
+    const Shape shape{1 + rng.Below(3), 1 + rng.Below(2), one_of({1, 2, 4}), one_of({8, 20, 32})};
+    ClusterOptions options{.budget = 1,
+                           .by_group = rng.Below(2) == 1,
+                           .sinks = one_of({0, 1, 5, 16, 40, 300}),
+                           .size = one_of({1, 3, 17, 80}),
+                           .every = one_of({1, 2, 7, 40, 320}),
+                           .passes = one_of({0, 1, 4}),
+                           .skip = rng.Below(shape.n_layers)};
+    options.budget += options.sinks + one_of({0, 1, 10, 60, 1000});
+    options.added = 1 + rng.Below(std::min<size_t>(options.every, 4));
+    SCOPED_TRACE(testing::Message() << "seed " << seed << ": " << options.budget << " rows, sinks " << options.sinks << ", size "
+                                    << options.size << ", every " << options.every);
+    ByteCounter counter, file_counter;
+    Driver memory = Make(shape, options, counter);
+    options.folder = folder.path();
+    options.cache_rows = one_of({1, 17, 50, 1000});
+    Driver file = Make(shape, options, file_counter);
+    const size_t layer = shape.n_layers - 1, d = shape.d, n_most = one_of({60, 250, 700});
+    while (memory.n_tokens < n_most) {
+      const bool is_prompt = rng.Below(6) == 0;
+      const size_t n = is_prompt ? 1 + rng.Below(n_most / 3) : rng.Below(4) == 0 ? 1 + rng.Below(9) : 1;
+      const size_t clustered = memory.clusters().clustered_rows(), all = memory.n_tokens + n;
+      const bool chooses = n == 1 && !is_prompt && clustered > 0 && clustered + options.sinks > options.budget;
+      std::map<size_t, std::vector<double>> exact;  // by query head
+      memory.before_attention = [&](size_t l) {
+        if (l != layer || !chooses || rng.Below(2) > 0) return;
+        // What every query head is to read, of what is there when the queries come.
+        Ids rows(all);
+        std::iota(rows.begin(), rows.end(), 0u);
+        std::vector<float> k(all * d), v(all * d);
+        const std::vector<float> q = memory.queries[layer];
+        for (size_t head = 0; head < shape.n_heads(); ++head) {
+          const size_t h = head / shape.group;
+          memory.store->ReadRows(layer, h, rows, k.data(), v.data());
+          const std::span<const uint32_t> ends = memory.clusters().Ends(layer, h);
+          std::vector<std::pair<double, size_t>> ranked;
+          for (size_t c = 0; c < ends.size(); ++c) {
+            double score = 0;
+            for (size_t g = options.by_group ? h * shape.group : head; g < (options.by_group ? (h + 1) * shape.group : head + 1); ++g)
+              score += Dot64(&q[g * d], &memory.clusters().Centroids(layer, h)[c * d], d);
+            ranked.push_back({-score, c});
+          }
+          std::sort(ranked.begin(), ranked.end());
+          Ids read(rows.begin(), rows.begin() + static_cast<ptrdiff_t>(options.sinks));
+          for (const auto& [score, c] : ranked)
+            for (size_t r = c == 0 ? 0 : ends[c - 1]; r < ends[c] && read.size() < options.budget; ++r)
+              read.push_back(static_cast<uint32_t>(options.sinks + r));
+          ASSERT_EQ(read.size(), options.budget);
+          for (size_t r = options.sinks + clustered; r < all; ++r) read.push_back(static_cast<uint32_t>(r));
+          exact[head] = Exact(&q[head * d], k, v, read, d);
+        }
+      };
+      const auto want = memory.Step(n, is_prompt), got = file.Step(n, is_prompt);
+      ASSERT_EQ(got, want) << "after " << file.n_tokens;
+      for (const auto& [head, out] : exact)
+        for (size_t c = 0; c < d; ++c) ASSERT_NEAR(want[layer][head * d + c], out[c], 2e-5) << "after " << file.n_tokens;
+      n_checked += exact.size();
+    }
+  }
+  EXPECT_GT(n_checked, 400u);
+}
+
 // The same question again reads nothing anew where the cache holds what it needs; another one reads what is new.
 TEST(ClusterOffload, TheSameQuestionReadsNothing) {
   const Folder folder;
@@ -681,6 +752,30 @@ TEST(ClusterOffload, MemoryIsBounded) {
   EXPECT_LE(counter.now, centroids + heads * 4 * 33 * 4 + heads * (64 + 4 + 128 + 8) * row);
 }
 
+// Also of a text that comes in chunks, beside layers that hold all of it.
+TEST(ClusterOffload, ChunksLeaveMemory) {
+  const Folder folder;
+  const Shape shape{8, 2, 2, 32};
+  const size_t row = 2 * shape.d * sizeof(float);
+  for (const size_t chunk : {1, 40, 130}) {
+    ByteCounter counter;
+    Driver driver = Make(shape,
+                         {.budget = 40,
+                          .by_group = true,
+                          .sinks = 4,
+                          .every = 200,
+                          .added = 2,
+                          .skip = 2,
+                          .folder = folder.path(),
+                          .cache_rows = 64},
+                         counter);
+    while (driver.n_tokens < 1000) driver.Step(chunk, false);
+    const size_t centroids = 6 * shape.n_kv * driver.clusters().n_clusters() * (shape.d + 1) * 4;
+    EXPECT_LE(counter.now, centroids + 6 * shape.n_kv * (64 + 384 + 8) * row + 2 * shape.n_kv * (driver.n_tokens + 128) * row)
+        << chunk;
+  }
+}
+
 // What a token reads twice over is more than the whole text where budgets are large: the cache holds no more than that.
 TEST(ClusterOffload, TheCacheIsNeverLargerThanTheContext) {
   const Folder folder;
@@ -733,19 +828,23 @@ TEST(ClusterOffload, AFullDiskIsOneSentence) {
   ASSERT_EQ(file.Step(1, false), memory.Step(1, false));
 }
 
-// A file that cannot be read fails its own sequence; the others of the step go on, in the same bits as alone.
-TEST(ClusterOffload, AFileThatCannotBeReadFailsItsSequenceAlone) {
-  const Folder folder;
-  constexpr size_t kPrompt = 200, kKv = 2 * 32, kQ = 4 * 32, kLayers = 2;
-  const auto config = CacheConfig::Create(
-      CacheSpec::Parse(fmt::format("cluster(40, sinks=4, size=6, skip=0, offload=\"{}\")+f32", folder.path())),
-      CacheShape::Uniform(kLayers, 4, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
-  Rng rng(7);
-  const std::vector<float> k = Random(kPrompt * kKv, rng), v = Random(kPrompt * kKv, rng), q = Random(kPrompt * kQ, rng);
-  // All sequences of a step read the same tokens; outputs [layer][sequence][tokens].
-  const auto step = [&](std::vector<SequenceCache*> caches, size_t n, StepKind kind, CacheBatch& batch) {
+// The caches of a model of two layers over a folder, which take the same tokens.
+class ClusterFailures : public testing::Test {
+ protected:
+  static constexpr size_t kMost = 200, kKv = 2 * 32, kQ = 4 * 32, kLayers = 2;
+
+  std::shared_ptr<const CacheConfig> Config(const std::string& options) const {
+    return CacheConfig::Create(
+        CacheSpec::Parse(fmt::format("cluster(40, sinks=4, size=6, skip=0, offload=\"{}\"{})+f32", folder_.path(), options)),
+        CacheShape::Uniform(kLayers, 4, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
+  }
+
+  // Outputs [layer][sequence][tokens]; `begun` is called when rows have their room.
+  std::vector<std::vector<float>> Step(std::vector<SequenceCache*> caches, size_t n, StepKind kind,
+                                       const std::function<void()>& begun = {}) {
     for (SequenceCache* cache : caches) cache->BeginStep(n, kind);
-    batch.Start(caches);
+    batch_.Start(caches);
+    if (begun) begun();
     const auto times = [&](const std::vector<float>& x, size_t width) {
       std::vector<float> all;
       for (size_t i = 0; i < caches.size(); ++i)
@@ -755,38 +854,165 @@ TEST(ClusterOffload, AFileThatCannotBeReadFailsItsSequenceAlone) {
     std::vector<std::vector<float>> outs;
     for (size_t layer = 0; layer < kLayers; ++layer) {
       outs.emplace_back(caches.size() * n * kQ);
-      batch.Append(layer, times(k, kKv).data(), times(v, kKv).data());
-      batch.Attend(layer, times(q, kQ).data(), outs.back().data());
+      batch_.Append(layer, times(k_, kKv).data(), times(v_, kKv).data());
+      batch_.Attend(layer, times(q_, kQ).data(), outs.back().data());
     }
     for (size_t i = 0; i < caches.size(); ++i)
-      batch.failure(i) ? caches[i]->CancelStep() : caches[i]->EndStep();
+      batch_.failure(i) ? caches[i]->CancelStep() : caches[i]->EndStep();
     return outs;
-  };
-  SequenceCache broken(config), sound(config), alone(config);
-  CacheBatch batch;
-  step({&broken}, kPrompt, StepKind::kPrompt, batch);
-  size_t n_files = 0;  // its file has no name
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
-    std::error_code gone;
-    const std::string target = std::filesystem::read_symlink(entry.path(), gone);
-    if (gone || !target.starts_with(folder.path())) continue;
-    ASSERT_EQ(ftruncate(std::stoi(entry.path().filename()), 0), 0);
-    ++n_files;
   }
-  ASSERT_EQ(n_files, 1u);
-  step({&sound}, kPrompt, StepKind::kPrompt, batch);
-  step({&alone}, kPrompt, StepKind::kPrompt, batch);
-  const auto want = step({&alone}, 1, StepKind::kDecode, batch);
-  const auto got = step({&broken, &sound}, 1, StepKind::kDecode, batch);
-  for (size_t layer = 0; layer < kLayers; ++layer)
-    EXPECT_EQ(std::vector<float>(got[layer].begin() + kQ, got[layer].end()), want[layer]);
-  EXPECT_FALSE(batch.failure(1));
+
+  // The files of the folder, which have no names.
+  std::vector<int> Files() const {
+    std::vector<int> files;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      std::error_code gone;
+      const std::string target = std::filesystem::read_symlink(entry.path(), gone);
+      if (!gone && target.starts_with(folder_.path())) files.push_back(std::stoi(entry.path().filename()));
+    }
+    return files;
+  }
+
+  void ExpectFailure(size_t i, const char* part) const {
+    try {
+      ASSERT_TRUE(batch_.failure(i));
+      std::rethrow_exception(batch_.failure(i));
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kIo);
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
+  }
+
+  const Folder folder_;
+  Rng rng_{7};
+  const std::vector<float> k_ = Random(kMost * kKv, rng_), v_ = Random(kMost * kKv, rng_), q_ = Random(kMost * kQ, rng_);
+  CacheBatch batch_;
+};
+
+// A file that cannot be read fails its own sequence, whether its rows are read through the cache, past it, or all of
+// them; the others of the step go on, in the same bits as alone.
+TEST_F(ClusterFailures, AFileThatCannotBeReadFailsItsSequenceAlone) {
+  for (const char* const options : {"", ", cache=1"})
+    for (const size_t n : {1, 2}) {
+      SCOPED_TRACE(testing::Message() << n << " tokens" << options);
+      const auto config = Config(options);
+      SequenceCache broken(config), sound(config), alone(config);
+      Step({&broken}, kMost, StepKind::kPrompt);
+      const std::vector<int> files = Files();
+      ASSERT_EQ(files.size(), 1u);
+      ASSERT_EQ(ftruncate(files[0], 0), 0);
+      Step({&sound}, kMost, StepKind::kPrompt);
+      Step({&alone}, kMost, StepKind::kPrompt);
+      const auto want = Step({&alone}, n, StepKind::kDecode), got = Step({&broken, &sound}, n, StepKind::kDecode);
+      for (size_t layer = 0; layer < kLayers; ++layer)
+        EXPECT_EQ(std::vector<float>(got[layer].end() - static_cast<std::ptrdiff_t>(n * kQ), got[layer].end()), want[layer]);
+      EXPECT_FALSE(batch_.failure(1));
+      ExpectFailure(0, "the file ends");
+    }
+}
+
+// Nor are rows that it has no longer read as zeros when it grows.
+TEST_F(ClusterFailures, AFileThatWasCutDoesNotGrow) {
+  SequenceCache cache(Config(""));
+  Step({&cache}, kMost, StepKind::kPrompt);
+  ASSERT_EQ(ftruncate(Files().at(0), 1000), 0);
   try {
-    ASSERT_TRUE(batch.failure(0));
-    std::rethrow_exception(batch.failure(0));
+    cache.BeginStep(50, StepKind::kPrompt);
+    ADD_FAILURE() << "was begun";
   } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::kIo);
     EXPECT_NE(std::string(error.what()).find("the file ends"), std::string::npos) << error.what();
+  }
+}
+
+// One that cannot be written, although there was room, fails its sequence alone.
+TEST_F(ClusterFailures, AFileThatCannotBeWrittenFailsItsSequenceAlone) {
+  const auto config = Config("");
+  SequenceCache broken(config), sound(config), alone(config);
+  const auto want = Step({&alone}, kMost, StepKind::kPrompt);
+  const std::vector<int> before = Files();
+  const auto got = Step({&broken, &sound}, kMost, StepKind::kPrompt, [&] {
+    std::vector<int> files = Files();
+    std::erase_if(files, [&](int file) { return std::ranges::find(before, file) != before.end(); });
+    ASSERT_EQ(files.size(), 2u);
+    const int full = open("/dev/full", O_WRONLY);
+    ASSERT_EQ(dup2(full, std::min(files[0], files[1])), std::min(files[0], files[1]));  // that of the first one
+    close(full);
+  });
+  for (size_t layer = 0; layer < kLayers; ++layer)
+    EXPECT_EQ(std::vector<float>(got[layer].begin() + static_cast<std::ptrdiff_t>(kMost * kQ), got[layer].end()), want[layer]);
+  ExpectFailure(0, "cannot write");
+  EXPECT_FALSE(batch_.failure(1));
+  EXPECT_EQ(Step({&sound}, 1, StepKind::kDecode), Step({&alone}, 1, StepKind::kDecode));
+}
+
+// Whose file is open goes on without its folder; a new file is refused with a sentence, and can be had again later.
+TEST_F(ClusterFailures, AFolderThatIsGoneConcernsNewFilesOnly) {
+  const auto config = Config("");
+  SequenceCache cache(config), other(config);
+  Step({&cache}, 150, StepKind::kPrompt);
+  Step({&other}, 150, StepKind::kPrompt);
+  const std::vector<std::byte> saved = cache.Serialize();
+  std::filesystem::remove_all(folder_.path());
+  EXPECT_EQ(Step({&cache}, 1, StepKind::kDecode), Step({&other}, 1, StepKind::kDecode));
+  EXPECT_EQ(Step({&cache}, 50, StepKind::kPrompt), Step({&other}, 50, StepKind::kPrompt));
+  SequenceCache late(config), restored(config);
+  for (const std::function<void()>& refused :
+       {std::function<void()>([&] { cache.Clone(); }), std::function<void()>([&] { late.BeginStep(100, StepKind::kPrompt); }),
+        std::function<void()>([&] { restored.Restore(saved.data(), saved.size()); })}) {
+    try {
+      refused();
+      ADD_FAILURE() << "there is no folder";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kIo);
+      EXPECT_NE(std::string(error.what()).find("cannot make a file there"), std::string::npos) << error.what();
+    }
+  }
+  std::filesystem::create_directory(folder_.path());
+  restored.Restore(saved.data(), saved.size());
+  EXPECT_TRUE(restored.Serialize() == saved);
+  EXPECT_TRUE(cache.Clone()->Serialize() == cache.Serialize());
+  Step({&late}, 150, StepKind::kPrompt);
+  EXPECT_TRUE(late.Serialize() == saved);
+}
+
+// Codes whose scale is no number are refused wherever they are.
+TEST(ClusterOffload, SavedScalesMustBeFinite) {
+  const Folder folder;
+  const Shape shape{3, 2, 2, 32};
+  const ClusterOptions options{
+      .budget = 21, .sinks = 4, .size = 6, .every = 10, .added = 3, .skip = 1, .folder = folder.path()};
+  for (const RowTypes types : {RowTypes{RowType::kQ8, RowType::kF32}, RowTypes{RowType::kF32, RowType::kQ4}}) {
+    ByteCounter counter, other;
+    Driver driver = Make(shape, options, counter, types);
+    driver.Step(70, true);
+    for (int i = 0; i < 25; ++i) driver.Step(1, false);
+    ByteWriter saved;
+    driver.store->Save(saved);
+    const size_t file = saved.bytes.size() - driver.store->recall().file_bytes;
+    const auto load = [&](size_t at, size_t n) {  // with n bytes that are all ones
+      std::vector<std::byte> bad = saved.bytes;
+      std::fill_n(bad.begin() + static_cast<ptrdiff_t>(at), n, std::byte{0xff});
+      ByteReader in{bad};
+      Make(shape, options, other, types).store->Load(in, std::vector<size_t>(3 * shape.n_kv), 10000);
+    };
+    load(file, 0);
+    const RowFormat keys{types.keys, RowSide::kKeys, shape.d}, values{types.values, RowSide::kValues, shape.d};
+    const size_t n_keys = TileBytes(keys), n_values = TileBytes(values);
+    const size_t last = saved.bytes.size() - RegionBytes(values, kTileRows);  // of the last window, a tile a head
+    for (const auto& [at, n] : {std::pair{file, n_keys}, {last - RegionBytes(keys, kTileRows), n_keys}, {last, n_values}}) {
+      const bool coded = n == n_keys ? types.keys == RowType::kQ8 : types.values == RowType::kQ4;
+      if (!coded) {  // any bits are a float
+        load(at, n);
+        continue;
+      }
+      try {
+        load(at, n);
+        ADD_FAILURE() << "was taken";
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kBadFile);
+        EXPECT_NE(std::string(error.what()).find("scale"), std::string::npos) << error.what();
+      }
+    }
   }
 }
 
