@@ -197,6 +197,11 @@ void ClusterOffload::AddPart(size_t layer, size_t kv_head, const Extent& extent,
     LoadTiles(layer, kv_head, cache, extent, end - missing.size(), missing);
     missing.clear();
   };
+  const std::byte *region_keys = nullptr, *region_values = nullptr;  // where they lie, from the first tile that has no slot
+  const auto map = [&](const RowFormat& format, size_t region, size_t tile) {
+    const size_t at = tile * TileBytes(format), n_tiles = CeilDiv(first + n, kTileRows) - tile;
+    return file_->Map(region + at, RegionBytes(format, n_tiles * kTileRows)) - at;
+  };
   stats.rows_recalled += n;
   for (size_t row = first; row < first + n;) {
     const size_t tile = row / kTileRows, lane = row % kTileRows, count = std::min(kTileRows - lane, first + n - row);
@@ -210,13 +215,13 @@ void ClusterOffload::AddPart(size_t layer, size_t kv_head, const Extent& extent,
       AddSpan(keys, formats.keys, cache.keys, slot * kTileRows + lane, count);
       AddSpan(values, formats.values, cache.values, slot * kTileRows + lane, count);
     } else {  // more than the cache holds: where it lies
-      const auto add = [&](std::vector<RowSpan>& spans, const RowFormat& format, size_t region) {
-        const size_t at = tile * TileBytes(format);
-        AddSpan(spans, format, file_->Map(region + at, RegionBytes(format, kTileRows)) - at, row, count);
-      };
-      const size_t at = Offset(extent, layer, kv_head);
-      add(keys, formats.keys, at);
-      add(values, formats.values, at + ValuesAt(extent, layer));
+      if (region_keys == nullptr) {
+        const size_t region = Offset(extent, layer, kv_head);
+        region_keys = map(formats.keys, region, tile);
+        region_values = map(formats.values, region + ValuesAt(extent, layer), tile);
+      }
+      AddSpan(keys, formats.keys, region_keys, row, count);
+      AddSpan(values, formats.values, region_values, row, count);
     }
     row += count;
   }
