@@ -49,17 +49,17 @@ inline V Field(const uint8_t* p, int shift, int mask) {
   return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask)));
 }
 
-using Ints = int32_t __attribute__((vector_size(32)));
+using Ints = uint32_t __attribute__((vector_size(32)));
 
 inline Ints LoadInts(const void* p) {
   return reinterpret_cast<Ints>(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
 inline V ToFloat(Ints x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
-inline int32_t SumLanes(Ints x) {
+inline uint32_t SumLanes(Ints x) {
   const __m256i all = reinterpret_cast<__m256i>(x);
   __m128i y = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
   y = _mm_add_epi32(y, _mm_unpackhi_epi64(y, y));
-  return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 1)));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 1))));
 }
 inline V LargerMagnitude(V a, V b) {
   return VMax(_mm256_and_ps(b, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))), a);
@@ -83,7 +83,7 @@ inline Ints HighHalves(Ints x, int word) { return word == 0 ? ShiftPairs(x, 4) &
 
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the lowest 16 bits are the whole number's
 constexpr size_t kQuadInts = 2;
-inline Ints StoreQuads(const V* shifted, int32_t* quads) {
+inline Ints StoreQuads(const V* shifted, uint32_t* quads) {
   constexpr int64_t kPairs = 0x0d0c'0504'0908'0100, kZeros = -1;  // bytes 0 1, 8 9, 4 5, 12 13: numbers 0 2 1 3
   const __m256i first = _mm256_setr_epi64x(kPairs, kZeros, kPairs, kZeros);
   const __m256i second = _mm256_setr_epi64x(kZeros, kPairs, kZeros, kPairs);
@@ -95,7 +95,7 @@ inline Ints StoreQuads(const V* shifted, int32_t* quads) {
 }
 
 using Sums = Ints;
-inline Sums StartAt(int32_t x) { return Ints{} + x; }
+inline Sums StartAt(uint32_t x) { return Ints{} + x; }
 inline void AddProducts(Sums& sums, Ints codes, Ints numbers, int) {
   const __m256i products = _mm256_madd_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(numbers));
   Ints sum = sums;

@@ -39,11 +39,17 @@ inline V Field(const uint8_t* p, int shift, int mask) {
 
 // A type of its own because GCC 12 copies sums of type __m512i from one register to another around each addition in a
 // loop.
-using Ints = int32_t __attribute__((vector_size(64)));
+using Ints = uint32_t __attribute__((vector_size(64)));
 
 inline Ints LoadInts(const void* p) { return reinterpret_cast<Ints>(_mm512_loadu_si512(p)); }
 inline V ToFloat(Ints x) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)); }
-inline int32_t SumLanes(Ints x) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x)); }
+inline uint32_t SumLanes(Ints x) {
+  const __m512i all = reinterpret_cast<__m512i>(x);
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  y = _mm_add_epi32(y, _mm_unpackhi_epi64(y, y));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 1))));
+}
 inline V LargerMagnitude(V a, V b) { return _mm512_range_ps(a, b, 0b1011); }
 inline V LoadLanes(const float* p, uint32_t lanes) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
@@ -62,19 +68,19 @@ inline Ints HighHalves(Ints x, int) {
 // 1.5 * 2^23 leaves a whole number in the low bits; 128 more, and the second byte is `high`, the first `low` + 128.
 constexpr float kShift = 12582912.0f + 128;
 constexpr size_t kQuadInts = 4;  // four low bytes, four high bytes, 8 bytes of nothing
-inline Ints StoreQuads(const V* shifted, int32_t* quads) {
+inline Ints StoreQuads(const V* shifted, uint32_t* quads) {
   const __m512i gather =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
   const __m512i flip = _mm512_broadcast_i32x4(_mm_setr_epi32(static_cast<int>(0x80808080u), 0, 0, 0));
   const __m512i bits = _mm512_castps_si512(shifted[0]);
   _mm512_store_si512(quads, _mm512_xor_si512(_mm512_shuffle_epi8(bits, gather), flip));
-  return reinterpret_cast<Ints>(bits) - __builtin_bit_cast(int32_t, kShift);
+  return reinterpret_cast<Ints>(bits) - __builtin_bit_cast(uint32_t, kShift);
 }
 
 struct Sums {
   Ints high, low;
 };
-inline Sums StartAt(int32_t x) { return {Ints{}, Ints{} + x}; }
+inline Sums StartAt(uint32_t x) { return {Ints{}, Ints{} + x}; }
 inline void AddProducts(Sums& sums, Ints codes, Ints numbers, int word) {
   Ints& sum = word == 0 ? sums.low : sums.high;
   sum = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(codes),

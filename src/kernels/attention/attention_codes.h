@@ -1,14 +1,15 @@
 // Decode over q8 and q4 rows where they lie, with integer products of their codes. Part of attention_avx512.cpp and
 // attention_avx2.cpp, inside their own anonymous namespace and after they have defined, besides what attention_simd.h
 // asks for,
-//   Ints: kW 32-bit integers with the operators of integers   LoadInts(bytes)   ToFloat(Ints)   SumLanes(Ints)
+//   Ints: kW 32-bit integers with the operators of unsigned ones, which also what is no number does not overflow, and
+//   ToFloat takes as signed   LoadInts(bytes)   ToFloat(Ints)   SumLanes(Ints)
 //   LargerMagnitude(a, b), a >= 0: a or |b|   LoadLanes(p, lanes), which reads nothing where the bit of a lane is not
 //   set, and LoadF16Lanes(p, lanes): 0 there
-//   kShift, kQuadInts, StoreQuads(V*, int32_t*): 16 whole numbers of up to 32512, to which kShift has been added in
+//   kShift, kQuadInts, StoreQuads(V*, uint32_t*): 16 whole numbers of up to 32512, to which kShift has been added in
 //   float32, as four quads of kQuadInts words, of which two count; returns integers whose lanes have their sum
 //   Bytes(Ints, word), LowHalves(Ints, word), HighHalves(Ints, word): a lane's codes of 8 bits or 4, as word 0 or 1 of
 //   a quad takes them
-//   Sums StartAt(int32_t)   AddProducts(Sums&, codes, numbers, word)   Total(Sums): as Ints
+//   Sums StartAt(uint32_t)   AddProducts(Sums&, codes, numbers, word)   Total(Sums): as Ints
 //
 // Scores: each query is rounded to 16 bits a block of 32 channels (scale = largest / 32512), and its products with the
 // codes are summed up in 32 bits; the codes' offset is taken out by the sums' start. The integer sums are exact, so the
@@ -26,22 +27,22 @@
 #include "kernels/attention/attention_prefill.h"
 
 struct CodedQueries {
-  int32_t* quads;  // [head_dim / 4][stacked][2]
-  int32_t* start;  // [head_dim / 32][stacked]: -offset * sum of values
-  float* scale;    // [head_dim / 32][stacked]
+  uint32_t* quads;  // [head_dim / 4][stacked][2]
+  uint32_t* start;  // [head_dim / 32][stacked]: -offset * sum of values
+  float* scale;     // [head_dim / 32][stacked]; no number where a channel is not finite
 };
 
 // Lies in s.rows.keys, which the fused path does not use otherwise.
 inline CodedQueries PlaceQueries(const DecodeScratch& s, size_t dim, size_t stacked) {
   CodedQueries q;
   q.scale = s.rows.keys;
-  q.start = reinterpret_cast<int32_t*>(q.scale + dim / kQuantBlock * stacked);
+  q.start = reinterpret_cast<uint32_t*>(q.scale + dim / kQuantBlock * stacked);
   q.quads = q.start + dim / kQuantBlock * stacked;
   return q;
 }
 
 // Of the channels that the run's keys have.
-void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, int offset, const CodedQueries& out) {
+void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, uint32_t offset, const CodedQueries& out) {
   constexpr size_t kVectors = kQuantBlock / kW;
   const size_t dim = run.format.head_dim;
   for (size_t m = 0; m < stacked; ++m) {
@@ -51,25 +52,26 @@ void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, 
       float some[kQuantBlock];
       for (size_t c = 0; run.channels && c < kQuantBlock; ++c) some[c] = query[run.channels[block * kQuantBlock + c]];
       if (run.channels) values = some;
-      V x[kVectors], most = Zero();
+      V x[kVectors], most = Zero(), zeros = Zero();
       for (size_t v = 0; v < kVectors; ++v) {
         x[v] = Mul(Load(values + v * kW), Splat(view.scale));
         most = LargerMagnitude(most, x[v]);
+        zeros = Fma(x[v], Zero(), zeros);  // unless it is not finite
       }
       const float largest = ReduceMax(most);
       const V inverse = Splat(largest > 1e-34f ? 32512 / largest : 0);  // finite
       for (size_t v = 0; v < kVectors; ++v) x[v] = Add(Round(Mul(x[v], inverse)), Splat(kShift));
       Ints sum = {};
       for (size_t half = 0; half < 2; ++half) {
-        alignas(64) int32_t quads[4][kQuadInts];
+        alignas(64) uint32_t quads[4][kQuadInts];
         sum += StoreQuads(x + half * kTileVectors, quads[0]);
         for (size_t four = 0; four < 4; ++four) {
           const size_t at = (block * 8 + half * 4 + four) * stacked + m;
           __builtin_memcpy(out.quads + at * 2, quads[four], 8);
         }
       }
-      out.scale[block * stacked + m] = largest / 32512;
-      out.start[block * stacked + m] = -offset * SumLanes(sum);
+      out.scale[block * stacked + m] = largest / 32512 + ReduceAdd(zeros);
+      out.start[block * stacked + m] = 0 - offset * SumLanes(sum);
     }
   }
 }
@@ -232,9 +234,9 @@ inline V PartWeights(const TilePart& part, const float* p, size_t v, V scales) {
 // What the weights of a block (weight * scale of its codes) become: 16-bit integers, times a unit.
 template <int MB>
 struct BlockWeights {
-  alignas(64) int32_t quads[kWeightRows][MB][4][kQuadInts];  // [part][m][four rows]
+  alignas(64) uint32_t quads[kWeightRows][MB][4][kQuadInts];  // [part][m][four rows]
   float unit[MB];
-  int32_t sum[MB];  // of the integers
+  uint32_t sum[MB];  // of the integers
 };
 
 template <int MB>
@@ -279,7 +281,7 @@ template <RowType kType, int MB>
   constexpr size_t kBlockBytes = kType == RowType::kQ8 ? 512 : 256;
   constexpr size_t kFourBytes = kBlockBytes / 4;  // of four rows
   constexpr size_t kSliceBytes = kFourBytes / kTileVectors;
-  constexpr int32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
+  constexpr uint32_t kOffset = kType == RowType::kQ8 ? 128 : 8;
   // Few queries need several sums each to keep the multipliers of AVX-512 busy.
   constexpr int kSums = kW < 16 || MB > 2 ? 1 : (MB == 1 ? 4 : 2);
   Sums sums[kSums][MB][2];

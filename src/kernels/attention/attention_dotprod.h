@@ -76,11 +76,13 @@ void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, 
     const float* query = view.q + m / view.group * view.q_stride + m % view.group * view.head_dim;
     for (size_t block = 0; block < dim / kQuantBlock; ++block) {
       const size_t first = block * kQuantBlock;
-      float values[kQuantBlock];
-      for (size_t c = 0; c < kQuantBlock; ++c)
+      float values[kQuantBlock], zero = 0;
+      for (size_t c = 0; c < kQuantBlock; ++c) {
         values[c] = query[run.channels ? run.channels[first + c] : first + c] * view.scale;
+        zero += values[c] * 0;  // no number where a channel is not finite
+      }
       out.unit[m * (dim / kQuantBlock) + block] =
-          CodeNumbers(values, kQuantBlock, out.high + m * dim + first, out.low + m * dim + first);
+          zero + CodeNumbers(values, kQuantBlock, out.high + m * dim + first, out.low + m * dim + first);
     }
   }
 }

@@ -246,6 +246,7 @@ class Problem {
 
   std::vector<float>& keys() { return keys_; }
   std::vector<float>& values() { return values_; }
+  std::vector<float>& queries() { return queries_; }
   std::vector<float>& bias() { return bias_; }
   std::vector<int32_t>& past_positions() { return past_positions_; }
   const FloatReader& key_reader(bool hooks) const { return *key_readers_[hooks]; }

@@ -144,6 +144,31 @@ TEST_P(AttentionTest, Bf16ProductsStayClose) {
   }
 }
 
+// A query with a channel that is no number has no result, however rows are stored; those beside it have theirs.
+TEST_P(AttentionTest, QueriesThatAreNoNumbersHaveNoResult) {
+  for (RowType type : kTypes)
+    for (size_t n_queries : {1, 3, 9})
+      for (const float bad : {NAN, -NAN}) {
+        SCOPED_TRACE(testing::Message() << Name(type) << " queries " << n_queries << ", " << bad);
+        Case c;
+        c.key_type = c.value_type = type;
+        c.group = 3;
+        c.n_past = 200;
+        c.n_queries = n_queries;
+        Problem problem(c);
+        const Result sound = problem.Run(OneSpan(c.n_rows()));
+        const size_t at = (c.n_queries * c.group - 2) * c.dim;  // of the last query's heads that in the middle
+        problem.queries()[at + 5] = bad;
+        const Result result = problem.Run(OneSpan(c.n_rows()));
+        for (size_t i = 0; i < result.out.size(); ++i) {
+          if (i / c.dim == at / c.dim)
+            EXPECT_TRUE(std::isnan(result.out[i])) << i << ": " << result.out[i];
+          else
+            EXPECT_EQ(result.out[i], sound.out[i]) << i;
+        }
+      }
+}
+
 TEST_P(AttentionTest, SpansSlotsAndThreadsDoNotChangeABit) {
   Rng rng(99);
   for (RowType type : kTypes) {

@@ -732,7 +732,7 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const Formats& formats = FormatsOf(i);
-    const size_t n_rows = in.Count(shape_.grows ? max_rows : budgets[i], "a head's number of rows");
+    const size_t n_rows = in.Count(shape_.grows ? max_rows : std::min(max_rows, budgets[i]), "a head's number of rows");
     head.share = std::exchange(head.next, Share{});
     head.moves = false;
     if (shape_.exact_growth) {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "base/rng.h"
 #include "kvcache/bytes.h"
@@ -154,6 +155,37 @@ TEST(RowStore, SavedScalesAreFinite) {
       }
       EXPECT_EQ(refused, n_scales) << Name(type) << n;
     }
+}
+
+// A head of a damaged file has no more rows than its text, for which alone there is room.
+TEST(RowStore, SavedHeadsHaveNoMoreRowsThanTheText) {
+  const LayerShape shape = Shape(64, RopeStyle::kHalves);
+  const size_t n = 20, width = shape.n_kv_heads * shape.head_dim;
+  const std::vector<float> rows = Random(n * width, 1);
+  const std::vector<size_t> budgets = {150, 250};
+  for (const bool packs : {false, true}) {
+    ByteCounter counter;
+    StoreShape of{{shape}};
+    of.packs = packs;
+    RowStore store(counter, of, kF16Rows);
+    store.Reserve({.n_step = n, .evicts = true, .budgets = budgets});
+    store.Append(0, 0, n, rows.data(), rows.data());
+    for (size_t h = 0; h < shape.n_kv_heads; ++h) store.Close(0, h, {});
+    store.EndStep();
+    ByteWriter saved;
+    store.Save(saved);
+    for (const size_t said : {n, n + 1, size_t{140}}) {
+      std::vector<std::byte> bytes = saved.bytes;
+      std::memcpy(bytes.data(), &said, sizeof said);
+      bytes.resize(1 << 20);
+      RowStore other(counter, of, kF16Rows);
+      ByteReader in{bytes};
+      if (said == n)
+        other.Load(in, budgets, n);
+      else
+        EXPECT_THROW(other.Load(in, budgets, n), Error) << said;
+    }
+  }
 }
 
 // Full blocks of a store that keeps all, and the last one of each head apart.
