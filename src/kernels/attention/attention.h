@@ -20,7 +20,7 @@
 // Up to 4 queries rows are cut into splits (decode), with more queries into tiles (prefill): the two agree to rounding,
 // not in bits. Errors against exact arithmetic, as normalised mean squares: at most 1e-10 in float32; with up to 4 queries
 // and AVX2, AVX-512 or ARM's dot products 1e-7 for q8 and q4 keys, whose queries are rounded to 16 bits a block of
-// 32, and 1e-8 for q8 and q4 values, whose weights are rounded to 16 bits a block and 128 rows; 3e-5 with more queries
+// 32, and 2e-8 for q8 and q4 values, whose weights are rounded to 16 bits a block and 128 rows; 3e-5 with more queries
 // and a ComputeType other than kF32 where it has bfloat16 products.
 //
 // What a job must keep to is checked, and breaking it is a mistake of the calling code (CHECK), not an Error. Pointers

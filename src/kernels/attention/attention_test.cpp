@@ -144,6 +144,55 @@ TEST_P(AttentionTest, Bf16ProductsStayClose) {
   }
 }
 
+// Whatever comes together: sizes, types, spans, weights, windows.
+TEST_P(AttentionTest, RandomCasesMatchFloat64) {
+  for (uint64_t seed = 0; seed < (Slow() ? 60 : 200); ++seed) {
+    Rng rng(seed * 2 + 1);
+    const auto one_of = [&](auto... options) {
+      const size_t list[] = {size_t{options}...};
+      return list[rng.Below(sizeof...(options))];
+    };
+    const auto chance = [&](size_t percent) { return rng.Below(100) < percent; };
+    Case c;
+    c.dim = chance(50) ? one_of(8u, 16u, 32u, 64u, 96u, 128u, 256u) : 1 + rng.Below(256);
+    do c.key_type = kTypes[rng.Below(std::size(kTypes))];
+    while (!Supports(c.key_type, c.dim));
+    do c.value_type = kTypes[rng.Below(std::size(kTypes))];
+    while (!Supports(c.value_type, c.dim));
+    c.group = 1 + rng.Below(16);
+    c.n_past = one_of(0u, rng.Below(40), rng.Below(514), 256u, 512u);
+    const size_t most_queries = 4'000'000 / (c.dim * c.group * (c.n_past + 1)) + 1;
+    c.n_queries = chance(40) ? 1 : std::min(most_queries, one_of(2u, 3u, 4u, 5u, 1 + rng.Below(70)));
+    c.own_rows = chance(85);
+    c.biased = chance(30);
+    c.key_size = chance(20) ? 3 : 1;
+    if (chance(40)) {
+      c.window = 1 + rng.Below(c.n_past + 20);
+      c.first_position = static_cast<int32_t>(c.n_past + rng.Below(30));
+    }
+    if (chance(25)) c.rope = chance(50) ? RopeStyle::kHalves : RopeStyle::kInterleaved;
+    c.seed = seed;
+    SCOPED_TRACE(testing::Message() << "seed " << seed << ": " << Name(c.key_type) << ' ' << Name(c.value_type) << " dim " << c.dim
+                                    << " group " << c.group << " queries " << c.n_queries << " past " << c.n_past << " window "
+                                    << c.window << (c.own_rows ? "" : " without own rows") << (c.biased ? " biased" : "")
+                                    << (c.rope ? " rope" : ""));
+    const Problem problem(c);
+    const bool by_head = chance(50);
+    const size_t longest = one_of(3u, 30u, 1000u);
+    const Result result = problem.RunCut(RandomLayout(c.n_rows(), rng, longest), RandomLayout(c.n_rows(), rng, longest),
+                                         {.keep = c.n_queries == 1, .by_head = by_head});
+    const Problem::Exact exact = problem.Reference();
+    const std::vector<double>& sums = by_head ? exact.head_sums : exact.sums;
+    const double bound = DefaultBound(c);
+    EXPECT_LE(Nmse(result.out, exact.out), bound);
+    EXPECT_LE(Nmse(result.sums, sums), bound);
+    if (c.n_queries == 1) {
+      EXPECT_LE(Nmse(result.received, sums), bound);
+    }
+    ExpectNearLse(result.lse, exact.lse, std::sqrt(bound));
+  }
+}
+
 // A query with a channel that is no number has no result, however rows are stored; those beside it have theirs.
 TEST_P(AttentionTest, QueriesThatAreNoNumbersHaveNoResult) {
   for (RowType type : kTypes)

@@ -13,6 +13,7 @@
 #include "base/threads.h"
 #include "kernels/basic/basic.h"
 #include "kernels/basic/cpu.h"
+#include "kernels/basic/guarded_bytes.h"
 #include "kernels/quants/quants.h"
 #include "kernels/quants/random_row.h"
 
@@ -443,6 +444,43 @@ TEST_P(LinearTest, StridesAreRespectedAndNothingElseIsWritten) {
       const std::vector<float> expected = RunLinear(m.view, dense, n_tokens, compute);
       for (size_t t = 0; t < n_tokens; ++t) {
         for (size_t o = 0; o < 9; ++o) EXPECT_EQ(y[t * 9 + o], o < 5 ? expected[t * 5 + o] : -77.0f);
+      }
+    }
+  }
+}
+
+// Whatever remains of rows, tokens and elements: nothing is read behind the matrix or the tokens, and of the results
+// only the matrix's own columns are written.
+TEST_P(LinearTest, NothingBesideTheOperandsIsTouched) {
+  constexpr float kUntouched = -77;
+  constexpr size_t kMore = 3;  // columns that are not the matrix's
+  const ThreadPool one(1);
+  const ThreadScope scope(one);
+  Rng rng(13);
+  for (DType type : kTypes) {
+    for (const size_t n_in : {RowLengths(type).front(), RowLengths(type).back()}) {
+      for (const size_t n_out : {1, 2, 3, 5, 6, 7, 33, 130}) {
+        const Matrix m = MakeMatrix(type, n_out, n_in, rng);
+        const size_t bytes = m.bytes.size() - 2;
+        const GuardedBytes weights(bytes);
+        std::memcpy(weights.data(), m.view.data, bytes);
+        const WeightView view{type, n_out, n_in, weights.data()};
+        for (const size_t n_tokens : {1, 2, 3, 4, 5, 8, 9, 17, 33}) {
+          const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
+          const size_t stride = n_out + kMore, n_results = (n_tokens - 1) * stride + n_out;
+          const GuardedBytes tokens(x.size() * sizeof(float)), results(n_results * sizeof(float));
+          std::copy(x.begin(), x.end(), tokens.As<float>());
+          float* const y = results.As<float>();
+          for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
+            SCOPED_TRACE(testing::Message() << Traits(type).name << ", " << n_out << " rows of " << n_in << ", " << n_tokens
+                                            << " tokens, compute type " << static_cast<int>(compute));
+            std::fill_n(y, n_results, kUntouched);
+            Linear(view, tokens.As<float>(), n_in, n_tokens, y, stride, compute);
+            const std::vector<float> expected = RunLinear(m.view, x, n_tokens, compute);
+            for (size_t i = 0; i < n_results; ++i)
+              ASSERT_EQ(y[i], i % stride < n_out ? expected[i / stride * n_out + i % stride] : kUntouched) << i;
+          }
+        }
       }
     }
   }
