@@ -217,6 +217,44 @@ TEST_F(ConvertTest, ShardsAndTiesAreRead) {
   EXPECT_EQ(GgufFile::Open(Convert(tied)).FindTensor("output.weight"), nullptr);
 }
 
+TEST_F(ConvertTest, AnotherOutputMatrixIsTakenThoughTheConfigurationTies) {
+  const fs::path tied = Copy("qwen3");
+  const auto flip_sign = [](Tensor& tensor) {
+    if (tensor.name == "lm_head.weight") tensor.data[1] ^= std::byte{0x80};  // the sign of the first value
+  };
+  EditTensors(
+      tied / "model.safetensors", [](Tensor&) {}, "model.embed_tokens.weight", "lm_head.weight");
+  EditTensors(tied / "model.safetensors", flip_sign);
+  const GgufFile file = GgufFile::Open(Convert(tied));
+  EXPECT_TRUE(Noted("lm_head.weight is not the embedding"));
+  ASSERT_NE(file.FindTensor("output.weight"), nullptr);
+  const auto &output = file.FindTensor("output.weight")->data, &embedding = file.FindTensor("token_embd.weight")->data;
+  EXPECT_EQ(output[1], embedding[1] ^ std::byte{0x80});
+  EXPECT_TRUE(std::ranges::equal(output.subspan(2), embedding.subspan(2)));
+}
+
+// llama.cpp refuses a window that no layer has.
+TEST_F(ConvertTest, GemmaWithoutLocalLayersHasNoWindow) {
+  const fs::path model = Copy("gemma3");
+  Edit(model / "config.json", [](Json& json) { json["layer_types"] = std::vector<std::string>(7, "full_attention"); });
+  const GgufFile file = GgufFile::Open(Convert(model));
+  EXPECT_EQ(file.Find("gemma3.attention.sliding_window"), nullptr);
+  EXPECT_EQ(file.Find("gemma3.attention.sliding_window_pattern"), nullptr);
+  EXPECT_TRUE(ReadModelConfig(file).local.empty());
+  EXPECT_NE(GgufFile::Open(Convert(kModels / "gemma3")).Find("gemma3.attention.sliding_window"), nullptr);
+}
+
+// As in transformers 5: the ratio of the contexts is only what stands for a factor that is missing.
+TEST_F(ConvertTest, LongRopeGoesByItsFactor) {
+  const auto magnitude = [&](const fs::path& model) {
+    return GgufFile::Open(Convert(model)).Get<float>("phi3.rope.scaling.attn_factor");
+  };
+  EXPECT_NEAR(magnitude(kModels / "phi3"), std::sqrt(1 + std::log(64.0 / 6) / std::log(6)), 1e-6);
+  const fs::path model = Copy("phi3");
+  Edit(model / "config.json", [](Json& json) { json["rope_scaling"]["factor"] = 3; });
+  EXPECT_NEAR(magnitude(model), std::sqrt(1 + std::log(3.0) / std::log(6)), 1e-6);
+}
+
 // A checkpoint with a vision tower: the language model's part is the same file, but for its name.
 TEST_F(ConvertTest, TheLanguageModelOfAMultimodalCheckpointIsTaken) {
   const GgufFile alone = GgufFile::Open(Convert(kModels / "gemma3", "alone.gguf"));

@@ -231,10 +231,13 @@ class Reader {
 
   void Assign(std::string_view rest) {
     const size_t equals = FindOutside(rest, "=", 0);
-    if (equals == rest.size())
+    if (equals == rest.size()) {
       blocks_.emplace_back();
-    else if (IsRead())
-      Strings(rest.substr(equals + 1), Has(rest, "today") || Has(rest, "date") ? written_.dated : written_.assigned);
+      return;
+    }
+    const std::string names = WithoutStrings(rest);  // a prompt may speak of updates and have no date
+    const bool dated = Has(names, "today") || Has(names, "date");
+    if (IsRead()) Strings(rest.substr(equals + 1), dated ? written_.dated : written_.assigned);
   }
 
   // The strings of an expression that may become its value.

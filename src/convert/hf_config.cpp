@@ -225,7 +225,7 @@ class Translator {
   void AddLongRope(const JsonReader& scaling) {
     const JsonReader& holder = scaling.Has("original_max_position_embeddings") ? scaling : c_;
     const double original = holder.Count("original_max_position_embeddings");
-    const double stretch = ContextLength() / original;
+    const double stretch = scaling.RealOr("factor", ContextLength() / original);
     const double magnitude = stretch > 1 ? std::sqrt(1 + std::log(stretch) / std::log(original)) : 1;
     Add("rope.scaling.original_context_length", holder.Count("original_max_position_embeddings"));
     Add("rope.scaling.attn_factor", static_cast<float>(scaling.RealOr("attention_factor", magnitude)));
@@ -242,13 +242,15 @@ class Translator {
   // Gemma 3: which layers see a window only, their own rotation, and the scale of scores.
   void AddLocalLayers() {
     const auto n_layers = Size("num_hidden_layers", 26);
-    Add("attention.sliding_window", c_.CountOr("sliding_window", 4096));
-    Add("rope.freq_base_swa", static_cast<float>(LocalBase()));
     const double scalar = c_.RealOr("query_pre_attn_scalar", 256);
     if (!(scalar > 0)) c_.Refuse("query_pre_attn_scalar", "a number above 0");
     if (scalar != head_dim_) Add("attention.scale", static_cast<float>(1 / std::sqrt(scalar)));
     const uint32_t period = c_.CountOr(c_.AnyOf({"sliding_window_pattern", "_sliding_window_pattern"}), 6);
     const std::vector<bool> local = c_.Has("layer_types") ? LayerTypes(n_layers) : EveryOther(n_layers, period);
+    // A window that no layer has is none: llama.cpp refuses such a file.
+    if (std::find(local.begin(), local.end(), true) == local.end()) return;
+    Add("attention.sliding_window", c_.CountOr("sliding_window", 4096));
+    Add("rope.freq_base_swa", static_cast<float>(LocalBase()));
     if (local != EveryOther(n_layers, 6)) writer_.AddBools(prefix_ + "attention.sliding_window_pattern", local);
   }
 

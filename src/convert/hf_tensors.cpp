@@ -55,12 +55,15 @@ class Planner {
     Add("token_embd.weight", prefix_ + Embedding(), {n_rows, m_.d_model});
     for (size_t layer = 0; layer < m_.n_layers; ++layer) AddLayer(layer);
     AddNorm("output_norm", prefix_ + (falcon() ? "ln_f" : "norm"), m_.d_model);
-    if (!hf_.tied) Add("output.weight", OutputName(), {n_rows, m_.d_model});
+    if (!hf_.tied || HasOtherOutput()) Add("output.weight", OutputName(), {n_rows, m_.d_model});
     return std::move(recipes_);
   }
 
   void RefuseUnused(std::vector<std::string>& notes) const {
     size_t n_elsewhere = 0;
+    if (hf_.tied && used_.contains(OutputName()))
+      notes.push_back(fmt::format("{} is not the embedding, though tie_word_embeddings is true: it is taken as it is",
+                                  OutputName()));
     for (const auto& [name, tensor] : directory_.tensors()) {
       if (used_.contains(name)) continue;
       if (name.ends_with("rotary_emb.inv_freq")) continue;  // follows from the configuration
@@ -83,6 +86,17 @@ class Planner {
   const char* Embedding() const { return falcon() ? "word_embeddings.weight" : "embed_tokens.weight"; }
   std::string OutputName() const {
     return prefix_.starts_with("language_model.") ? "language_model.lm_head.weight" : "lm_head.weight";
+  }
+
+  // transformers 5 ties only what is equal or missing.
+  bool HasOtherOutput() const {
+    const auto output = directory_.Find(OutputName());
+    if (!output) return false;
+    const HfTensor embedding = RequireEmbedding(directory_, hf_);
+    const bool same = output->tensor->type == embedding.tensor->type &&
+                      std::ranges::equal(output->tensor->data, embedding.tensor->data);
+    for (const HfTensor& read : {*output, embedding}) read.shard->Release(*read.tensor);
+    return !same;
   }
 
   void Add(const std::string& name, const std::string& source, std::vector<size_t> shape, RowMap rows = {},

@@ -52,7 +52,8 @@ constexpr ForeignKey kForeignKeys[] = {
     {"expert_count", 0},          {"attn_logit_softcapping", 0}, {"final_logit_softcapping", 0},
     {"attention.clamp_kqv", 0},   {"attention.max_alibi_bias", 0}, {"attention.causal", 1},
     {"embedding_scale", 1},       {"residual_scale", 1},         {"logit_scale", 1},
-    {"rope.scaling.yarn_log_multiplier", 0},
+    {"rope.scaling.yarn_log_multiplier", 0}, {"rope.scaling.yarn_ext_factor", 1}, {"rope.scaling.yarn_attn_factor", 1},
+    {"nextn_predict_layers", 0},  // of block_count, behind the model's own
 };
 
 // Reads `ARCHITECTURE.key` and checks its range; every refusal names the file, the key, what was expected and found.
@@ -182,10 +183,19 @@ void ReadRope(const KeyReader& keys, ModelConfig& config) {
   ReadRopeScaling(keys, config);
 }
 
+// Local layers have the heads of the others.
+void RequireSame(const KeyReader& keys, std::string_view key, size_t global) {
+  const size_t local = keys.CountOr(key, kMaxHeadDim, global);
+  if (local != global) keys.Refuse(key, fmt::format("{}, as global layers have", global), fmt::format("{}", local));
+}
+
 // Which layers see a window only. Phi 3's metadata name a window (2047 for the context of 4096), but its layers attend
 // to everything in llama.cpp, whose results we follow.
 void ReadLocalLayers(const KeyReader& keys, ModelConfig& config) {
   if (!config.architecture.local_layers || keys.NumberOr("attention.sliding_window", 0) == 0) return;
+  RequireSame(keys, "attention.key_length_swa", config.head_dim);
+  RequireSame(keys, "attention.value_length_swa", config.head_dim);
+  RequireSame(keys, "rope.dimension_count_swa", config.rope.n_dims);
   config.window = keys.Count("attention.sliding_window", kMaxContext);
   config.local_rope_base = keys.RealOr("rope.freq_base_swa", 1e12f, 10000.0f);
   config.local = keys.Layers("attention.sliding_window_pattern", config.n_layers);

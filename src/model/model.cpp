@@ -140,19 +140,27 @@ class LayerReader {
 
   void ReadQueriesKeysValues() {
     const size_t q = c_.q_dim(), kv = c_.kv_dim();
-    if (!tensors_.Has(prefix_ + "attn_qkv.weight")) {
+    if (tensors_.Has(prefix_ + "attn_qkv.weight")) {
+      const WeightView all = Matrix("attn_qkv", q + 2 * kv, c_.d_model);
+      w_.q = Rows(all, 0, q);
+      w_.k = Rows(all, q, kv);
+      w_.v = Rows(all, q + kv, kv);
+    } else {
       w_.q = Matrix("attn_q", q, c_.d_model);
       w_.k = Matrix("attn_k", kv, c_.d_model);
       w_.v = Matrix("attn_v", kv, c_.d_model);
+    }
+    ReadQueryKeyValueBiases(q, kv);
+  }
+
+  // Apart, or in one vector where the matrices are one; old files have one matrix and biases apart.
+  void ReadQueryKeyValueBiases(size_t q, size_t kv) {
+    if (!tensors_.Has(prefix_ + "attn_qkv.bias")) {
       w_.q_bias = Bias("attn_q", q);
       w_.k_bias = Bias("attn_k", kv);
       w_.v_bias = Bias("attn_v", kv);
       return;
     }
-    const WeightView all = Matrix("attn_qkv", q + 2 * kv, c_.d_model);
-    w_.q = Rows(all, 0, q);
-    w_.k = Rows(all, q, kv);
-    w_.v = Rows(all, q + kv, kv);
     const std::vector<float> biases = Bias("attn_qkv", q + 2 * kv);
     w_.q_bias = Part(biases, 0, q);
     w_.k_bias = Part(biases, q, kv);

@@ -107,6 +107,8 @@ TEST(Model, OddMetadataAreTaken) {
     file.counts.erase(key);
   }
   file.reals["attn_logit_softcapping"] = 0;
+  file.reals["rope.scaling.yarn_attn_factor"] = file.reals["rope.scaling.yarn_ext_factor"] = 1;
+  file.counts["nextn_predict_layers"] = 0;
   EXPECT_EQ(Refusal(file), "");
   file.architecture = "qwen2";  // whose newer models have no biases
   EXPECT_EQ(Refusal(file), "");
@@ -234,6 +236,27 @@ const std::vector<BadFile> kBadFiles = {
      },
      {"rope.scaling.factor", "inf"}},
     {"other scaling", [](TinyFile& f) { f.texts["rope.scaling.type"] = "dynamic"; }, {"rope.scaling.type", "dynamic"}},
+    {"another magnitude for YaRN",
+     [](TinyFile& f) { f.reals["rope.scaling.yarn_attn_factor"] = 0.5; },
+     {"yarn_attn_factor", "expected 1", "found 0.5"}},
+    {"YaRN in part", [](TinyFile& f) { f.reals["rope.scaling.yarn_ext_factor"] = 0; }, {"yarn_ext_factor", "found 0"}},
+    {"layers that predict further tokens",
+     [](TinyFile& f) { f.counts["nextn_predict_layers"] = 1; },
+     {"nextn_predict_layers", "found 1"}},
+    {"local layers with heads of their own",
+     [](TinyFile& f) {
+       f.architecture = "gemma3";
+       f.counts["attention.sliding_window"] = 8;
+       f.counts["attention.key_length_swa"] = f.counts["attention.value_length_swa"] = 2;
+     },
+     {"attention.key_length_swa", "expected 4, as global layers have", "found 2"}},
+    {"local layers that are rotated in part",
+     [](TinyFile& f) {
+       f.architecture = "gemma3";
+       f.counts["attention.sliding_window"] = 8;
+       f.counts["rope.dimension_count_swa"] = 2;
+     },
+     {"rope.dimension_count_swa", "expected 4, as global layers have", "found 2"}},
     {"experts", [](TinyFile& f) { f.counts["expert_count"] = 8; }, {"expert_count"}},
     {"unlike layers",
      [](TinyFile& f) {
@@ -306,6 +329,21 @@ TEST(Model, UntiedOutputAndOptionalBiasesAreTaken) {
   EXPECT_NE(model->output().data, model->token_embedding().data);
   EXPECT_EQ(model->layer(0).attn_output_bias.size(), 8u);
   EXPECT_TRUE(model->layer(0).q_bias.empty());
+}
+
+// As old converters wrote Qwen's and Phi's.
+TEST(Model, OneMatrixMayHaveItsBiasesApart) {
+  TinyFile file;
+  for (const char* name : {"q", "k", "v"}) file.tensors.erase(fmt::format("blk.0.attn_{}.weight", name));
+  file.tensors["blk.0.attn_qkv.weight"] = {8, 16};
+  file.tensors["blk.0.attn_q.bias"] = {8};
+  file.tensors["blk.0.attn_k.bias"] = file.tensors["blk.0.attn_v.bias"] = {4};
+  const std::string path = file.Write();
+  const auto model = Model::Load(path);
+  std::filesystem::remove(path);
+  EXPECT_EQ(model->layer(0).q_bias.size(), 8u);
+  EXPECT_EQ(model->layer(0).k_bias.size(), 4u);
+  EXPECT_EQ(model->layer(0).v_bias.size(), 4u);
 }
 
 TEST(Model, FingerprintSeparatesFiles) {
