@@ -139,10 +139,20 @@ const BadValue kBadValues[] = {
     {"$L quantize $S nowhere/x.gguf Q8_0", "OUT nowhere/x.gguf: there is no folder"},
     {"$L quantize $S /dev/full Q8_0", "OUT /dev/full: it exists and is not a regular file"},
     {"$L eval recall -m $M --heatmap nowhere/x.svg", "--heatmap nowhere/x.svg: there is no folder"},
-    {"$L eval choices -m $M --file $T --batch 4", "not expected: 4 --batch"},
+    {"$L eval choices -m $M --file $T --batch 4", "there is no option --batch (lesskv eval choices --help"},
     {"$L eval recall -m $M --step 4", "--step is for --mode stream"},
     {"$L eval perplexity -m $M --text $T --prompt 16", "--prompt is for --mode continue"},
     {"$L eval divergence -m $M --text $T --mode continue --prompt 16 --step 4", "--step is for --mode stream"},
+    {"$L run -m $M -p x these words", "nothing takes \"these\" (lesskv run --help"},
+    {"$L run -m $M -p x --logit-bias 3", "--logit-bias: expected a token and a number such as 42+1.5 or 42-inf, found \"3\""},
+    {"$L run -m $M -p x --logit-bias 3+", "--logit-bias: expected a token and a number"},
+    {"$L run -m $M -p x --logit-bias -3+1", "--logit-bias: expected a token and a number"},
+    {"$L run -m $M -p x --logit-bias 3+1+1", "--logit-bias: expected a token and a number"},
+    {"$L run -m $M -p x --logit-bias 99999999999+1", "--logit-bias: expected a token and a number"},
+    {"$L run -m $M -p x --logit-bias 3+101", "--logit-bias: expected a number in [-100, 100] or -inf, found 101"},
+    {"$L run -m $M -p x --logit-bias 3+nan", "--logit-bias: expected a number in [-100, 100] or -inf, found nan"},
+    {"$L run -m $M -p x --logit-bias 272+1", "--logit-bias: expected a token below 272, found 272"},
+    {"$L chat -m $M --chat-template plain --logit-bias 272+1 < $T", "--logit-bias: expected a token below 272, found 272"},
     {"$L bench -m $M --memory 0x10M", "--memory: expected a number of bytes"},
     {"$L bench -m $M --memory 1MB", "--memory: expected a number of bytes"},
 };
@@ -215,6 +225,20 @@ TEST_F(CommandLine, NoTokensAreNoneAndMinusOneIsAllThereIsRoomFor) {
   const auto all = nlohmann::json::parse(Shell("$L run -m $M -p 'the sea' -n -1 --temp 0 --json -c 40").out);
   EXPECT_EQ(all["finish"], "context");
   EXPECT_EQ(all["tokens_seen"], 40);
+}
+
+TEST_F(CommandLine, BiasesForbidAndForceTokens) {
+  const std::string run = "$L run -m $M -p 'the sea' -n 6 --temp 0 --repeat-penalty 1 --json ";
+  const auto said = [&](const std::string& options) {
+    const Result result = Shell("q=$($L tokenize -m $M -p q --ids); q=${q##* }; " + run + options);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return nlohmann::json::parse(result.out);
+  };
+  EXPECT_EQ(said("--logit-bias $q+100")["text"], "qqqqqq");
+  EXPECT_EQ(said("--logit-bias $q+100 --logit-bias $q-inf")["text"], said("")["text"]);
+  const auto ends = [&](const std::string& options) { return said("--logit-bias 2+100 " + options)["finish"]; };
+  EXPECT_EQ(ends(""), "end");
+  EXPECT_EQ(ends("--ignore-eos"), "length");
 }
 
 // ---- files

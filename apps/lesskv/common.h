@@ -51,6 +51,7 @@ void AddCacheOption(CLI::App& command, std::string& spec);
 struct SamplingFlags {
   int64_t max_tokens = -1;
   std::vector<std::string> stops;
+  bool ignore_eos = false;
   SamplerOptions sampler;
 };
 void AddSamplingOptions(CLI::App& command, SamplingFlags& flags, const std::string& max_tokens_text);

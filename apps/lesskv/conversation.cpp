@@ -30,7 +30,7 @@ Conversation::Conversation(const OpenedModel& opened, ConversationOptions option
       spec_(CacheSpec::Parse(options_.kv)) {
   MakeConfig(spec_, {});  // what cannot work is refused now, not at the first question
   if (!template_.stop().empty()) options_.generation.stops.emplace_back(template_.stop());
-  Validate(options_.generation);
+  Validate(options_.generation, opened.tokenizer->size());
 }
 
 std::shared_ptr<const CacheConfig> Conversation::MakeConfig(const CacheSpec& spec,

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <filesystem>
@@ -91,6 +92,12 @@ std::string Sentence(const CLI::ParseError& error) {
   return text;
 }
 
+// The first of the words that nothing takes; options say more than what stands behind them.
+std::string NotTaken(const std::vector<std::string>& words) {
+  const auto option = std::ranges::find_if(words, [](const std::string& word) { return word.starts_with('-'); });
+  return option == words.end() ? fmt::format("nothing takes \"{}\"", words.front()) : "there is no option " + *option;
+}
+
 // Parsing runs the chosen command's callback.
 int Run(int argc, char** argv) {
   CLI::App app("Runs large language models with a key-value cache that stays small.", "lesskv");
@@ -109,6 +116,8 @@ int Run(int argc, char** argv) {
     app.exit(help);
     FlushResults();
     return 0;
+  } catch (const CLI::ExtrasError&) {
+    return Complain(kBadUsage, fmt::format("{} {}", NotTaken(app.remaining(true)), hint));
   } catch (const CLI::ParseError& error) {
     return Complain(kBadUsage, fmt::format("{} {}", Sentence(error), hint));
   }

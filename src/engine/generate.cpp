@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -27,13 +28,21 @@ size_t LookBack(const SamplerOptions& options, size_t n_seen) {
   return options.repeat_last_n < 0 ? n_seen : std::min(n_seen, static_cast<size_t>(options.repeat_last_n));
 }
 
-void RequireRoom(const Sequence& sequence, size_t n_prompt) {
+// `n_further`: tokens, at least, that come behind the prompt.
+void RequireRoom(const Sequence& sequence, size_t n_prompt, size_t n_further) {
   const size_t ctx = sequence.config().shape().ctx;
   const size_t seen = sequence.tokens().size();
-  if (n_prompt >= ctx - std::min(ctx, seen))
+  if (n_prompt + n_further > ctx - std::min(ctx, seen))
     Fail(ErrorCode::kInvalidArgument,
          "the prompt has {} tokens, which leaves no room in the context of {} tokens, of which {} are used", n_prompt,
          ctx, seen);
+}
+
+SamplerOptions WithoutEnds(SamplerOptions options, const Tokenizer& tokenizer) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int32_t token = 0; static_cast<size_t>(token) < tokenizer.size(); ++token)
+    if (tokenizer.IsEndOfGeneration(token)) options.logit_bias.push_back({token, kNever});
+  return options;
 }
 
 // Receives the logits of a step that wants one row.
@@ -118,8 +127,11 @@ std::string_view FinishName(FinishReason reason) {
   return "";
 }
 
-void Validate(const GenerationOptions& options) {
+void Validate(const GenerationOptions& options, size_t n_tokens) {
   Validate(options.sampler);
+  for (const TokenBias& bias : options.sampler.logit_bias)
+    if (bias.token < 0 || static_cast<size_t>(bias.token) >= n_tokens)
+      Fail(ErrorCode::kInvalidArgument, "--logit-bias: expected a token below {}, found {}", n_tokens, bias.token);
   for (const std::string& stop : options.stops)
     if (stop.empty()) Fail(ErrorCode::kInvalidArgument, "--stop: expected a text, found an empty one");
 }
@@ -130,12 +142,12 @@ Generation::Generation(const Tokenizer& tokenizer, const GenerationOptions& opti
       max_tokens_(options.max_tokens),
       room_(ctx - std::min(ctx, seen.size())),
       at_start_(tokenizer.IsAtStart(seen)),
-      sampler_(options.sampler),
+      sampler_(options.ignore_end ? WithoutEnds(options.sampler, tokenizer) : options.sampler),
       decoder_(tokenizer, true, at_start_),
       filter_(options.stops),
       logprobs_(options.logprobs),
       next_at_start_(at_start_) {
-  Validate(options);
+  Validate(options, tokenizer.size());
   for (const std::string& stop : options.stops)
     if (const auto token = tokenizer.FindControlToken(stop)) stop_tokens_.push_back(*token);
   const auto last = seen.last(LookBack(options.sampler, seen.size()));
@@ -241,8 +253,8 @@ double GenerateResult::DecodeTokensPerSecond() const {
 
 GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence, std::span<const int32_t> prompt,
                         const GenerateOptions& options) {
-  RequireRoom(sequence, prompt.size());
-  Validate(options);
+  RequireRoom(sequence, prompt.size(), options.max_tokens == 0 ? 0 : 1);
+  Validate(options, tokenizer.size());
   GenerateResult result;
   result.prompt_tokens = prompt.size();
   std::vector<float> logits;

@@ -50,12 +50,14 @@ struct GenerationOptions {
   size_t max_tokens = kNoLimit;    // kNoLimit: until the text or the context ends
   // Generation ends before the first of these texts, or at the control token whose text it is; not empty strings.
   std::vector<std::string> stops;
+  bool ignore_end = false;  // tokens that end a generation are never chosen: only limits and `stops` end it
   // With each token come its log-probability and those of so many likeliest; nothing: they cost nothing either.
   std::optional<size_t> logprobs = {};
 };
 
-// Throws Error kInvalidArgument for sampler options out of range and for empty stop strings.
-void Validate(const GenerationOptions& options);
+// Throws Error kInvalidArgument for sampler options out of range, for empty stop strings and for biases of tokens that
+// a vocabulary of `n_tokens` does not have.
+void Validate(const GenerationOptions& options, size_t n_tokens = GenerationOptions::kNoLimit);
 
 // One text being generated, of one token at least. Calls no engine, keeps no logits, may be moved; the tokenizer must outlive it.
 class Generation {
@@ -146,7 +148,8 @@ struct GenerateResult {
 
 // Reads `prompt` (at least one token) and generates; with max_tokens = 0 it only reads. The last generated token is not
 // fed to the sequence.
-// Throws Error as Engine::Prefill does; a prompt that leaves no room in the context for one more token is refused.
+// Throws Error as Engine::Prefill does; a prompt that the context does not hold is refused, and so is one that leaves
+// no room for one more token where any is to be generated.
 GenerateResult Generate(Engine& engine, const Tokenizer& tokenizer, Sequence& sequence, std::span<const int32_t> prompt,
                         const GenerateOptions& options);
 

@@ -360,12 +360,49 @@ TEST(Generation, LogProbabilitiesAreTheModelsOwn) {
   EXPECT_NEAR(likeliest[9].logprob, std::log(1.0 / 56), 1e-6);
 }
 
+TEST(Generation, AnIgnoredEndIsNeverChosen) {
+  const auto tokenizer = Letters();
+  for (const float temperature : {0.0f, 100.0f}) {
+    GenerationOptions options;
+    options.sampler = {.temperature = temperature, .top_k = 0, .top_p = 1, .min_p = 0, .logit_bias = {{kEos, 100}}};
+    options.ignore_end = true;
+    Generation generation(*tokenizer, options, kSeen, 100);
+    for (int i = 0; i < 50; ++i) {
+      const Generation::Output out = generation.Push(Choosing(kEos));
+      EXPECT_NE(out.token, kEos);
+      EXPECT_FALSE(out.finish.has_value());
+    }
+  }
+}
+
 TEST(Generation, BadOptionsAreRefused) {
   const auto tokenizer = Letters();
   EXPECT_THROW(Generation(*tokenizer, Greedy({"a", ""}), kSeen, 100), Error);
   GenerationOptions options;
   options.sampler.temperature = -1;
   EXPECT_THROW(Generation(*tokenizer, options, kSeen, 100), Error);
+  for (const int32_t unknown : {-1, static_cast<int32_t>(kVocab)}) {
+    options.sampler = {.logit_bias = {{unknown, 1}}};
+    EXPECT_THROW(Generation(*tokenizer, options, kSeen, 100), Error);
+  }
+}
+
+// The context of 64 tokens holds 64 of a prompt, behind which nothing is generated.
+TEST(Generate, APromptThatIsOnlyReadMayFillTheContext) {
+  const auto model = ModelThatSays(0, 3, {"a", "b", "c"});
+  const auto tokenizer = Tokenizer::Create(LoadVocabulary(model->file()));
+  Engine engine(model, {.threads = 1, .compute = ComputeChoice::kF32});
+  const auto read = [&](size_t n_prompt, size_t max_tokens) {
+    Sequence sequence(engine.MakeCacheConfig(CacheSpec::Parse("full")));
+    GenerateOptions options;
+    options.max_tokens = max_tokens;
+    Generate(engine, *tokenizer, sequence, std::vector<int32_t>(n_prompt, 0), options);
+    return sequence.tokens().size();
+  };
+  EXPECT_EQ(read(64, 0), 64u);
+  EXPECT_THROW(read(65, 0), Error);
+  EXPECT_EQ(read(63, 1), 63u);
+  EXPECT_THROW(read(64, 1), Error);
 }
 
 // The likeliest row is padding: it has no token, so it gets no logit and is never said.

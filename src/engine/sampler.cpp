@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string_view>
 
 #include "base/error.h"
 
 namespace lesskv {
 namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 void RequireRange(std::string_view option, float value, float low, float high) {
   if (!(value >= low && value <= high))
@@ -32,7 +35,9 @@ void Validate(const SamplerOptions& options) {
   RequireRange("--repeat-penalty", options.repeat_penalty, 0.01f, 100);
   RequireRange("--frequency-penalty", options.frequency_penalty, -2, 2);
   RequireRange("--presence-penalty", options.presence_penalty, -2, 2);
-  for (const TokenBias& bias : options.logit_bias) RequireRange("logit bias", bias.bias, -100, 100);
+  for (const TokenBias& bias : options.logit_bias)
+    if (bias.bias != kNever && !(std::abs(bias.bias) <= 100))
+      Fail(ErrorCode::kInvalidArgument, "--logit-bias: expected a number in [-100, 100] or -inf, found {}", bias.bias);
   if (options.top_k < 0)
     Fail(ErrorCode::kInvalidArgument, "--top-k: expected 0 (all) or more, found {}", options.top_k);
   if (options.repeat_last_n < -1)
@@ -44,9 +49,9 @@ Sampler::Sampler(const SamplerOptions& options) : options_(options), rng_(option
 
 int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> history) {
   candidates_.clear();
-  bool any_nan = false;
+  bool any_damaged = false;
   for (size_t i = 0; i < logits.size(); ++i) {
-    any_nan |= std::isnan(logits[i]);
+    any_damaged |= !(logits[i] < -kNever);  // NaN, or infinity, which a bias may make NaN
     candidates_.push_back({static_cast<int32_t>(i), logits[i]});
   }
   for (const TokenBias& bias : options_.logit_bias)
@@ -54,7 +59,7 @@ int32_t Sampler::Sample(std::span<const float> logits, std::span<const int32_t> 
       candidates_[static_cast<size_t>(bias.token)].logit += bias.bias;
   if (options_.repeat_penalty != 1.0f) PenaliseRepetition(history);
   PenaliseChosen();
-  if (any_nan) FailDamaged();
+  if (any_damaged) FailDamaged();
   const int32_t token = Choose();
   if (options_.frequency_penalty != 0 || options_.presence_penalty != 0) ++chosen_[token];
   return token;

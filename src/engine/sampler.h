@@ -16,7 +16,7 @@ namespace lesskv {
 
 struct TokenBias {
   int32_t token;
-  float bias;  // added to its logit, before all else; in [-100, 100]
+  float bias;  // added to its logit, before all else; in [-100, 100], or minus infinity: never chosen
 };
 
 struct SamplerOptions {

@@ -222,8 +222,10 @@ TEST(Sampler, OptionsOutOfRangeAreRefusedByName) {
     EXPECT_NE(refusal([&](auto& o) { o.frequency_penalty = bad; }).find("--frequency-penalty"), std::string::npos);
     EXPECT_NE(refusal([&](auto& o) { o.presence_penalty = bad; }).find("--presence-penalty"), std::string::npos);
   }
-  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, nan}}; }).find("logit bias"), std::string::npos);
-  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, 0}, {2, -101}}; }).find("logit bias"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, nan}}; }).find("--logit-bias"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, 0}, {2, -101}}; }).find("--logit-bias"), std::string::npos);
+  EXPECT_NE(refusal([&](auto& o) { o.logit_bias = {{1, INFINITY}}; }).find("--logit-bias"), std::string::npos);
+  EXPECT_EQ(refusal([](auto& o) { o.logit_bias = {{1, -INFINITY}}; }), "");
   EXPECT_EQ(refusal([](auto& o) { o.frequency_penalty = o.presence_penalty = -2; }), "");
   EXPECT_EQ(refusal([](auto&) {}), "");
 }
@@ -234,6 +236,10 @@ TEST(Sampler, DamagedLogitsAreAnErrorNotACrash) {
   EXPECT_THROW(Sampler(Plain(0)).Sample(std::vector<float>{1, INFINITY}, {}), Error);
   EXPECT_THROW(Sampler(Plain(1)).Sample(std::vector<float>{INFINITY, 1}, {}), Error);
   EXPECT_EQ(Sampler(Plain(1)).Sample(std::vector<float>{-INFINITY, 1}, {}), 1);
+  SamplerOptions never = Plain(0);
+  never.logit_bias = {{0, -INFINITY}};
+  EXPECT_THROW(Sampler(never).Sample(std::vector<float>{INFINITY, 1}, {}), Error);
+  EXPECT_EQ(Sampler(never).Sample(std::vector<float>{3, 1}, {}), 1);
 }
 
 }  // namespace
