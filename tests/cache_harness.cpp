@@ -228,9 +228,12 @@ bool InGroups(const std::string& spec) {
 std::string WithRoom(const std::string& spec) {
   if (!InGroups(spec)) return spec;
   std::string text = spec;
-  for (const char* few : {"h2o(5%)", "tova(5%)", "window(5%)", "cascade(5%)", "kvzap(5%)", "snapkv(10%)"})
+  for (const Method* method : Methods()) {
+    const std::string few(method->Example());
+    if (method->stage != Stage::kSelect || !few.ends_with("%)")) continue;
     if (const size_t at = text.find(few); at != std::string::npos)
-      text.replace(at, std::string(few).size(), std::string(few).substr(0, std::string(few).find('(')) + "(66)");
+      text.replace(at, few.size(), std::string(method->name) + "(66)");
+  }
   // Its window is think's, and half of 32 channels the least that can go.
   const std::string think = "think(0.4, window=4)";
   if (const size_t at = text.find(think); at != std::string::npos) text.replace(at, think.size(), "think(0.5)");
