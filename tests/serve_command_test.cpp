@@ -129,6 +129,8 @@ TEST_F(ServeCommandTest, WhatCannotBeIsRefused) {
   }
   for (const char* const blank : {"' '", "' \t '", "'\n'"})
     ExpectOneSentence(Shell(std::string("LESSKV_API_KEY=") + blank + " $L serve -m $M --chat-template plain --port 0 --host 0.0.0.0"), 2, "LESSKV_API_KEY: there is no key in it");
+  refused("--kv-memory 1000", "--kv-memory: the shortest text under full takes");
+  refused("--allow-kv 'h2o(24)' --kv-memory 1000", "--kv-memory: the shortest text under");
   refused("--host 0.0.0.0", "with an API key only");
   refused("--store dir --store-days 3", "--store-days: a directory is limited by");
   refused("--store-days 3", "limits of a --store, which is not given");

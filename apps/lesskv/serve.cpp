@@ -82,6 +82,14 @@ ApiLimits MakeLimits(const ServeOptions& options, const OpenedModel& opened) {
   return limits;
 }
 
+// A server that could take no text at all is not begun.
+void RequireMemoryForOne(const ApiLimits& limits, size_t kv_memory) {
+  for (const auto& config : limits.configs)
+    if (const size_t bytes = config->Plan(1, 1).bytes_peak; kv_memory != 0 && bytes > kv_memory)
+      Fail(ErrorCode::kInvalidArgument, "--kv-memory: the shortest text under {} takes {} of {}", config->spec_text(),
+           HumanBytes(bytes), HumanBytes(kv_memory));
+}
+
 void SayLine(const std::string& line) { Say("{}\n", line); }
 
 // Each kind of store has its own limit; the other's is refused.
@@ -123,6 +131,7 @@ void Serve(ServeOptions options) {
                            MakeLimits(options, opened)};
   options.scheduler.kv_memory =
       options.kv_memory.empty() ? AvailableMemory().value_or(0) / 2 : ParseBytes(options.kv_memory, "--kv-memory");
+  RequireMemoryForOne(context.limits, options.scheduler.kv_memory);
   const std::unique_ptr<SessionStore> store = OpenStore(options, *opened.engine);
   Scheduler scheduler(*opened.engine, *opened.tokenizer, options.scheduler, store.get());
   HttpServer server(context, scheduler, options.http, store.get());

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -27,12 +28,39 @@ std::optional<SessionName> NameOf(std::string_view file) {
 // Of a process that was killed while it wrote.
 bool IsLeftover(const std::string& file) { return file.ends_with(".tmp") && file.find(kEnding) != std::string::npos; }
 
+[[noreturn]] void FailUsing(const std::string& directory, const std::error_code& error) {
+  Fail(ErrorCode::kIo, "the session store {} cannot be used: {}", directory, error.message());
+}
+
 }  // namespace
 
 DirectoryBackend::DirectoryBackend(std::string directory, size_t max_bytes)
     : directory_(std::move(directory)), max_bytes_(max_bytes) {
+  Make();
+  lock_.emplace(directory_);
   Scan();
   Trim(0);
+}
+
+void DirectoryBackend::Make() {
+  std::error_code error;
+  // What was said is nobody else's business.
+  if (fs::create_directories(directory_, error)) fs::permissions(directory_, fs::perms::owner_all, error);
+  if (error) FailUsing(directory_, error);
+}
+
+// A second server would take the first one's unfinished files for leftovers, and each would count its own files only.
+// Where the file system has no locks there is none.
+DirectoryBackend::Lock::Lock(const std::string& directory)
+    : fd(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+  if (::flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+  ::close(fd);
+  Fail(ErrorCode::kInvalidArgument, "the session store {} is another server's: give each a directory of its own",
+       directory);
+}
+
+DirectoryBackend::Lock::~Lock() {
+  if (fd >= 0) ::close(fd);
 }
 
 void DirectoryBackend::Scan() {
@@ -43,8 +71,6 @@ void DirectoryBackend::Scan() {
   };
   std::vector<Found> found;
   try {
-    // What was said is nobody else's business.
-    if (fs::create_directories(directory_)) fs::permissions(directory_, fs::perms::owner_all);
     for (const fs::directory_entry& entry : fs::directory_iterator(directory_)) {
       const std::string file = entry.path().filename().string();
       if (!entry.is_regular_file()) continue;
@@ -52,7 +78,7 @@ void DirectoryBackend::Scan() {
       if (const auto name = NameOf(file)) found.push_back({*name, entry.last_write_time(), entry.file_size()});
     }
   } catch (const fs::filesystem_error& error) {
-    Fail(ErrorCode::kIo, "the session store {} cannot be used: {}", directory_, error.code().message());
+    FailUsing(directory_, error.code());
   }
   if (::access(directory_.c_str(), W_OK | X_OK) != 0)
     Fail(ErrorCode::kIo, "the session store {} cannot be written", directory_);

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "server/store_backend.h"
@@ -12,7 +13,8 @@ namespace lesskv {
 class DirectoryBackend final : public StoreBackend {
  public:
   // Takes up what the directory holds; it is made where there is none. Its files take `max_bytes` together; the ones
-  // not used for longest are removed. Throws Error(kIo) when it cannot be made or read.
+  // not used for longest are removed. Throws Error(kIo) when it cannot be made or read, kInvalidArgument while another
+  // server has it.
   DirectoryBackend(std::string directory, size_t max_bytes);
 
   bool remote() const override { return false; }
@@ -32,6 +34,14 @@ class DirectoryBackend final : public StoreBackend {
   };
   using Files = std::map<SessionName, File>;
 
+  // Open and locked, so that what dies lets go of it.
+  struct Lock {
+    explicit Lock(const std::string& directory);
+    ~Lock();
+    int fd;
+  };
+
+  void Make();
   void Scan();
   void Add(const SessionName& name, size_t bytes);
   void Trim(size_t more);
@@ -39,6 +49,7 @@ class DirectoryBackend final : public StoreBackend {
 
   const std::string directory_;
   const size_t max_bytes_;
+  std::optional<Lock> lock_;
   mutable std::mutex mutex_;  // of what follows
   Files files_;
   std::map<size_t, size_t> lengths_;  // tokens -> files of that many

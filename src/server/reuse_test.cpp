@@ -374,15 +374,34 @@ TEST_F(ReuseTest, WhatWasNotUsedForLongestLeavesTheDirectory) {
 TEST_F(ReuseTest, FilesSayWhenTheyWereUsedAndMayBeTakenAway) {
   const std::vector<std::byte> bytes(1000, std::byte{7});
   const std::vector<SessionName> names = {{1, 0, 5}, {2, 0, 6}, {3, 0, 7}};
-  DirectoryBackend backend(folder_.string(), 3500);
-  for (const SessionName& name : names) backend.Write(name, bytes);
-  std::this_thread::sleep_for(20ms);  // a file's time goes in steps
-  EXPECT_TRUE(backend.Touch(names[0]));
+  {
+    DirectoryBackend backend(folder_.string(), 3500);
+    for (const SessionName& name : names) backend.Write(name, bytes);
+    std::this_thread::sleep_for(20ms);  // a file's time goes in steps
+    EXPECT_TRUE(backend.Touch(names[0]));
+  }
   EXPECT_EQ(DirectoryBackend(folder_.string(), 1500).Has(names), (std::vector<bool>{true, false, false}));
+  DirectoryBackend backend(folder_.string(), 3500);
+  for (const SessionName& name : {names[1], names[2]}) {
+    backend.Write(name, bytes);
+    fs::remove(backend.Where(name));
+  }
   EXPECT_FALSE(backend.Touch(names[1]));
   EXPECT_FALSE(backend.Read(names[2], [](auto) { FAIL(); }));
   EXPECT_EQ(backend.Has(names), (std::vector<bool>{true, false, false}));
   EXPECT_EQ(backend.Usage()->bytes, 1000u);
+}
+
+// Nothing of the first one's is touched: what looks like a leftover may be what it is writing.
+TEST_F(ReuseTest, ASecondServerIsRefusedADirectory) {
+  std::optional<DirectoryBackend> first(std::in_place, folder_.string(), 3500);
+  const fs::path writing = fs::path(folder_) / "x.session.tmp";
+  std::ofstream(writing) << "half";
+  EXPECT_THROW(DirectoryBackend(folder_.string(), 3500), Error);
+  EXPECT_TRUE(fs::exists(writing));
+  first.reset();
+  EXPECT_NO_THROW(DirectoryBackend(folder_.string(), 3500));
+  EXPECT_FALSE(fs::exists(writing));
 }
 
 TEST_F(ReuseTest, AStoreThatCannotBeIsRefused) {
