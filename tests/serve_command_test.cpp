@@ -4,6 +4,7 @@
 #include <signal.h>
 
 #include <filesystem>
+#include <set>
 
 #include "command_harness.h"
 #include "server/server_harness.h"
@@ -101,6 +102,26 @@ TEST_F(ServeCommandTest, ConversationsOutliveAKilledServer) {
     EXPECT_TRUE(MetricIs("store_restored_total", 1));
     Kill(SIGKILL);
     std::filesystem::remove_all(Path("store"));
+  }
+}
+
+// A prompt that is read anew, in one piece or several, and one behind a copy of what was read before are multiplied by
+// the same kernels.
+TEST_F(ServeCommandTest, ASeedRepeatsItsText) {
+  Serve({});
+  for (const auto& [word, n_words] : {std::pair("sea", 40), {"tea", 257}, {"and", 290}}) {
+    std::string prompt;
+    for (int i = 0; i < n_words; ++i) prompt += word;
+    const Json body = {{"prompt", prompt}, {"max_tokens", 24}, {"temperature", 1.5}, {"seed", 3}};
+    std::set<std::string> texts;
+    size_t cached = 0;
+    for (int i = 0; i < 4; ++i) {
+      const Json answer = Call("POST", "/v1/completions", body.dump()).json();
+      texts.insert(Text(answer));
+      cached += Cached(answer) > 0;
+    }
+    EXPECT_EQ(texts.size(), 1u) << n_words << *texts.begin();
+    EXPECT_EQ(cached, 2u);
   }
 }
 

@@ -1,6 +1,7 @@
 // Caches that outlive their texts: conversations that go on without being read anew, in memory and from the store.
 #include <fstream>
 
+#include "kernels/linear/linear.h"
 #include "kvcache/residual/sidecar.h"
 #include "server/reuse_harness.h"
 
@@ -121,7 +122,9 @@ TEST_F(ReuseTest, ABeginningThatSeveralShareIsKept) {
       cached.push_back(Cached(answer));
     }
     const size_t whole = CommonPrefix(Ids(system + " a?"), Ids(system + " b?"));
-    const size_t kept = spec == "full" ? whole : whole / 8 * 8;
+    // What is read behind a copy is more than a few tokens, so that products round as those of a whole prompt.
+    const size_t kept = spec == "full" ? Ids(system + " b?").size() - (kMostFewTokens + 1) : whole / 8 * 8;
+    EXPECT_LE(kept, whole);
     EXPECT_EQ(cached, (std::vector<size_t>{0, 0, kept, kept, kept})) << spec;
   }
 }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/memory.h"
+#include "kernels/linear/linear.h"  // kMostFewTokens
 
 namespace lesskv {
 
@@ -19,6 +20,17 @@ constexpr const char* kQueueFull = "too many requests are waiting already";
 
 // Whether the cache's method wants to see all of a prompt in one step.
 bool SeesPromptWhole(const CacheConfig& config) { return config.prefill_chunk() == 0 && !NeverEvicts(config); }
+
+// A few tokens at a time are multiplied with other roundings than many. So that a prompt gives the same wherever it is
+// cut, no piece of it is so short where that can be helped.
+constexpr size_t kShortestPiece = kMostFewTokens + 1;
+
+// The next piece of `left` tokens that are read in pieces of `most`.
+size_t NextPiece(size_t left, size_t most) {
+  if (most >= left) return left;
+  const size_t rest = left - most;
+  return rest < kShortestPiece && most >= 2 * kShortestPiece ? most - (kShortestPiece - rest) : most;
+}
 
 }  // namespace
 
@@ -461,7 +473,8 @@ size_t Scheduler::SharedBeginning(const Running& text) const {
     const size_t common = CommonPrefix(other->job->request().prompt, request.prompt);
     if (common > n && SameBeginning(other->sequence.config(), *request.config, common)) n = common;
   }
-  n = std::min(n, request.prompt.size() - 1);
+  const size_t rest = chunk == 0 ? kShortestPiece : 1;
+  n = std::min(n, request.prompt.size() - std::min(request.prompt.size(), rest));
   if (n < text.cached + options_.min_shared) return 0;
   return chunk == 0 ? n : text.cached + (n - text.cached) / chunk * chunk;  // pieces stay as they would be
 }
@@ -496,9 +509,9 @@ bool Scheduler::MustReadWhole(const Running& text) const {
 StepItem Scheduler::PromptItem(Running& text, size_t tag, size_t& budget) {
   const JobRequest& request = text.job->request();
   const size_t left = request.prompt.size() - text.fed, chunk = request.config->prefill_chunk();
+  const size_t until = text.shared > text.fed ? text.shared - text.fed : left;
   const bool whole = SeesPromptWhole(*request.config);
-  size_t n = whole ? left : std::min(left, chunk != 0 ? chunk : std::max<size_t>(budget, 1));
-  if (text.shared > text.fed) n = std::min(n, text.shared - text.fed);
+  const size_t n = whole ? left : chunk != 0 ? std::min(until, chunk) : NextPiece(until, std::max<size_t>(budget, 1));
   text.next_fed = n;
   budget -= std::min(budget, n);
   return {.sequence = &text.sequence,
