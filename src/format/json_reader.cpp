@@ -1,5 +1,6 @@
 #include "format/json_reader.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -11,7 +12,8 @@ namespace lesskv {
 
 using Json = nlohmann::json;
 
-bool NestsTooDeep(std::string_view json) {
+JsonExtent MeasureJson(std::string_view json) {
+  JsonExtent extent;
   size_t level = 0;
   bool in_text = false;
   for (size_t i = 0; i < json.size(); ++i) {
@@ -19,10 +21,13 @@ bool NestsTooDeep(std::string_view json) {
     if (c == '"') in_text = !in_text;
     if (in_text && c == '\\') ++i;
     if (in_text) continue;
-    if ((c == '[' || c == '{') && ++level > kMostJsonLevels) return true;
+    if (c == '[' || c == '{') {
+      ++extent.parts;
+      extent.levels = std::max(extent.levels, ++level);
+    }
     if ((c == ']' || c == '}') && level > 0) --level;
   }
-  return false;
+  return extent;
 }
 
 Json LoadJsonObject(const std::string& path) {

@@ -19,8 +19,13 @@ namespace lesskv {
 // that a text of some 10,000 brackets would end the program.
 constexpr size_t kMostJsonLevels = 64;
 
-// Whether a text of JSON goes deeper. Exact up to the first mistake in it, where the parser stops.
-bool NestsTooDeep(std::string_view json);
+// Of a text of JSON: how many arrays and objects it has, and how many of them lie in each other at most. Exact up to
+// the first mistake in it, where the parser stops.
+struct JsonExtent {
+  size_t parts = 0, levels = 0;
+};
+JsonExtent MeasureJson(std::string_view json);
+inline bool NestsTooDeep(std::string_view json) { return MeasureJson(json).levels > kMostJsonLevels; }
 
 // What all JSON that others wrote is read by. Throws Json::exception, also for a text that nests too deep.
 template <typename Json = nlohmann::json>

@@ -25,6 +25,13 @@ TEST(JsonReader, WhatNestsTooDeepIsRefusedBeforeItIsRead) {
   EXPECT_THROW(ParseJson<nlohmann::ordered_json>(Nested(1000000)), nlohmann::ordered_json::exception);
 }
 
+TEST(JsonReader, ArraysAndObjectsAreCounted) {
+  const JsonExtent extent = MeasureJson(R"({"a": [1, {}, "[{"], "b": [[]]})");
+  EXPECT_EQ(extent.parts, 5u);
+  EXPECT_EQ(extent.levels, 3u);
+  EXPECT_EQ(MeasureJson("17").parts, 0u);
+}
+
 TEST(JsonReader, AHeaderOfSafetensorsMayNotNestEither) {
   const std::string header = "{\"__metadata__\":" + Nested(500000) + "}";
   std::vector<std::byte> file(8 + header.size());

@@ -13,7 +13,8 @@ namespace lesskv {
 // Bodies that make sense, for mutations to begin with.
 inline constexpr std::string_view kSomeBodies[] = {
     R"x({"prompt":"the tea","max_tokens":3,"temperature":0.5,"stop":["a","b"],"kv_policy":"h2o(24)"})x",
-    R"x({"prompt":["the"],"n":2,"logprobs":5,"logit_bias":{"5":-100,"271":1e1},"frequency_penalty":-2,"echo":null})x",
+    R"x({"prompt":["the"],"n":2,"logprobs":5,"logit_bias":{"5":-100,"271":1e1},"frequency_penalty":-2,"ignore_eos":true,
+        "echo":null})x",
     R"x({"messages":[{"role":"user","content":"y","name":null}],"logprobs":true,"top_logprobs":20,"n":3,"seed":9,
         "presence_penalty":1.5,"response_format":{"type":"text"}})x",
     R"x({"prompt":[1,2,300],"stream":true,"stream_options":{"include_usage":true},"kv_stats":3,"seed":1})x",

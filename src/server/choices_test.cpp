@@ -378,5 +378,19 @@ TEST_F(ChoicesTest, BiasesForbidAndForce) {
   EXPECT_EQ(with(tokenizer_->Encode("q", false, false, false).at(0), 100), std::string(12, 'q'));
 }
 
+TEST_F(ChoicesTest, ATextGoesOnWhereItsEndIsIgnored) {
+  Start();
+  int32_t end = 0;
+  while (!tokenizer_->IsEndOfGeneration(end)) ++end;
+  const Json likely = {{"logit_bias", {{std::to_string(end), 100}}}};
+  EXPECT_EQ(Complete(likely).json()["usage"]["completion_tokens"], 1);
+  Json ignored = likely;
+  ignored["ignore_eos"] = true;
+  const Json answer = Complete(ignored).json();
+  EXPECT_EQ(answer["usage"]["completion_tokens"], 12);
+  EXPECT_EQ(answer["choices"][0]["finish_reason"], "length");
+  EXPECT_EQ(answer["choices"][0]["text"], Complete({{"ignore_eos", true}}).json()["choices"][0]["text"]);
+}
+
 }  // namespace
 }  // namespace lesskv::server_test

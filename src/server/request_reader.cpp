@@ -25,9 +25,20 @@ using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
 Json ParseBody(std::string_view body) {
-  if (NestsTooDeep(body))
+  constexpr size_t kMostParts = 100000;  // each takes a hundred bytes of memory where the body has three
+  const JsonExtent extent = MeasureJson(body);
+  if (extent.levels > kMostJsonLevels)
     Fail(ErrorCode::kInvalidArgument, "the body nests arrays and objects deeper than {} levels", kMostJsonLevels);
-  Json value = Json::parse(body, nullptr, false);
+  if (extent.parts > kMostParts)
+    Fail(ErrorCode::kInvalidArgument, "the body has {} arrays and objects, at most {} are allowed", extent.parts,
+         kMostParts);
+  Json value;
+  try {
+    value = Json::parse(body);
+  } catch (const Json::exception& error) {
+    const std::string_view said = error.what();  // "[json.exception.parse_error.101] parse error at line 1, ..."
+    Fail(ErrorCode::kInvalidArgument, "the body is not valid JSON: {}", said.substr(said.find(' ') + 1));
+  }
   if (!value.is_object()) Fail(ErrorCode::kInvalidArgument, "the body is not a JSON object");
   return value;
 }
@@ -53,7 +64,8 @@ constexpr std::string_view kCommon[] = {"model",
                                         "user",
                                         "frequency_penalty",
                                         "presence_penalty",
-                                        "logit_bias"};
+                                        "logit_bias",
+                                        "ignore_eos"};
 
 constexpr std::string_view kChat[] = {"messages", "max_completion_tokens", "logprobs", "top_logprobs",
                                       "response_format"};
@@ -89,12 +101,14 @@ bool AsksForNothing(const std::string& key, const Json& value) {
                                 {"echo", {false}},
                                 {"functions", {Json::array()}},
                                 {"include", {Json::array()}},
+                                {"include_obfuscation", {false}},
                                 {"metadata", {Json::object()}},
                                 {"modalities", {{"text"}}},
                                 {"parallel_tool_calls", {false, true}},
                                 {"service_tier", {"auto", "default"}},
                                 {"store", {false}},
                                 {"suffix", {""}},
+                                {"text", {{{"format", {{"type", "text"}}}}}},
                                 {"tool_choice", {"auto", "none"}},
                                 {"tools", {Json::array()}},
                                 {"truncation", {"disabled"}}};
@@ -335,6 +349,7 @@ class RequestReader {
     s.frequency_penalty = Number("frequency_penalty", 0.0f);
     s.presence_penalty = Number("presence_penalty", 0.0f);
     s.logit_bias = Biases();
+    options.ignore_end = r_.TruthOr("ignore_eos", false);
     options.stops = Stops();
     options.max_tokens = MaxTokens(n_prompt);
     CheckOptions(options);

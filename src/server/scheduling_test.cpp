@@ -100,8 +100,7 @@ TEST_F(SchedulingTest, ClientsTakeTurns) {
   GenerationOptions options;
   options.sampler = {.temperature = 0};
   options.max_tokens = 150000;
-  for (int32_t id = 0; static_cast<size_t>(id) < tokenizer_->size(); ++id)
-    if (tokenizer_->IsEndOfGeneration(id)) options.sampler.logit_bias.push_back({id, -100});
+  options.ignore_end = true;
   std::map<size_t, std::pair<std::string, std::shared_ptr<Job>>> jobs;
   const auto submit = [&](const std::string& client) {
     const size_t n = jobs.size() + 1;

@@ -265,10 +265,25 @@ TEST_F(ServerTest, FieldsThatAskForNothingAreTaken) {
     body.update(more);
     EXPECT_EQ(Post("/v1/chat/completions", body).status, 200) << more;
   }
+  const Json response = {{"input", "x"}, {"max_output_tokens", 2}, {"text", {{"format", {{"type", "text"}}}}}};
+  EXPECT_EQ(Post("/v1/responses", response).status, 200);
+  EXPECT_EQ(Complete({{"stream", true}, {"stream_options", {{"include_obfuscation", false}}}}).status, 200);
   EXPECT_EQ(Complete({{"echo", false}, {"best_of", 1}, {"suffix", ""}}).json()["choices"][0]["text"], text);
   EXPECT_EQ(Complete({{"seed", -1}}).json()["choices"][0]["text"], text);  // any whole number of 64 bits
   const Json drawn = {{"temperature", 3}, {"seed", -1}};
   EXPECT_EQ(Complete(drawn).json()["choices"][0]["text"], Complete(drawn).json()["choices"][0]["text"]);
+}
+
+// Two bytes of the body would take a hundred of memory.
+TEST_F(ServerTest, ABodyOfManyPartsIsRefused) {
+  Start({.http = {.port = 0, .max_body = 1 << 20}});
+  const auto said = [&](size_t n) {
+    std::string parts = "[]";
+    for (size_t i = 1; i < n; ++i) parts += ",[]";
+    return Call(RequestText("POST", "/v1/completions", R"({"prompt":[)" + parts + "]}")).body;
+  };
+  EXPECT_NE(said(99998).find("several prompts are several requests"), std::string::npos);
+  EXPECT_NE(said(99999).find("the body has 100001 arrays and objects, at most 100000 are allowed"), std::string::npos);
 }
 
 TEST_F(ServerTest, GarbageDoesNotHurt) {
@@ -278,6 +293,10 @@ TEST_F(ServerTest, GarbageDoesNotHurt) {
     EXPECT_EQ(reply.status, 400) << body;
     EXPECT_TRUE(reply.json().contains("error")) << reply.body;
   }
+  EXPECT_EQ(Call(RequestText("POST", "/v1/completions", "[1]")).json()["error"]["message"],
+            "the body is not a JSON object");
+  const std::string half = Call(RequestText("POST", "/v1/completions", R"({"prompt": "\ud800"})")).body;
+  EXPECT_NE(half.find("the body is not valid JSON: parse error at line 1, column 19"), std::string::npos) << half;
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", std::string(1 << 17, ' '))).status, 413);
   EXPECT_EQ(Call(RequestText("POST", "/v1/completions", std::string(60000, '['))).status, 400);
   const std::string nested = std::string(30000, '[') + std::string(30000, ']');
