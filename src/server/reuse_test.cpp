@@ -208,7 +208,7 @@ TEST_F(ReuseTest, IdleCachesMakeRoomOldestFirst) {
 
 // A beginning that several texts share is there once: it counts once, and more of them run at a time.
 TEST_F(ReuseTest, ASharedBeginningCountsOnce) {
-  const size_t n = 8192, n_tail = 8, n_output = 2000, n_texts = 6;
+  const size_t n = 8192, n_tail = 16, n_output = 2000, n_texts = 6;
   const auto full = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
   const auto bytes = [&](size_t tokens) { return full->Plan(tokens, 0).bytes_end; };
   const size_t one = full->Plan(n + n_tail, n_output).bytes_peak, limit = 2 * one + one / 4;
