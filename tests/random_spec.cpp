@@ -18,10 +18,10 @@ namespace {
 
 char g_subject[4096];
 
-void PrintSubject(int) {
+void PrintSubject(int signal) {
   const ssize_t written = write(STDERR_FILENO, g_subject, std::strlen(g_subject));
   (void)written;
-  std::signal(SIGABRT, SIG_DFL);
+  std::signal(signal, SIG_DFL);  // by which the program ends
 }
 
 size_t RandomCount(const Parameter& parameter, size_t ctx, Rng& rng) {
@@ -194,7 +194,7 @@ RandomLife MakeLife(const CacheConfig& config, size_t n_tokens, Rng& rng) {
 bool Chance(double p, Rng& rng) { return rng.Uniform() < p; }
 
 Seeds::Seeds(uint64_t n) : end(n) {
-  std::signal(SIGABRT, PrintSubject);
+  for (const int signal : {SIGABRT, SIGFPE}) std::signal(signal, PrintSubject);
   const char* const wanted = std::getenv("LESSKV_RANDOM_SPECS");
   if (wanted != nullptr && std::sscanf(wanted, "%lu:%lu", &first, &end) != 2)
     ADD_FAILURE() << "LESSKV_RANDOM_SPECS=FIRST:END, found " << wanted;
