@@ -633,7 +633,8 @@ TEST_F(RandomSpecs, KeepThemSince) {
        {"window(12, sinks=2, positions=cache)+split(2)+f32", "snapkv(56)+ada", "h2o(400)+ada", "h2o(200, extra=3)+less",
         "window(100000, sinks=3900)", "snapkv(17, pool=avg)+split+ada+think(window=17)",
         "tova(160)+match(every=112)+f32", "tova(177)+less+balanced(4, v=3, window=1)",
-        "tova(10)+pyramid(1000000)+csr(4, sample=8, guard=5)", "full+cluster(1000000, every=123, offload=\"/tmp\")+prefill(chunk=13)"}) {
+        "tova(10)+pyramid(1000000)+csr(4, sample=8, guard=5)",
+        "full+cluster(1000000, sinks=0, every=130, skip=1, offload=\"/tmp\")+prefill(chunk=13)"}) {
     size_t lives = 0;
     for (uint64_t seed = 0; lives < 8; ++seed) {
       ASSERT_LT(seed, 1000u) << spec << " fits no model";

@@ -1,7 +1,7 @@
 // Decode over q8 and q4 rows where they lie, with integer products of their codes. Part of attention_avx512.cpp and
 // attention_avx2.cpp, inside their own anonymous namespace and after they have defined, besides what attention_simd.h
 // asks for,
-//   Ints: kW 32-bit integers with the operators of unsigned ones, which also what is no number does not overflow, and
+//   Ints: kW 32-bit integers with the operators of unsigned ones (what codes of no number come to wraps around), which
 //   ToFloat takes as signed   LoadInts(bytes)   ToFloat(Ints)   SumLanes(Ints)
 //   LargerMagnitude(a, b), a >= 0: a or |b|   LoadLanes(p, lanes), which reads nothing where the bit of a lane is not
 //   set, and LoadF16Lanes(p, lanes): 0 there
@@ -42,7 +42,8 @@ inline CodedQueries PlaceQueries(const DecodeScratch& s, size_t dim, size_t stac
 }
 
 // Of the channels that the run's keys have.
-void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, uint32_t offset, const CodedQueries& out) {
+void CodeQueries(const AttentionView& view, const RowSpan& run, size_t stacked, uint32_t offset,
+                 const CodedQueries& out) {
   constexpr size_t kVectors = kQuantBlock / kW;
   const size_t dim = run.format.head_dim;
   for (size_t m = 0; m < stacked; ++m) {

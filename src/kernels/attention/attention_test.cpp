@@ -172,9 +172,9 @@ TEST_P(AttentionTest, RandomCasesMatchFloat64) {
     }
     if (chance(25)) c.rope = chance(50) ? RopeStyle::kHalves : RopeStyle::kInterleaved;
     c.seed = seed;
-    SCOPED_TRACE(testing::Message() << "seed " << seed << ": " << Name(c.key_type) << ' ' << Name(c.value_type) << " dim " << c.dim
-                                    << " group " << c.group << " queries " << c.n_queries << " past " << c.n_past << " window "
-                                    << c.window << (c.own_rows ? "" : " without own rows") << (c.biased ? " biased" : "")
+    SCOPED_TRACE(testing::Message() << "seed " << seed << ": " << Name(c.key_type) << ' ' << Name(c.value_type)
+                                    << " dim " << c.dim << " group " << c.group << " queries " << c.n_queries
+                                    << " past " << c.n_past << " window " << c.window << (c.own_rows ? "" : " without own rows") << (c.biased ? " biased" : "")
                                     << (c.rope ? " rope" : ""));
     const Problem problem(c);
     const bool by_head = chance(50);

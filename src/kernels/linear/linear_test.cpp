@@ -472,8 +472,8 @@ TEST_P(LinearTest, NothingBesideTheOperandsIsTouched) {
           std::copy(x.begin(), x.end(), tokens.As<float>());
           float* const y = results.As<float>();
           for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
-            SCOPED_TRACE(testing::Message() << Traits(type).name << ", " << n_out << " rows of " << n_in << ", " << n_tokens
-                                            << " tokens, compute type " << static_cast<int>(compute));
+            SCOPED_TRACE(testing::Message() << Traits(type).name << ", " << n_out << " rows of " << n_in << ", "
+                                            << n_tokens << " tokens, compute type " << static_cast<int>(compute));
             std::fill_n(y, n_results, kUntouched);
             Linear(view, tokens.As<float>(), n_in, n_tokens, y, stride, compute);
             const std::vector<float> expected = RunLinear(m.view, x, n_tokens, compute);

@@ -2,8 +2,8 @@
 //
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
-// can hold them (two, where some layers may give theirs back before the others); those that the step fills and the last ones have one each, because full ones are shared with clones
-// where nothing ever leaves (StoreShape::keeps_all). Where budgets differ between heads (StoreShape::packs) all heads
+// can hold them (two, where some layers may give theirs back before the others); those that the step fills and the last
+// ones have one each, because full ones are shared with clones where nothing ever leaves (StoreShape::keeps_all). Where budgets differ between heads (StoreShape::packs) all heads
 // share one region, in which each has exactly its budget side by side with the others', so that only the whole is rounded
 // up; rows that a growing head takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
 // when their head is closed. Where a selector says how many rows stay (StoreShape::exact_growth) heads grow a layer at a

@@ -28,8 +28,8 @@ class ClusterFile {
   // The next bytes to several places, each of `bytes` bytes.
   void ReadPieces(size_t offset, std::span<std::byte* const> to, size_t bytes) const;
 
-  // Bytes [offset, offset + bytes) in memory that the system can take back; until Unmap or Resize. Throws Error(kIo) where
-  // they cannot be read, which would otherwise be a signal when they are used.
+  // Bytes [offset, offset + bytes) in memory that the system can take back; until Unmap or Resize. Throws Error(kIo)
+  // where they cannot be read, which would otherwise be a signal when they are used.
   const std::byte* Map(size_t offset, size_t bytes) const;
   void Unmap();
 

@@ -197,7 +197,7 @@ void ClusterOffload::AddPart(size_t layer, size_t kv_head, const Extent& extent,
     LoadTiles(layer, kv_head, cache, extent, end - missing.size(), missing);
     missing.clear();
   };
-  const std::byte *region_keys = nullptr, *region_values = nullptr;  // where they lie, from the first tile that has no slot
+  const std::byte *region_keys = nullptr, *region_values = nullptr;  // from the first tile that has no slot on
   const auto map = [&](const RowFormat& format, size_t region, size_t tile) {
     const size_t at = tile * TileBytes(format), n_tiles = CeilDiv(first + n, kTileRows) - tile;
     return file_->Map(region + at, RegionBytes(format, n_tiles * kTileRows)) - at;

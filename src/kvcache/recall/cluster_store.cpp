@@ -40,7 +40,8 @@ ClusterStore::ClusterStore(ByteCounter& counter, const StoreShape& shape, const 
       types_(types),
       options_(options),
       table_(shape.layers),
-      rows_(std::make_unique<RowStore>(counter, shape, types, std::vector<size_t>{}, options.folder.empty() ? 0 : options.skip)),
+      rows_(std::make_unique<RowStore>(counter, shape, types, std::vector<size_t>{},
+                                       options.folder.empty() ? 0 : options.skip)),
       offload_(MakeOffload()) {}
 
 std::unique_ptr<ClusterOffload> ClusterStore::MakeOffload() const {

@@ -642,8 +642,8 @@ TEST(ClusterOffload, RandomLivesAreThoseOfExactArithmetic) {
                            .skip = rng.Below(shape.n_layers)};
     options.budget += options.sinks + one_of({0, 1, 10, 60, 1000});
     options.added = 1 + rng.Below(std::min<size_t>(options.every, 4));
-    SCOPED_TRACE(testing::Message() << "seed " << seed << ": " << options.budget << " rows, sinks " << options.sinks << ", size "
-                                    << options.size << ", every " << options.every);
+    SCOPED_TRACE(testing::Message() << "seed " << seed << ": " << options.budget << " rows, sinks " << options.sinks
+                                    << ", size " << options.size << ", every " << options.every);
     ByteCounter counter, file_counter;
     Driver memory = Make(shape, options, counter);
     options.folder = folder.path();
@@ -670,7 +670,8 @@ TEST(ClusterOffload, RandomLivesAreThoseOfExactArithmetic) {
           std::vector<std::pair<double, size_t>> ranked;
           for (size_t c = 0; c < ends.size(); ++c) {
             double score = 0;
-            for (size_t g = options.by_group ? h * shape.group : head; g < (options.by_group ? (h + 1) * shape.group : head + 1); ++g)
+            const size_t first = options.by_group ? h * shape.group : head;
+            for (size_t g = first; g < first + (options.by_group ? shape.group : 1); ++g)
               score += Dot64(&q[g * d], &memory.clusters().Centroids(layer, h)[c * d], d);
             ranked.push_back({-score, c});
           }
@@ -687,7 +688,8 @@ TEST(ClusterOffload, RandomLivesAreThoseOfExactArithmetic) {
       const auto want = memory.Step(n, is_prompt), got = file.Step(n, is_prompt);
       ASSERT_EQ(got, want) << "after " << file.n_tokens;
       for (const auto& [head, out] : exact)
-        for (size_t c = 0; c < d; ++c) ASSERT_NEAR(want[layer][head * d + c], out[c], 2e-5) << "after " << file.n_tokens;
+        for (size_t c = 0; c < d; ++c)
+          ASSERT_NEAR(want[layer][head * d + c], out[c], 2e-5) << "after " << file.n_tokens;
       n_checked += exact.size();
     }
   }
@@ -771,8 +773,8 @@ TEST(ClusterOffload, ChunksLeaveMemory) {
                          counter);
     while (driver.n_tokens < 1000) driver.Step(chunk, false);
     const size_t centroids = 6 * shape.n_kv * driver.clusters().n_clusters() * (shape.d + 1) * 4;
-    EXPECT_LE(counter.now, centroids + 6 * shape.n_kv * (64 + 384 + 8) * row + 2 * shape.n_kv * (driver.n_tokens + 128) * row)
-        << chunk;
+    const size_t rows = shape.n_kv * (6 * (64 + 384 + 8) + 2 * (driver.n_tokens + 128));
+    EXPECT_LE(counter.now, centroids + rows * row) << chunk;
   }
 }
 
@@ -835,7 +837,8 @@ class ClusterFailures : public testing::Test {
 
   std::shared_ptr<const CacheConfig> Config(const std::string& options) const {
     return CacheConfig::Create(
-        CacheSpec::Parse(fmt::format("cluster(40, sinks=4, size=6, skip=0, offload=\"{}\"{})+f32", folder_.path(), options)),
+        CacheSpec::Parse(
+            fmt::format("cluster(40, sinks=4, size=6, skip=0, offload=\"{}\"{})+f32", folder_.path(), options)),
         CacheShape::Uniform(kLayers, 4, 2, 32, 512, {.n_dims = 32, .frequency_factors = {}}));
   }
 
@@ -885,7 +888,8 @@ class ClusterFailures : public testing::Test {
 
   const Folder folder_;
   Rng rng_{7};
-  const std::vector<float> k_ = Random(kMost * kKv, rng_), v_ = Random(kMost * kKv, rng_), q_ = Random(kMost * kQ, rng_);
+  const std::vector<float> k_ = Random(kMost * kKv, rng_), v_ = Random(kMost * kKv, rng_),
+                           q_ = Random(kMost * kQ, rng_);
   CacheBatch batch_;
 };
 
@@ -905,7 +909,8 @@ TEST_F(ClusterFailures, AFileThatCannotBeReadFailsItsSequenceAlone) {
       Step({&alone}, kMost, StepKind::kPrompt);
       const auto want = Step({&alone}, n, StepKind::kDecode), got = Step({&broken, &sound}, n, StepKind::kDecode);
       for (size_t layer = 0; layer < kLayers; ++layer)
-        EXPECT_EQ(std::vector<float>(got[layer].end() - static_cast<std::ptrdiff_t>(n * kQ), got[layer].end()), want[layer]);
+        EXPECT_EQ(std::vector<float>(got[layer].end() - static_cast<std::ptrdiff_t>(n * kQ), got[layer].end()),
+                  want[layer]);
       EXPECT_FALSE(batch_.failure(1));
       ExpectFailure(0, "the file ends");
     }
@@ -939,7 +944,8 @@ TEST_F(ClusterFailures, AFileThatCannotBeWrittenFailsItsSequenceAlone) {
     close(full);
   });
   for (size_t layer = 0; layer < kLayers; ++layer)
-    EXPECT_EQ(std::vector<float>(got[layer].begin() + static_cast<std::ptrdiff_t>(kMost * kQ), got[layer].end()), want[layer]);
+    EXPECT_EQ(std::vector<float>(got[layer].begin() + static_cast<std::ptrdiff_t>(kMost * kQ), got[layer].end()),
+              want[layer]);
   ExpectFailure(0, "cannot write");
   EXPECT_FALSE(batch_.failure(1));
   EXPECT_EQ(Step({&sound}, 1, StepKind::kDecode), Step({&alone}, 1, StepKind::kDecode));
@@ -957,7 +963,8 @@ TEST_F(ClusterFailures, AFolderThatIsGoneConcernsNewFilesOnly) {
   EXPECT_EQ(Step({&cache}, 50, StepKind::kPrompt), Step({&other}, 50, StepKind::kPrompt));
   SequenceCache late(config), restored(config);
   for (const std::function<void()>& refused :
-       {std::function<void()>([&] { cache.Clone(); }), std::function<void()>([&] { late.BeginStep(100, StepKind::kPrompt); }),
+       {std::function<void()>([&] { cache.Clone(); }),
+        std::function<void()>([&] { late.BeginStep(100, StepKind::kPrompt); }),
         std::function<void()>([&] { restored.Restore(saved.data(), saved.size()); })}) {
     try {
       refused();
@@ -999,7 +1006,8 @@ TEST(ClusterOffload, SavedScalesMustBeFinite) {
     const RowFormat keys{types.keys, RowSide::kKeys, shape.d}, values{types.values, RowSide::kValues, shape.d};
     const size_t n_keys = TileBytes(keys), n_values = TileBytes(values);
     const size_t last = saved.bytes.size() - RegionBytes(values, kTileRows);  // of the last window, a tile a head
-    for (const auto& [at, n] : {std::pair{file, n_keys}, {last - RegionBytes(keys, kTileRows), n_keys}, {last, n_values}}) {
+    for (const auto& [at, n] :
+         {std::pair{file, n_keys}, {last - RegionBytes(keys, kTileRows), n_keys}, {last, n_values}}) {
       const bool coded = n == n_keys ? types.keys == RowType::kQ8 : types.values == RowType::kQ4;
       if (!coded) {  // any bits are a float
         load(at, n);
