@@ -201,6 +201,14 @@ TEST_F(ConvertTest, AddedTokensWithoutARowAreLeftOut) {
   });
   EXPECT_EQ(GgufFile::Open(Convert(model)).Strings("tokenizer.ggml.tokens").size(), 290u);
   EXPECT_TRUE(Noted("1 added tokens without a row"));
+  // As fine-tuned models have for padding.
+  Edit(model / "tokenizer_config.json", [](Json& json) { json["pad_token"] = "<image>"; });
+  EXPECT_EQ(GgufFile::Open(Convert(model)).Find("tokenizer.ggml.padding_token_id"), nullptr);
+  Edit(model / "tokenizer_config.json", [](Json& json) { json["pad_token"] = "<|end|>"; });
+  EXPECT_EQ(GgufFile::Open(Convert(model)).Get<uint32_t>("tokenizer.ggml.padding_token_id"), 2u);
+  Edit(model / "tokenizer_config.json", [](Json& json) { json["eos_token"] = "<image>"; });
+  fs::remove(Path("out.gguf"));
+  EXPECT_NE(ErrorOf(model).find("eos_token: expected a token of the vocabulary"), std::string::npos);
 }
 
 TEST_F(ConvertTest, ShardsAndTiesAreRead) {

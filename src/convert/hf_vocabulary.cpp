@@ -186,13 +186,21 @@ class Reader {
     return found->second;
   }
 
-  // A token by its text, or as an object with its content.
-  std::optional<uint32_t> NamedToken(const std::string& key) const {
+  // The text of a token, given as such or as an object with its content; empty where there is none.
+  std::string TokenText(const std::string& key) const {
     const Json* const value = tokenizer_config_.Find(key);
-    if (value == nullptr) return std::nullopt;
-    const std::string text =
-        value->is_object() ? tokenizer_config_.Object(key).Text("content") : tokenizer_config_.Text(key);
-    return Lookup(tokenizer_config_, key, text);
+    if (value == nullptr) return "";
+    return value->is_object() ? tokenizer_config_.Object(key).Text("content") : tokenizer_config_.Text(key);
+  }
+
+  std::optional<uint32_t> NamedToken(const std::string& key) const {
+    return Lookup(tokenizer_config_, key, TokenText(key));
+  }
+
+  // Fine-tuning often adds a padding token and no row for it; nothing is padded here.
+  std::optional<uint32_t> PadToken() const {
+    const auto found = ids_.find(TokenText("pad_token"));
+    return found == ids_.end() ? std::nullopt : std::optional(found->second);
   }
 
   // One id, or several.
@@ -221,7 +229,7 @@ class Reader {
   void ReadSpecialIds() {
     v_.bos = SpecialId("bos_token", "bos_token_id");
     v_.eos = SpecialId("eos_token", "eos_token_id");
-    v_.pad = NamedToken("pad_token");
+    v_.pad = PadToken();
     v_.ends = Ids(generation_config_, "eos_token_id");
     if (v_.ends.empty()) v_.ends = Ids(directory_.config(), "eos_token_id");
     v_.add_bos = tokenizer_config_.TruthOr("add_bos_token", false) && v_.bos;
