@@ -225,6 +225,14 @@ TEST_F(ConvertTest, ShardsAndTiesAreRead) {
   EXPECT_EQ(GgufFile::Open(Convert(tied)).FindTensor("output.weight"), nullptr);
 }
 
+// What a checkpoint in shards leaves behind where one in a single file is saved over it.
+TEST_F(ConvertTest, OneFileOfWeightsCountsBesideAnIndex) {
+  const fs::path model = Copy("qwen3");
+  WriteText(model / "model.safetensors.index.json", R"({"weight_map": {"model.norm.weight": "no-such-file"}})");
+  EXPECT_EQ(GgufFile::Open(Convert(model)).Identity(),
+            GgufFile::Open(Convert(kModels / "qwen3", "alone.gguf")).Identity());
+}
+
 TEST_F(ConvertTest, AnotherOutputMatrixIsTakenThoughTheConfigurationTies) {
   const fs::path tied = Copy("qwen3");
   const auto flip_sign = [](Tensor& tensor) {

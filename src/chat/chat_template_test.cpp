@@ -157,8 +157,9 @@ TEST(ChatTemplate, ATemplateThatSaysMoreIsAnotherOne) {
   EXPECT_EQ(name(llama2_system + llama2), "llama2");
   EXPECT_EQ(name("{% set given = 'Tu es gentil.' %}" + llama2_system + llama2), "none");
   EXPECT_EQ(name("{% if false == true %}{% set given = 'Be kind.' %}{% endif %}" + llama2_system + llama2), "llama2");
-  const std::string mistral = "{{ bos_token + '[SYSTEM_PROMPT]' + given + '[/SYSTEM_PROMPT]' }}{% for m in messages %}"
-                              "{{ '[INST]' + m.content + '[/INST]' }}{% endfor %}";
+  const std::string mistral =
+      "{{ bos_token + '[SYSTEM_PROMPT]' + given + '[/SYSTEM_PROMPT]' }}{% for m in messages %}"
+      "{{ '[INST]' + m.content + '[/INST]' }}{% endfor %}";
   EXPECT_EQ(name("{% set given = 'It is ' + today + '.' %}" + mistral), "mistral-v7-tekken") << "left out";
   EXPECT_EQ(name("{% set today = '1 May' %}" + mistral), "mistral-v7-tekken");
   EXPECT_EQ(name("{% set given = 'Update the files.' %}" + mistral), "none") << "a prompt that only speaks of dates";

@@ -56,13 +56,12 @@ Json HfDirectory::OptionalJson(std::string_view name) const {
 }
 
 std::vector<std::string> HfDirectory::ShardNames() const {
-  if (!HasFile(kIndex)) {
-    if (HasFile(kSingle)) return {std::string(kSingle)};
+  if (HasFile(kSingle)) return {std::string(kSingle)};  // transformers, too, then leaves an index alone
+  if (!HasFile(kIndex))
     Fail(ErrorCode::kNotFound, "{} has neither {} nor {}{}", path_, kSingle, kIndex,
          HasFile("pytorch_model.bin") || HasFile("pytorch_model.bin.index.json")
              ? "; pytorch_model.bin files are not read"
              : "");
-  }
   const Json index = LoadJsonObject(File(kIndex));
   const JsonReader reader(index, File(kIndex));
   std::set<std::string> names;
@@ -80,7 +79,7 @@ void HfDirectory::OpenShards() {
     if (!HasFile(name)) Fail(ErrorCode::kNotFound, "{} has no {}, which {} names", path_, name, kIndex);
     AddShard(name);
   }
-  if (HasFile(kIndex)) CheckIndex();
+  if (!HasFile(kSingle)) CheckIndex();
 }
 
 void HfDirectory::AddShard(const std::string& name) {
