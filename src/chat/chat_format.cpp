@@ -171,6 +171,18 @@ std::optional<std::string> WrittenSystemPrompt(std::string_view jinja) {
   return "";
 }
 
+// Whether a line break follows some `mark`, in its string or right behind it. Which white space a template writes is
+// else not compared; but a ChatML whose turns stand on one line is another format.
+bool EndsLine(std::string_view jinja, std::string_view mark) {
+  for (size_t at = jinja.find(mark); at != std::string_view::npos; at = jinja.find(mark, at)) {
+    at += mark.size();
+    const size_t next = jinja.find_first_not_of(" '\"+~-{}", at);
+    if (next == std::string_view::npos) return false;
+    if (jinja[next] == '\n' || jinja.substr(next).starts_with("\\n")) return true;
+  }
+  return false;
+}
+
 const ChatFormat* RecogniseMistralOrLlama2(std::string_view jinja) {
   const auto has = [&](std::string_view text) { return jinja.find(text) != std::string_view::npos; };
   if (has("[SYSTEM_PROMPT]")) return Named(has("[SYSTEM_PROMPT] ") ? "mistral-v7" : "mistral-v7-tekken");
@@ -184,7 +196,8 @@ const ChatFormat* RecogniseByMarks(std::string_view jinja) {
   const auto has = [&](std::string_view text) { return jinja.find(text) != std::string_view::npos; };
   if (has("<|im_start|>")) {
     if (has("<end_of_utterance>")) return nullptr;  // SmolVLM: the mark is its BOS
-    return Named(has("<|im_sep|>") ? "phi4" : "chatml");
+    if (has("<|im_sep|>")) return Named("phi4");
+    return has("<|im_end|>") && !EndsLine(jinja, "<|im_end|>") ? nullptr : Named("chatml");
   }
   if (has("[INST]")) return RecogniseMistralOrLlama2(jinja);
   if (has("<|start_header_id|>")) {

@@ -147,6 +147,11 @@ TEST(ChatTemplate, ATemplateThatSaysMoreIsAnotherOne) {
   EXPECT_EQ(name(chatml + ask + "{% if not (m.role == 'tool' or tools) %}{% else %}{{ 'Tools:' }}{% endif %}"), "chatml");
   EXPECT_EQ(name(chatml + ask + "{% for tool in tools %}{{ 'Tool:' }}{% endfor %}{# Tools? #}"), "chatml");
   EXPECT_EQ(name(chatml + ask + "{{ raise_exception('Roles must alternate') if roles != 'as they should' }}"), "chatml");
+  EXPECT_EQ(name("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}" + ask),
+            "none") << "turns without a line break between them";
+  for (const char* end : {"'<|im_end|>' + '\\n' }}", "'<|im_end|>' ~ \"\\n\" }}", "'<|im_end|>' }}\n"})
+    EXPECT_EQ(name("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + " + std::string(end) +
+                   "{% endfor %}" + ask), "chatml") << end;
   EXPECT_EQ(name(chatml + "{% set mood = 'Be merry.' %}" + ask), "none") << "a system prompt of its own";
   EXPECT_EQ(name(llama3 + "' }}"), "llama3");
   EXPECT_EQ(name(llama3 + ">>>' }}"), "none");
