@@ -131,9 +131,18 @@ void RowStore::ResizeArena(const Formats& formats, Head& head, size_t rows) {
 }
 
 void RowStore::Grow(std::span<const size_t> rows) {
-  const size_t n_apart = n_apart_ < table_.n_layers() ? table_(n_apart_, 0) : 0;
-  GrowHeads(0, n_apart, rows);
-  GrowHeads(n_apart, heads_.size(), rows);
+  if (n_apart_ >= table_.n_layers()) return GrowHeads(0, heads_.size(), rows);
+  const size_t n_apart = table_(n_apart_, 0);
+  std::vector<size_t> next(rows.size());
+  for (bool more = true; more;) {  // a block of each head at a time
+    more = false;
+    for (size_t i = 0; i < next.size(); ++i) {
+      next[i] = std::min(rows[i], heads_[i].capacity() + heads_[i].region_rows);
+      more |= next[i] < rows[i];
+    }
+    GrowHeads(0, n_apart, next);
+    GrowHeads(n_apart, heads_.size(), next);
+  }
 }
 
 void RowStore::GrowHeads(size_t first, size_t end, std::span<const size_t> rows) {
@@ -740,7 +749,9 @@ void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_
     } else if (shape_.grows) {
       const size_t beyond = n_rows - std::min(n_rows, head.share.rows), filled = beyond / head.region_rows;
       head.regions.clear();
-      for (const size_t n : {filled, CeilDiv(beyond, head.region_rows) - filled}) {  // a full block lies with such only
+      const size_t all = CeilDiv(beyond, head.region_rows), most = n_apart_ < table_.n_layers() ? 1 : all;
+      for (size_t done = 0, n; done < all; done += n) {  // a full block lies with such only
+        n = std::min(most, done < filled ? filled - done : all - done);
         const std::vector<const Formats*> blocks(n, &formats);
         for (Region& region : Allocate(*counter_, blocks, std::vector<size_t>(n, head.region_rows)))
           head.regions.push_back(std::move(region));

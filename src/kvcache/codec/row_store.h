@@ -51,9 +51,10 @@ void RequireFiniteScales(const RowFormat& format, const std::byte* tile);
 class RowStore final : public KvStore {
  public:
   // key_dims: the channels that keys have, a layer, where they are not all of the head's (think_store.h).
-  // n_apart: first layers that may keep blocks that the others give back (cluster_store.h).
+  // n_apart: first layers that keep blocks that the others may give back (cluster_store.h), each by itself; SIZE_MAX:
+  // none does.
   RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes& types, std::vector<size_t> key_dims = {},
-           size_t n_apart = 0);
+           size_t n_apart = SIZE_MAX);
 
   std::unique_ptr<KvStore> Clone(ByteCounter& counter) const override;
   void AddShareable(std::vector<SharedPart>& parts) const override;

@@ -41,7 +41,7 @@ ClusterStore::ClusterStore(ByteCounter& counter, const StoreShape& shape, const 
       options_(options),
       table_(shape.layers),
       rows_(std::make_unique<RowStore>(counter, shape, types, std::vector<size_t>{},
-                                       options.folder.empty() ? 0 : options.skip)),
+                                       options.folder.empty() ? SIZE_MAX : options.skip)),
       offload_(MakeOffload()) {}
 
 std::unique_ptr<ClusterOffload> ClusterStore::MakeOffload() const {
