@@ -176,6 +176,12 @@ typedef enum lesskv_finish {
   LESSKV_FINISH_INTERRUPTED = 4  /* on_text said so */
 } lesskv_finish;
 
+/* What is added to the logit of a token: in [-100, 100], or -INFINITY: it is never chosen. */
+typedef struct lesskv_token_bias {
+  int32_t token;
+  float bias;
+} lesskv_token_bias;
+
 typedef struct lesskv_generate_params {
   size_t size;
   float temperature; /* 0: greedy */
@@ -192,6 +198,9 @@ typedef struct lesskv_generate_params {
   /* In [-2, 2], 0: off. Of a token that this call generated n > 0 times, n * frequency_penalty + presence_penalty is taken
    * from the logit. */
   float frequency_penalty, presence_penalty;
+  const lesskv_token_bias* logit_bias;
+  size_t n_logit_bias;
+  bool ignore_eos; /* tokens that end a text are never chosen: only max_tokens, stops and the context end it */
 } lesskv_generate_params;
 
 typedef struct lesskv_generate_result {

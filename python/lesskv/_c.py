@@ -77,11 +77,16 @@ class CPlan(Structure):
 OnText = c.CFUNCTYPE(c.c_bool, c.POINTER(c.c_char), size_t, c.c_void_p)
 
 
+class TokenBias(c.Structure):
+    _fields_ = [("token", i32), ("bias", c.c_float)]
+
+
 class GenerateParams(Structure):
     _fields_ = [("size", size_t), ("temperature", c.c_float), ("top_k", i32), ("top_p", c.c_float), ("min_p", c.c_float),
                 ("repeat_penalty", c.c_float), ("repeat_last_n", i32), ("seed", c.c_uint64), ("max_tokens", size_t),
                 ("stops", c.POINTER(c.c_char_p)), ("n_stops", size_t), ("on_text", OnText), ("user_data", c.c_void_p),
-                ("frequency_penalty", c.c_float), ("presence_penalty", c.c_float)]
+                ("frequency_penalty", c.c_float), ("presence_penalty", c.c_float),
+                ("logit_bias", c.POINTER(TokenBias)), ("n_logit_bias", size_t), ("ignore_eos", c.c_bool)]
 
 
 class GenerateResult(Structure):

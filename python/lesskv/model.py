@@ -8,7 +8,7 @@ import json
 import os
 import queue
 import threading
-from typing import Callable, Iterator, Sequence as Several, Union
+from typing import Callable, Iterator, Mapping, Sequence as Several, Union
 
 import numpy as np
 
@@ -298,15 +298,19 @@ class Sequence(_c.Handle):
 
     def generate(self, prompt: Union[str, Tokens], max_tokens: int | None = None, temperature: float = 0.8, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, repeat_last_n: int = 64, seed: int = 0,
-                 stop: Several[str] = (), frequency_penalty: float = 0.0, presence_penalty: float = 0.0) -> Iterator[str]:
+                 stop: Several[str] = (), frequency_penalty: float = 0.0, presence_penalty: float = 0.0,
+                 logit_bias: Mapping[int, float] | None = None, ignore_eos: bool = False) -> Iterator[str]:
         """Reads the prompt and yields text as it becomes certain. Ends early when the iterator is closed. Afterwards
-        `self.result` says how it ended. A text prompt gets BOS only at the beginning of a sequence."""
+        `self.result` says how it ended. A text prompt gets BOS only at the beginning of a sequence. `logit_bias` is
+        added to tokens' logits (-inf: never chosen); with `ignore_eos` no token ends the text."""
         stops = _c.strings("stop", stop)
+        biases = [_c.TokenBias(_c.whole("logit_bias", token, _c.i32), bias) for token, bias in (logit_bias or {}).items()]
         params = _c.GenerateParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                                    repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, seed=seed,
                                    max_tokens=c.c_size_t(-1).value if max_tokens is None else max_tokens, stops=stops,
                                    n_stops=len(stops), frequency_penalty=frequency_penalty,
-                                   presence_penalty=presence_penalty)
+                                   presence_penalty=presence_penalty, logit_bias=(_c.TokenBias * len(biases))(*biases),
+                                   n_logit_bias=len(biases), ignore_eos=ignore_eos)
         return self._stream(prompt if isinstance(prompt, str) else int32(prompt), params)
 
     def _stream(self, prompt: Union[str, np.ndarray], params: _c.GenerateParams) -> Iterator[str]:

@@ -72,6 +72,23 @@ def test_penalties_are_the_program_s(model):
         assert json.loads(said.stdout)["text"] == weakened
 
 
+def test_biases_forbid_and_force(model):
+    token = model.tokenize(" sea", add_special=False)[-1]
+    forced = model.sequence()
+    list(forced.generate("The", max_tokens=3, temperature=0, logit_bias={token: 100}))
+    assert forced.tokens[-2:] == [token, token]
+    plain = model.sequence()
+    list(plain.generate("The sea was", max_tokens=8, temperature=0))
+    first = plain.tokens[len(model.tokenize("The sea was"))]
+    other = model.sequence()
+    list(other.generate("The sea was", max_tokens=8, temperature=0, logit_bias={first: float("-inf")}, ignore_eos=True))
+    assert first not in other.tokens[len(model.tokenize("The sea was")):]
+    with pytest.raises(lesskv.Error, match="--logit-bias"):
+        list(model.sequence().generate("x", logit_bias={10**6: 1}))
+    with pytest.raises(lesskv.Error, match="logit_bias"):
+        list(model.sequence().generate("x", logit_bias={2**40: 1}))
+
+
 def test_turns_go_on_where_the_last_ended():
     model = lesskv.Model(MODEL, threads=2, compute="f32")  # one token and many are rounded alike
     whole = model.sequence()

@@ -17,7 +17,8 @@ namespace {
 lesskv_generate_params GenerateDefaults() {
   const SamplerOptions s;
   return {sizeof(lesskv_generate_params), s.temperature, s.top_k,   s.top_p, s.min_p, s.repeat_penalty, s.repeat_last_n, s.seed,
-          SIZE_MAX,                       nullptr,       0,         nullptr, nullptr, s.frequency_penalty, s.presence_penalty};
+          SIZE_MAX,                       nullptr,       0,         nullptr, nullptr, s.frequency_penalty, s.presence_penalty,
+          nullptr,                        0,             false};
 }
 
 constexpr lesskv_eval_params kEvalDefaults{sizeof kEvalDefaults, nullptr, 0, nullptr, 0, 0, 0, 8, 0, false};
@@ -44,6 +45,10 @@ GenerateOptions OptionsOf(const lesskv_generate_params& o) {
                      .frequency_penalty = o.frequency_penalty,
                      .presence_penalty = o.presence_penalty,
                      .seed = o.seed};
+  Require(o.logit_bias != nullptr || o.n_logit_bias == 0, "there are no biases to read");
+  for (size_t i = 0; i < o.n_logit_bias; ++i)
+    options.sampler.logit_bias.push_back({o.logit_bias[i].token, o.logit_bias[i].bias});
+  options.ignore_end = o.ignore_eos;
   options.max_tokens = o.max_tokens;
   options.stops = Strings(o.stops, o.n_stops, "stop texts");
   options.sequence_goes_on = true;

@@ -209,6 +209,33 @@ static void generation(lesskv_model* model) {
   how.presence_penalty = 3;
   REFUSES(lesskv_generate(sequence, tokens, n, &how, &result), "--presence-penalty");
   how.frequency_penalty = how.presence_penalty = 0;
+  lesskv_sequence_free(sequence);
+
+  /* Only one token may be chosen; then none of those that end a text. */
+  const lesskv_token_bias only = {tokens[n - 1], 100};
+  how.logit_bias = &only;
+  how.n_logit_bias = 1;
+  part[0] = 0;
+  OK(lesskv_sequence_new(model, NULL, &sequence));
+  OK(lesskv_generate(sequence, tokens, n, &how, &result));
+  CHECK(result.pending_token == tokens[n - 1] && strcmp(part, text) != 0);
+  lesskv_model_info info;
+  info.size = sizeof info;
+  OK(lesskv_model_get_info(model, &info));
+  const lesskv_token_bias end = {info.eos, 100};
+  how.logit_bias = &end;
+  OK(lesskv_generate(sequence, tokens, 1, &how, &result));
+  CHECK(result.finish == LESSKV_FINISH_END);
+  how.ignore_eos = true;
+  OK(lesskv_generate(sequence, tokens, 1, &how, &result));
+  CHECK(result.finish == LESSKV_FINISH_LENGTH && result.generated_tokens == 12);
+  const lesskv_token_bias unknown = {-1, 1};
+  how.logit_bias = &unknown;
+  REFUSES(lesskv_generate(sequence, tokens, 1, &how, &result), "--logit-bias");
+  how.logit_bias = NULL;
+  REFUSES(lesskv_generate(sequence, tokens, 1, &how, &result), "no biases");
+  how.n_logit_bias = 0;
+  how.ignore_eos = false;
   part[0] = 0;
   lesskv_sequence_free(sequence);
 
