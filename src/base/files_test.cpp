@@ -56,7 +56,6 @@ TEST_F(Files, MappedBytesAreTheFileAndSurviveAMove) {
   MappedFile second = std::move(first);
   EXPECT_TRUE(first.bytes().empty());
   EXPECT_EQ(second.bytes().data(), address);
-  second.Advise(MappedFile::Access::kWillNeed);
   EXPECT_EQ(std::string(reinterpret_cast<const char*>(address), second.bytes().size()), "hello");
 }
 

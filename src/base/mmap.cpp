@@ -89,15 +89,6 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
-void MappedFile::Advise(Access access) const {
-  if (data_ == nullptr) return;
-  int advice = MADV_NORMAL;
-  if (access == Access::kSequential) advice = MADV_SEQUENTIAL;
-  if (access == Access::kRandom) advice = MADV_RANDOM;
-  if (access == Access::kWillNeed) advice = MADV_WILLNEED;
-  ::madvise(const_cast<std::byte*>(data_), size_, advice);
-}
-
 void MappedFile::Release(std::span<const std::byte> part) const {
   if (part.empty()) return;
   CHECK(part.data() >= data_ && part.data() + part.size() <= data_ + size_, "not of this file");

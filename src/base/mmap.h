@@ -13,8 +13,6 @@ namespace lesskv {
 // next access to the missing pages: replace files by renaming (atomic_file.h), never in place.
 class MappedFile {
  public:
-  enum class Access { kNormal, kSequential, kRandom, kWillNeed };
-
   // Maps a regular, non-empty file. Throws Error: kNotFound when it cannot be opened, kBadFile for a directory, a pipe
   // or device, or an empty file, kIo when mapping fails.
   static MappedFile Open(const std::string& path);
@@ -29,9 +27,6 @@ class MappedFile {
 
   // The file's bytes; page-aligned.
   std::span<const std::byte> bytes() const { return {data_, size_}; }
-
-  // Tells the kernel how the bytes will be read. A hint: it cannot fail and changes no result.
-  void Advise(Access access) const;
 
   // Takes the whole pages of `part`, which lies inside bytes(), out of this process's memory; touching them brings them
   // back. Only for a file that was mapped, not read (Read): its bytes would be lost.

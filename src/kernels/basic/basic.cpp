@@ -189,40 +189,9 @@ void SimdExp(float* x, size_t n) {
   });
 }
 
-// x = exp(x - shift); returns the sum.
-float ExpShifted(float* x, size_t n, float shift) {
-  const D d;
-  const V s = hn::Set(d, shift);
-  V sum = hn::Zero(d);
-  Walk(
-      n,
-      [&](size_t i) HWY_ATTR {
-        const V e = hn::Exp(d, hn::Sub(hn::LoadU(d, x + i), s));
-        hn::StoreU(e, d, x + i);
-        sum = hn::Add(sum, e);
-      },
-      [&](size_t i, size_t count) HWY_ATTR {
-        const V e = hn::Exp(d, hn::Sub(Padded(x + i, count, kNegativeInfinity).Load(), s));
-        StoreFirst(e, count, x + i);
-        sum = hn::Add(sum, e);
-      });
-  return hn::GetLane(hn::SumOfLanes(d, sum));
-}
-
 void SimdScale(float* x, float factor, size_t n) {
   const V f = hn::Set(D(), factor);
   Map(x, n, [&](V v) HWY_ATTR { return hn::Mul(v, f); });
-}
-
-float SimdSoftmax(float* x, size_t n) {
-  const float max = SimdMax(x, n);
-  if (max == kNegativeInfinity) {
-    std::memset(x, 0, n * sizeof(float));
-    return kNegativeInfinity;
-  }
-  const float sum = ExpShifted(x, n, max);
-  SimdScale(x, 1.0f / sum, n);
-  return max + std::log(sum);
 }
 
 float SimdLogSumExp(const float* x, size_t n) {
@@ -378,7 +347,6 @@ HWY_EXPORT(SimdSiluMul);
 HWY_EXPORT(SimdGeluTanhMul);
 HWY_EXPORT(SimdExp);
 HWY_EXPORT(SimdScale);
-HWY_EXPORT(SimdSoftmax);
 HWY_EXPORT(SimdLogSumExp);
 HWY_EXPORT(SimdAdd);
 HWY_EXPORT(SimdAxpy);
@@ -404,18 +372,6 @@ float ScalarDot(const float* a, const float* b, size_t n) {
   double sum = 0;
   for (size_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
   return static_cast<float>(sum);
-}
-
-float ScalarSoftmax(float* x, size_t n) {
-  const float max = ScalarMax(x, n);
-  if (max == kNegativeInfinity) {
-    for (size_t i = 0; i < n; ++i) x[i] = 0;
-    return max;
-  }
-  double sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - max);
-  for (size_t i = 0; i < n; ++i) x[i] = static_cast<float>(x[i] / sum);
-  return max + static_cast<float>(std::log(sum));
 }
 
 uint32_t Bits(float value) {
@@ -489,10 +445,6 @@ void GeluTanhMul(float* gate, const float* up, size_t n) {
 
 void Gelu(float* x, size_t n) {
   for (size_t i = 0; i < n; ++i) x[i] = 0.5f * x[i] * std::erfc(x[i] * -0.70710678118654752f);
-}
-
-float Softmax(float* x, size_t n) {
-  return UseScalar() ? ScalarSoftmax(x, n) : HWY_DYNAMIC_DISPATCH(SimdSoftmax)(x, n);
 }
 
 float LogSumExp(const float* x, size_t n) {

@@ -1,4 +1,4 @@
-// Small vector operations on float32: norms, activations, softmax, sums, conversions. All are single-threaded, accept
+// Small vector operations on float32: norms, activations, sums, conversions. All are single-threaded, accept
 // any length (0 included unless said otherwise) and any alignment, and run on the active instruction set (cpu.h);
 // Isa::kScalar gives the plain reference loops. Sums are accumulated in float32 lanes, in an order fixed by the
 // instruction set.
@@ -23,10 +23,6 @@ void GeluTanhMul(float* gate, const float* up, size_t n);
 
 // x[i] = gelu(x[i]) = x[i] (1 + erf(x[i] / sqrt(2))) / 2, in place. Plain loops on every instruction set.
 void Gelu(float* x, size_t n);
-
-// x = exp(x - max) / sum, in place. Entries of -inf become 0; when all are -inf, so are all results. n >= 1.
-// Returns the log of the sum of exponentials of the input.
-float Softmax(float* x, size_t n);
 
 // log(sum(exp(x[i]))), without overflow; -inf for n = 0 or when every entry is -inf.
 float LogSumExp(const float* x, size_t n);

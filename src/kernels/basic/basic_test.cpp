@@ -152,36 +152,27 @@ TEST_P(BasicTest, ExpIsAccurateAndTotal) {
   EXPECT_EQ(special[8], kInfinity);
 }
 
-TEST_P(BasicTest, SoftmaxAndLogSumExp) {
+TEST_P(BasicTest, LogSumExpIsThatOfDoubles) {
   Rng rng(4);
   for (size_t n : kLengths) {
     if (n == 0) continue;
     for (float scale : {1.0f, 30.0f, 1000.0f}) {
       Guarded x(n, rng, scale);
-      const Guarded before = x;
       double max = -1e30, sum = 0;
-      for (size_t i = 0; i < n; ++i) max = std::max<double>(max, before[i]);
-      for (size_t i = 0; i < n; ++i) sum += std::exp(before[i] - max);
+      for (size_t i = 0; i < n; ++i) max = std::max<double>(max, x[i]);
+      for (size_t i = 0; i < n; ++i) sum += std::exp(x[i] - max);
       EXPECT_NEAR(LogSumExp(x.data(), n), max + std::log(sum), 1e-6 * (std::fabs(max) + 1));
-      const float lse = Softmax(x.data(), n);
-      EXPECT_NEAR(lse, max + std::log(sum), 1e-6 * (std::fabs(max) + 1));
-      for (size_t i = 0; i < n; ++i) EXPECT_NEAR(x[i], std::exp(before[i] - max) / sum, 2e-6) << n;
-      EXPECT_TRUE(x.Intact());
     }
   }
 }
 
-TEST_P(BasicTest, SoftmaxOfMaskedAndEmptyRows) {
+TEST_P(BasicTest, LogSumExpOfMaskedAndEmptyRows) {
   std::vector<float> x(20, -kInfinity);
   x[18] = 5.0f;
-  EXPECT_FLOAT_EQ(Softmax(x.data(), x.size()), 5.0f);
-  EXPECT_EQ(x[18], 1.0f);
-  EXPECT_EQ(x[0], 0.0f);
-  std::vector<float> none(20, -kInfinity);
+  EXPECT_FLOAT_EQ(LogSumExp(x.data(), x.size()), 5.0f);
+  const std::vector<float> none(20, -kInfinity);
   EXPECT_EQ(LogSumExp(none.data(), none.size()), -kInfinity);
   EXPECT_EQ(LogSumExp(none.data(), 0), -kInfinity);
-  EXPECT_EQ(Softmax(none.data(), none.size()), -kInfinity);
-  for (float v : none) EXPECT_EQ(v, 0.0f);
 }
 
 TEST_P(BasicTest, SiluMul) {

@@ -42,33 +42,6 @@ void RotateRow(RopeStyle style, size_t n_pairs, float* row, size_t n_heads, size
   }
 }
 
-void Rotate(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
-            const int32_t* positions, bool back) {
-  CHECK(table.n_dims() <= head_dim, "{} rotary dimensions of heads of {}", table.n_dims(), head_dim);
-  const size_t n_pairs = table.n_dims() / 2;
-  constexpr size_t kRowsPerTask = 16;
-  const size_t n_tasks = CeilDiv(n_rows, kRowsPerTask);
-  // Back: the transposed rotation, and the magnitude, which Angles multiplies by, undone.
-  const float undone = static_cast<float>(1.0 / (table.magnitude() * table.magnitude()));
-  std::vector<float> angles(n_tasks * n_pairs * 2);
-  ParallelFor(n_tasks, [&](size_t task) {
-    float* cosine = angles.data() + task * n_pairs * 2;
-    float* sine = cosine + n_pairs;
-    const size_t end = std::min(n_rows, (task + 1) * kRowsPerTask);
-    for (size_t r = task * kRowsPerTask; r < end; ++r) {
-      const bool same = r > task * kRowsPerTask && positions[r] == positions[r - 1];
-      if (!same) {
-        table.Angles(positions[r], cosine, sine);
-        for (size_t i = 0; back && i < n_pairs; ++i) {
-          cosine[i] *= undone;
-          sine[i] *= -undone;
-        }
-      }
-      RotateRow(table.style(), n_pairs, x + r * row_stride, n_heads, head_dim, cosine, sine);
-    }
-  });
-}
-
 // How far pair i is stretched, 0 to 1, by YaRN's equations 18 and 23 with the bounds rounded outwards to whole pairs.
 double YarnShare(const RopeConfig& config, size_t i) {
   if (config.yarn.original_ctx == 0) return 1;
@@ -148,12 +121,21 @@ void RopeTable::Angles(int32_t position, float* cosine, float* sine) const {
 
 void RotateRows(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
                 const int32_t* positions) {
-  Rotate(table, x, n_rows, row_stride, n_heads, head_dim, positions, false);
-}
-
-void RotateBack(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
-                const int32_t* positions) {
-  Rotate(table, x, n_rows, row_stride, n_heads, head_dim, positions, true);
+  CHECK(table.n_dims() <= head_dim, "{} rotary dimensions of heads of {}", table.n_dims(), head_dim);
+  const size_t n_pairs = table.n_dims() / 2;
+  constexpr size_t kRowsPerTask = 16;
+  const size_t n_tasks = CeilDiv(n_rows, kRowsPerTask);
+  std::vector<float> angles(n_tasks * n_pairs * 2);
+  ParallelFor(n_tasks, [&](size_t task) {
+    float* cosine = angles.data() + task * n_pairs * 2;
+    float* sine = cosine + n_pairs;
+    const size_t end = std::min(n_rows, (task + 1) * kRowsPerTask);
+    for (size_t r = task * kRowsPerTask; r < end; ++r) {
+      const bool same = r > task * kRowsPerTask && positions[r] == positions[r - 1];
+      if (!same) table.Angles(positions[r], cosine, sine);
+      RotateRow(table.style(), n_pairs, x + r * row_stride, n_heads, head_dim, cosine, sine);
+    }
+  });
 }
 
 }  // namespace lesskv

@@ -68,8 +68,4 @@ class RopeTable {
 void RotateRows(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
                 const int32_t* positions);
 
-// The inverse: RotateBack after RotateRows gives the input again, up to rounding.
-void RotateBack(const RopeTable& table, float* x, size_t n_rows, size_t row_stride, size_t n_heads, size_t head_dim,
-                const int32_t* positions);
-
 }  // namespace lesskv
