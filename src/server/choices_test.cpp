@@ -244,7 +244,7 @@ TEST_F(ChoicesTest, PlacesAndBytesAreThoseOfAll) {
 // of one whose beginning the store has.
 TEST_F(ChoicesTest, ThePromptIsReservedOnce) {
   const auto full = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
-  const size_t n = 2000, n_begin = 1930, one = full->Plan(n, 40).bytes_peak;
+  const size_t n = 2000, n_begin = 1930, one = full->Plan(n, 160).bytes_peak;
   const size_t together = one + 2 * (one - full->SharedBytes(n));
   ASSERT_LT(together, 2 * one);
   std::vector<int32_t> prompt(n);
@@ -258,7 +258,7 @@ TEST_F(ChoicesTest, ThePromptIsReservedOnce) {
            .store = folder,
            .max_prompt = n});
   };
-  const Json body = {{"prompt", prompt}, {"n", 3}, {"max_tokens", 40}, {"temperature", 4}, {"seed", 7}};
+  const Json body = {{"prompt", prompt}, {"n", 3}, {"max_tokens", 160}, {"temperature", 4}, {"seed", 7}};
   start(together - 1);
   const Reply refused = Post("/v1/completions", body);
   EXPECT_EQ(refused.status, 400) << refused.body;
