@@ -4,7 +4,7 @@
 //   decode_at_depth MODEL THREADS DEPTH N REPEAT [CACHE_TYPE_K CACHE_TYPE_V FLASH_ATTENTION [TOGETHER]]
 //
 // N steps of TOGETHER tokens (1: decoding).
-// 512 tokens are computed once; their saved state is loaded into as many further sequences as the depth takes, and all
+// 1,024 tokens are computed once; their saved state is loaded into as many further sequences as the depth takes, and all
 // are then made part of sequence 0. Their positions repeat, which changes what is generated but not what it costs.
 // Prints tokens per second of each repetition, one a line.
 #include <chrono>
@@ -30,7 +30,7 @@ ggml_type TypeNamed(const std::string& name) {
   Fail("a cache type is f16, q8_0 or q4_0");
 }
 
-constexpr int kPiece = 512;
+constexpr int kPiece = 1024;  // llama.cpp has 256 sequences at most
 
 void Step(llama_context* context, llama_token first_token, int n, llama_pos position) {
   llama_batch batch = llama_batch_init(n, 0, 1);
