@@ -778,6 +778,42 @@ TEST(ClusterOffload, ChunksLeaveMemory) {
   }
 }
 
+// A text that is restored where heads have several full blocks takes what it would have taken, whichever leave then.
+TEST(ClusterOffload, ARestoredTextLeavesMemoryToo) {
+  const Folder folder;
+  const Shape shape{3, 2, 2, 32};
+  const ClusterOptions options{.budget = 40,
+                               .by_group = true,
+                               .sinks = 4,
+                               .every = 400,
+                               .added = 2,
+                               .skip = 1,
+                               .folder = folder.path(),
+                               .cache_rows = 64};
+  ByteCounter counter;
+  Driver whole = Make(shape, options, counter);
+  std::vector<std::pair<ByteWriter, Rng>> moments;
+  std::vector<size_t> bytes;
+  while (whole.n_tokens < 1200) {
+    moments.emplace_back(ByteWriter(), whole.rng);
+    whole.store->Save(moments.back().first);
+    whole.Step(60, false);
+    bytes.push_back(counter.now);
+  }
+  for (size_t m = 1; m < moments.size(); ++m) {
+    ByteCounter other;
+    Driver restored = Make(shape, options, other);
+    ByteReader in{moments[m].first.bytes};
+    restored.store->Load(in, std::vector<size_t>(shape.n_layers * shape.n_kv), 10000);
+    restored.rng = moments[m].second, restored.n_tokens = 60 * m;
+    restored.checks_maps = false;
+    for (size_t step = m; step < bytes.size(); ++step) {
+      restored.Step(60, false);
+      ASSERT_EQ(other.now, bytes[step]) << "restored behind " << 60 * m << ", behind " << 60 * (step + 1);
+    }
+  }
+}
+
 // What a token reads twice over is more than the whole text where budgets are large: the cache holds no more than that.
 TEST(ClusterOffload, TheCacheIsNeverLargerThanTheContext) {
   const Folder folder;
