@@ -288,6 +288,7 @@ TEST_F(ChoicesTest, ThePromptIsReservedOnce) {
     EXPECT_EQ(most_reserved, together) << (stored ? "stored" : "read");
     EXPECT_EQ(most_running, 3u);
   }
+  Stop();  // the store still writes
   std::filesystem::remove_all(folder);
 }
 
