@@ -85,6 +85,7 @@ LONG_CACHES = {"smollm2": LONG_NEEDLES, "qwen": ["full", "kvzap(50%)+pooled", "k
 LONG_TASKS = {"smollm2": ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_single_3"],
               "qwen": [t for t in RULER_ALL if t not in ("niah_multivalue", "fwe")]}
 LONG_SAMPLES = {"smollm2": 20, "qwen": 5}
+HALF_LEFT = ["full", "kvzap(50%)+pooled", "snapkv(50%)"]  # with a hundred documents
 
 
 def runs():
@@ -150,6 +151,9 @@ def runs():
     for ask in ("after", "with"):
       for task in tasks:
         long(f"long {model} {ask} {task}", [task], ask, LONG_SAMPLES[model], LONG_CACHES[model])
+    if model == "smollm2":
+      for task in tasks:
+        long(f"hundred {model} after {task}", [task], "after", 100, HALF_LEFT)
   return out
 
 

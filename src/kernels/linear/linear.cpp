@@ -19,6 +19,7 @@ namespace {
 using internal::Int8Activations;
 using internal::Int8Kernels;
 using internal::Int8Panel;
+using internal::Int8Range;
 using internal::kKernelTokens;
 using internal::kMaxTileRows;
 using internal::kTokenLanes;
@@ -366,15 +367,22 @@ struct Int8Sizes {
 
 // The groups of a panel times all tokens: a group's share of the depth stays in the L1, a block of tokens in the L2.
 void MultiplyGroups(const Call& call, const Part& part, const Int8Sizes& sizes, char* panel, const Int8Activations& x) {
-  const size_t n_blocks = call.n_in() / 32, n_rows = part.rows.n_rows;
+  const size_t n_blocks = call.n_in() / 32, n_rows = part.rows.n_rows, row_bytes = part.rows.row_bytes;
+  // Memory would rest while a panel is multiplied: the last tokens fetch the part that this thread probably has next.
+  const uint8_t* next = part.rows.rows + static_cast<size_t>(Threads()) * n_rows * row_bytes;
   for (size_t t = 0; t < call.n_tokens; t += kInt8TokenBlock) {
     const size_t n_tokens = std::min(kInt8TokenBlock, call.n_tokens - t);
     for (size_t b = 0; b < n_blocks; b += kInt8DepthBlocks) {
       const size_t depth = std::min(kInt8DepthBlocks, n_blocks - b);
       for (size_t row = 0; row < n_rows; row += sizes.rows) {
         const size_t count = std::min(sizes.rows, n_rows - row);
-        call.kernels.int8->multiply(call.type(), sizes.Panel(panel, row / sizes.rows), count, x,
-                                    {b, depth, n_blocks, t, n_tokens}, part.y + t * part.y_stride + row, part.y_stride);
+        Int8Range range{b, depth, n_blocks, t, n_tokens};
+        if (t + n_tokens == call.n_tokens) {
+          range.ahead = next + row * row_bytes;
+          range.ahead_bytes = count * row_bytes / n_blocks;
+        }
+        call.kernels.int8->multiply(call.type(), sizes.Panel(panel, row / sizes.rows), count, x, range,
+                                    part.y + t * part.y_stride + row, part.y_stride);
       }
     }
   }

@@ -131,26 +131,60 @@ inline void ReadColumns(const uint8_t* const* rows, size_t b, typename Simd::Int
 
 // --- Scales ---
 
-// Eight floats of eight rows, from float `first`, become eight columns, `stride` floats apart.
-inline void StoreTransposed(const float (*rows)[16], size_t first, float* out, size_t stride) {
-  __m256 a[8], b[8];
-#pragma GCC unroll 4
-  for (size_t i = 0; i < 8; i += 2) {
-    const __m256 even = _mm256_loadu_ps(rows[i] + first), odd = _mm256_loadu_ps(rows[i + 1] + first);
-    a[i] = _mm256_unpacklo_ps(even, odd);
-    a[i + 1] = _mm256_unpackhi_ps(even, odd);
-  }
-#pragma GCC unroll 2
-  for (size_t i = 0; i < 8; i += 4) {  // b[i + j]: columns j and j + 4 of four rows
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (size_t j = 0; j < 4; ++j) {
-    _mm256_storeu_ps(out + j * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x20));
-    _mm256_storeu_ps(out + (j + 4) * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x31));
+// The high halves of words, half-precision numbers.
+template <typename Simd>
+inline typename Simd::Float HighHalves(typename Simd::Int words) {
+  return Simd::HalvesToFloat(Simd::ShiftRight32(words, 16));
+}
+template <typename Simd>
+inline typename Simd::Float LowHalves(typename Simd::Int words) {
+  return Simd::HalvesToFloat(Simd::And(words, Simd::Broadcast(0xffff)));
+}
+
+// Byte j of word i, less `subtract`, times factor: a vector of every row at out + (4 i + j) * stride.
+template <typename Simd, size_t kWords>
+inline void StoreBytes(const typename Simd::Int* words, int subtract, typename Simd::Float factor, float* out,
+                       size_t stride) {
+  Unrolled<4 * kWords>([&](auto g) __attribute__((always_inline)) {
+    const auto byte = Simd::And(Simd::ShiftRight32(words[g / 4], g % 4 * 8), Simd::Broadcast(0xff));
+    Simd::Store(out + g * stride, Simd::Mul(Simd::ToFloat(Simd::Sub(byte, Simd::Broadcast(subtract))), factor));
+  });
+}
+
+// The scales of the 256 elements from byte `at` of every row, eight or sixteen vectors `stride` floats apart, and where
+// the type HasMinimum what is added to these elements.
+template <typename Simd, DType kType>
+inline void ReadScales256(const uint8_t* const* rows, size_t at, float* scale, float* minimum, size_t stride) {
+  using Int = typename Simd::Int;
+  constexpr size_t kWords = 2 * ScaleGroups(kType);
+  Int v[4], scales[kWords], minima[kWords];
+  const auto high_bits = [](Int low, Int high) { return Simd::Or(low, Simd::ShiftLeft32(high, 4)); };
+  const auto negative = [](typename Simd::Float x) { return Simd::Mul(x, Simd::Broadcast(-1.0f)); };
+  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
+    LoadSixteens<Simd>(rows, at, v);
+    scales[0] = Bits<Simd>(v[1], 0, 6);
+    scales[1] = high_bits(Bits<Simd>(v[3], 0, 4), Bits<Simd>(v[1], 6, 2));
+    minima[0] = Bits<Simd>(v[2], 0, 6);
+    minima[1] = high_bits(Bits<Simd>(v[3], 4, 4), Bits<Simd>(v[2], 6, 2));
+    StoreBytes<Simd, kWords>(scales, 0, LowHalves<Simd>(v[0]), scale, stride);
+    StoreBytes<Simd, kWords>(minima, 0, negative(HighHalves<Simd>(v[0])), minimum, stride);
+  } else if constexpr (kType == DType::kQ6_K) {  // signed bytes
+    LoadSixteens<Simd>(rows, at + 192, v);
+    for (size_t i = 0; i < kWords; ++i) scales[i] = Simd::Xor(v[i], Simd::Broadcast(static_cast<int32_t>(0x80808080)));
+    StoreBytes<Simd, kWords>(scales, 128, HighHalves<Simd>(LoadWords<Simd>(rows, at + 206)), scale, stride);
+  } else if constexpr (kType == DType::kQ2_K) {
+    LoadSixteens<Simd>(rows, at, v);
+    for (size_t i = 0; i < kWords; ++i) scales[i] = Bits<Simd>(v[i], 0, 4), minima[i] = Bits<Simd>(v[i], 4, 4);
+    const Int factors = LoadWords<Simd>(rows, at + 80);
+    StoreBytes<Simd, kWords>(scales, 0, LowHalves<Simd>(factors), scale, stride);
+    StoreBytes<Simd, kWords>(minima, 0, negative(HighHalves<Simd>(factors)), minimum, stride);
+  } else {  // kQ3_K: twelve bytes of scales from 96, the factor behind them
+    LoadSixteens<Simd>(rows, at + 94, v);
+    Int packed[3];
+    for (size_t i = 0; i < 3; ++i) packed[i] = Simd::Or(Simd::ShiftRight32(v[i], 16), Simd::ShiftLeft32(v[i + 1], 16));
+    for (size_t i = 0; i < kWords; ++i)
+      scales[i] = high_bits(Bits<Simd>(packed[i % 2], i / 2 * 4, 4), Bits<Simd>(packed[2], 2 * i, 2));
+    StoreBytes<Simd, kWords>(scales, 32, HighHalves<Simd>(v[3]), scale, stride);
   }
 }
 

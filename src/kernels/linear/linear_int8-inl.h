@@ -63,6 +63,10 @@ struct Simd256 {
   static inline Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm256_cvtepi32_ps(v); }
+  static inline Float HalvesToFloat(Int v) {
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+  }
+  static inline Int Sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
 
   static inline Int EveryFourthRow(const uint8_t* const* rows, size_t at) {
     return _mm256_set_m128i(Load16Bytes(rows[4] + at), Load16Bytes(rows[0] + at));
@@ -94,21 +98,11 @@ inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b,
   float* scale = out.scale + b * kGroups * kRows + row;
   float* minimum = out.minimum + b * kGroups * kRows + row;
   if constexpr (IsSuperBlock(kType)) {
-    if (b % 8 != 0) return;
-    for (size_t r = 0; r < kLanes; r += 8) {
-      float scales[8][16], minima[8][16];
-      for (size_t i = 0; i < 8; ++i) {
-        const Scales256<kType> s = ScalesAt<kType>(rows[r + i] + b / 8 * BytesOf256(kType));
-        for (size_t g = 0; g < kGroups; ++g) {
-          _mm256_storeu_ps(scales[i] + 8 * g, s.scale[g]);
-          if constexpr (HasMinimum(kType)) _mm256_storeu_ps(minima[i] + 8 * g, s.minimum[g]);
-        }
-      }
-      for (size_t g = 0; g < 8 * kGroups; g += 8) {
-        StoreTransposed(scales, g, scale + g * kRows + r, kRows);
-        if constexpr (HasMinimum(kType)) StoreTransposed(minima, g, minimum + g * kRows + r, kRows);
-      }
-    }
+    if (b % 8 == 0) ReadScales256<Simd, kType>(rows, b / 8 * BytesOf256(kType), scale, minimum, kRows);
+  } else if constexpr (kType != DType::kIQ4_XS && kType != DType::kMXFP4) {  // halves at the beginning of a block
+    const auto halves = LoadWords<Simd>(rows, b * (BytesOf256(kType) / 8));
+    Simd::Store(scale, LowHalves<Simd>(halves));
+    if constexpr (HasMinimum(kType)) Simd::Store(minimum, HighHalves<Simd>(halves));
   } else {
     Reader<kType> reader;
     for (size_t r = 0; r < kLanes; ++r) {
@@ -232,7 +226,7 @@ inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const In
   Unrolled<kGroupVectors>([&](auto v) __attribute__((always_inline)) { sums[v][0] = acc[v][0]; });
 }
 
-template <typename Simd, DType kType, size_t kTokens>
+template <typename Simd, DType kType, size_t kTokens, bool kFetch = false>
 void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range, size_t token,
                   float* y, size_t y_stride) {
   using Float = typename Simd::Float;
@@ -245,6 +239,10 @@ void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& 
   }
   constexpr size_t kFours = kFoursInBlock / ScaleGroups(kType);
   for (size_t b = range.first_block; b < range.first_block + range.n_blocks; ++b) {
+    if constexpr (kFetch) {
+      for (size_t i = 0; i < range.ahead_bytes; i += 64)
+        __builtin_prefetch(range.ahead + b * range.ahead_bytes + i, 0, 2);
+    }
 #pragma GCC unroll 2
     for (size_t four = 0; four < kFoursInBlock; four += kFours)
       AddFours<Simd, kType, kTokens, kFours>(panel, b, four, x, token, b, acc);
@@ -274,6 +272,12 @@ void MultiplyInt8(DType type, const Int8Panel& panel, size_t n_rows, const Int8A
                   float* y, size_t y_stride) {
   SwitchQuantized(type, [&]<DType kType>() {
     size_t t = 0;
+    if constexpr (IsSuperBlock(kType)) {  // blocks of 32 are as fast without
+      if (range.ahead_bytes > 0 && range.n_tokens >= kTokensAtOnce) {
+        MultiplySome<Simd, kType, kTokensAtOnce, true>(panel, n_rows, x, range, range.first_token, y, y_stride);
+        t = kTokensAtOnce;
+      }
+    }
     for (; t + kTokensAtOnce <= range.n_tokens; t += kTokensAtOnce) {
       MultiplySome<Simd, kType, kTokensAtOnce>(panel, n_rows, x, range, range.first_token + t, y + t * y_stride,
                                                y_stride);

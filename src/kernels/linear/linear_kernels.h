@@ -71,6 +71,8 @@ struct Int8Panel {
 // Which part of a product with a group of rows: blocks of 32 elements, of all that a row has, and tokens.
 struct Int8Range {
   size_t first_block, n_blocks, all_blocks, first_token, n_tokens;
+  const uint8_t* ahead = nullptr;  // what is wanted next, of which block b may fetch its share, so many bytes at
+  size_t ahead_bytes = 0;          // ahead + b * ahead_bytes
 };
 
 // Products of many tokens with quantised weights whose activations are rounded as in LinearKernels::quantize.
