@@ -62,6 +62,8 @@ constexpr std::string_view kCommon[] = {"model",
                                         "cache_prompt",
                                         "protected_spans",
                                         "user",
+                                        "prompt_cache_key",
+                                        "safety_identifier",
                                         "frequency_penalty",
                                         "presence_penalty",
                                         "logit_bias",
@@ -74,8 +76,9 @@ constexpr std::string_view kCompletion[] = {"prompt", "logprobs"};
 constexpr std::string_view kResponse[] = {"model",          "input",           "instructions", "max_output_tokens",
                                           "stream",         "store",           "stop",         "seed",
                                           "temperature",    "top_p",           "top_k",        "min_p",
-                                          "repeat_penalty", "repeat_last_n",   "kv_policy",    "kv_stats",
-                                          "cache_prompt",   "protected_spans", "user"};
+                                          "repeat_penalty", "repeat_last_n",   "ignore_eos",   "kv_policy",
+                                          "kv_stats",       "cache_prompt",    "protected_spans", "user",
+                                          "prompt_cache_key", "safety_identifier"};
 
 // What others offer and clients ask for, and what there is in its place.
 constexpr std::pair<std::string_view, std::string_view> kOthers[] = {
@@ -206,7 +209,7 @@ class RequestReader {
       CheckFields(r_.Object("stream_options"), kFields);
       request.include_usage = r_.Object("stream_options").TruthOr("include_usage", false);
     }
-    r_.TextOr("user", "");  // must be a text; nothing is done with it
+    for (const char* const unused : {"user", "prompt_cache_key", "safety_identifier"}) r_.TextOr(unused, "");  // must be texts
     request.job.choices = Choices();
     request.job.reuse = r_.TruthOr("cache_prompt", true);
     request.job.kv_every = KvEvery(request);

@@ -51,7 +51,7 @@ TEST_F(ServerTest, ClientsThatComeAndGoLeaveNothingBehind) {
   Rng rng(5);
   const std::string whole =
       RequestText("POST", "/v1/completions",
-                  R"x({"prompt":"the tea","max_tokens":150000,"stream":true,"kv_policy":"window(24)"})x");
+                  R"x({"prompt":"the tea","max_tokens":150000,"ignore_eos":true,"stream":true,"kv_policy":"window(24)"})x");
   std::vector<std::unique_ptr<Connection>> slow;
   for (int i = 0; i < 60; ++i) {
     auto connection = std::make_unique<Connection>(port_);
@@ -124,7 +124,7 @@ TEST_F(ServerTest, ConnectionsAreLimited) {
 
 TEST_F(ServerTest, AKeyHasItsShare) {
   Start({.http = {.port = 0, .api_keys = {"one", "two"}, .max_per_key = 1}});
-  const std::string body = R"x({"prompt":"the","max_tokens":150000,"stream":true,"kv_policy":"window(24)"})x";
+  const std::string body = R"x({"prompt":"the","max_tokens":150000,"ignore_eos":true,"stream":true,"kv_policy":"window(24)"})x";
   const auto with = [](const char* key) { return fmt::format("Authorization: Bearer {}\r\n", key); };
   auto first = std::make_unique<Connection>(port_);
   first->Send(RequestText("POST", "/v1/completions", body, with("one")));

@@ -141,7 +141,8 @@ class FairTest : public ServerTest {
     Start({.scheduler = {.max_running = 1, .max_queued = max_queued, .step_tokens = 16},
            .http = {.port = 0, .api_keys = {"a", "b", "c"}}});
     long_ = std::make_unique<Connection>(port_);  // of a fourth client, as long as it is there nobody else begins
-    const Json body = {{"prompt", "the tea"}, {"max_tokens", 150000}, {"stream", true}, {"kv_policy", "window(24)"}};
+    const Json body = {{"prompt", "the tea"}, {"max_tokens", 150000}, {"ignore_eos", true}, {"stream", true},
+                       {"kv_policy", "window(24)"}};
     long_->Send(RequestText("POST", "/v1/completions", body.dump(), "Authorization: Bearer c\r\n"));
     ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 1; }));
   }

@@ -265,7 +265,7 @@ TEST_F(ServerTest, FieldsThatAskForNothingAreTaken) {
     body.update(more);
     EXPECT_EQ(Post("/v1/chat/completions", body).status, 200) << more;
   }
-  const Json response = {{"input", "x"}, {"max_output_tokens", 2}, {"text", {{"format", {{"type", "text"}}}}}};
+  const Json response = {{"input", "the tea"}, {"max_output_tokens", 2}, {"text", {{"format", {{"type", "text"}}}}}};
   EXPECT_EQ(Post("/v1/responses", response).status, 200);
   EXPECT_EQ(Complete({{"stream", true}, {"stream_options", {{"include_obfuscation", false}}}}).status, 200);
   EXPECT_EQ(Complete({{"echo", false}, {"best_of", 1}, {"suffix", ""}}).json()["choices"][0]["text"], text);
@@ -557,17 +557,17 @@ TEST_F(ServerTest, TimeIsLimited) {
 // Nothing of a whole answer has been sent when it fails, however far it has come.
 TEST_F(ServerTest, AWholeAnswerThatFailsLateHasItsStatus) {
   Start({.max_time = 1s});
-  const Json body = {{"prompt", "the tea"}, {"max_tokens", 150000}, {"kv_policy", "window(24)"}};
-  for (const char* const path : {"/v1/completions", "/v1/responses"}) {
-    Json request = body;
-    if (std::string_view(path) == "/v1/responses")
-      request = {{"input", "the tea"}, {"max_output_tokens", 150000}, {"kv_policy", "window(24)"}, {"temperature", 0}};
-    const Reply late = Post(path, request);
-    if (late.status == 200) continue;  // this text has ended by itself
+  const Json common = {{"ignore_eos", true}, {"kv_policy", "window(24)"}};
+  const std::pair<std::string, Json> requests[] = {
+      {"/v1/completions", {{"prompt", "the tea"}, {"max_tokens", 150000}}},
+      {"/v1/chat/completions", {{"messages", {{{"role", "user"}, {"content", "the tea"}}}}, {"max_tokens", 150000}}},
+      {"/v1/responses", {{"input", "the tea"}, {"max_output_tokens", 150000}}}};
+  for (auto [path, body] : requests) {
+    body.update(common);
+    const Reply late = Post(path, body);
     EXPECT_EQ(late.status, 504) << path << late.body;
     EXPECT_EQ(late.json()["error"]["code"], "timeout");
   }
-  EXPECT_EQ(Post("/v1/completions", body).status, 504);
   EXPECT_GT(scheduler_->Metrics().generated_tokens, 10u);
 }
 
