@@ -172,6 +172,20 @@ TEST_F(SelectorOracle, LongPromptsCrossTiles) {
     }
 }
 
+// Layers alike have even budgets, also when they wait for each other's uncertainty, and lose nothing meanwhile.
+TEST_F(SelectorOracle, EvenLayersThatWait) {
+  Tally tally;
+  for (const TinyShape& shape : kTinyShapes)
+    for (const Case& c : {Case{"h2o(12)+zigzag+less+f32", {.policy = Policy::kH2o, .rows = 12, .recent = 6}, true},
+                          Case{"snapkv(16)+zigzag+less+f32", {.policy = Policy::kSnapkv, .rows = 16, .window = 8}, true}}) {
+      SCOPED_TRACE(testing::Message() << c.spec << ", " << shape.Name());
+      Text text = RandomText(shape, 110, 47);
+      for (size_t l = 1; l < shape.n_layers; ++l) text.k[l] = text.k[0], text.v[l] = text.v[0], text.q[l] = text.q[0];
+      Compare(shape, c, text, {{60, StepKind::kPrompt}, {1, StepKind::kDecode}, {7, StepKind::kPrompt}, {1, StepKind::kDecode}},
+              tally);
+    }
+}
+
 // base-policies: worked examples.
 TEST_F(SelectorOracle, WindowByHand) {
   const TinyShape& shape = kTinyShapes[1];

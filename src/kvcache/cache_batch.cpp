@@ -261,7 +261,9 @@ void CacheBatch::Attend(size_t layer, const float* queries, float* out) {
     }
   }
   if (rows > 0) AttendTiles(layer, queries, out);
-  ForItems([&](Item& item) { FinishLayer(item.Part(layer), item.Place(layer).layer, item.work); });
+  ForItems([&](Item& item) { CutLayer(item.Part(layer), item.Place(layer).layer, item.work); });
+  AbsorbTogether(layer);
+  ForItems([&](Item& item) { CloseLayer(item.Part(layer), item.Place(layer).layer, item.work); });
   FailWithLeaders();
   for (size_t i = 0; i < n_items_; ++i) {
     const size_t stride = items_[i]->cache->config->shape().layers[layer].q_dim();
@@ -412,6 +414,23 @@ void CacheBatch::ObserveTiles(size_t layer) {
   for (const Sums::Addition& a : sums.additions)
     for (size_t i = 0; i < a.rows; ++i)
       Add(a.to->data() + i * a.to_stride, a.from->data() + i * a.stride, a.stride);
+}
+
+// What left the layer, of all sequences that have the same residual in one region.
+void CacheBatch::AbsorbTogether(size_t layer) {
+  const auto items = std::span(items_).first(n_items_);
+  std::vector<EvictedRows> together;
+  for (size_t first = 0; first < n_items_; ++first) {
+    const auto residual_of = [&](const Item& item) { return item.Part(layer).policy.residual.get(); };
+    const Residual* const residual = residual_of(*items[first]);
+    together.clear();
+    for (const std::unique_ptr<Item>& item : items.subspan(first)) {
+      if (item->failure || item->work.evicted.empty() || residual_of(*item) != residual) continue;
+      together.insert(together.end(), item->work.evicted.begin(), item->work.evicted.end());
+      item->work.evicted.clear();
+    }
+    if (!together.empty()) residual->Absorb(items[first]->Place(layer).layer, together);
+  }
 }
 
 // Adds the residual states' parts to `out` under one normaliser with the exact rows.

@@ -60,6 +60,7 @@ class CacheBatch final : public KvCache {
   static void KeepFitQueries(const Tile& tile, size_t layer, const float* queries);
   void ObserveTiles(size_t layer);
   void MergeResiduals(size_t layer);
+  void AbsorbTogether(size_t layer);
 
   std::vector<std::unique_ptr<Item>> items_;
   size_t n_items_ = 0;

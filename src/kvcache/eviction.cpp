@@ -14,8 +14,8 @@
 namespace lesskv {
 namespace {
 
-// Evicted rows absorbed at a time, a head.
-constexpr size_t kAbsorbRows = 512;
+constexpr size_t kAbsorbRows = 512;   // evicted rows absorbed at a time, a head;
+constexpr size_t kWaitingRows = 64;   // so few wait for those of other sequences
 
 // Calls body(h) for the KV heads of a layer. One token a head is less work than waking a thread.
 template <typename Body>
@@ -209,55 +209,60 @@ void Decide(PolicyCache& cache, size_t layer, LayerStep& work) {
     for (const Departure& departure : list) ++cache.departed[static_cast<size_t>(departure.fate)];
 }
 
-// Rows of one head that are absorbed, read and rotated to their true positions.
-struct Absorbed {
-  std::vector<uint32_t> rows;
-  std::vector<float> keys, values, weights;
+// Rows of a head, read and rotated to their true positions.
+void ReadAbsorbed(const PolicyCache& cache, size_t layer, size_t h, std::span<const uint32_t> rows, const HeadRows& head,
+                  AbsorbedRows& out) {
+  const LayerShape& shape = cache.policy.layers[layer];
+  out.keys.resize(rows.size() * shape.head_dim);
+  out.values.resize(rows.size() * shape.head_dim);
+  cache.store->ReadRows(layer, h, rows, out.keys.data(), out.values.data());
+  out.weights.clear();
+  for (size_t i = 0; i < rows.size() && !head.weights.empty(); ++i) out.weights.push_back(head.weights[rows[i]]);
+  if (!cache.policy.unrotated_keys()) return;
+  std::vector<int32_t> positions;
+  for (const uint32_t row : rows) positions.push_back(ToInt(head.positions[row]));
+  RotateRows(*shape.rope, out.keys.data(), rows.size(), shape.head_dim, 1, shape.head_dim, positions.data());
+}
 
-  void Read(const PolicyCache& cache, size_t layer, size_t h, const LayerStep& work, size_t first) {
-    const LayerShape& shape = cache.policy.layers[layer];
-    const auto some = std::span(rows).subspan(first, std::min(kAbsorbRows, rows.size() - first));
-    keys.resize(some.size() * shape.head_dim);
-    values.resize(some.size() * shape.head_dim);
-    cache.store->ReadRows(layer, h, some, keys.data(), values.data());
-    weights.clear();
-    for (size_t i = 0; i < some.size() && !work.heads[h].weights.empty(); ++i)
-      weights.push_back(work.heads[h].weights[some[i]]);
-    if (!cache.policy.unrotated_keys()) return;
-    std::vector<int32_t> positions;
-    for (const uint32_t row : some) positions.push_back(ToInt(work.heads[h].positions[row]));
-    RotateRows(*shape.rope, keys.data(), some.size(), shape.head_dim, 1, shape.head_dim, positions.data());
-  }
-};
+void AbsorbWaiting(PolicyCache& cache, size_t layer, LayerStep& work) {
+  if (!work.evicted.empty()) cache.policy.residual->Absorb(layer, work.evicted);
+  work.evicted.clear();
+}
 
-void Absorb(PolicyCache& cache, size_t layer, const LayerStep& work) {
+// Absorbs what leaves; the last few rows of each head are left to wait in work.evicted.
+void Absorb(PolicyCache& cache, size_t layer, LayerStep& work) {
   const size_t n_kv = work.departures.size();
-  std::vector<Absorbed> heads(n_kv);
+  std::vector<std::vector<uint32_t>> rows(n_kv);
   size_t most = 0;
   for (size_t h = 0; h < n_kv; ++h) {
     for (const Departure& departure : work.departures[h])
-      if (departure.fate == Fate::kAbsorb) heads[h].rows.push_back(departure.row);
-    most = std::max(most, heads[h].rows.size());
+      if (departure.fate == Fate::kAbsorb) rows[h].push_back(departure.row);
+    most = std::max(most, rows[h].size());
   }
+  work.absorbed.resize(n_kv);
   for (size_t first = 0; first < most; first += kAbsorbRows) {
-    std::vector<EvictedRows> evicted(n_kv);
-    ParallelFor(n_kv, [&](size_t h) {
-      Absorbed& own = heads[h];
-      if (first >= own.rows.size()) return;
-      own.Read(cache, layer, h, work, first);
-      evicted[h] = {h, std::min(kAbsorbRows, own.rows.size() - first), own.keys.data(), own.values.data(),
-                    cache.State(cache.policy.heads(layer, h)), own.weights.empty() ? nullptr : own.weights.data()};
+    work.evicted.assign(n_kv, {});
+    ForHeads(cache, layer, [&](size_t h) {
+      if (first >= rows[h].size()) return;
+      const auto some = std::span(rows[h]).subspan(first, std::min(kAbsorbRows, rows[h].size() - first));
+      AbsorbedRows& own = work.absorbed[h];
+      ReadAbsorbed(cache, layer, h, some, work.heads[h], own);
+      work.evicted[h] = {h, some.size(), own.keys.data(), own.values.data(), cache.State(cache.policy.heads(layer, h)),
+                         own.weights.empty() ? nullptr : own.weights.data()};
     });
-    std::erase_if(evicted, [](const EvictedRows& rows) { return rows.n_rows == 0; });
-    cache.policy.residual->Absorb(layer, evicted);
+    std::erase_if(work.evicted, [](const EvictedRows& evicted) { return evicted.n_rows == 0; });
     cache.has_absorbed[layer] = 1;
+    if (most - first > kWaitingRows) AbsorbWaiting(cache, layer, work);
   }
 }
 
-// Cuts a layer whose rows were observed and whose victims are named, and closes its step.
-void Close(PolicyCache& cache, size_t layer, LayerStep& work) {
+// What leaves of a layer whose rows were observed and whose victims are named.
+void Cut(PolicyCache& cache, size_t layer, LayerStep& work) {
   Decide(cache, layer, work);
   if (cache.StateFloats() > 0) Absorb(cache, layer, work);
+}
+
+void CloseCut(PolicyCache& cache, size_t layer, LayerStep& work) {
   FitKept(cache, layer, work);
   ForHeads(cache, layer, [&](size_t h) {
     const SlotMap map = cache.store->Close(layer, h, work.departures[h]);
@@ -274,8 +279,9 @@ void CloseWhole(PolicyCache& cache, size_t layer) {
 
 }  // namespace
 
-void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
-  if (!cache.evicts) return CloseWhole(cache, layer);
+void CutLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
+  work.evicted.clear();
+  if (!cache.evicts) return;
   const Selector& selector = *cache.policy.selector;
   GatherRows(cache, layer, work);
   if (!cache.decides_budgets) {  // the usual case: observed and cut in one go
@@ -286,7 +292,7 @@ void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
     });
     ShareVictims(cache, work);
     if (selector.SaysHowMany()) MakeRoom(cache, layer, work);
-    return Close(cache, layer, work);
+    return Cut(cache, layer, work);
   }
   ForDecidingHeads(cache, layer, [&](size_t h) { selector.Observe(work.rows, h); });
   if (cache.BudgeterMeasures().wanted()) work.rows.need = cache.policy.budgeter->Need(work.rows);
@@ -307,7 +313,12 @@ void FinishLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
   cache.SetBudgets(layer, budgets);
   TakeBudgets(work, budgets);
   Choose(cache, layer, work);
-  Close(cache, layer, work);
+  Cut(cache, layer, work);
+}
+
+void CloseLayer(PolicyCache& cache, size_t layer, LayerStep& work) {
+  if (!cache.evicts) return CloseWhole(cache, layer);
+  if (!cache.defers) CloseCut(cache, layer, work);
 }
 
 void CutDeferred(PolicyCache& cache) {
@@ -324,7 +335,9 @@ void CutDeferred(PolicyCache& cache) {
     LayerStep& work = *cache.deferred[layer];
     TakeBudgets(work, {&budgets[policy.heads(layer, 0)], policy.heads.n_heads(layer)});
     Choose(cache, layer, work);
-    Close(cache, layer, work);
+    Cut(cache, layer, work);
+    AbsorbWaiting(cache, layer, work);
+    CloseCut(cache, layer, work);
     cache.deferred[layer].reset();
   }
 }

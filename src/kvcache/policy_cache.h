@@ -21,6 +21,11 @@ struct StepInfo {
   StepKind kind = StepKind::kDecode;
 };
 
+// Rows of one head that are absorbed, read and rotated to their true positions.
+struct AbsorbedRows {
+  std::vector<float> keys, values, weights;
+};
+
 // What is known of one layer of one sequence between its attention and its close. Work memory, used again for the next
 // layer; where layers wait for the model's budgets, one a layer.
 struct LayerStep {
@@ -36,6 +41,8 @@ struct LayerStep {
   LayerRows rows;
   VictimLists victims;
   std::vector<std::vector<Departure>> departures;  // a KV head
+  std::vector<AbsorbedRows> absorbed;              // a KV head
+  std::vector<EvictedRows> evicted;                // of these, what is to be absorbed before the layer closes
   CountedBytes counted;                            // of a layer that waits
 
   size_t Bytes() const;  // of votes, positions and queries

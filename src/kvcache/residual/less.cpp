@@ -25,8 +25,22 @@ class LessResidual final : public Residual {
   size_t WeightBytes() const override { return maps_->bytes(); }
   bool ReadsEmptyState() const override { return clamp_; }
 
+  // Rows of different sequences go through a head's map together, too.
   void Absorb(size_t layer, std::span<const EvictedRows> evicted) const override {
-    ParallelFor(evicted.size(), [&](size_t i) { AbsorbHead(layer, evicted[i]); });
+    std::vector<EvictedRows> sorted(evicted.begin(), evicted.end());
+    std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.kv_head < b.kv_head; });
+    std::vector<std::span<const EvictedRows>> tasks;
+    for (size_t first = 0, end = 0; first < sorted.size(); first = end) {
+      size_t n = sorted[first].n_rows;
+      for (end = first + 1; end < sorted.size() && sorted[end].kv_head == sorted[first].kv_head; ++end) {
+        n += sorted[end].n_rows;
+        if (n > kAbsorbBlock) break;
+      }
+      tasks.push_back(std::span(sorted).subspan(first, end - first));
+    }
+    ParallelFor(tasks.size(), [&](size_t i) {
+      tasks[i].size() == 1 ? AbsorbMany(layer, tasks[i][0]) : AbsorbSome(layer, tasks[i]);
+    });
   }
 
   // Queries of different sequences go through a head's map together: its weights are read once for all of them.
@@ -50,17 +64,35 @@ class LessResidual final : public Residual {
   size_t rank() const { return maps_->shape().rank; }
   size_t head_dim() const { return maps_->shape().head_dim; }
 
-  void AbsorbHead(size_t layer, const EvictedRows& rows) const {
+  void AbsorbMany(size_t layer, const EvictedRows& rows) const {
     float psi[kAbsorbBlock * internal::kMaxRank];
-    float* h = rows.state;
-    float* z = rows.state + rank() * head_dim();
     for (size_t first = 0; first < rows.n_rows; first += kAbsorbBlock) {
       const size_t n = std::min(rows.n_rows - first, kAbsorbBlock);
       maps_->Psi(layer, rows.kv_head, rows.keys + first * head_dim(), head_dim(), n, psi);
-      for (size_t i = 0; rows.weights != nullptr && i < n; ++i)  // a row that stands for several tokens
-        Scale(psi + i * rank(), rows.weights[first + i], rank());
-      internal::ActiveLessKernels().absorb(psi, rows.values + first * head_dim(), n, rank(), head_dim(), h, z);
+      Fold(rows, first, n, psi);
     }
+  }
+
+  // At most kAbsorbBlock rows of one head of several sequences.
+  void AbsorbSome(size_t layer, std::span<const EvictedRows> evicted) const {
+    thread_local std::vector<float> keys;
+    keys.clear();
+    for (const EvictedRows& rows : evicted) keys.insert(keys.end(), rows.keys, rows.keys + rows.n_rows * head_dim());
+    float psi[kAbsorbBlock * internal::kMaxRank];
+    maps_->Psi(layer, evicted[0].kv_head, keys.data(), head_dim(), keys.size() / head_dim(), psi);
+    float* own = psi;
+    for (const EvictedRows& rows : evicted) {
+      Fold(rows, 0, rows.n_rows, own);
+      own += rows.n_rows * rank();
+    }
+  }
+
+  // n rows with their features, into their state.
+  void Fold(const EvictedRows& rows, size_t first, size_t n, float* psi) const {
+    for (size_t i = 0; rows.weights != nullptr && i < n; ++i)  // a row that stands for several tokens
+      Scale(psi + i * rank(), rows.weights[first + i], rank());
+    float *h = rows.state, *z = rows.state + rank() * head_dim();
+    internal::ActiveLessKernels().absorb(psi, rows.values + first * head_dim(), n, rank(), head_dim(), h, z);
   }
 
   // One head's states read by at most kReadBlock queries.

@@ -395,6 +395,36 @@ TEST(Less, ResultsDoNotDependOnThreadsOrNeighbours) {
   EXPECT_EQ(lses[0], lses[1]);
 }
 
+// Fewer and more rows than a map takes at once, with weights and without, in any order of heads.
+TEST(Less, RowsOfManySequencesAreAbsorbedAsThoseOfEachAlone) {
+  constexpr size_t kDim = 64, kSequences = 40;
+  const SidecarShape s = Shape(4, 2, kDim, internal::kMaxRank, 128, FeatureKind::kGelu);
+  for (const Isa isa : AvailableIsas()) {
+    ForceIsa(isa);
+    const auto less = Make(RandomSidecar(s, 6));
+    const std::vector<float> keys = RandomRows(200 * kDim, 1), values = RandomRows(200 * kDim, 2);
+    std::vector<float> weights(200, 1.0f);
+    for (size_t i = 0; i < weights.size(); i += 3) weights[i] = 2.5f;
+    std::vector<std::vector<float>> alone(kSequences, std::vector<float>(less->StateFloats())), together = alone;
+    std::vector<EvictedRows> all;
+    for (size_t i = 0; i < kSequences; ++i) {
+      const size_t n = i % 9 == 4 ? 63 + i % 4 : 1 + i % 5, at = (7 * i) % 100;
+      EvictedRows rows{i % 2, n, &keys[at * kDim], &values[at * kDim], alone[i].data(), i % 4 == 1 ? &weights[at] : nullptr};
+      less->Absorb(0, {&rows, 1});
+      rows.state = together[i].data();
+      all.push_back(rows);
+    }
+    for (const int threads : {1, 3}) {
+      const ThreadPool pool(threads);
+      const ThreadScope scope(pool);
+      for (std::vector<float>& state : together) std::fill(state.begin(), state.end(), 0.0f);
+      less->Absorb(0, all);
+      EXPECT_EQ(together, alone) << IsaName(isa);
+    }
+  }
+  ForceIsa(BestIsa());
+}
+
 TEST(Less, HugeAndTinyKeysStayFinite) {
   for (FeatureKind kind : {FeatureKind::kGelu, FeatureKind::kExp}) {
     const SidecarShape s = Shape(1, 1, 16, 8, 32, kind);

@@ -96,7 +96,8 @@ class Residual {
   virtual void Fit(std::span<FitBlock>) const {}
   virtual Bunches LeaveInBunches() const { return {}; }
 
-  // Folds evicted rows into their heads' states; at most one entry a KV head. Runs its own parallel region.
+  // Folds evicted rows into their heads' states, of one or many sequences in one parallel region; at most one entry a state.
+  // Bits do not depend on which rows come together.
   virtual void Absorb(size_t /*layer*/, std::span<const EvictedRows>) const {}
 
   // The states' partial attention results for all query heads of a layer, of one or many sequences in one parallel
