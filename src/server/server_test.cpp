@@ -557,13 +557,16 @@ TEST_F(ServerTest, TimeIsLimited) {
 // Nothing of a whole answer has been sent when it fails, however far it has come.
 TEST_F(ServerTest, AWholeAnswerThatFailsLateHasItsStatus) {
   Start({.max_time = 1s});
-  const Json common = {{"ignore_eos", true}, {"kv_policy", "window(24)"}};
+  // One token for ever: neither chance nor a template's stops end the text.
+  const Json endless = {{"logit_bias", {{std::to_string(tokenizer_->Encode("a", false, false)[0]), 100}}},
+                        {"temperature", 0},
+                        {"max_tokens", 150000},
+                        {"kv_policy", "window(24)"}};
   const std::pair<std::string, Json> requests[] = {
-      {"/v1/completions", {{"prompt", "the tea"}, {"max_tokens", 150000}}},
-      {"/v1/chat/completions", {{"messages", {{{"role", "user"}, {"content", "the tea"}}}}, {"max_tokens", 150000}}},
-      {"/v1/responses", {{"input", "the tea"}, {"max_output_tokens", 150000}}}};
+      {"/v1/completions", {{"prompt", "the tea"}}},
+      {"/v1/chat/completions", {{"messages", {{{"role", "user"}, {"content", "the tea"}}}}}}};
   for (auto [path, body] : requests) {
-    body.update(common);
+    body.update(endless);
     const Reply late = Post(path, body);
     EXPECT_EQ(late.status, 504) << path << late.body;
     EXPECT_EQ(late.json()["error"]["code"], "timeout");
