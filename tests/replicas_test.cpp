@@ -194,8 +194,8 @@ TEST_F(DeployTest, NginxKnowsTheContainersWithoutTheirNames) {
   EXPECT_EQ(servers, Matches(Deployed("compose.yaml"), "\n *ipv4_address: (\\S+)"));
   if (FindProgram("nginx").empty()) GTEST_SKIP() << "nginx is not there to be run";
   WriteNginxConf(FreePort(), upstream);
-  const std::string said =
-      server_test::OutputOf(fmt::format("{} -t -p '{}' -c '{}' 2>&1", FindProgram("nginx"), Path(""), Path("nginx.conf")));
+  const std::string said = server_test::OutputOf(
+      fmt::format("{} -t -p '{}' -c '{}' 2>&1", FindProgram("nginx"), Path(""), Path("nginx.conf")));
   EXPECT_NE(said.find("test is successful"), std::string::npos) << said;
 }
 
