@@ -3,7 +3,6 @@ find_package(PkgConfig REQUIRED)
 find_package(Threads REQUIRED)
 find_package(OpenMP REQUIRED)  # the pool inside oneDNN; lesskv has its own, base/threads.h
 find_package(fmt REQUIRED)
-find_package(spdlog REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 # Not find_package(dnnl): Debian's file asks for OpenCL headers, which only oneDNN's GPU interface needs.

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(
-  libc6-dev libdnnl-dev libeigen3-dev libhwy-dev libpcre2-dev nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libxxhash-dev
+  libc6-dev libdnnl-dev libeigen3-dev libhwy-dev libpcre2-dev nlohmann-json3-dev libcli11-dev libfmt-dev libxxhash-dev
   libedit-dev libcpp-httplib-dev libhiredis-dev libgtest-dev
 )
 

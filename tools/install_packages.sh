@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(
   g++ cmake ninja-build pkg-config ccache git
-  libdnnl-dev libeigen3-dev libhwy-dev libpcre2-dev nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libxxhash-dev libedit-dev
+  libdnnl-dev libeigen3-dev libhwy-dev libpcre2-dev nlohmann-json3-dev libcli11-dev libfmt-dev libxxhash-dev libedit-dev
   libcpp-httplib-dev libhiredis-dev libgtest-dev libbenchmark-dev python3 python3-pip python3-numpy python3-pytest ca-certificates
   "$@"
 )
