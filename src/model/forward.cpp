@@ -55,7 +55,8 @@ struct Pass {
   ForwardWorkspace& w;
   const ModelConfig& config;
   const TileHook& pause;
-  std::vector<RowSegment> segments = {};  // tiles of single sequences; empty: rows go together whatever their sequence
+  std::vector<size_t> lengths = {};  // rows of each sequence, in tiles; empty: rows go together whatever their sequence
+  std::span<const size_t> tile_lengths = {};  // of these, the ones of the tile in work
 
   void Embed() {
     const WeightView& table = model.token_embedding();
@@ -92,13 +93,13 @@ struct Pass {
     float *q = w.q.data() + row * l.q.n_out, *k = w.k.data() + row * l.k.n_out, *v = w.v.data() + row * l.v.n_out;
     NormRows(w.x.data() + row * config.d_model, l.attn_norm, config.norm_eps, n, w.h.data());
     if (cache.WantsInputs(index)) cache.ReadInputs(index, row, n, w.h.data());
-    Products({{l.q, l.q_bias, q}, {l.k, l.k_bias, k}, {l.v, l.v_bias, v}}, w.h.data(), row, n);
+    Products({{l.q, l.q_bias, q}, {l.k, l.k_bias, k}, {l.v, l.v_bias, v}}, w.h.data(), n);
     NormInPlace(q, l.q_norm, config.norm_eps, n * config.n_heads);
     NormInPlace(k, l.k_norm, config.norm_eps, n * config.n_kv_heads);
   }
 
   void AttentionOutput(const LayerWeights& l, size_t row, size_t n) {
-    Products({{l.attn_output, l.attn_output_bias, w.h.data()}}, w.out.data() + row * l.q.n_out, row, n);
+    Products({{l.attn_output, l.attn_output_bias, w.h.data()}}, w.out.data() + row * l.q.n_out, n);
     NormInPlace(w.h.data(), l.post_attn_norm, config.norm_eps, n);
     AddRows(w.x.data() + row * config.d_model, w.h.data(), n, config.d_model);
   }
@@ -109,12 +110,12 @@ struct Pass {
     float* x = w.x.data() + row * config.d_model;
     NormRows(x, l.ffn_norm, config.norm_eps, n, w.h.data());
     if (a.gated()) {
-      Products({{l.ffn_gate, l.ffn_gate_bias, w.gate.data()}, {l.ffn_up, l.ffn_up_bias, w.up.data()}}, w.h.data(), row, n);
+      Products({{l.ffn_gate, l.ffn_gate_bias, w.gate.data()}, {l.ffn_up, l.ffn_up_bias, w.up.data()}}, w.h.data(), n);
     } else {
-      Products({{l.ffn_up, l.ffn_up_bias, w.gate.data()}}, w.h.data(), row, n);
+      Products({{l.ffn_up, l.ffn_up_bias, w.gate.data()}}, w.h.data(), n);
     }
     ParallelFor(n, [&](size_t i) { Activate(a.activation, w.gate.data() + i * d, w.up.data() + i * d, d); });
-    Products({{l.ffn_down, l.ffn_down_bias, w.h.data()}}, w.gate.data(), row, n);
+    Products({{l.ffn_down, l.ffn_down_bias, w.h.data()}}, w.gate.data(), n);
     NormInPlace(w.h.data(), l.post_ffn_norm, config.norm_eps, n);
     AddRows(x, w.h.data(), n, config.d_model);
   }
@@ -125,63 +126,38 @@ struct Pass {
     float* y;  // [n, out]
   };
 
-  // y = x [n, in] W^T + bias, all dense, of each term, for the rows [first, first + n) of the step.
-  void Products(std::initializer_list<Term> terms, const float* x, size_t first, size_t n) const {
+  // y = x [n, in] W^T + bias, all dense, of each term, for the n rows of a tile.
+  void Products(std::initializer_list<Term> terms, const float* x, size_t n) const {
     constexpr size_t kMostTerms = 3;
     CHECK(terms.size() <= kMostTerms, "{} products at once", terms.size());
-    for (const Term *begin = terms.begin(), *end = begin; begin != terms.end(); begin = end) {
-      const DType type = begin->weights.type;
-      const size_t in = begin->weights.n_in;
-      while (end != terms.end() && end->weights.type == type) ++end;
-      const auto multiply = [&](size_t row, size_t rows) {
-        if (rows == 0) return;
-        LinearTerm some[kMostTerms];
-        for (const Term* t = begin; t != end; ++t)
-          some[t - begin] = {t->weights, t->y + row * t->weights.n_out, t->weights.n_out};
-        Linear({some, static_cast<size_t>(end - begin)}, x + row * in, in, rows, compute);
-      };
-      if (segments.empty())
-        multiply(0, n);
-      else
-        ForRuns(FewTokens(type, in, compute), first, n, multiply);
-    }
+    LinearTerm products[kMostTerms];
+    std::ranges::transform(terms, products, [](const Term& t) { return LinearTerm{t.weights, t.y, t.weights.n_out}; });
+    const std::span<const LinearTerm> all(products, terms.size());
+    const size_t in = terms.begin()->weights.n_in;
+    if (lengths.empty())
+      Linear(all, x, in, n, compute);
+    else
+      Linear(all, x, in, tile_lengths, compute);
     for (const Term& t : terms) {
       const size_t out = t.weights.n_out;
       if (!t.bias.empty()) ParallelFor(n, [&](size_t row) { Add(t.y + row * out, t.bias.data(), out); });
     }
   }
 
-  // Calls f(row, n) for runs of segments inside the tile [first, first + n): all of few rows, and few together, or all
-  // of more. Rows count from the tile's first.
-  template <typename F>
-  void ForRuns(size_t few, size_t first, size_t n, F&& f) const {
-    size_t begin = 0, end = 0;
-    bool is_few = false;
-    for (const RowSegment& segment : segments) {
-      if (segment.first < first || segment.first >= first + n) continue;
-      const bool own = segment.n <= few;
-      if (own != is_few || (own && end + segment.n - begin > few)) {
-        f(begin, end - begin);
-        begin = end;
-        is_few = own;
-      }
-      end += segment.n;
-    }
-    f(begin, end - begin);
-  }
-
   template <typename Body>
   void ForTiles(Body&& body) {
-    for (size_t row = 0; row < tokens.size() && segments.empty(); row += kTileTokens) {
+    for (size_t row = 0; row < tokens.size() && lengths.empty(); row += kTileTokens) {
       body(row, std::min(kTileTokens, tokens.size() - row));
       if (pause) pause();
     }
-    for (size_t i = 0; i < segments.size();) {  // whole segments, as many as fit
-      const size_t row = segments[i].first;
+    for (size_t i = 0, row = 0; i < lengths.size();) {  // whole texts, as many as fit
+      const size_t first = i;
       size_t n = 0;
-      while (i < segments.size() && n + segments[i].n <= kTileTokens) n += segments[i++].n;
+      while (i < lengths.size() && n + lengths[i] <= kTileTokens) n += lengths[i++];
+      tile_lengths = std::span(lengths).subspan(first, i - first);
       body(row, n);
       if (pause) pause();
+      row += n;
     }
   }
 };
@@ -222,12 +198,9 @@ bool Forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache
              const TileHook& pause) {
   workspace.Reserve(model.config(), tokens.size());
   Pass pass{model, tokens, cache, compute, workspace, model.config(), pause};
-  size_t first = 0;
   for (const size_t length : lengths)
-    for (size_t done = 0; done < length; done += pass.segments.back().n) {
-      pass.segments.push_back({first, std::min(kTileTokens, length - done)});
-      first += pass.segments.back().n;
-    }
+    for (size_t done = 0; done < length; done += kTileTokens)
+      pass.lengths.push_back(std::min(kTileTokens, length - done));
   pass.Embed();
   for (size_t layer = 0; layer < model.config().n_layers; ++layer) {
     pass.Layer(layer);

@@ -40,11 +40,6 @@ using LayerHook = std::function<bool(size_t layers_done)>;
 // Called after each tile of the products, where nothing of the step is half done.
 using TileHook = std::function<void()>;
 
-// Rows of a step that are multiplied together: [first, first + n).
-struct RowSegment {
-  size_t first = 0, n = 0;
-};
-
 // Runs all layers over the step's tokens (ids below the embedding's rows); the result is workspace.x. Returns false when
 // the hook stopped it. Throws what the cache throws, and Error kOutOfMemory.
 //

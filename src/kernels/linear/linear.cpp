@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 
 #include "base/check.h"
 #include "base/checked.h"
@@ -487,9 +488,7 @@ void Multiply(const Call& call, ComputeType compute) {
   }
 }
 
-}  // namespace
-
-void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, size_t n_tokens, ComputeType compute) {
+void CheckTerms(std::span<const LinearTerm> terms, size_t x_stride, size_t n_tokens) {
   for (const LinearTerm& term : terms) {
     const WeightView& w = term.w;
     CHECK(IsLinearType(w.type), "no product with weights of type {}", Traits(w.type).name);
@@ -498,10 +497,53 @@ void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, 
     CHECK(n_tokens <= 1 || (x_stride >= w.n_in && term.y_stride >= w.n_out), "strides {} and {} of a [{}, {}] matrix",
           x_stride, term.y_stride, w.n_out, w.n_in);
   }
-  for (size_t first = 0, end = 0; n_tokens > 0 && first < terms.size(); first = end) {
+}
+
+// Calls body(terms) for neighbours of one type.
+template <typename Body>
+void ForTypes(std::span<const LinearTerm> terms, Body&& body) {
+  for (size_t first = 0, end = 0; first < terms.size(); first = end) {
     while (end < terms.size() && terms[end].w.type == terms[first].w.type) ++end;
-    Multiply({Kernels(terms[0].w.n_in), terms.subspan(first, end - first), x, x_stride, n_tokens}, compute);
+    body(terms.subspan(first, end - first));
   }
+}
+
+// Calls body(first, n) for runs of tokens: of texts that are few together, or of texts that are more each.
+template <typename Body>
+void ForRuns(std::span<const size_t> lengths, size_t few, Body&& body) {
+  size_t begin = 0, end = 0;
+  bool is_few = false;
+  for (const size_t length : lengths) {
+    const bool own = length <= few;
+    if (own != is_few || (own && end + length - begin > few)) {
+      if (end > begin) body(begin, end - begin);
+      begin = end;
+      is_few = own;
+    }
+    end += length;
+  }
+  if (end > begin) body(begin, end - begin);
+}
+
+}  // namespace
+
+void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, size_t n_tokens, ComputeType compute) {
+  CheckTerms(terms, x_stride, n_tokens);
+  if (n_tokens == 0) return;
+  ForTypes(terms, [&](std::span<const LinearTerm> own) {
+    Multiply({Kernels(own[0].w.n_in), own, x, x_stride, n_tokens}, compute);
+  });
+}
+
+void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, std::span<const size_t> lengths,
+            ComputeType compute) {
+  CheckTerms(terms, x_stride, std::accumulate(lengths.begin(), lengths.end(), size_t{0}));
+  ForTypes(terms, [&](std::span<const LinearTerm> own) {
+    const WeightView& w = own[0].w;
+    ForRuns(lengths, FewTokens(w.type, w.n_in, compute), [&](size_t first, size_t n) {
+      Multiply({Kernels(w.n_in), own, x + first * x_stride, x_stride, n, first}, compute);
+    });
+  });
 }
 
 void Linear(const WeightView& w, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride,

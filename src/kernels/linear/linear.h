@@ -61,12 +61,18 @@ struct LinearTerm {
   size_t y_stride;
 };
 
-// The same for each of the terms, all of one n_in, to the same bits: rounding the activations and the parallel region are
-// shared by neighbours of one type.
+// The same for each of the terms, all of one n_in, to the same bits: rounding the activations and the parallel region
+// are shared by neighbours of one type.
 void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, size_t n_tokens, ComputeType compute);
 
-// An upper bound of the work memory of a call, also of one with several matrices for the largest of them, with the threads and the instruction set that are active now: at
-// most 512 packed tokens, and a panel of unpacked rows a thread.
+// The same for tokens of several texts, `lengths` of each in order, to the bits that a call for each text gives: texts
+// go together as far as FewTokens lets them.
+void Linear(std::span<const LinearTerm> terms, const float* x, size_t x_stride, std::span<const size_t> lengths,
+            ComputeType compute);
+
+// An upper bound of the work memory of a call, also of one with several matrices for the largest of them, with the
+// threads and the instruction set that are active now: at most 512 packed tokens, and a panel of unpacked rows a
+// thread.
 size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute);
 
 }  // namespace lesskv

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -401,6 +403,35 @@ TEST_P(LinearTest, MatricesTogetherHaveTheBitsOfEachAlone) {
               << ComputeTypeName(compute) << ", " << n_tokens << " tokens, matrix " << i;
           EXPECT_EQ(found[i][t * (n_out + 2) + n_out], -77.0f);
         }
+      }
+    }
+  }
+}
+
+// Texts of few tokens and of many beside each other, also of none.
+TEST_P(LinearTest, TextsTogetherHaveTheBitsOfEachAlone) {
+  Rng rng(14);
+  const Matrix matrices[] = {MakeMatrix(DType::kQ4_K, 40, 512, rng), MakeMatrix(DType::kF16, 9, 512, rng)};
+  const size_t lengths[] = {1, 2, 1, 0, 30, 1, 12, 13, 3, 1, 1, 1, 4, 14, 20, 5};
+  const size_t n_tokens = std::accumulate(std::begin(lengths), std::end(lengths), size_t{0});
+  const std::vector<float> x = RandomVector(n_tokens * 512, rng);
+  for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
+    std::vector<float> found[2];
+    std::vector<LinearTerm> terms;
+    for (size_t i = 0; i < 2; ++i) {
+      found[i].resize(n_tokens * matrices[i].view.n_out);
+      terms.push_back({matrices[i].view, found[i].data(), matrices[i].view.n_out});
+    }
+    Linear(terms, x.data(), 512, lengths, compute);
+    for (size_t i = 0; i < 2; ++i) {
+      const size_t n_out = matrices[i].view.n_out;
+      size_t first = 0;
+      for (const size_t length : lengths) {
+        std::vector<float> alone(length * n_out);
+        Linear(matrices[i].view, &x[first * 512], 512, length, alone.data(), n_out, compute);
+        ASSERT_EQ(0, std::memcmp(&found[i][first * n_out], alone.data(), length * n_out * sizeof(float)))
+            << ComputeTypeName(compute) << ", matrix " << i << ", " << length << " tokens from " << first;
+        first += length;
       }
     }
   }
