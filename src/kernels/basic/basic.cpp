@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernels/basic/cpu.h"
+#include "kernels/quants/half.h"
 
 // clang-format off: this file is included again for each target, before the headers below it.
 #undef HWY_TARGET_INCLUDE
@@ -220,62 +221,27 @@ void SimdAxpy(float* y, float a, const float* x, size_t n) {
 
 using D16 = hn::Rebind<uint16_t, D>;
 using DHalf = hn::Rebind<hwy::float16_t, D>;
-using DBits = hn::Rebind<uint32_t, D>;
-using DInt = hn::Rebind<int32_t, D>;
 
-HWY_INLINE hn::Vec<D16> RoundToBf16(V v) {
-  const DBits bits_tag;
-  const auto bits = hn::BitCast(bits_tag, v);
-  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(bits_tag, 1u));
-  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(bits_tag, 0x7fffu)), odd));
-  const auto quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(bits_tag, 0x40u));
-  const auto is_number = hn::RebindMask(bits_tag, hn::Eq(v, v));
-  return hn::DemoteTo(D16(), hn::BitCast(DInt(), hn::IfThenElse(is_number, rounded, quiet)));
-}
-
-HWY_INLINE hn::Vec<D16> RoundToF16(V v) { return hn::BitCast(D16(), hn::DemoteTo(DHalf(), v)); }
-
-HWY_INLINE V WidenBf16(hn::Vec<D16> v) { return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DBits(), v))); }
-
-HWY_INLINE V WidenF16(hn::Vec<D16> v) { return hn::PromoteTo(D(), hn::BitCast(DHalf(), v)); }
-
-template <typename F>
-HWY_INLINE void Narrow(const float* x, size_t n, uint16_t* out, F&& f) {
-  const D d;
-  const D16 d16;
+void SimdF32ToF16(const float* x, size_t n, uint16_t* out) {
+  const auto round = [](V v) HWY_ATTR { return hn::BitCast(D16(), hn::DemoteTo(DHalf(), v)); };
   Walk(
-      n, [&](size_t i) HWY_ATTR { hn::StoreU(f(hn::LoadU(d, x + i)), d16, out + i); },
+      n, [&](size_t i) HWY_ATTR { hn::StoreU(round(hn::LoadU(D(), x + i)), D16(), out + i); },
       [&](size_t i, size_t count) HWY_ATTR {
         HWY_ALIGN uint16_t data[HWY_MAX_BYTES / sizeof(float)];
-        hn::StoreU(f(Padded(x + i, count, 0.0f).Load()), d16, data);
+        hn::StoreU(round(Padded(x + i, count, 0.0f).Load()), D16(), data);
         std::memcpy(out + i, data, count * sizeof(uint16_t));
       });
 }
 
-template <typename F>
-HWY_INLINE void Widen(const uint16_t* x, size_t n, float* out, F&& f) {
-  const D d;
-  const D16 d16;
+void SimdF16ToF32(const uint16_t* x, size_t n, float* out) {
+  const auto widen = [](hn::Vec<D16> v) HWY_ATTR { return hn::PromoteTo(D(), hn::BitCast(DHalf(), v)); };
   Walk(
-      n, [&](size_t i) HWY_ATTR { hn::StoreU(f(hn::LoadU(d16, x + i)), d, out + i); },
+      n, [&](size_t i) HWY_ATTR { hn::StoreU(widen(hn::LoadU(D16(), x + i)), D(), out + i); },
       [&](size_t i, size_t count) HWY_ATTR {
         HWY_ALIGN uint16_t data[HWY_MAX_BYTES / sizeof(float)] = {};
         std::memcpy(data, x + i, count * sizeof(uint16_t));
-        StoreFirst(f(hn::LoadU(d16, data)), count, out + i);
+        StoreFirst(widen(hn::LoadU(D16(), data)), count, out + i);
       });
-}
-
-void SimdF32ToF16(const float* x, size_t n, uint16_t* out) {
-  Narrow(x, n, out, [](V v) HWY_ATTR { return RoundToF16(v); });
-}
-void SimdF32ToBf16(const float* x, size_t n, uint16_t* out) {
-  Narrow(x, n, out, [](V v) HWY_ATTR { return RoundToBf16(v); });
-}
-void SimdF16ToF32(const uint16_t* x, size_t n, float* out) {
-  Widen(x, n, out, [](hn::Vec<D16> v) HWY_ATTR { return WidenF16(v); });
-}
-void SimdBf16ToF32(const uint16_t* x, size_t n, float* out) {
-  Widen(x, n, out, [](hn::Vec<D16> v) HWY_ATTR { return WidenBf16(v); });
 }
 
 // Rows i .. i + kRows - 1 of a small product, kVectors vectors from column j on.
@@ -352,9 +318,7 @@ HWY_EXPORT(SimdAdd);
 HWY_EXPORT(SimdAxpy);
 HWY_EXPORT(SimdSmallProduct);
 HWY_EXPORT(SimdF32ToF16);
-HWY_EXPORT(SimdF32ToBf16);
 HWY_EXPORT(SimdF16ToF32);
-HWY_EXPORT(SimdBf16ToF32);
 
 bool UseScalar() { return ActiveIsa() == Isa::kScalar; }
 
@@ -372,45 +336,6 @@ float ScalarDot(const float* a, const float* b, size_t n) {
   double sum = 0;
   for (size_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
   return static_cast<float>(sum);
-}
-
-uint32_t Bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float FromBits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint16_t ScalarToBf16(float value) {
-  const uint32_t bits = Bits(value);
-  if (std::isnan(value)) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-uint16_t ScalarToF16(float value) {
-  const uint16_t sign = static_cast<uint16_t>((Bits(value) >> 16) & 0x8000);
-  const float magnitude = std::fabs(value);
-  if (std::isnan(value)) return sign | 0x7e00;
-  if (magnitude >= 65520.0f) return sign | 0x7c00;
-  if (magnitude < 0x1p-14f) {  // subnormal: a multiple of 2^-24, rounded to even by the default rounding mode
-    return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(magnitude * 0x1p24f)));
-  }
-  uint32_t bits = Bits(magnitude);
-  bits += 0xfff + ((bits >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((bits - (uint32_t{112} << 23)) >> 13));
-}
-
-float ScalarFromF16(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
-  if (exponent == 0) return FromBits(sign | Bits(static_cast<float>(fraction) * 0x1p-24f));
-  if (exponent == 31) return FromBits(sign | 0x7f800000 | (fraction << 13) | (fraction != 0 ? 0x400000 : 0));
-  return FromBits(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
 }  // namespace
@@ -518,22 +443,12 @@ size_t LowestRow(const float* values, const int32_t* positions, size_t n, int32_
 
 void F32ToF16(const float* x, size_t n, uint16_t* out) {
   if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdF32ToF16)(x, n, out);
-  for (size_t i = 0; i < n; ++i) out[i] = ScalarToF16(x[i]);
+  for (size_t i = 0; i < n; ++i) out[i] = FloatToHalf(x[i]);
 }
 
 void F16ToF32(const uint16_t* x, size_t n, float* out) {
   if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdF16ToF32)(x, n, out);
-  for (size_t i = 0; i < n; ++i) out[i] = ScalarFromF16(x[i]);
-}
-
-void F32ToBf16(const float* x, size_t n, uint16_t* out) {
-  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdF32ToBf16)(x, n, out);
-  for (size_t i = 0; i < n; ++i) out[i] = ScalarToBf16(x[i]);
-}
-
-void Bf16ToF32(const uint16_t* x, size_t n, float* out) {
-  if (!UseScalar()) return HWY_DYNAMIC_DISPATCH(SimdBf16ToF32)(x, n, out);
-  for (size_t i = 0; i < n; ++i) out[i] = FromBits(static_cast<uint32_t>(x[i]) << 16);
+  for (size_t i = 0; i < n; ++i) out[i] = HalfToFloat(x[i]);
 }
 
 }  // namespace lesskv

@@ -49,10 +49,8 @@ size_t ArgMax(const float* x, size_t n);
 // NaN is below every number. n when no row lies there. values, positions [n]; positions are distinct.
 size_t LowestRow(const float* values, const int32_t* positions, size_t n, int32_t begin, int32_t end);
 
-// Half and bfloat16 as raw bits. Rounded to nearest even; NaN stays NaN; beyond the largest half becomes infinity.
+// Halves as raw bits. Rounded to nearest even; NaN stays NaN; beyond the largest half becomes infinity.
 void F32ToF16(const float* x, size_t n, uint16_t* out);
 void F16ToF32(const uint16_t* x, size_t n, float* out);
-void F32ToBf16(const float* x, size_t n, uint16_t* out);
-void Bf16ToF32(const uint16_t* x, size_t n, float* out);
 
 }  // namespace lesskv
