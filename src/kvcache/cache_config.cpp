@@ -23,6 +23,35 @@ Choice Choose(const CacheSpec& spec, Stage stage) {
   return {FindMethod(name), {name, {}}};
 }
 
+// Local layers, which hold their window, have the codec as it is and the default budget.
+
+std::unique_ptr<const Codec> MakeCodec(const CacheSpec& spec, const MethodContext& context, bool local,
+                                       std::vector<Artefact>& artefacts) {
+  const Choice choice = Choose(spec, Stage::kCodec);
+  std::unique_ptr<const Codec> codec = choice.method->make_codec(choice.arguments(), context);
+  if (local) return codec;
+  if (!codec->artefact().empty()) artefacts.push_back({choice.term.name, codec->artefact()});
+  for (const Stage stage : {Stage::kWrap, Stage::kRecall}) {
+    if (spec.Find(stage) == nullptr) continue;
+    const Choice wrap = Choose(spec, stage);
+    codec = wrap.method->make_wrapper(wrap.arguments(), context, std::move(codec));
+  }
+  return codec;
+}
+
+std::unique_ptr<const Budgeter> MakeBudgeter(const CacheSpec& spec, const MethodContext& context, bool local,
+                                             std::vector<Artefact>& artefacts) {
+  const Choice select = Choose(spec, Stage::kSelect), choice = Choose(local ? CacheSpec() : spec, Stage::kBudget);
+  const bool shares = spec.Find(Stage::kShare) != nullptr, divided = spec.Find(Stage::kBudget) != nullptr || shares;
+  std::unique_ptr<const Budgeter> budgeter = !local && !divided && TraitsOf(select.term).divides_rows
+                                                 ? select.method->make_divider(select.arguments(), context)
+                                                 : choice.method->make_budgeter(choice.arguments(), context);
+  if (!budgeter->artefact().empty()) artefacts.push_back({choice.term.name, budgeter->artefact()});
+  if (local || !shares) return budgeter;
+  const Choice share = Choose(spec, Stage::kShare);
+  return share.method->make_sharer(share.arguments(), context, std::move(budgeter));
+}
+
 void CheckShape(const CacheShape& shape) {
   CHECK(shape.n_layers() > 0 && shape.ctx > 0);
   for (const LayerShape& layer : shape.layers)
@@ -159,27 +188,12 @@ void CacheConfig::MakeMethods(const SidecarSource& sidecar) {
   const MethodContext context{policies_[0].layers, shape_.ctx, shape_.compute, sidecar, shape_.input_width};
   std::vector<Artefact> artefacts;
   for (LayerPolicy& policy : policies_) {
-    const Choice codec = Choose(spec_, Stage::kCodec);
     MethodContext own = context;
     own.layers = policy.layers;
-    std::unique_ptr<const Codec> made = codec.method->make_codec(codec.arguments(), own);
-    if (!made->artefact().empty() && policy.window == 0) artefacts.push_back({codec.term.name, made->artefact()});
-    for (const Stage stage : {Stage::kWrap, Stage::kRecall})
-      if (const SpecTerm* wrap = spec_.Find(stage); wrap != nullptr && policy.window == 0)
-        made = FindMethod(wrap->name)->make_wrapper(Arguments(FindMethod(wrap->name)->parameters, *wrap), own, std::move(made));
-    policy.codec = std::move(made);
-    const Choice select = Choose(spec_, Stage::kSelect);
-    const Choice budget = policy.window == 0 ? Choose(spec_, Stage::kBudget) : Choose(CacheSpec(), Stage::kBudget);
-    const bool divided = spec_.Find(Stage::kBudget) != nullptr || spec_.Find(Stage::kShare) != nullptr;
-    std::unique_ptr<const Budgeter> budgeter = policy.window == 0 && !divided && TraitsOf(select.term).divides_rows
-                                                   ? select.method->make_divider(select.arguments(), own)
-                                                   : budget.method->make_budgeter(budget.arguments(), own);
-    if (!budgeter->artefact().empty()) artefacts.push_back({budget.term.name, budgeter->artefact()});
-    if (const SpecTerm* share = spec_.Find(Stage::kShare); share != nullptr && policy.window == 0)
-      budgeter = FindMethod(share->name)->make_sharer(Arguments(FindMethod(share->name)->parameters, *share), own,
-                                                      std::move(budgeter));
-    policy.budgeter = std::move(budgeter);
-    if (policy.window > 0) policy.selector = MakeLocalSelector(policy.window);
+    const bool local = policy.window > 0;
+    policy.codec = MakeCodec(spec_, own, local, artefacts);
+    policy.budgeter = MakeBudgeter(spec_, own, local, artefacts);
+    if (local) policy.selector = MakeLocalSelector(policy.window);
   }
   const Choice select = Choose(spec_, Stage::kSelect);
   policies_[0].selector = select.method->make_selector(select.arguments(), context);

@@ -25,6 +25,26 @@ void ForHeads(const PolicyCache& cache, size_t layer, Body&& body) {
   for (size_t h = 0; h < n; ++h) body(h);
 }
 
+// What a selector is told of a layer beside its heads' rows.
+void DescribeLayer(const PolicyCache& cache, size_t layer, LayerStep& work) {
+  const LayerPolicy& policy = cache.policy;
+  LayerRows& rows = work.rows;
+  rows = {};
+  rows.layer = layer;
+  rows.kind = cache.step.kind;
+  rows.group = policy.layers[layer].group();
+  rows.tokens_seen = cache.step.seen + cache.step.n;
+  rows.n_step = cache.step.n;
+  rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
+  rows.window = policy.selector->Window(cache.budget_rows());
+  rows.sinks = policy.selector->Sinks();
+  rows.apart = policy.codec->traits().apart_rows;
+  rows.votes_accumulate = policy.selector->votes() == Votes::kKept && !policy.selector->ReadsInputs();
+  rows.protect = &policy.protect;
+  rows.queries = work.queries;
+  rows.heads = work.heads;
+}
+
 // Rows as the selector sees them, before anything is observed.
 void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
   const LayerPolicy& policy = cache.policy;
@@ -58,21 +78,7 @@ void GatherRows(PolicyCache& cache, size_t layer, LayerStep& work) {
     if (observed) head.attention = work.attention[h];
     if (measured) head.measured = work.measured[h];
   }
-  LayerRows& rows = work.rows;
-  rows = {};
-  rows.layer = layer;
-  rows.kind = cache.step.kind;
-  rows.group = policy.layers[layer].group();
-  rows.tokens_seen = cache.step.seen + cache.step.n;
-  rows.n_step = cache.step.n;
-  rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
-  rows.window = policy.selector->Window(cache.budget_rows());
-  rows.sinks = policy.selector->Sinks();
-  rows.apart = policy.codec->traits().apart_rows;
-  rows.votes_accumulate = votes == Votes::kKept && !policy.selector->ReadsInputs();
-  rows.protect = &policy.protect;
-  rows.queries = work.queries;
-  rows.heads = work.heads;
+  DescribeLayer(cache, layer, work);
 }
 
 // Calls body(h) for the heads that a selector decides on: one for all where the layer keeps one set.

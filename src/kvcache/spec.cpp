@@ -187,6 +187,42 @@ bool IsPositional(const Method& method, const SpecArgument& argument) {
                      [&](const Parameter& p) { return p.name == argument.key && p.positional; });
 }
 
+using TermsByStage = std::map<Stage, SpecTerm>;
+
+// Checked, one a stage; `full` where no term selects.
+TermsByStage ByStage(const std::vector<SpecTerm>& terms, std::string_view text) {
+  TermsByStage by_stage;
+  for (const SpecTerm& term : terms) {
+    const Method* method = FindMethod(term.name);
+    if (method == nullptr)
+      Fail(ErrorCode::kInvalidArgument, "cache spec '{}': unknown term '{}'; known terms: {}", text, term.name,
+           ListMethods());
+    const auto [at, inserted] = by_stage.emplace(method->stage, CheckTerm(*method, term));
+    if (!inserted)
+      Fail(ErrorCode::kInvalidArgument, "cache spec '{}': '{}' and '{}' answer the same question ({}); give one", text,
+           at->second.name, term.name, Name(method->stage));
+  }
+  by_stage.emplace(Stage::kSelect, SpecTerm{"full", {}});
+  return by_stage;
+}
+
+void RefuseConflicts(const TermsByStage& by_stage, std::string_view text) {
+  const bool divided = by_stage.contains(Stage::kBudget) || by_stage.contains(Stage::kShare);
+  const auto traits_of = [&](const SpecTerm& term) {
+    MethodTraits traits = TraitsOf(term);
+    traits.divides_rows &= !divided;
+    return traits;
+  };
+  for (auto a = by_stage.begin(); a != by_stage.end(); ++a) {
+    for (auto b = std::next(a); b != by_stage.end(); ++b) {
+      const Method& ma = *FindMethod(a->second.name);
+      const Method& mb = *FindMethod(b->second.name);
+      if (const auto reason = Conflict(ma, traits_of(a->second), mb, traits_of(b->second)))
+        Fail(ErrorCode::kInvalidArgument, "cache spec '{}': {}", text, *reason);
+    }
+  }
+}
+
 }  // namespace
 
 std::string ToString(const SpecTerm& term) {
@@ -268,34 +304,8 @@ CacheSpec CacheSpec::WithExtraRows(size_t extra) const {
 CacheSpec CacheSpec::Parse(std::string_view text) { return Make(Parser(text).Run(), text); }
 
 CacheSpec CacheSpec::Make(const std::vector<SpecTerm>& terms, std::string_view text) {
-  std::map<Stage, SpecTerm> by_stage;
-  for (const SpecTerm& term : terms) {
-    const Method* method = FindMethod(term.name);
-    if (method == nullptr)
-      Fail(ErrorCode::kInvalidArgument, "cache spec '{}': unknown term '{}'; known terms: {}", text, term.name,
-           ListMethods());
-    const auto [at, inserted] = by_stage.emplace(method->stage, CheckTerm(*method, term));
-    if (!inserted)
-      Fail(ErrorCode::kInvalidArgument, "cache spec '{}': '{}' and '{}' answer the same question ({}); give one", text,
-           at->second.name, term.name, Name(method->stage));
-  }
-  by_stage.emplace(Stage::kSelect, SpecTerm{"full", {}});
-
-  const bool divided = by_stage.contains(Stage::kBudget) || by_stage.contains(Stage::kShare);
-  const auto traits_of = [&](const SpecTerm& term) {
-    MethodTraits traits = TraitsOf(term);
-    traits.divides_rows &= !divided;
-    return traits;
-  };
-  for (auto a = by_stage.begin(); a != by_stage.end(); ++a) {
-    for (auto b = std::next(a); b != by_stage.end(); ++b) {
-      const Method& ma = *FindMethod(a->second.name);
-      const Method& mb = *FindMethod(b->second.name);
-      if (const auto reason = Conflict(ma, traits_of(a->second), mb, traits_of(b->second)))
-        Fail(ErrorCode::kInvalidArgument, "cache spec '{}': {}", text, *reason);
-    }
-  }
-
+  const TermsByStage by_stage = ByStage(terms, text);
+  RefuseConflicts(by_stage, text);
   CacheSpec spec;
   spec.terms_.clear();
   spec.canonical_.clear();
