@@ -9,7 +9,8 @@
 #include "chat/chat_template.h"
 #include "kernels/basic/basic.h"
 #include "kernels/basic/rope.h"
-#include "kvcache/sequence_cache.h"
+#include "kvcache/kv_cache.h"
+#include "train/full_layers.h"
 #include "train/train_kernels.h"
 
 namespace lesskv::train {
@@ -28,7 +29,12 @@ struct Copies {
 class ScoringCache final : public KvCache {
  public:
   ScoringCache(const Model& model, const CacheShape& shape, const Copies& copies, bool wants_inputs, RowScores& result)
-      : model_(model), shape_(shape), copies_(copies), wants_inputs_(wants_inputs), result_(result) {}
+      : model_(model),
+        shape_(shape),
+        copies_(copies),
+        full_(shape, copies.n_read()),
+        wants_inputs_(wants_inputs),
+        result_(result) {}
 
   bool WantsInputs(size_t layer) const override { return shape_.layers[layer].window == 0; }
 
@@ -47,16 +53,11 @@ class ScoringCache final : public KvCache {
     const size_t n = copies_.n_read() * shape_.layers[layer].kv_dim();
     keys_.assign(keys, keys + n);
     values_.assign(values, values + n);
+    full_.Append(layer, keys, values);
   }
 
   void Attend(size_t layer, const float* queries, float* out) override {
-    CacheShape one = shape_;
-    one.layers = {shape_.layers[layer]};
-    SequenceCache full(CacheConfig::Create(CacheSpec::Parse("full+f32"), one));
-    full.BeginStep(copies_.n_read(), StepKind::kPrompt);
-    full.Append(0, keys_.data(), values_.data());
-    full.Attend(0, queries, out);
-    full.EndStep();
+    full_.Attend(queries, out);
     if (shape_.layers[layer].window == 0) Score(layer, queries);
   }
 
@@ -124,6 +125,7 @@ class ScoringCache final : public KvCache {
   const Model& model_;
   CacheShape shape_;
   Copies copies_;
+  FullLayers full_;
   bool wants_inputs_;
   RowScores& result_;
   std::vector<float> keys_, values_, queries_;  // of the present layer; values stay as they came

@@ -6,7 +6,6 @@
 #include <array>
 #include <chrono>
 #include <cmath>
-#include <memory>
 #include <numeric>
 
 #include "base/error.h"
@@ -15,8 +14,9 @@
 #include "kernels/quants/half.h"
 #include "kernels/rows/group_codes.h"
 #include "kvcache/codec/kivi_store.h"
-#include "kvcache/sequence_cache.h"
+#include "kvcache/kv_cache.h"
 #include "train/crop_source.h"
+#include "train/full_layers.h"
 #include "train/train_kernels.h"
 
 namespace lesskv::train {
@@ -60,21 +60,16 @@ namespace {
 // Attends in full, a layer at a time, and adds the layer's covariances.
 class CovarianceCache final : public KvCache {
  public:
-  CovarianceCache(const CacheShape& shape, size_t n_tokens, HeadSums& sums) : shape_(shape), n_tokens_(n_tokens), sums_(sums) {}
+  CovarianceCache(const CacheShape& shape, size_t n_tokens, HeadSums& sums)
+      : shape_(shape), n_tokens_(n_tokens), full_(shape, n_tokens), sums_(sums) {}
 
   void Append(size_t layer, const float* keys, const float* values) override {
-    CacheShape one = shape_;
-    one.layers = {shape_.layers[layer]};
-    full_ = std::make_unique<SequenceCache>(CacheConfig::Create(CacheSpec::Parse("full+f32"), one));
-    full_->BeginStep(n_tokens_, StepKind::kPrompt);
-    full_->Append(0, keys, values);
-    keys_.assign(keys, keys + n_tokens_ * one.layers[0].kv_dim());
+    full_.Append(layer, keys, values);
+    keys_.assign(keys, keys + n_tokens_ * shape_.layers[layer].kv_dim());
   }
 
   void Attend(size_t layer, const float* queries, float* out) override {
-    full_->Attend(0, queries, out);
-    full_->EndStep();
-    full_.reset();
+    full_.Attend(queries, out);
     if (shape_.layers[layer].window == 0) AddLayer(shape_.layers[layer], queries);
   }
 
@@ -97,9 +92,9 @@ class CovarianceCache final : public KvCache {
 
   CacheShape shape_;
   size_t n_tokens_;
+  FullLayers full_;
   HeadSums& sums_;
   size_t first_head_ = 0;
-  std::unique_ptr<SequenceCache> full_;
   std::vector<float> keys_;
 };
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <memory>
 #include <mutex>
 #include <numeric>
 
@@ -11,8 +10,9 @@
 #include "base/rng.h"
 #include "base/threads.h"
 #include "kernels/rows/atom_codes.h"
-#include "kvcache/sequence_cache.h"
+#include "kvcache/kv_cache.h"
 #include "train/crop_source.h"
+#include "train/full_layers.h"
 
 namespace lesskv::train {
 namespace {
@@ -29,36 +29,27 @@ class CollectingCache final : public KvCache {
  public:
   CollectingCache(const CacheShape& shape, size_t n_tokens, std::vector<size_t> kept, size_t group,
                   std::vector<Vectors>& groups)
-      : shape_(shape), n_tokens_(n_tokens), kept_(std::move(kept)), group_(group), groups_(groups) {}
+      : shape_(shape), full_(shape, n_tokens), kept_(std::move(kept)), group_(group), groups_(groups) {}
 
   void Append(size_t layer, const float* keys, const float* values) override {
-    CacheShape one = shape_;
-    one.layers = {shape_.layers[layer]};
-    full_ = std::make_unique<SequenceCache>(CacheConfig::Create(CacheSpec::Parse("full+f32"), one));
-    full_->BeginStep(n_tokens_, StepKind::kPrompt);
-    full_->Append(0, keys, values);
-    if (one.layers[0].window > 0) return;
+    full_.Append(layer, keys, values);
+    if (shape_.layers[layer].window > 0) return;
     Vectors& to = groups_[n_global_++ / group_];
-    const size_t width = one.layers[0].kv_dim();
+    const size_t width = shape_.layers[layer].kv_dim();
     for (const size_t token : kept_) {
       to.keys.insert(to.keys.end(), keys + token * width, keys + (token + 1) * width);
       to.values.insert(to.values.end(), values + token * width, values + (token + 1) * width);
     }
   }
 
-  void Attend(size_t, const float* queries, float* out) override {
-    full_->Attend(0, queries, out);
-    full_->EndStep();
-    full_.reset();
-  }
+  void Attend(size_t, const float* queries, float* out) override { full_.Attend(queries, out); }
 
  private:
   CacheShape shape_;
-  size_t n_tokens_;
+  FullLayers full_;
   std::vector<size_t> kept_;  // tokens
   size_t group_, n_global_ = 0;
   std::vector<Vectors>& groups_;
-  std::unique_ptr<SequenceCache> full_;
 };
 
 void Validate(const TrainCsrOptions& o) {
