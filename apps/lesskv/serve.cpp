@@ -156,26 +156,20 @@ void Serve(ServeOptions options) {
 }
 
 void AddLimits(CLI::App& command, ServeOptions& o) {
-  command.add_option("--parallel", o.scheduler.max_running, "Texts that share steps (default: 4)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 1024));
-  command.add_option("--queue", o.scheduler.max_queued, "Texts that may wait for a place; others get status 429; 0: nobody waits (default: 16)")
-      ->option_text("N")
-      ->check(CLI::Range(0, 4096));
-  command
-      .add_option("--step-tokens", o.scheduler.step_tokens,
-                  "Prompt tokens a step, beside generated ones (default: 256)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 65536));
+  const auto add_count = [&](const char* name, auto& value, const char* help, int least, int most) {
+    command.add_option(name, value, help)->option_text("N")->check(CLI::Range(least, most));
+  };
+  add_count("--parallel", o.scheduler.max_running, "Texts that share steps (default: 4)", 1, 1024);
+  add_count("--queue", o.scheduler.max_queued,
+            "Texts that may wait for a place; others get status 429; 0: nobody waits (default: 16)", 0, 4096);
+  add_count("--step-tokens", o.scheduler.step_tokens, "Prompt tokens a step, beside generated ones (default: 256)", 1,
+            65536);
   command
       .add_option("--kv-memory", o.kv_memory,
                   "Bytes for all caches, such as 4G (default: half of the available memory)")
       ->option_text("BYTES");
-  command
-      .add_option("--idle", o.scheduler.max_idle,
-                  "Caches of ended texts that are kept for their next turn, within --kv-memory (default: 64)")
-      ->option_text("N")
-      ->check(CLI::Range(0, 65536));
+  add_count("--idle", o.scheduler.max_idle,
+            "Caches of ended texts that are kept for their next turn, within --kv-memory (default: 64)", 0, 65536);
   command
       .add_option("--store", o.store,
                   "Where conversations outlive the server: a directory, or redis://HOST[:PORT][/DB], which replicas "
@@ -183,35 +177,16 @@ void AddLimits(CLI::App& command, ServeOptions& o) {
       ->option_text("DIR|URL");
   command.add_option("--store-size", o.store_size, "Bytes of a directory's files at most (default: 4G)")
       ->option_text("BYTES");
-  command.add_option("--store-days", o.store_days, "Days that Redis keeps what is not used (default: 7)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 3650));
-  command.add_option("--max-prompt", o.max_prompt, "Tokens of a prompt at most (default: the context)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 1 << 28));
-  command.add_option("--max-output", o.max_output, "Tokens generated for a request at most (default: 1024)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 1 << 28));
-  command.add_option("--max-protected", o.max_protected, "Tokens that a request may protect (default: 1024)")
-      ->option_text("N")
-      ->check(CLI::Range(0, 1 << 28));
-  command.add_option("--max-seconds", o.max_seconds, "Time for a request, waiting included (default: 600)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 86400));
-  command.add_option("--read-seconds", o.read_seconds, "Time for all of a request to come (default: 30)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 3600));
-  command.add_option("--per-key", o.http.max_per_key, "Texts of one API key at once (default: 0, any number)")
-      ->option_text("N")
-      ->check(CLI::Range(0, 4096));
-  command
-      .add_option("--connections", o.http.max_connections,
-                  "Connections that are served at once, a thread each (default: --parallel, --queue and 16)")
-      ->option_text("N")
-      ->check(CLI::Range(2, 4096));
-  command.add_option("--max-body", o.max_body_kib, "KiB of a request's body at most (default: 4096)")
-      ->option_text("N")
-      ->check(CLI::Range(1, 1 << 20));
+  add_count("--store-days", o.store_days, "Days that Redis keeps what is not used (default: 7)", 1, 3650);
+  add_count("--max-prompt", o.max_prompt, "Tokens of a prompt at most (default: the context)", 1, 1 << 28);
+  add_count("--max-output", o.max_output, "Tokens generated for a request at most (default: 1024)", 1, 1 << 28);
+  add_count("--max-protected", o.max_protected, "Tokens that a request may protect (default: 1024)", 0, 1 << 28);
+  add_count("--max-seconds", o.max_seconds, "Time for a request, waiting included (default: 600)", 1, 86400);
+  add_count("--read-seconds", o.read_seconds, "Time for all of a request to come (default: 30)", 1, 3600);
+  add_count("--per-key", o.http.max_per_key, "Texts of one API key at once (default: 0, any number)", 0, 4096);
+  add_count("--connections", o.http.max_connections,
+            "Connections that are served at once, a thread each (default: --parallel, --queue and 16)", 2, 4096);
+  add_count("--max-body", o.max_body_kib, "KiB of a request's body at most (default: 4096)", 1, 1 << 20);
 }
 
 }  // namespace
