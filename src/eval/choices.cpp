@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/error.h"
+#include "eval/json_lines.h"
 #include "eval/metrics.h"
 #include "eval/stopwatch.h"
 #include "eval/text_windows.h"
@@ -217,27 +218,19 @@ std::vector<Column> ChoicesColumns() {
 std::vector<ChoiceQuestion> ParseChoices(std::string_view json_lines, const std::string& name,
                                          std::string_view question_template) {
   std::vector<ChoiceQuestion> questions;
-  size_t line_number = 0;
-  while (!json_lines.empty()) {
-    const size_t end = std::min(json_lines.find('\n'), json_lines.size());
-    const std::string_view line = json_lines.substr(0, end);
-    json_lines.remove_prefix(std::min(end + 1, json_lines.size()));
-    ++line_number;
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+  const auto read = [&](std::string_view line, const std::string& where) {
+    ChoiceQuestion question;
     try {
-      questions.push_back(MakeQuestion(ParseJson<Json>(line), question_template));
-    } catch (const Json::exception& error) {
-      Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with q, choices and label: {}", name, line_number,
-           error.what());
+      question = MakeQuestion(ParseJson<Json>(line), question_template);
     } catch (const Error& error) {
-      Fail(error.code(), "{}, line {}: {}", name, line_number, error.what());
+      Fail(error.code(), "{}: {}", where, error.what());
     }
-    const ChoiceQuestion& question = questions.back();
-    if (question.continuations.size() < 2 || question.label >= question.continuations.size()) {
-      Fail(ErrorCode::kBadFile, "{}, line {}: expected 2 choices or more and a label among them, found {} and {}", name,
-           line_number, question.continuations.size(), question.label);
-    }
-  }
+    if (question.continuations.size() < 2 || question.label >= question.continuations.size())
+      Fail(ErrorCode::kBadFile, "{}: expected 2 choices or more and a label among them, found {} and {}", where,
+           question.continuations.size(), question.label);
+    questions.push_back(std::move(question));
+  };
+  ReadJsonLines(json_lines, name, "an object with q, choices and label", read);
   return questions;
 }
 

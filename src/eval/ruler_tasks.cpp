@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/rng.h"
+#include "eval/json_lines.h"
 #include "eval/recall_tasks.h"
 #include "format/json_reader.h"
 
@@ -160,28 +161,21 @@ size_t AnswerTokens(RulerKind kind) {
 
 std::vector<RulerQuestion> ParseRulerQuestions(std::string_view json_lines, const std::string& name) {
   std::vector<RulerQuestion> questions;
-  for (size_t line_number = 1; !json_lines.empty(); ++line_number) {
-    const size_t end = std::min(json_lines.find('\n'), json_lines.size());
-    const std::string_view line = json_lines.substr(0, end);
-    json_lines.remove_prefix(std::min(end + 1, json_lines.size()));
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    try {
-      const auto record = ParseJson(line);
-      RulerQuestion question{record.at("question"), {}, record.at("answers")};
-      const auto& context = record.at("context");
-      if (context.is_array()) question.contexts = context.get<std::vector<std::string>>();
-      else question.contexts.push_back(context);
-      questions.push_back(std::move(question));
-    } catch (const nlohmann::json::exception& error) {
-      Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with a text, question, one or a list of them, context, and a list, answers: {}",
-           name, line_number, error.what());
-    }
+  const auto read = [&](std::string_view line, const std::string& where) {
+    const auto record = ParseJson(line);
+    RulerQuestion question{record.at("question"), {}, record.at("answers")};
+    const auto& context = record.at("context");
+    if (context.is_array()) question.contexts = context.get<std::vector<std::string>>();
+    else question.contexts.push_back(context);
     // Every text names an empty answer.
-    for (const std::string& answer : questions.back().answers)
-      if (answer.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: an answer is empty", name, line_number);
-    if (questions.back().answers.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: no answers", name, line_number);
-    if (questions.back().contexts.empty()) Fail(ErrorCode::kBadFile, "{}, line {}: no context", name, line_number);
-  }
+    for (const std::string& answer : question.answers)
+      if (answer.empty()) Fail(ErrorCode::kBadFile, "{}: an answer is empty", where);
+    if (question.answers.empty()) Fail(ErrorCode::kBadFile, "{}: no answers", where);
+    if (question.contexts.empty()) Fail(ErrorCode::kBadFile, "{}: no context", where);
+    questions.push_back(std::move(question));
+  };
+  ReadJsonLines(json_lines, name,
+                "an object with a text, question, one or a list of them, context, and a list, answers", read);
   if (questions.empty()) Fail(ErrorCode::kBadFile, "{}: no questions in it", name);
   return questions;
 }

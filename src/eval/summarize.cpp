@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "engine/generate.h"
+#include "eval/json_lines.h"
 #include "eval/metrics.h"
 #include "eval/rouge.h"
 #include "eval/text_windows.h"
@@ -94,21 +95,11 @@ Json MakeRow(const EvalSetup& setup, const SummarizeOptions& options, const Subj
 
 std::vector<SummaryTask> ParseSummaryTasks(std::string_view json_lines, const std::string& name) {
   std::vector<SummaryTask> tasks;
-  size_t line_number = 0;
-  while (!json_lines.empty()) {
-    const size_t end = std::min(json_lines.find('\n'), json_lines.size());
-    const std::string_view line = json_lines.substr(0, end);
-    json_lines.remove_prefix(std::min(end + 1, json_lines.size()));
-    ++line_number;
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    try {
-      const Json record = ParseJson<Json>(line);
-      tasks.push_back({record.at("article"), record.at("summary_gt")});
-    } catch (const Json::exception& error) {
-      Fail(ErrorCode::kBadFile, "{}, line {}: expected an object with the texts article and summary_gt: {}", name,
-           line_number, error.what());
-    }
-  }
+  ReadJsonLines(json_lines, name, "an object with the texts article and summary_gt",
+                [&](std::string_view line, const std::string&) {
+                  const Json record = ParseJson<Json>(line);
+                  tasks.push_back({record.at("article"), record.at("summary_gt")});
+                });
   return tasks;
 }
 
