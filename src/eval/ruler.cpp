@@ -182,6 +182,25 @@ void CheckOptions(const EvalSetup& setup, RulerOptions& options) {
          answer, setup.ctx);
 }
 
+// The documents of one task, which are the same whatever others are asked for.
+std::vector<RulerSample> Samples(const RulerTasks& tasks, const RulerOptions& options, RulerKind kind, uint64_t seed) {
+  std::vector<RulerSample> samples;
+  for (size_t i = 0; i < options.samples; ++i)
+    samples.push_back(
+        tasks.Make(kind, options.length, Rng(seed * 1000003 + static_cast<uint64_t>(kind) * 10007 + i).Next()));
+  return samples;
+}
+
+std::vector<Column> Columns(std::span<const RulerKind> kinds) {
+  std::vector<Column> columns = SubjectColumns();
+  columns.push_back({"average", "average %", Column::Style::kPercent, 1, "average_se"});
+  for (const RulerKind kind : kinds)
+    columns.push_back(
+        {fmt::format("score_{}", Name(kind)), fmt::format("{} %", Name(kind)), Column::Style::kPercent, 0});
+  AppendCacheColumns(columns);
+  return columns;
+}
+
 }  // namespace
 
 Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
@@ -195,9 +214,7 @@ Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
   size_t done = 0;
   const auto answered = [&](size_t n) { setup.Progress(done += n, total); };
   for (size_t k = 0; k < options.kinds.size(); ++k) {
-    std::vector<RulerSample> samples;
-    for (size_t i = 0; i < options.samples; ++i)
-      samples.push_back(tasks.Make(options.kinds[k], options.length, Rng(setup.seed * 1000003 + static_cast<uint64_t>(options.kinds[k]) * 10007 + i).Next()));
+    const std::vector<RulerSample> samples = Samples(tasks, options, options.kinds[k], setup.seed);
     for (const std::vector<size_t>& group : groups) RunGroup(setup, options, k, group, samples, tallies, answered);
   }
   const std::vector<size_t> averaged = TasksToAverage(setup, tallies, options.kinds.size());
@@ -214,13 +231,7 @@ Report EvaluateRuler(const EvalSetup& setup, const RulerOptions& given) {
     AddCacheStats(row, tallies[s].stats.stats(), *setup.subjects[s].config);
     AddCost(row, tallies[s].cost);
   }
-  report.columns = SubjectColumns();
-  report.columns.push_back({"average", "average %", Column::Style::kPercent, 1, "average_se"});
-  for (const RulerKind kind : options.kinds) {
-    const std::string key = fmt::format("score_{}", Name(kind));
-    report.columns.push_back({key, fmt::format("{} %", Name(kind)), Column::Style::kPercent, 0});
-  }
-  AppendCacheColumns(report.columns);
+  report.columns = Columns(options.kinds);
   report.notes.push_back(fmt::format("{} documents a task; averaged are {} tasks{}", options.samples, averaged.size(),
                                      averaged.size() < options.kinds.size() ? ": the full cache does not reach half of the others" : ""));
   return report;
