@@ -46,16 +46,6 @@ std::string ReadTextFile(const std::string& path) {
   return text;
 }
 
-size_t CountWords(std::string_view text) {
-  size_t words = 0;
-  bool inside = false;
-  for (const char c : text) {
-    words += !inside && !IsSpace(c);
-    inside = !IsSpace(c);
-  }
-  return words;
-}
-
 TokenizedText TokenizeText(const Tokenizer& tokenizer, std::string_view text) {
   TokenizedText result;
   result.ids = tokenizer.Encode(text, /*add_special=*/false, /*parse_special=*/false);

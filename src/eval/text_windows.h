@@ -16,11 +16,9 @@ namespace lesskv {
 // A whole file; throws Error when it cannot be read.
 std::string ReadTextFile(const std::string& path);
 
-// Words of the raw text: runs of bytes that are not ASCII white space. What word perplexity divides by.
-size_t CountWords(std::string_view text);
-
-// All vectors have one entry a token. A word belongs to the token that holds its first byte, so that the sums over all
-// tokens are the text's own bytes and words (damaged UTF-8 excepted: a tokenizer may replace it).
+// All vectors have one entry a token. A word, a run of bytes that are not ASCII white space, belongs to the token that
+// holds its first byte, so that the sums over all tokens are the text's own bytes and words, which perplexities divide
+// by (damaged UTF-8 excepted: a tokenizer may replace it).
 struct TokenizedText {
   std::vector<int32_t> ids;
   std::vector<uint32_t> bytes;
