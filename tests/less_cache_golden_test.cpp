@@ -9,6 +9,7 @@
 
 #include "cache_harness.h"
 #include "format/safetensors.h"
+#include "kvcache/residual/less_golden.h"
 
 namespace lesskv {
 namespace {
@@ -17,17 +18,16 @@ using namespace testing_support;  // NOLINT
 
 struct Golden {
   TinyShape shape;
-  size_t rank, hidden, heavy, recent, prompt, steps;
+  size_t rank, heavy, recent, prompt, steps;
   std::string spec;
   Text text;
 };
 
 Golden Load(const SafetensorsFile& file) {
-  const auto number = [&](const char* key) { return static_cast<size_t>(std::stoul(file.Metadata(key))); };
+  const auto number = [&](const char* key) { return GoldenNumber(file, key); };
   Golden g;
   g.shape = {1, number("n_heads"), number("n_heads"), number("head_dim"), 4096};
   g.rank = number("rank");
-  g.hidden = number("hidden");
   g.heavy = number("heavy");
   g.recent = number("recent");
   g.prompt = number("prompt");
@@ -37,27 +37,6 @@ Golden Load(const SafetensorsFile& file) {
                   : fmt::format("window({}, sinks={})+f32", g.heavy + g.recent, g.heavy);
   g.text = {g.prompt + g.steps, {file.Values<float>("q")}, {file.Values<float>("k")}, {file.Values<float>("v")}};
   return g;
-}
-
-Sidecar Maps(const SafetensorsFile& file, const Golden& g) {
-  Sidecar sidecar;
-  SidecarShape& s = sidecar.shape;
-  s.n_layers = 1;
-  s.n_heads = s.n_kv_heads = g.shape.n_heads;
-  s.head_dim = g.shape.head_dim;
-  s.rank = g.rank;
-  s.hidden = g.hidden;
-  sidecar.matrix_type = DType::kF32;
-  LayerParams p;
-  p.phi.w1 = file.Values<float>("w_kernel_q_mat1");
-  p.phi.w2 = file.Values<float>("w_kernel_q_mat2");
-  p.psi.w1 = file.Values<float>("w_kernel_k_mat1");
-  p.psi.w2 = file.Values<float>("w_kernel_k_mat2");
-  p.d = file.Values<float>("w_scalingD");
-  p.d2 = file.Values<float>("w_scalingD2");
-  p.x = file.Values<float>("w_interaction_k");
-  sidecar.layers = {p};
-  return sidecar;
 }
 
 class LessCacheGolden : public testing::TestWithParam<const char*> {
@@ -96,7 +75,7 @@ TEST_P(LessCacheGolden, EqualsTheAuthorsModules) {
 
   const std::string maps =
       (std::filesystem::temp_directory_path() / fmt::format("lesskv-golden-{}.gguf", getpid())).string();
-  WriteSidecar(maps, Maps(file, g));
+  WriteSidecar(maps, LessGoldenSidecar(file));
   for (const char* less : {"+less", "+less(clamp=true)"}) {
     SequenceCache cache(CacheConfig::Create(CacheSpec::Parse(g.spec + less), shape, {}, {maps, 0}));
     Run(cache, file, g, "less");

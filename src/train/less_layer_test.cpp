@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <filesystem>
 #include <functional>
 
@@ -14,6 +13,7 @@
 #include "base/threads.h"
 #include "format/safetensors.h"
 #include "kvcache/residual/less.h"
+#include "kvcache/residual/less_golden.h"
 #include "train/train_kernels.h"
 
 namespace lesskv::train {
@@ -168,7 +168,7 @@ class LessLayerKinds : public testing::TestWithParam<FeatureKind> {};
 INSTANTIATE_TEST_SUITE_P(Features, LessLayerKinds, testing::Values(FeatureKind::kGelu, FeatureKind::kExp),
                          [](const auto& kind) { return FeatureKindName(kind.param); });
 
-// Facts 3 and 14: the scan equals the masked form, in value and in every parameter's derivative.
+// The scan equals the masked form, in value and in every parameter's derivative.
 TEST_P(LessLayerKinds, LossAndGradientEqualTheMaskedForm) {
   for (uint64_t seed : {1, 2, 3}) {
     const Problem p = RandomProblem(GetParam(), seed);
@@ -215,7 +215,7 @@ TEST_P(LessLayerKinds, BatchesAverageAndThreadsDoNotMatter) {
   for (size_t i = 0; i < ga.size(); ++i) EXPECT_NEAR(g[0][i], (ga[i] + gb[i]) / 2, 1e-5 * (1 + std::fabs(ga[i])));
 }
 
-// Fact 14: what lies before the first scored position has no part in the loss.
+// What lies before the first scored position has no part in the loss.
 TEST_P(LessLayerKinds, EarlyPositionsDoNotCount) {
   Problem p = RandomProblem(GetParam(), 4);
   const LessLayer layer(p.shape, p.parameters, p.metric);
@@ -275,11 +275,6 @@ TEST(LessLayer, DropoutKeepsTheExpectationAndIsReproducible) {
 
 // -------------------------------------------------------------------------------------------------- golden gradients
 
-std::string GoldenPath(const std::string& name) {
-  const char* shared = std::getenv("LESSKV_SHARED_DIR");
-  return (shared ? std::string(shared) : LESSKV_SOURCE_DIR "/../shared") + "/golden/less/" + name;
-}
-
 class LessLayerGolden : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Files, LessLayerGolden, testing::Values("masked_h2o.safetensors", "masked_lambda.safetensors"));
 
@@ -327,24 +322,14 @@ void ExpectDifferences(const SidecarShape& s, const LessLayer& layer, const std:
 }
 
 TEST_P(LessLayerGolden, LossAndGradientsEqualTheAuthorsBackwardPass) {
-  if (!std::filesystem::exists(GoldenPath(GetParam()))) GTEST_SKIP() << "no golden vectors at " << GoldenPath(GetParam());
-  const SafetensorsFile file = SafetensorsFile::Open(GoldenPath(GetParam()));
-  auto number = [&](const char* key) { return static_cast<size_t>(std::stoul(file.Metadata(key))); };
-  SidecarShape s;
-  s.n_layers = 1;
-  s.n_heads = s.n_kv_heads = number("n_heads");
-  s.head_dim = number("head_dim");
-  s.rank = number("rank");
-  s.hidden = number("hidden");
+  const std::string path = LessGoldenPath(GetParam());
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "no golden vectors at " << path;
+  const SafetensorsFile file = SafetensorsFile::Open(path);
+  const Sidecar sidecar = LessGoldenSidecar(file);
+  const SidecarShape& s = sidecar.shape;
+  const LayerParams& p = sidecar.layers[0];
+  const auto number = [&](const char* key) { return GoldenNumber(file, key); };
   const size_t n = number("seq"), batch_size = number("batch"), q_dim = s.n_heads * s.head_dim;
-  LayerParams p;
-  p.phi.w1 = file.Values<float>("w_kernel_q_mat1");
-  p.phi.w2 = file.Values<float>("w_kernel_q_mat2");
-  p.psi.w1 = file.Values<float>("w_kernel_k_mat1");
-  p.psi.w2 = file.Values<float>("w_kernel_k_mat2");
-  p.d = file.Values<float>("w_scalingD");
-  p.d2 = file.Values<float>("w_scalingD2");
-  p.x = file.Values<float>("w_interaction_k");
   const auto q = file.Values<float>("q"), k = file.Values<float>("k"), v = file.Values<float>("v");
   const auto visible = file.Values<uint8_t>("visible");
   std::vector<LessExample> examples(batch_size);

@@ -4,51 +4,36 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <filesystem>
 
 #include "format/safetensors.h"
 #include "kvcache/residual/less.h"
+#include "kvcache/residual/less_golden.h"
 
 namespace lesskv {
 namespace {
 
-std::string GoldenPath(const std::string& name) {
-  const char* shared = std::getenv("LESSKV_SHARED_DIR");
-  return (shared ? std::string(shared) : LESSKV_SOURCE_DIR "/../shared") + "/golden/less/" + name;
-}
-
 struct Golden {
-  size_t n_heads, dim, rank, hidden, heavy, recent, prompt, steps;
+  size_t n_heads, dim, rank, heavy, recent, prompt, steps;
   bool is_h2o;
   std::vector<float> q, k, v;
   Sidecar sidecar;
 };
 
 Golden LoadDecode(const SafetensorsFile& file) {
-  auto number = [&](const char* key) { return static_cast<size_t>(std::stoul(file.Metadata(key))); };
-  Golden g{number("n_heads"), number("head_dim"), number("rank"), number("hidden"), number("heavy"), number("recent"),
-           number("prompt"), number("steps"), file.Metadata("policy") == "h2o", {}, {}, {}, {}};
-  g.q = file.Values<float>("q");
-  g.k = file.Values<float>("k");
-  g.v = file.Values<float>("v");
-  SidecarShape& s = g.sidecar.shape;
-  s.n_layers = 1;
-  s.n_heads = s.n_kv_heads = g.n_heads;
-  s.head_dim = g.dim;
-  s.rank = g.rank;
-  s.hidden = g.hidden;
-  g.sidecar.matrix_type = DType::kF32;
-  LayerParams p;
-  p.phi.w1 = file.Values<float>("w_kernel_q_mat1");
-  p.phi.w2 = file.Values<float>("w_kernel_q_mat2");
-  p.psi.w1 = file.Values<float>("w_kernel_k_mat1");
-  p.psi.w2 = file.Values<float>("w_kernel_k_mat2");
-  p.d = file.Values<float>("w_scalingD");
-  p.d2 = file.Values<float>("w_scalingD2");
-  p.x = file.Values<float>("w_interaction_k");
-  g.sidecar.layers = {p};
-  return g;
+  const auto number = [&](const char* key) { return GoldenNumber(file, key); };
+  return {.n_heads = number("n_heads"),
+          .dim = number("head_dim"),
+          .rank = number("rank"),
+          .heavy = number("heavy"),
+          .recent = number("recent"),
+          .prompt = number("prompt"),
+          .steps = number("steps"),
+          .is_h2o = file.Metadata("policy") == "h2o",
+          .q = file.Values<float>("q"),
+          .k = file.Values<float>("k"),
+          .v = file.Values<float>("v"),
+          .sidecar = LessGoldenSidecar(file)};
 }
 
 // One head's cache: which tokens are resident, H2O's scores, the state.
@@ -134,8 +119,9 @@ class LessGolden : public testing::TestWithParam<std::tuple<const char*, bool>> 
 // Outputs within 1e-4, kept sets identical, final H and z within 1e-4, with and without the reference's clamps.
 TEST_P(LessGolden, DecodeEqualsTheAuthorsModules) {
   const auto [name, clamp] = GetParam();
-  if (!std::filesystem::exists(GoldenPath(name))) GTEST_SKIP() << "no golden vectors at " << GoldenPath(name);
-  const SafetensorsFile file = SafetensorsFile::Open(GoldenPath(name));
+  const std::string path = LessGoldenPath(name);
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "no golden vectors at " << path;
+  const SafetensorsFile file = SafetensorsFile::Open(path);
   const Golden g = LoadDecode(file);
   const auto less = MakeLessResidual({clamp}, OneLayer(g.n_heads, g.dim), FeatureMaps::Create(g.sidecar));
   for (const Residual* residual : {static_cast<const Residual*>(nullptr), less.get()}) {
