@@ -553,11 +553,4 @@ Sidecar MergeSidecars(const std::vector<std::string>& paths) {
   return merged;
 }
 
-size_t ParameterCount(const SidecarShape& s) {
-  const size_t a_net = s.head_dim * s.hidden + s.hidden * s.rank;
-  const size_t exp_biases = (s.n_heads + s.n_kv_heads) * (s.hidden + s.rank);
-  const size_t gelu_scales = s.n_kv_heads * (s.rank * s.rank + 2 * s.rank);
-  return (s.n_heads + s.n_kv_heads) * a_net + (s.kind == FeatureKind::kExp ? exp_biases : gelu_scales);
-}
-
 }  // namespace lesskv

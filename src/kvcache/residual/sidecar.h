@@ -143,8 +143,8 @@ struct Sidecar {
   bool has_maps() const { return shape.n_layers > 0; }
 };
 
-// Feature maps before training, less.md section 4: uniform matrices; d = d2 = 1e-4, so that the untrained state weighs
-// next to nothing. For kExp the last bias of psi does the same: psi is about 1e-4.
+// Feature maps before training: uniform matrices; d = d2 = 1e-4, so that the untrained state weighs next to nothing.
+// For kExp the last bias of psi does the same: psi is about 1e-4.
 Sidecar InitialSidecar(const SidecarShape& shape, uint64_t seed);
 
 // Throws Error kBadFile / kNotFound naming the key or tensor, what was expected and what was found: wrong kind of
@@ -172,8 +172,5 @@ void AddOtherParts(const Sidecar& from, Sidecar& to);
 // Joins parts that were trained apart (--layers A-B): same model and shape, every layer in exactly one part. Of what they
 // hold beside maps the first of each kind.
 Sidecar MergeSidecars(const std::vector<std::string>& paths);
-
-// Parameters of a layer (less.md section 9).
-size_t ParameterCount(const SidecarShape& shape);
 
 }  // namespace lesskv
