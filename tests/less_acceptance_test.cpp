@@ -1,7 +1,6 @@
-// LESS through the whole cache: the facts that an implementation must show (less.md's list in docs/less.md). Facts on
-// maps, states and gradients alone are beside their sources: 7, 11, 12 in residual/less_test.cpp, 14 in
-// train/less_layer_test.cpp. The oracle here is the masked form in double precision: every causal pair explicit, under
-// the visibility that the cache itself reports.
+// LESS through the whole cache: what an implementation must show. Maps, states and gradients alone are tested beside
+// their sources, in residual/less_test.cpp and train/less_layer_test.cpp. The oracle here is the masked form in double
+// precision: every causal pair explicit, under the visibility that the cache itself reports.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -116,7 +115,7 @@ std::vector<float> States(const SequenceCache& cache, size_t rank) {
 
 const char* const kPolicies[] = {"h2o(12)+f32", "window(12, sinks=3)+f32", "tova(12)+f32", "h2o(heavy=9, recent=3)+f32"};
 
-// Facts 2, 3, 6, 8, 9: a prompt, then single tokens, against the masked form with the cache's own visibility.
+// A prompt, then single tokens, against the masked form with the cache's own visibility.
 TEST(LessAcceptance, DecodeEqualsTheMaskedFormStepByStep) {
   const TempSidecar sidecar(kShape);
   const size_t n = 60, prompt = 35;
@@ -125,7 +124,7 @@ TEST(LessAcceptance, DecodeEqualsTheMaskedFormStepByStep) {
   for (const std::string policy : kPolicies) {
     SequenceCache cache(MakeConfig(policy + "+less", kShape, sidecar));
     SequenceCache full(MakeConfig("full+f32", kShape, sidecar));
-    // Fact 2: the prompt itself is attended in full.
+    // The prompt itself is attended in full.
     EXPECT_EQ(Feed(cache, text, 0, prompt, StepKind::kPrompt), Feed(full, text, 0, prompt, StepKind::kPrompt)) << policy;
     cache.EndPrompt();
     double error = 0, largest = 0;
@@ -133,7 +132,7 @@ TEST(LessAcceptance, DecodeEqualsTheMaskedFormStepByStep) {
       auto sees = Seen(cache, n);
       for (auto& layer : sees)
         for (auto& head : layer) head[t] = 1;
-      // Fact 9: the prompt's end leaves 12 rows, every step evicts one, so a query attends 12 and itself.
+      // The prompt's end leaves 12 rows, every step evicts one, so a query attends 12 and itself.
       for (size_t l = 0; l < kShape.n_layers; ++l)
         for (size_t h = 0; h < kShape.n_kv_heads; ++h) EXPECT_EQ(Resident(cache, l, h).size(), 12u) << policy;
       const Outputs outputs = Feed(cache, text, t, 1, StepKind::kDecode);
@@ -144,18 +143,18 @@ TEST(LessAcceptance, DecodeEqualsTheMaskedFormStepByStep) {
           error = std::max(error, std::fabs(outputs[l][i] - want[i]));
           largest = std::max(largest, std::fabs(want[i]));
         }
-        // Fact 6: weights that are nonnegative and sum to one.
+        // Weights that are nonnegative and sum to one.
         EXPECT_NEAR(std::accumulate(weights.begin(), weights.end(), 0.0), 1.0, 1e-12);
         EXPECT_GE(*std::min_element(weights.begin(), weights.end()), 0.0);
       }
-      // Fact 8: nobody returns.
+      // Nobody returns.
       const auto after = Seen(cache, n);
       for (size_t l = 0; l < kShape.n_layers; ++l)
         for (size_t h = 0; h < kShape.n_kv_heads; ++h)
           for (size_t j = 0; j < t; ++j) EXPECT_LE(after[l][h][j], sees[l][h][j]) << policy;
     }
     EXPECT_LE(error, 2e-5 * largest) << policy;
-    // Fact 8: z and H are the sums over what is no longer resident.
+    // z and H are the sums over what is no longer resident.
     const std::vector<float> states = States(cache, 8);
     const auto sees = Seen(cache, n);
     for (size_t l = 0; l < kShape.n_layers; ++l) {
@@ -178,7 +177,7 @@ TEST(LessAcceptance, DecodeEqualsTheMaskedFormStepByStep) {
   }
 }
 
-// Fact 1: with nothing evicted the bits are those of the full cache.
+// With nothing evicted the bits are those of the full cache.
 TEST(LessAcceptance, NothingEvictedIsTheFullCacheBitForBit) {
   const TempSidecar sidecar(kShape);
   const Text text = RandomText(kShape, 40, 6);
@@ -198,7 +197,7 @@ Outputs StreamAll(const std::string& spec, const Text& text, const SidecarSource
   return all;
 }
 
-// Fact 4: psi = 0 is the bare selector, bit for bit; small scales come close to it.
+// psi = 0 is the bare selector, bit for bit; small scales come close to it.
 TEST(LessAcceptance, NoMassIsTheBareSelector) {
   const TempSidecar original(kShape);
   const Text text = RandomText(kShape, 50, 7);
@@ -220,7 +219,7 @@ TEST(LessAcceptance, NoMassIsTheBareSelector) {
   }
 }
 
-// Fact 5: were the kernel exact, the mask would not matter.
+// Were the kernel exact, the mask would not matter.
 TEST(LessAcceptance, ExactKernelGivesFullAttentionWhateverTheMask) {
   const TempSidecar sidecar(kShape);
   const Text text = RandomText(kShape, 30, 8);
@@ -233,7 +232,7 @@ TEST(LessAcceptance, ExactKernelGivesFullAttentionWhateverTheMask) {
             Masked(sidecar.sidecar(), text, rotated, 0, 29, all, Kernel::kLearned));
 }
 
-// Fact 6 through the cache: values that are all the same come back, whatever was evicted.
+// Values that are all the same come back, whatever was evicted.
 TEST(LessAcceptance, ConstantValuesComeBack) {
   const TempSidecar sidecar(kShape);
   Text text = RandomText(kShape, 48, 9);
@@ -270,7 +269,7 @@ TEST(LessAcceptance, ClampsActAfterThePromptEvenOnAnEmptyState) {
   }
 }
 
-// Facts 10 and 12: budgets as fractions of the context; Baseline+ has rank / 2 rows more.
+// Budgets as fractions of the context; Baseline+ has rank / 2 rows more.
 TEST(LessAcceptance, BudgetsOfThePaper) {
   auto rows = [](const std::string& spec, size_t ctx) {
     TinyShape shape = kShape;
@@ -285,7 +284,7 @@ TEST(LessAcceptance, BudgetsOfThePaper) {
   EXPECT_EQ(rows("window(204, sinks=4)", 4096), 204u);
 }
 
-// Facts 11 and 13: bytes stay as the text grows; two texts in turn are as each alone.
+// Bytes stay as the text grows; two texts in turn are as each alone.
 TEST(LessAcceptance, StateIsConstantAndNeighboursDoNotMatter) {
   const TempSidecar sidecar(kShape);
   const Text a = RandomText(kShape, 80, 10), b = RandomText(kShape, 80, 11);

@@ -1,6 +1,6 @@
-// Acceptance fact 15 on the bundled model with its bundled sidecar, through the code that serves users: at the same
-// sparsity full < LESS < Baseline+ <= bare selector in perplexity, and LESS also beats the selector that spends the
-// state's bytes on rows (rank 8 in float32: 2,080 bytes a head, 8 pairs of half-precision rows, 9 with scores counted).
+// The bundled model with its bundled sidecar, through the code that serves users: at the same sparsity full < LESS <
+// Baseline+ <= bare selector in perplexity, and LESS also beats the selector that spends the state's bytes on rows
+// (rank 8 in float32: 2,080 bytes a head, 8 pairs of half-precision rows, 9 with scores counted).
 #include <gtest/gtest.h>
 
 #include <algorithm>

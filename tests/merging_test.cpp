@@ -332,7 +332,7 @@ constexpr char kExact[] = "match(mu=0, lambda=0.000001)";
 // The specification's rows of one channel: keys 0, ln 2, ln 4, values 1, 0, 3; those that stay first.
 TEST(Match, RowsOfOneChannelAreFittedAsByHand) {
   const float ln2 = std::log(2.0f), ln4 = std::log(4.0f);
-  // Facts 1 and 3: two queries are answered exactly, also beside a row of logit 1 and value 5.
+  // Two queries are answered exactly, also beside a row of logit 1 and value 5.
   OwnBlock block(1, {0, ln4, ln2}, {1, 3, 0}, {0, 1}, 2);
   const FitBlock& fit = block.Fitted(kExact);
   ExpectNear(fit.kept_weights, {5.0 / 3, 4.0 / 3}, 1e-3);
@@ -345,12 +345,12 @@ TEST(Match, RowsOfOneChannelAreFittedAsByHand) {
   };
   EXPECT_NEAR(beside(fit.kept_weights[0], fit.kept_weights[1]), 2.736225, 1e-3);
   EXPECT_NEAR(beside(1, 1), 3.004737, 1e-3);
-  // Fact 4: masses are relative to the block's own, not to the largest kept key's or the largest of all.
+  // Masses are relative to the block's own, not to the largest kept key's or the largest of all.
   OwnBlock three(1, {0, ln4, ln2}, {1, 3, 0}, {0, 1, -1}, 2);
   ExpectNear(three.Fitted("match(mu=0)").kept_weights, {1.430341, 1.430341}, 1e-4);
 }
 
-// Fact 10: what is added to all logits of a query changes nothing, nor does the order of a group's queries.
+// What is added to all logits of a query changes nothing, nor does the order of a group's queries.
 TEST(Match, OnlyDifferencesOfLogitsMatter) {
   Rng rng(49);
   const size_t d = 4, n = 30, n_queries = 50;
@@ -387,7 +387,7 @@ TEST(Match, HeadsOfAGroupMayComeInAnyOrder) {
   for (size_t l = 0; l < kShape.n_layers; ++l) EXPECT_LT(RelativeError(swapped(b[l]), a[l]), 1e-4) << l;
 }
 
-// Fact 13: four bytes a row beside what its codec takes, in heads that have room for a newcomer.
+// Four bytes a row beside what its codec takes, in heads that have room for a newcomer.
 TEST(Match, AWeightTakesFourBytes) {
   const TempSidecar sidecar(kShape);
   const Text text = RandomText(kShape, 60, 51);

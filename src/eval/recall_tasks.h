@@ -18,8 +18,7 @@ enum class RecallKind {
   kKeyNumber,  // "kv": a list "The code of <key> is <number>."; one key is asked for
   kKeyWord,    // "kv_words": the same with words as values
   kNeedle,     // "needle": one sentence "The secret word of <key> is <word>." in real text
-  kVariable,   // "variable": assignments and copies "x12 = 4821", "x3 = x12"; the value at the end of a chain is asked
-               // for
+  kVariable,   // "variable": assignments and copies "x12 = 4821", "x3 = x12"; the end of a chain is asked for
 };
 
 inline constexpr RecallKind kRecallKinds[] = {RecallKind::kKeyNumber, RecallKind::kKeyWord, RecallKind::kNeedle,
@@ -33,8 +32,8 @@ struct RecallSample {
   std::string answer_text;  // " 4821"
   std::vector<int32_t> prompt;
   std::vector<int32_t> answer;
-  size_t question =
-      0;             // index into prompt: what comes before it are whole tokens of the document, without the question
+  // Index into prompt: what comes before it are whole tokens of the document, without the question.
+  size_t question = 0;
   double depth = 0;  // where the answer really stands: byte offset of its statement over the prompt's bytes
 };
 

@@ -78,7 +78,7 @@ TEST(Registry, RotationIsForLowBitRows) {
     EXPECT_THROW(CacheSpec::Parse(spec), Error) << spec;
 }
 
-// less.md, sections 6 and 13, fact 10; base-policies.
+// The papers' fractions of a context, rounded as their authors do, and what selectors make of small budgets.
 TEST(Registry, BudgetsByHand) {
   for (const Rows& want :
        {Rows{"h2o(5%)", 4096, 204, 102}, Rows{"h2o(2%)", 4096, 80, 40}, Rows{"h2o(10%)", 4096, 408, 204},

@@ -58,10 +58,9 @@ class TextAnswer {
   std::string KvEvent(const CachePicture& picture) const;
   std::string ChoiceEvent(nlohmann::ordered_json choice) const;
   nlohmann::ordered_json Usage(const JobState& state) const;
-
-  const std::string model_name_;
   nlohmann::ordered_json Logprobs(const ChoiceState& news) const;
 
+  const std::string model_name_;
   const bool chat_, include_usage_, logprobs_;
   const size_t prompt_tokens_;
   const std::string spec_;

@@ -1,5 +1,5 @@
-// Loss and gradients of one layer's LESS feature maps (less.md section 8; Dong et al., arXiv 2402.09398, section 4.1),
-// without ever forming a T x T matrix.
+// Loss and gradients of one layer's LESS feature maps (Dong et al., arXiv 2402.09398, section 4.1), without ever
+// forming a T x T matrix.
 //
 // What is exact does not depend on the maps and comes with the example: the output and log-mass of the resident pairs
 // for every query, and when each token leaves. Training then is a scan along the text: the state H, z changes only

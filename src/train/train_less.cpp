@@ -150,7 +150,7 @@ class Trainer {
            o_.end_layer - 1);
   }
 
-  // Everything that changes what is captured, or trained.
+  // Everything that changes what is captured, and in TrainKey what is trained.
   std::string CaptureKey() const {
     std::string key = fmt::format("model {:016x}\nctx {}\nsequences {}\nviews {}\nvalidation {}\nseed {}\nrank {}\n",
                                   engine_.model().fingerprint(), o_.ctx, o_.sequences, o_.views, n_validation_, o_.seed,
@@ -372,7 +372,7 @@ class Trainer {
     size_t steps = 0;
   };
 
-  // Adam, less.md section 8: beta 0.9, 0.999, epsilon 1e-8; no weight decay.
+  // Adam: beta 0.9, 0.999, epsilon 1e-8; no weight decay.
   void Update(const std::vector<float>& gradient, float rate, LessLayer& model, Optimizer& adam) const {
     ++adam.steps;
     const double c1 = 1 - std::pow(0.9, static_cast<double>(adam.steps));
@@ -393,8 +393,8 @@ class Trainer {
   // The paper's features have no bias that could take a mean, and see queries and keys as they are.
   const InputScaling* Scaling(const LayerState& state) const { return o_.kind == FeatureKind::kExp ? &state.inputs : nullptr; }
 
-  double TrainEpoch(size_t layer, LessLayer& model, LayerState& state, TrainProgress& progress, Clock::time_point start,
-                    double first_done) {
+  void TrainEpoch(size_t layer, LessLayer& model, LayerState& state, TrainProgress& progress, Clock::time_point start,
+                  double first_done) {
     const size_t epoch = state.epoch;
     std::vector<size_t> order(n_training_);
     std::iota(order.begin(), order.end(), 0);
@@ -422,7 +422,6 @@ class Trainer {
       progress.seconds_left = Seconds(start) / std::max(1e-9, progress.done - first_done) * (1 - progress.done);
       report_(progress);
     }
-    return sum / static_cast<double>(n_batches);
   }
 
   std::string StatePath(size_t layer) const { return fmt::format("{}/state-layer-{:03}.gguf", o_.work_folder, layer); }

@@ -1,4 +1,4 @@
-// lesskv train less: feature maps for one model, from text (less.md section 8 and docs/less.md). Two phases, both
+// lesskv train less: feature maps for one model, from text (docs/less.md). Two phases, both
 // resumable: capture (one file a text and layer, see capture_record.h), then training, layer by layer.
 #pragma once
 

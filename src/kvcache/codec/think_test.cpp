@@ -127,7 +127,7 @@ std::vector<uint16_t> Largest(const std::vector<double>& scores, size_t n) {
   return order;
 }
 
-// Fact 3, and the rounding of the ratio.
+// Products that one can compute, and the rounding of the ratio.
 TEST(Think, ChannelsByHand) {
   Rows rows(3, 4);
   std::fill(rows.q.begin(), rows.q.end(), 0.0f);
@@ -154,7 +154,7 @@ TEST(Think, ChannelsByHand) {
   EXPECT_EQ(KeptChannels(0, 128, ChannelUnit(RowType::kF16)), 128u);
 }
 
-// Facts 2, 7 and 10: the largest outer products stay, the same ones for good, and with a smaller ratio more of them.
+// The largest outer products stay, the same ones for good, and with a smaller ratio more of them.
 TEST(Think, TheLargestOuterProductsStay) {
   const Rows rows(300);
   std::vector<std::vector<uint16_t>> sets;
@@ -205,7 +205,6 @@ TEST(Think, ShortStepsAddUp) {
   for (size_t h = 0; h < kKvHeads; ++h) EXPECT_EQ(subject.Channels(h), Largest(OuterProducts(rows, 17, h), 16));
 }
 
-// Fact 6.
 TEST(Think, SizesAndOrderDoNotMatter) {
   Rows rows(30);
   const auto chosen = [&](const Rows& of) {
@@ -228,7 +227,7 @@ TEST(Think, SizesAndOrderDoNotMatter) {
   EXPECT_EQ(chosen(turned), want);
 }
 
-// Facts 8 and 9: rows as they came, but for the pruned channels of old keys, wherever a step ends.
+// Rows as they came, but for the pruned channels of old keys, wherever a step ends.
 TEST(Think, OnlyOldKeysLoseChannels) {
   const Rows rows(200);
   for (const bool full : {false, true}) {
@@ -290,8 +289,7 @@ double Deviation(const std::vector<float>& x, const std::vector<double>& want) {
   return error / power;
 }
 
-// Fact 4, for every row type and instruction set; the scale is that of whole keys. Longer steps agree with single
-// tokens.
+// For every row type and instruction set; the scale is that of whole keys. Longer steps agree with single tokens.
 TEST(Think, AttentionIsThatOfZeroedKeys) {
   for (const Isa isa : AvailableIsas()) {
     ForceIsa(isa);
@@ -325,7 +323,7 @@ TEST(Think, AttentionIsThatOfZeroedKeys) {
   ForceIsa(BestIsa());
 }
 
-// Fact 5: what is zero in the keys, or in every query, is not missed.
+// What is zero in the keys, or in every query, is not missed.
 TEST(Think, UnusedChannelsAreNotMissed) {
   for (const bool in_keys : {false, true}) {
     Rows rows(150);
@@ -341,7 +339,7 @@ TEST(Think, UnusedChannelsAreNotMissed) {
   }
 }
 
-// Fact 11: the bits of whole rows until there are more than the window, and of a prompt always.
+// The bits of whole rows until there are more than the window, and of a prompt always.
 TEST(Think, NothingIsPrunedBeforeTheWindowIsFull) {
   const Rows rows(100);
   Subject think({.ratio = 0.5}), whole({.ratio = 0});
@@ -352,7 +350,7 @@ TEST(Think, NothingIsPrunedBeforeTheWindowIsFull) {
   EXPECT_EQ(long_think.Take(rows, Prompt(90)), long_whole.Take(rows, Prompt(90)));
 }
 
-// Fact 12: no row is padded, whatever its width; blocks and tiles are, and count as slack.
+// No row is padded, whatever its width; blocks and tiles are, and count as slack.
 TEST(Think, BytesAreThoseOfTheRows) {
   constexpr size_t kDim = 128, kPrompt = 2048, kKept = 77;
   const Rows rows(kPrompt + 4, kDim);
@@ -398,7 +396,7 @@ std::shared_ptr<const CacheConfig> Config(const std::string& spec, size_t dim = 
                                                                          {.n_dims = dim, .frequency_factors = {}}));
 }
 
-// Fact 1, and what cannot be combined.
+// The canonical form, and what cannot be combined.
 TEST(Think, RefusesWhatCannotWork) {
   EXPECT_EQ(CacheSpec::Parse("think+h2o(5%)").ToString(), "h2o(5%)+think");
   const auto message = [](const std::string& spec, size_t dim) {

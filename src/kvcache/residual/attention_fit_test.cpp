@@ -49,7 +49,7 @@ void ExpectNear(const Doubles& a, const Doubles& b, double tolerance) {
   for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], tolerance) << i;
 }
 
-// Facts 1 and 2: two queries and two rows are matched exactly, and a third query nearly.
+// Two queries and two rows are matched exactly, and a third query nearly.
 TEST(AttentionFit, TwoRowsAnswerTwoQueriesExactly) {
   const Block block({0, 1}, {0, 2});
   const Doubles w = FitMass(block.a, block.m, 2, kFree);
@@ -67,7 +67,7 @@ TEST(AttentionFit, TwoRowsAnswerTwoQueriesExactly) {
   EXPECT_NEAR(OutputError(Attention(other.a, exact), c, Doubles{0.875}, 2, 1), 0, 1e-10);
 }
 
-// Fact 4: one shift a query for both sides; a shift for each gives other weights.
+// One shift a query for both sides; a shift for each gives other weights.
 TEST(AttentionFit, BothSidesAreRelativeToOneNumber) {
   const MassFit any{0, -1e9, 1e9};
   const Block relative({0, 1}, {0, 1}), absolute({0, 1}, {0, 1}, false);
@@ -85,7 +85,7 @@ TEST(AttentionFit, RidgeDrawsToTheOldWeights) {
   ExpectNear(FitMass({}, {}, 2, {0.03, 0, 1e9, old}), old, 0);
 }
 
-// Fact 4: another common factor a query is another problem where nothing fits exactly.
+// Another common factor a query is another problem where nothing fits exactly.
 TEST(AttentionFit, QueriesAreRelativeToTheBlocksMass) {
   Block block({0, 1, -1}, {0, 2});
   ExpectNear(FitMass(block.a, block.m, 2, kFree), {1.430341, 1.430341}, 1e-4);
@@ -97,7 +97,7 @@ TEST(AttentionFit, QueriesAreRelativeToTheBlocksMass) {
   ExpectNear(FitMass(block.a, block.m, 2, kFree), {1.456140, 1.456140}, 1e-4);
 }
 
-// Fact 5: clamping the unbounded solution is not the bounded one.
+// Clamping the unbounded solution is not the bounded one.
 TEST(AttentionFit, BoundsAreRespectedAtTheOptimum) {
   const Doubles a = {1, 1, 1, 2, 1, 3}, m = {3, 2, 1.5};
   ExpectNear(FitMass(a, m, 2, {0, -1e9, 1e9}), {3.666667, -0.75}, 1e-3);
@@ -108,7 +108,7 @@ TEST(AttentionFit, BoundsAreRespectedAtTheOptimum) {
   EXPECT_NEAR(error, 1.166667, 1e-4);
 }
 
-// Facts 6 and 7: equal keys, and rows that are all kept.
+// Equal keys, and rows that are all kept.
 TEST(AttentionFit, EqualKeysAndWholeBlocks) {
   const Doubles fifth(4, 0.2), ones(4, 1.0);
   ExpectNear(FitMass(fifth, ones, 1, kFree), {5}, 1e-4);
@@ -119,7 +119,7 @@ TEST(AttentionFit, EqualKeysAndWholeBlocks) {
   ExpectNear(FitValues(Attention(whole.a, w), whole.y, Doubles{1, 0, 3}, 3, 1, 0.3), {1, 0, 3}, 1e-6);
 }
 
-// Fact 8: the ridge is centred on the values themselves.
+// The ridge is centred on the values themselves.
 TEST(AttentionFit, RidgeDrawsToTheOldValues) {
   const Doubles x = {0.25, 0.75}, v = {2, 4}, y = {5};
   const double squares = 0.625 / 2;  // |X|^2 / n: a ridge relative to it
@@ -140,7 +140,7 @@ struct Random {
   }
 };
 
-// Facts 8 and 9: both systems give one answer; the fit is never worse than none, and better with a smaller ridge; a row
+// Both systems give one answer; the fit is never worse than none, and better with a smaller ridge; a row
 // that no query reads keeps its value.
 TEST(AttentionFit, PrimalAndDualAgree) {
   for (const auto& [rows, n] : {std::pair<size_t, size_t>{9, 9}, {12, 5}, {5, 12}, {1, 7}, {40, 1}}) {
@@ -170,7 +170,7 @@ TEST(AttentionFit, PrimalAndDualAgree) {
   }
 }
 
-// Fact 10: the order of the queries does not matter.
+// The order of the queries does not matter.
 TEST(AttentionFit, QueriesMayComeInAnyOrder) {
   Random p(20, 6, 2, 5);
   const Doubles ones(20, 1.0), w = FitMass(p.x, ones, 6, {}), c = FitValues(p.x, p.y, p.v, 6, 2, 0.3);

@@ -1,5 +1,5 @@
-// Feature maps ready to run: the sidecar's parameters packed for the kernels, psi's third layer folded (less.md
-// section 4). Immutable, shared by all sequences and threads.
+// Feature maps ready to run: the sidecar's parameters packed for the kernels, psi's third layer folded (docs/less.md).
+// Immutable, shared by all sequences and threads.
 #pragma once
 
 #include <cstddef>

@@ -12,7 +12,7 @@
 namespace lesskv {
 namespace {
 
-constexpr float kReferenceEpsilon = 1e-6f;  // less.md section 3, "decode code"
+constexpr float kReferenceEpsilon = 1e-6f;  // of the authors' decode code
 constexpr size_t kAbsorbBlock = 64;         // victims whose features are held at a time
 constexpr size_t kReadBlock = 32;           // queries a task
 

@@ -43,7 +43,7 @@ std::vector<int> Leaving(const char* spec, size_t ctx, size_t budget, const std:
   return left;
 }
 
-// snapkv.md, fact 9: votes zero except s[5] = 1, kernel 3, max pooling, 3 rows: {4, 5, 6} stay of a prefix of 10.
+// Votes zero except s[5] = 1, kernel 3, max pooling, 3 rows: {4, 5, 6} stay of a prefix of 10.
 TEST(Selectors, SnapkvPoolsNeighbours) {
   std::vector<float> votes(12, 0.0f);
   votes[5] = 1;
