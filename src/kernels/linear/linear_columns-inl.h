@@ -35,11 +35,13 @@ inline typename Simd::Int LoadWords(const uint8_t* const* rows, size_t at) {
   return Simd::LoadInt(reinterpret_cast<const uint8_t*>(words));
 }
 
-// `bits` bits of every byte, from bit `from`.
+// `bits` bits of every byte, from bit `from`, moved to bit `to`.
 template <typename Simd>
-inline typename Simd::Int Bits(typename Simd::Int v, size_t from, int bits) {
-  const auto mask = Simd::Broadcast(((1 << bits) - 1) * 0x01010101);
-  return Simd::And(from == 0 ? v : Simd::ShiftRight(v, static_cast<int>(from)), mask);
+inline typename Simd::Int Bits(typename Simd::Int v, size_t from, int bits, size_t to = 0) {
+  const auto mask = Simd::Broadcast((((1 << bits) - 1) << to) * 0x01010101);
+  if (from > to) v = Simd::ShiftRight(v, static_cast<int>(from - to));
+  if (from < to) v = Simd::ShiftLeft32(v, static_cast<int>(to - from));
+  return Simd::And(v, mask);
 }
 
 // Sixteen in the bytes of four f whose bit of `bits` is set.
@@ -92,8 +94,9 @@ inline void ReadHalf(const uint8_t* const* rows, size_t b, size_t half, typename
     EachWord<kBlocks>(half, out, [&](size_t i, size_t j) { return Bits<Simd>(packed[j], 4 * i, 4); });
     if constexpr (kType == DType::kQ5_K) {
       LoadSixteens<Simd>(rows, block + 16, high);
+      for (Int& bits : high) bits = Simd::ShiftRight(bits, static_cast<int>(within));
       EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
-        return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(high[j], within + i, 1), 4));
+        return Simd::Or(out[i][4 * half + j], Bits<Simd>(high[j], i, 1, 4));
       });
     }
   } else if constexpr (kType == DType::kQ6_K) {
@@ -102,15 +105,16 @@ inline void ReadHalf(const uint8_t* const* rows, size_t b, size_t half, typename
     LoadSixteens<Simd>(rows, block + 128 + 8 * within, high);  // 32 of their high bits
     EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
       const Int nibbles = Bits<Simd>(i % 2 == 0 ? packed[j] : more[j], i / 2 * 4, 4);
-      return Simd::Or(nibbles, Simd::ShiftLeft32(Bits<Simd>(high[j], 2 * i, 2), 4));
+      return Simd::Or(nibbles, Bits<Simd>(high[j], 2 * i, 2, 4));
     });
   } else {  // kQ2_K, kQ3_K
     LoadSixteens<Simd>(rows, block + (kType == DType::kQ2_K ? 16 : 32) + 8 * within, packed);
     EachWord<kBlocks>(half, out, [&](size_t i, size_t j) { return Bits<Simd>(packed[j], 2 * i, 2); });
     if constexpr (kType == DType::kQ3_K) {
       LoadSixteens<Simd>(rows, block, high);
+      for (Int& bits : high) bits = Simd::ShiftRight(bits, static_cast<int>(within));
       EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
-        return Simd::Or(out[i][4 * half + j], Simd::ShiftLeft32(Bits<Simd>(high[j], within + i, 1), 2));
+        return Simd::Or(out[i][4 * half + j], Bits<Simd>(high[j], i, 1, 2));
       });
     }
   }
@@ -158,14 +162,13 @@ inline void ReadScales256(const uint8_t* const* rows, size_t at, float* scale, f
   using Int = typename Simd::Int;
   constexpr size_t kWords = 2 * ScaleGroups(kType);
   Int v[4], scales[kWords], minima[kWords];
-  const auto high_bits = [](Int low, Int high) { return Simd::Or(low, Simd::ShiftLeft32(high, 4)); };
   const auto negative = [](typename Simd::Float x) { return Simd::Mul(x, Simd::Broadcast(-1.0f)); };
   if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
     LoadSixteens<Simd>(rows, at, v);
     scales[0] = Bits<Simd>(v[1], 0, 6);
-    scales[1] = high_bits(Bits<Simd>(v[3], 0, 4), Bits<Simd>(v[1], 6, 2));
+    scales[1] = Simd::Or(Bits<Simd>(v[3], 0, 4), Bits<Simd>(v[1], 6, 2, 4));
     minima[0] = Bits<Simd>(v[2], 0, 6);
-    minima[1] = high_bits(Bits<Simd>(v[3], 4, 4), Bits<Simd>(v[2], 6, 2));
+    minima[1] = Simd::Or(Bits<Simd>(v[3], 4, 4), Bits<Simd>(v[2], 6, 2, 4));
     StoreBytes<Simd, kWords>(scales, 0, LowHalves<Simd>(v[0]), scale, stride);
     StoreBytes<Simd, kWords>(minima, 0, negative(HighHalves<Simd>(v[0])), minimum, stride);
   } else if constexpr (kType == DType::kQ6_K) {  // signed bytes
@@ -183,7 +186,7 @@ inline void ReadScales256(const uint8_t* const* rows, size_t at, float* scale, f
     Int packed[3];
     for (size_t i = 0; i < 3; ++i) packed[i] = Simd::Or(Simd::ShiftRight32(v[i], 16), Simd::ShiftLeft32(v[i + 1], 16));
     for (size_t i = 0; i < kWords; ++i)
-      scales[i] = high_bits(Bits<Simd>(packed[i % 2], i / 2 * 4, 4), Bits<Simd>(packed[2], 2 * i, 2));
+      scales[i] = Simd::Or(Bits<Simd>(packed[i % 2], i / 2 * 4, 4), Bits<Simd>(packed[2], 2 * i, 2, 4));
     StoreBytes<Simd, kWords>(scales, 32, HighHalves<Simd>(v[3]), scale, stride);
   }
 }
