@@ -116,17 +116,17 @@ void CheckInt8(Guard& guard, DType type, size_t n_tokens, double bound) {
               ok ? "ok" : "BROKEN");
 }
 
-// Eight tokens times float weights beside 64, which meet them in panels.
-void CheckFew(Guard& guard, DType type, double most) {
-  constexpr size_t kOut = 512, kIn = 2048, kFew = 8, kMany = 64;
-  const Weights weights(type, kOut, kIn);
-  AlignedVector<float> x(kMany * kIn), y(kMany * kOut);
+// Eight tokens beside 64, which are worth unpacking every row for.
+void CheckFew(Guard& guard, DType type, size_t n_out, double most) {
+  constexpr size_t kIn = 2048, kFew = 8, kMany = 64;
+  const Weights weights(type, n_out, kIn);
+  AlignedVector<float> x(kMany * kIn), y(kMany * n_out);
   std::ranges::copy(Normals(x.size(), 2), x.begin());
   double few = 1e9, many = 1e9;
   for (int i = 0; i < 3 * kRounds; ++i) {
     for (const size_t n_tokens : {kFew, kMany}) {
       const double start = Seconds();
-      Linear(weights.view, x.data(), kIn, n_tokens, y.data(), kOut, AutoCompute());
+      Linear(weights.view, x.data(), kIn, n_tokens, y.data(), n_out, AutoCompute());
       double& least = n_tokens == kFew ? few : many;
       least = std::min(least, Seconds() - start);
     }
@@ -273,7 +273,10 @@ int main() {
   for (const DType type : {DType::kQ4_1, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 64, 1.2);
   for (const DType type : {DType::kQ4_0, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 8, 1.5);
   for (const DType type : {DType::kQ4_0, DType::kQ4_1, DType::kQ8_0}) CheckRowEnds(guard, type);
-  if (ActiveIsa() != Isa::kAmx) CheckFew(guard, DType::kF16, 0.3);  // the matrix unit takes more than four tokens in tiles
+  if (ActiveIsa() != Isa::kAmx) {  // the matrix unit takes more than four tokens in tiles
+    CheckFew(guard, DType::kF16, 512, 0.3);
+    for (const DType type : {DType::kQ4_K, DType::kQ6_K}) CheckFew(guard, type, 8192, 0.25);  // larger than caches
+  }
   for (const DType type : {DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_K}) CheckStreaming(guard, type, 0.6);
   const struct {
     RowType type;
