@@ -179,6 +179,29 @@ TEST(PerplexityTest, ByPairItShowsWhereTheLossLies) {
   EXPECT_GT(lost("pair_far"), 3 * lost("pair_new"));
 }
 
+// Texts of 2 and 4 scored tokens: sums of nats 4 and 2, over 2 and 2 words and 6 and 12 bytes.
+TEST(PerplexityTest, TalliesByHand) {
+  PerplexityTally tally(/*pair_distance=*/2, /*block=*/2);
+  const std::vector<double> nats = {1, 3}, others = {0.5, 0.5, 0.5, 0.5};
+  tally.AddWindow({{1, 2, 3}, {0, 2, 4}, {0, 1, 1}}, 1, nats);
+  tally.AddWindow({{1, 2, 1, 2, 3}, {0, 3, 3, 3, 3}, {0, 1, 0, 1, 0}}, 1, others);
+  Json row;
+  tally.AddTo(row);
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity"), std::exp(1.0));
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity_se"), std::exp(1.0) * 4 / 6);  // residuals 2 and -2
+  EXPECT_DOUBLE_EQ(Value(row, "word_perplexity"), std::exp(1.5));
+  EXPECT_DOUBLE_EQ(Value(row, "word_perplexity_se"), std::exp(1.5) * 2 / 4);  // 1 and -1
+  EXPECT_DOUBLE_EQ(Value(row, "byte_perplexity"), std::exp(1.0 / 3));
+  EXPECT_DOUBLE_EQ(Value(row, "bits_per_byte"), 1 / std::log(8.0));
+  EXPECT_DOUBLE_EQ(Value(row, "bits_per_byte_se"), 4.0 / 18 / std::log(2.0));  // 2 and -2
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity_pair_new"), std::exp(1.1));
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity_pair_new_se"), std::exp(1.1) * 3.6 / 5);  // 1.8 and -1.8
+  EXPECT_DOUBLE_EQ(Value(row, "share_pair_near"), 1.0 / 6);
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity_block_first"), std::exp(0.75));
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity_block_last"), std::exp(0.5));
+  EXPECT_DOUBLE_EQ(Value(row, "perplexity_block_max"), std::exp(4.0 / 3));
+}
+
 // Blocks make up the whole; a mode that scores from the middle on has none before.
 TEST(PerplexityTest, ByBlockItShowsWhereInTheTextTheLossLies) {
   const EvalSetup setup = Bundled().Setup({"window(24)"}, 256);
@@ -259,11 +282,40 @@ TEST(DivergenceTest, GrowsAsRowsAreTakenAwayAndAgreesWithPerplexity) {
   EXPECT_GT(Value(many, "kl_mean"), 0);
   EXPECT_GT(Value(few, "kl_mean"), Value(many, "kl_mean"));
   EXPECT_LT(Value(few, "same_top1"), Value(many, "same_top1"));
-  EXPECT_LE(Value(few, "kl_p95"), Value(few, "kl_p99"));
-  EXPECT_LE(Value(few, "kl_p99"), Value(few, "kl_max"));
+  EXPECT_LT(Value(few, "kl_p95"), Value(few, "kl_p99"));
+  EXPECT_LT(Value(few, "kl_p99"), Value(few, "kl_max"));
   EXPECT_NEAR(Value(few, "perplexity"), Value(PerplexityRow("window(8)", kStream8), "perplexity"), 1e-6);
   EXPECT_NEAR(Value(few, "perplexity_full"), Value(PerplexityRow("full", kStream8), "perplexity"), 1e-6);
   EXPECT_NEAR(Value(few, "perplexity_ratio"), Value(few, "perplexity") / Value(few, "perplexity_full"), 1e-9);
+}
+
+// Two texts together have the means, and the errors over texts, of what each has alone.
+TEST(DivergenceTest, ErrorsAreOverTexts) {
+  const std::string sample = ReadTextFile(kSampleText), folder = testing::TempDir();
+  const std::vector<std::string> files = {folder + "/divergence_a.txt", folder + "/divergence_b.txt"};
+  std::ofstream(files[0]) << sample.substr(0, 450);
+  std::ofstream(files[1]) << sample.substr(1000, 300);
+  const auto measure = [](const std::vector<std::string>& texts) {
+    return EvaluateDivergence(Bundled().Setup({"window(8)"}, 256), {texts, 0, kStream8}).rows.at(0);
+  };
+  const Json both = measure(files);
+  EXPECT_EQ(both["windows"], 2);
+  ClusteredMean kl, same, log_ratio;
+  for (const std::string& file : files) {
+    const Json one = measure({file});
+    const double n = Value(one, "tokens_scored");
+    kl.Add(n * Value(one, "kl_mean"), static_cast<size_t>(n));
+    same.Add(n * Value(one, "same_top1"), static_cast<size_t>(n));
+    log_ratio.Add(n * std::log(Value(one, "perplexity_ratio")), static_cast<size_t>(n));
+  }
+  EXPECT_NEAR(Value(both, "kl_mean"), kl.Mean(), 1e-4);
+  EXPECT_NEAR(Value(both, "kl_mean_se"), kl.StandardError(), 1e-4);
+  EXPECT_NEAR(Value(both, "same_top1"), same.Mean(), 1e-9);
+  EXPECT_NEAR(Value(both, "same_top1_se"), same.StandardError(), 1e-9);
+  const double ratio = std::exp(log_ratio.Mean());
+  EXPECT_GT(ratio, 1.1);
+  EXPECT_NEAR(Value(both, "perplexity_ratio"), ratio, 1e-4);
+  EXPECT_NEAR(Value(both, "perplexity_ratio_se"), ratio * log_ratio.StandardError(), 1e-4);
 }
 
 RecallOptions KeyWords() {
@@ -393,6 +445,39 @@ TEST(ChoicesTest, TheLikelierContinuationWins) {
   EXPECT_EQ(row["questions"], 2);
   for (auto& question : options.questions) question.label = 1 - question.label;
   EXPECT_EQ(Value(EvaluateChoices(Bundled().Setup({"full"}, 128), options).rows.at(0), "accuracy"), 0);
+}
+
+TEST(ChoicesTest, LikelihoodsAreOfWholeContinuationsAndDividedByTheirBytes) {
+  ChoicesOptions options;
+  options.source = "test";
+  const std::string told = "The code of garden is 4821.\nThe code of river is 77.\n\nThe code of garden is";
+  options.questions = {{told, {" 4821 horse", " 4821."}, 1}};  // which differ in their last token
+  EXPECT_EQ(Value(EvaluateChoices(Bundled().Setup({"full"}, 128), options).rows.at(0), "accuracy"), 1);
+  // A beginning is likelier than the whole; by the byte what has been told before is.
+  options.questions = {{told, {" #", " #\nThe code of garden is 4821.\nThe code of river is 77.\n"}, 0}};
+  const Json row = EvaluateChoices(Bundled().Setup({"full"}, 128), options).rows.at(0);
+  EXPECT_EQ(Value(row, "accuracy"), 1);
+  EXPECT_EQ(Value(row, "accuracy_normalised"), 0);
+}
+
+// Shots stand before the questions and are not asked; what does not fit behind them is left out, and counted.
+TEST(ChoicesTest, ShotsAndQuestionsThatDoNotFit) {
+  ChoicesOptions options;
+  options.source = "test";
+  options.shots = 1;
+  options.questions = {{"One and one is", {" two.", " nine and nine and nine."}, 0},
+                       {"The sky is", {" blue.", " a stone."}, 0},
+                       {"What came first of all the things that are on the table before us is", {" that.", " this."}, 0}};
+  const auto n_tokens = [](const std::string& text) { return Bundled().tokenizer->Encode(text, false, false).size(); };
+  const std::string before = "One and one is two.\n\n", asked = before + options.questions[1].prompt;
+  const size_t prompt = n_tokens(asked), longest = 1 + n_tokens(before + options.questions[2].prompt + " that.");
+  const auto measure = [&](size_t ctx) { return EvaluateChoices(Bundled().Setup({"full"}, ctx), options).rows.at(0); };
+  const Json some = measure(longest - 1), all = measure(longest);
+  EXPECT_EQ(some["questions"], 1);
+  EXPECT_EQ(some["skipped"], 1);
+  EXPECT_EQ(some["tokens_scored"], n_tokens(asked + " blue.") + n_tokens(asked + " a stone.") - 2 * prompt);
+  EXPECT_EQ(all["questions"], 2);
+  EXPECT_EQ(all["skipped"], 0);
 }
 
 TEST(SummarizeTest, AgainstItselfIsOneAndAgainstOtherWordsZero) {
