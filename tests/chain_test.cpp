@@ -1,6 +1,7 @@
 // The whole chain, file to logits, through the real cache: against golden logits, against itself in other step shapes,
 // in batches, when stopped, when refused, and as text.
 #include <gtest/gtest.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <cmath>
@@ -305,6 +306,62 @@ TEST(Chain, ASessionOfOffloadedClustersGoesOnInAnotherFolder) {
   EXPECT_EQ(a.logits, b.logits);
   EXPECT_THROW(ParseSession(bytes, "session", engine, *engine.MakeCacheConfig(spec_in(there, 7))), Error);
   std::filesystem::remove_all(there);
+}
+
+// A session belongs to a model, a cache spec and a context length, and has its text and its protected tokens. What no
+// writer has left there is refused, also where the checksum is right.
+TEST(Chain, SessionsAreCheckedBeforeTheyGoOn) {
+  Engine engine = MakeEngine(TinyModel("qwen2-bias.gguf"));
+  const Engine foreign = MakeEngine(TinyModel("qwen3-qk-norm.gguf"));
+  const Golden golden = LoadGolden("qwen2-bias");
+  const auto config_of = [&](const char* spec, size_t ctx) {
+    return engine.MakeCacheConfig(CacheSpec::Parse(spec), ctx);
+  };
+  const auto config = config_of("h2o(12)", 40);
+  Sequence original(engine.MakeCacheConfig(CacheSpec::Parse("h2o(12)"), 40, {{1, 3}}));
+  engine.Prefill({{&original, std::span(golden.tokens).first(20)}});
+  const std::vector<std::byte> good = SessionBytes(engine, original, 7);
+  const Session session = ParseSession(good, "session", engine, *config);
+  EXPECT_EQ(session.pending_token, 7);
+  EXPECT_EQ(session.sequence.tokens(), original.tokens());
+  EXPECT_EQ(session.sequence.config().protect().size(), 2u);
+  const auto refused = [](const std::vector<std::byte>& bytes, const Engine& with,
+                          const CacheConfig& wanted) -> std::optional<ErrorCode> {
+    try {
+      ParseSession(bytes, "session", with, wanted);
+    } catch (const Error& error) {
+      return error.code();
+    }
+    return std::nullopt;
+  };
+  EXPECT_EQ(refused(good, foreign, *config), ErrorCode::kMismatch);
+  EXPECT_EQ(refused(good, engine, *config_of("h2o(13)", 40)), ErrorCode::kMismatch);
+  EXPECT_EQ(refused(good, engine, *config_of("h2o(12)", 41)), ErrorCode::kMismatch);
+
+  constexpr size_t kVersion = 8;
+  const auto behind_text = [&](size_t at) {
+    uint64_t n;
+    std::memcpy(&n, &good[at], sizeof n);
+    return at + sizeof n + n;
+  };
+  const size_t pending = behind_text(behind_text(kVersion + 4)) + 8 + 8 + 8, first_token = pending + 4 + 8;
+  const auto changed = [&](size_t at, size_t value) {
+    std::vector<std::byte> bytes = good;
+    const auto as_int = static_cast<int32_t>(value);
+    std::memcpy(&bytes[at], &as_int, sizeof as_int);
+    const uint64_t checksum = XXH3_64bits(bytes.data(), bytes.size() - sizeof checksum);
+    std::memcpy(&bytes[bytes.size() - sizeof checksum], &checksum, sizeof checksum);
+    return bytes;
+  };
+  const size_t n_vocab = engine.model().config().n_vocab;
+  EXPECT_EQ(refused(changed(pending, 8), engine, *config), std::nullopt);
+  EXPECT_EQ(refused(changed(first_token, n_vocab - 1), engine, *config), std::nullopt);
+  for (const auto& [at, value] : {std::pair{kVersion, size_t{kSessionVersion + 1}}, {pending, n_vocab},
+                                  {pending, size_t{0} - 2}, {first_token, n_vocab}, {first_token, size_t{0} - 1}})
+    EXPECT_EQ(refused(changed(at, value), engine, *config), ErrorCode::kBadFile) << at << ": " << value;
+  std::vector<std::byte> damaged = good;
+  damaged[good.size() / 2] ^= std::byte{1};
+  EXPECT_EQ(refused(damaged, engine, *config), ErrorCode::kBadFile);
 }
 
 TEST(Chain, EnginesOnTwoThreadsEqualEachAlone) {

@@ -27,6 +27,13 @@ TEST(StopFilter, CutsAtTheFirstStopStringHoweverTheTextIsCut) {
   }
 }
 
+TEST(StopFilter, OfSeveralTheFirstInTheTextCuts) {
+  for (const std::vector<std::string>& stops : {std::vector<std::string>{"b", "c"}, {"c", "b"}}) {
+    StopFilter filter(stops);
+    EXPECT_EQ(filter.Push("abcb"), "a");
+  }
+}
+
 TEST(StopFilter, HoldsBackOnlyWhatMayStillBecomeAStopString) {
   StopFilter filter({"abc"});
   EXPECT_EQ(filter.Push("xab"), "x");
@@ -184,6 +191,16 @@ TEST(Generation, EndsAtItsLengthWithAllThatWasHeldBack) {
   const Told told = Tell(generation, {kC, kAb, kLead});
   EXPECT_EQ(told.pieces, (Pieces{"c", "", "ab\uFFFD"}));
   EXPECT_EQ(told.finish, FinishReason::kLength);
+}
+
+// A stop string that ends with the last token is what ended the text.
+TEST(Generation, AStopStringAtItsLengthIsTheReason) {
+  const auto tokenizer = Letters();
+  GenerationOptions options = Greedy({"ab"});
+  options.max_tokens = 2;
+  Generation generation(*tokenizer, options, kSeen, 100);
+  EXPECT_EQ(Tell(generation, {kA, kB}).finish, FinishReason::kStopString);
+  EXPECT_EQ(generation.text(), "");
 }
 
 // Of a context of 5 the text before has 3: two tokens can be fed, a third one is sampled.

@@ -64,6 +64,8 @@ TEST(Sampler, EachCutKeepsWhatItSays) {
   options = Plain();
   options.min_p = 0.45f;  // 0.2 / 0.4 stays, 0.1 / 0.4 goes
   EXPECT_EQ(Shares(options, logits).size(), 3u);
+  options.min_p = 1;  // the likeliest, and its equals
+  EXPECT_EQ(Shares(options, std::vector<float>{1, 2, 0, 2}).size(), 2u);
 }
 
 TEST(Sampler, RepetitionPenaltyWeakensSeenTokensOnceAndOnlyInsideItsWindow) {
@@ -71,7 +73,8 @@ TEST(Sampler, RepetitionPenaltyWeakensSeenTokensOnceAndOnlyInsideItsWindow) {
   options.repeat_penalty = 2;
   options.repeat_last_n = 2;
   const std::vector<float> logits = {4, 3, -1, -1.5f};
-  EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 0}), 1);     // 4 / 2 < 3; not divided twice below
+  EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 0}), 1);     // 4 / 2 < 3
+  EXPECT_EQ(Sampler(options).Sample(std::vector<float>{4, 1.5f}, std::vector<int32_t>{0, 0}), 0);  // divided once
   EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 3, 3}), 0);  // token 0 is out of the window
   EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 1, 1}), 0);
   EXPECT_EQ(Sampler(options).Sample(logits, std::vector<int32_t>{0, 1}), 0);  // 2 against 1.5
