@@ -13,7 +13,7 @@ namespace {
 
 // Heads that hold positions 0, 1, ...; budgets of `rows` each are divided.
 std::vector<size_t> Divide(std::vector<std::vector<float>> votes, size_t rows, double floor, size_t window = 0,
-                           std::vector<ProtectedSpan> protect = {}, bool accumulate = false) {
+                           std::vector<ProtectedSpan> protect = {}, bool accumulate = false, size_t sinks = 0) {
   std::vector<std::vector<Position>> positions(votes.size());
   std::vector<HeadRows> heads(votes.size());
   for (size_t h = 0; h < votes.size(); ++h) {
@@ -25,6 +25,7 @@ std::vector<size_t> Divide(std::vector<std::vector<float>> votes, size_t rows, d
   LayerRows layer;
   for (const auto& head : votes) layer.tokens_seen = std::max(layer.tokens_seen, head.size());
   layer.window = window;
+  layer.sinks = sinks;
   layer.votes_accumulate = accumulate;
   layer.protect = &set;
   layer.heads = heads;
@@ -53,6 +54,9 @@ TEST(Ada, AccumulatedVotesAreNormalised) {
   EXPECT_EQ(Divide({small, large}, 2, 0, 0, {}, true), (Rows{1, 3}));
   EXPECT_EQ(Divide({large, small}, 2, 0, 0, {}, true), (Rows{3, 1}));
   EXPECT_EQ(Divide({{.9f, .8f, .7f}, {.4f, .35f, .25f}}, 2, 0, 0, {}, false), (Rows{3, 1}));
+  const std::vector<float> few = {.06f, .03f, .01f};  // .6, .3, .1 of its own
+  EXPECT_EQ(Divide({large, few}, 2, 0, 0, {}, true), (Rows{2, 2}));
+  EXPECT_EQ(Divide({large, few}, 2, 0, 0, {}, false), (Rows{3, 1}));
 }
 
 // What always stays is charged to its head: three of four rows are no candidates.
@@ -64,6 +68,8 @@ TEST(Ada, WindowAndProtectedRowsComeFirst) {
 // The newest `window` rows and no others: the third best vote of all lies just before the window.
 TEST(Ada, TheWindowIsAsLongAsItSays) {
   EXPECT_EQ(Divide({{.5f, 0, 0, 0, 0, 0}, {.3f, .2f, .1f, 0, 0, 0}}, 3, 0, 2), (Rows{3, 3}));
+  // Of three rows that always stay the first is a sink, so that the fourth is a candidate.
+  EXPECT_EQ(Divide({{0, 0, 0, .5f, 0, 0}, {0, .3f, .2f, .1f, 0, 0}}, 4, 0, 3, {}, false, 1), (Rows{4, 4}));
 }
 
 // A head that an earlier division left two rows has no use for a floor of four: the other keeps them.

@@ -19,6 +19,7 @@
 #include "kernels/attention/attention.h"
 #include "kvcache/cache_batch.h"
 #include "kvcache/cache_config.h"
+#include "kvcache/recall/cluster_file.h"
 #include "kvcache/recall/cluster_store.h"
 #include "kvcache/sequence_cache.h"
 
@@ -52,6 +53,20 @@ Ids Expand(const std::vector<RowRange>& ranges) {
 }
 
 // ---- Arithmetic
+
+// More pieces than go to the system at once.
+TEST(ClusterFile, PiecesAreTheNextBytesEach) {
+  constexpr size_t kPieces = 150, kBytes = 24;
+  std::vector<std::byte> bytes(kPieces * kBytes + 7), got(kPieces * kBytes);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7 / 5);
+  ClusterFile file(testing::TempDir());
+  file.Resize(bytes.size());
+  file.Write(0, bytes);
+  std::vector<std::byte*> to;
+  for (size_t i = 0; i < kPieces; ++i) to.push_back(&got[i * kBytes]);
+  file.ReadPieces(7, to, kBytes);
+  EXPECT_TRUE(std::equal(got.begin(), got.end(), bytes.begin() + 7));
+}
 
 TEST(Clustering, OrderAndSelectionByHand) {
   const Ids labels = {2, 0, 1, 1, 1, 2};

@@ -240,6 +240,8 @@ TEST(Cascade, ScoresAreMovingAverages) {
   EXPECT_EQ(votes("cascade(12, decay=0.5)", 3, by_head, 1), (std::vector<float>{5, 5, 5}));
   EXPECT_EQ(votes("cascade(12, decay=0.5)", 3, by_head, 2), (std::vector<float>{3, 4, 5}));
   EXPECT_EQ(votes("cascade(12, decay=0.5, heads=median)", 3, by_head, 1), (std::vector<float>{4.5f, 3, 2}));
+  const std::vector<float> two_heads = {1, 0, 2, 3, 5, 0};  // of an even number the lower one in the middle
+  EXPECT_EQ(votes("cascade(12, decay=0.5, heads=median)", 2, two_heads, 1), (std::vector<float>{5, 2, 0}));
   EXPECT_EQ(votes("cascade(12, decay=0.5, heads=mean)", 3, {1, 2, 3}, 1), (std::vector<float>{5, 4, 3}));
   const Observation max = MakeSelector("cascade(12, decay=0.5)")->Observes(StepKind::kDecode);
   EXPECT_TRUE(max.by_query_head);

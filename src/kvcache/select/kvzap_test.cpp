@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 #include <functional>
+#include <limits>
 
 #include "base/error.h"
 #include "base/rng.h"
@@ -245,6 +246,25 @@ TEST_F(Kvzap, AStreamIsHeldToWhatTheQuantilesSay) {
   EXPECT_NE(Refusal([&] { OneHeadALayer("kvzap(51)", 101, quantiles); }).find("must ascend"), std::string::npos);
 }
 
+// Each layer by its own heads' quantiles: what the first head of one lacks the second head of the other does.
+TEST_F(Kvzap, AStreamsLayersHaveQuantilesOfTheirOwn) {
+  for (const float from : {0.0f, 0.5f, 0.5f, 0.0f})
+    for (int q = 1; q <= 99; ++q) sidecar_.scores.quantiles.push_back(from + 0.01f * static_cast<float>(q));
+  WriteSidecar(path_, sidecar_);
+  const std::vector<float> x(150 * 3);
+  const Rows held = Held(Config("kvzap(41, scope=layer, window=1, sinks=0)"), x, {50, 100}, StepKind::kStream);
+  EXPECT_LT(held[0].size(), 10u);
+  EXPECT_EQ(held[0].size() + held[1].size(), 82u);
+  EXPECT_EQ(held[2].size(), held[1].size());
+  EXPECT_EQ(held[3].size(), held[0].size());
+}
+
+// A quarter of the rows is the window where none is given.
+TEST_F(Kvzap, AWindowThatIsNotGivenIsAQuarter) {
+  EXPECT_EQ(Held(Config("kvzap(6, scope=head, sinks=0)+f32"), kInputs, {8}, StepKind::kPrompt)[0],
+            (std::vector<int32_t>{0, 1, 2, 3, 4, 7}));
+}
+
 TEST_F(Kvzap, AScopeDividesWhereNothingElseDoes) {
   const auto refused = [&](const char* spec, const char* why) {
     const std::string message = Refusal([&] { CacheSpec::Parse(spec); });
@@ -317,7 +337,20 @@ TEST_F(Kvzap, AThresholdKeepsAtMostItsMax) {
                 Held(Config("kvzap(6, scope=head, window=3, sinks=0)+f32"), kInputs, steps, kind));
       EXPECT_EQ(Held(Config("kvzap(threshold=4, max=6, window=3, sinks=0)+f32"), kInputs, steps, kind),
                 (Rows{{5, 6, 7}, {3, 4, 5, 6, 7}, {3, 4, 5, 6, 7}, {0, 1, 2, 5, 6, 7}}));
+      // Two of the second head's scores are below the threshold, and more must leave.
+      EXPECT_EQ(Held(Config("kvzap(threshold=2.5, max=4, window=1, sinks=0)+f32"), kInputs, steps, kind),
+                (Rows{{7}, {4, 5, 6, 7}, {4, 5, 6, 7}, {0, 1, 2, 7}}));
     }
+}
+
+TEST_F(Kvzap, NotANumberReachesNoThreshold) {
+  std::vector<float> inputs = kInputs;
+  inputs[0] = inputs[4 * 3 + 1] = std::numeric_limits<float>::quiet_NaN();
+  for (const std::vector<size_t>& steps : kFeedings) {
+    const Rows held = Held(Config("kvzap(threshold=-4, window=3, sinks=0)+f32"), inputs, steps, StepKind::kStream);
+    EXPECT_EQ(held[0], (std::vector<int32_t>{2, 5, 6, 7}));
+    EXPECT_EQ(held[1], (std::vector<int32_t>{1, 2, 3, 5, 6, 7}));
+  }
 }
 
 TEST_F(Kvzap, AThresholdIsInsteadOfRowsAndDividesThemItself) {
@@ -352,6 +385,12 @@ TEST_F(Kvzap, PlansOfAThresholdAreARange) {
   const CachePlan few = Config("kvzap(threshold=0, window=30)")->Plan(20, 3);
   EXPECT_EQ(few.rows_end_least, 23);
   EXPECT_EQ(few.bytes_end_least, few.bytes_end);
+  const auto with_span = [&](ProtectedSpan span) {
+    return Config("kvzap(threshold=0, window=30)")->WithProtected({span})->Plan(100, 10).rows_end_least;
+  };
+  EXPECT_EQ(with_span({50, 53}), 37);
+  EXPECT_EQ(with_span({2, 6}), 36);  // two of them are sinks
+  EXPECT_EQ(with_span({78, 84}), 36);  // four lie in the window
 }
 
 // A cache that is filled without a text holds the most that a text could leave.

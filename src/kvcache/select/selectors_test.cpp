@@ -128,6 +128,7 @@ TEST(Selectors, ChooseWorstPassesOverProtectedRowsAndThoseOutsideItsRange) {
   EXPECT_EQ(worst(1, {0, 8}), (std::vector<uint32_t>{5}));
   EXPECT_EQ(worst(1, {0, 3}), (std::vector<uint32_t>{7}));
   EXPECT_EQ(worst(3, {0, 9}), (std::vector<uint32_t>{0, 5, 6}));
+  EXPECT_EQ(worst(1, {2, 3}), (std::vector<uint32_t>{4}));  // a span before the range does not widen it
 }
 
 }  // namespace
