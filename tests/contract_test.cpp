@@ -130,6 +130,24 @@ TEST(Contract, PromptsAreReadTogether) {
   EXPECT_GT(n_together, 30u);
 }
 
+// Caches of models whose layers differ do not.
+TEST(Contract, PromptsOfOtherLayersAreReadApart) {
+  const CacheShape shape = MakeCacheShape(kTinyShapes[3]);
+  const auto config_of = [](const CacheShape& of) { return CacheConfig::Create(CacheSpec::Parse("h2o(12)"), of); };
+  const auto config = config_of(shape);
+  EXPECT_TRUE(config_of(shape)->ReadsPromptsAs(*config));
+  CacheShape rope = shape, window = shape, scale = shape, compute = shape;
+  rope.layers[1].rope = std::make_shared<RopeTable>(RopeConfig{.n_dims = 32, .base = 7.0, .frequency_factors = {}});
+  window.layers[1].window = 9;
+  scale.layers[1].scale *= 2;
+  compute.compute = shape.compute == ComputeType::kF32 ? ComputeType::kBF16 : ComputeType::kF32;
+  for (const CacheShape* other : {&rope, &window, &scale, &compute})
+    EXPECT_FALSE(config_of(*other)->ReadsPromptsAs(*config)) << other - &rope;
+  CacheShape local = window, longer = window;
+  longer.layers[1].window = 10;
+  EXPECT_FALSE(config_of(longer)->ReadsPromptsAs(*config_of(local)));
+}
+
 // A step that is longer than a tile of queries: where a cache has a leader, tiles that nothing observes are left out.
 TEST(Contract, LongPromptsAreReadTogether) {
   TinyShape tiny = kTinyShapes[3];
@@ -481,6 +499,18 @@ TEST(Contract, ProtectionThatFitsExactlyWorks) {
 }
 
 // Rule 9.
+// Of spans in one group of rows the group is counted once.
+TEST(Contract, ProtectionIsCountedInGroups) {
+  const TinyShape& shape = kTinyShapes[3];
+  const TempSidecar sidecar(shape);
+  const auto make = [&](std::vector<ProtectedSpan> spans) {
+    return MakeConfig("h2o(64)+kivi(2, group=16, window=16)", shape, sidecar, std::move(spans));
+  };
+  EXPECT_NO_THROW(make({{1, 2}, {5, 6}, {9, 10}, {40, 41}}));
+  EXPECT_NO_THROW(make({{14, 18}, {20, 21}}));
+  EXPECT_THROW(make({{1, 2}, {20, 21}, {40, 41}}), Error);
+}
+
 TEST(Contract, InterleavedSequencesBehaveAsEachAlone) {
   ForEachSpec([](const std::string& spec, const TinyShape& shape, const TempSidecar& sidecar) {
     const auto config = MakeConfig(spec, shape, sidecar);
@@ -652,6 +682,46 @@ TEST(Contract, DamagedBytesNeverCrash) {
     EXPECT_GT(n_refused, 20u);
     EXPECT_TRUE(cache.Serialize() == before);
   }
+}
+
+// What no cache can hold is told by what it is: numbers that are none, weights of nothing, budgets of another sum,
+// heads of a set that differ. Each is where the layout has it, counted from the end or the beginning.
+TEST(Contract, WhatCannotBeIsRefused) {
+  const TinyShape shape{1, 2, 2, 32};
+  const TempSidecar sidecar(shape);
+  const Text text = RandomText(shape, 60, 18);
+  const auto expect = [&](const std::string& spec, const char* why,
+                          const std::function<void(std::vector<std::byte>&)>& change, size_t n = 40) {
+    SequenceCache cache(MakeConfig(spec, shape, sidecar)), other(MakeConfig(spec, shape, sidecar));
+    Feed(cache, text, 0, n, StepKind::kPrompt);
+    auto bytes = cache.Serialize();
+    EXPECT_NO_THROW(other.Restore(bytes.data(), bytes.size()));
+    change(bytes);
+    try {
+      other.Restore(bytes.data(), bytes.size());
+      ADD_FAILURE() << spec << ": not refused; " << why;
+      Feed(other, text, n, 1, StepKind::kDecode);
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(why), std::string::npos) << error.what();
+    }
+  };
+  const auto put = [](auto value, std::byte* to) { std::memcpy(to, &value, sizeof value); };
+  constexpr size_t kBehind = 1 + 8;  // a byte for the layer and the length of no states
+  const float nan = std::nanf("");
+  const auto last = [&](auto value) {
+    return [&, value](std::vector<std::byte>& bytes) { put(value, &bytes[bytes.size() - kBehind - sizeof value]); };
+  };
+  const auto budgets = [&](uint64_t first, uint64_t second) {
+    return [&, first, second](std::vector<std::byte>& bytes) { put(first, &bytes[16]), put(second, &bytes[24]); };
+  };
+  expect("h2o(11)+f32", "a vote is not finite", last(nan));
+  expect("window(9)+merge+f32", "weight is not positive", last(0.0f));
+  expect("window(9)+f32", "heads of a layer hold different tokens", last(int32_t{20}));
+  expect("h2o(11)+f32+less", "the residual state", [&](auto& bytes) { put(nan, &bytes[bytes.size() - 4]); });
+  expect("window(9)+f32", "have different budgets", budgets(10, 8));
+  expect("h2o(11)+f32", "budgets of 21 rows", budgets(11, 10));
+  expect("window(9, sinks=4)+f32", "does not hold the 5", budgets(4, 14));
+  expect("cascade(14, levels=3, sinks=2)+split+f32", "does not hold the 3", budgets(2, 26), 2);
 }
 
 // Bytes of another spec or shape are refused wherever they could not be told apart by luck alone.

@@ -29,7 +29,8 @@ void CheckBudgets(const PolicyCache& part, size_t tokens_seen) {
   const Selector& selector = *policy.selector;
   const size_t n_protected = policy.protect.CountFrom(static_cast<int32_t>(selector.Sinks()));
   for (size_t i = 0; i < part.budgets.size(); ++i) {
-    const size_t own = std::min(std::max(selector.Window(part.budgets[i]), selector.Sinks()), policy.ctx);
+    const size_t behind_sinks = selector.Sinks() > 0 ? selector.Sinks() + 1 : 0;
+    const size_t own = std::min(std::max(selector.Window(part.budgets[i]), behind_sinks), policy.ctx);
     if (own + n_protected > part.budgets[i])
       Fail(ErrorCode::kBadFile, "saved cache: a budget of {} rows does not hold the {} that always stay",
            part.budgets[i], own + n_protected);
