@@ -82,7 +82,6 @@ std::unique_ptr<SequenceCache> SequenceCache::Copy(bool apart) const {
   copy->counter.apart = apart;
   for (size_t i = 0; i < copy->parts.size(); ++i) copy->parts[i] = impl_->parts[i]->Clone(copy->counter);
   copy->tokens_seen = impl_->tokens_seen;
-  copy->counter.apart = false;  // its own clones may share
   return std::unique_ptr<SequenceCache>(new SequenceCache(std::move(copy)));
 }
 
