@@ -286,48 +286,65 @@ TEST_F(CacheMemory, BoundedCachesDoNotGrow) {
 }
 
 // Whichever allocation of a step's reservation fails, the cache is as it was, and the step can be begun again.
+void ExpectFailedReservationsLeaveNothing(const std::shared_ptr<const CacheConfig>& config, const TinyShape& shape,
+                                          const Text& text) {
+  SequenceCache plain(config), cache(config);
+  size_t seen = 0, failures = 0;
+  for (const LifeStep step :
+       {LifeStep{30, StepKind::kPrompt}, LifeStep{1, StepKind::kDecode}, LifeStep{120, StepKind::kStream},
+        LifeStep{1, StepKind::kDecode}, LifeStep{60, StepKind::kPrompt}}) {
+    const auto before = cache.Serialize();
+    const size_t bytes = cache.Stats().kv_bytes;
+    for (long fail_at = 0;; ++fail_at) {
+      allocations_until_failure = fail_at;
+      bool failed = false;
+      try {
+        cache.BeginStep(step.n, step.kind);
+      } catch (const Error& error) {
+        failed = true;
+        EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
+      }
+      allocations_until_failure = -1;
+      if (!failed) break;
+      ++failures;
+      ASSERT_TRUE(cache.Serialize() == before) << "allocation " << fail_at;
+      ASSERT_LE(cache.Stats().kv_bytes, bytes);
+    }
+    plain.BeginStep(step.n, step.kind);
+    const Outputs got = RunLayers(cache, shape, text, seen, step.n);
+    const Outputs want = RunLayers(plain, shape, text, seen, step.n);
+    for (size_t l = 0; l < shape.n_layers; ++l)
+      ASSERT_EQ(std::memcmp(got[l].data(), want[l].data(), want[l].size() * sizeof(float)), 0);
+    cache.EndStep();
+    plain.EndStep();
+    seen += step.n;
+  }
+  EXPECT_GT(failures, 0u);
+  EXPECT_TRUE(cache.Serialize() == plain.Serialize());
+  EXPECT_EQ(cache.Stats().kv_bytes, plain.Stats().kv_bytes);
+}
+
 TEST_F(CacheMemory, FailedReservationLeavesTheCacheAsItWas) {
   for (const TinyShape& shape : {kTinyShapes[1], kTinyShapes[2]}) {
     const TempSidecar sidecar(shape);
     const Text text = RandomText(shape, 240, 4);
     for (const std::string& spec : LegalSpecs(shape)) {
       SCOPED_TRACE(spec + ", " + shape.Name());
-      const auto config = MakeConfig(spec, shape, sidecar);
-      SequenceCache plain(config), cache(config);
-      size_t seen = 0, failures = 0;
-      for (const LifeStep step :
-           {LifeStep{30, StepKind::kPrompt}, LifeStep{1, StepKind::kDecode}, LifeStep{120, StepKind::kStream},
-            LifeStep{1, StepKind::kDecode}, LifeStep{60, StepKind::kPrompt}}) {
-        const auto before = cache.Serialize();
-        const size_t bytes = cache.Stats().kv_bytes;
-        for (long fail_at = 0;; ++fail_at) {
-          allocations_until_failure = fail_at;
-          bool failed = false;
-          try {
-            cache.BeginStep(step.n, step.kind);
-          } catch (const Error& error) {
-            failed = true;
-            EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
-          }
-          allocations_until_failure = -1;
-          if (!failed) break;
-          ++failures;
-          ASSERT_TRUE(cache.Serialize() == before) << "allocation " << fail_at;
-          ASSERT_LE(cache.Stats().kv_bytes, bytes);
-        }
-        plain.BeginStep(step.n, step.kind);
-        const Outputs got = RunLayers(cache, shape, text, seen, step.n);
-        const Outputs want = RunLayers(plain, shape, text, seen, step.n);
-        for (size_t l = 0; l < shape.n_layers; ++l)
-          ASSERT_EQ(std::memcmp(got[l].data(), want[l].data(), want[l].size() * sizeof(float)), 0);
-        cache.EndStep();
-        plain.EndStep();
-        seen += step.n;
-      }
-      EXPECT_GT(failures, 0u);
-      EXPECT_TRUE(cache.Serialize() == plain.Serialize());
-      EXPECT_EQ(cache.Stats().kv_bytes, plain.Stats().kv_bytes);
+      ExpectFailedReservationsLeaveNothing(MakeConfig(spec, shape, sidecar), shape, text);
     }
+  }
+}
+
+// Where layers have caches of several kinds, those that had begun are taken back, too.
+TEST_F(CacheMemory, FailedReservationOfLocalLayersLeavesTheCacheAsItWas) {
+  const TinyShape& shape = kTinyShapes[1];
+  const Text text = RandomText(shape, 240, 5);
+  CacheShape mixed = MakeCacheShape(shape);
+  mixed.layers[0].window = 9;
+  mixed.layers[2].window = 50;
+  for (const char* spec : {"full", "h2o(40)+f32", "h2o(40)+bf16"}) {
+    SCOPED_TRACE(spec);
+    ExpectFailedReservationsLeaveNothing(CacheConfig::Create(CacheSpec::Parse(spec), mixed), shape, text);
   }
 }
 

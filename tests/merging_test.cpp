@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "base/error.h"
 #include "cache_harness.h"
@@ -156,7 +157,8 @@ TEST(Elastic, RowsAreAShareOfTheTokens) {
 TEST(Elastic, DeletesAtOnePlace) {
   const TempSidecar sidecar(kShape);
   const Text text = RandomText(kShape, 120, 44);
-  for (const std::string place : {"distance=6", "at=14", "distance=0", "at=1000", "distance=1000"}) {
+  for (const std::string place :
+       {"distance=6", "at=14", "distance=0", "at=1000", "distance=1000", "distance=0, last=3"}) {
     SCOPED_TRACE(place);
     SequenceCache cache(MakeConfig("elastic(0.4, " + place + ")+f32", kShape, sidecar));
     Feed(cache, text, 0, 50, StepKind::kPrompt);
@@ -175,6 +177,17 @@ TEST(Elastic, DeletesAtOnePlace) {
     EXPECT_EQ(held.size(), 44u);
     EXPECT_EQ(held.back(), 109);
   }
+}
+
+// A prompt of which nothing must leave has its fixed place all the same.
+TEST(Elastic, DeletesAtOnePlaceAlsoBehindAShortPrompt) {
+  const TempSidecar sidecar(kShape);
+  const Text text = RandomText(kShape, 120, 45);
+  SequenceCache cache(MakeConfig("elastic(0.9, distance=3)+f32", kShape, sidecar));
+  Feed(cache, text, 0, 9, StepKind::kPrompt);
+  EXPECT_EQ(Resident(cache, 1, 0).size(), 9u);
+  Feed(cache, text, 9, 1, StepKind::kDecode);
+  EXPECT_EQ(Resident(cache, 1, 0), (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 7, 8, 9}));
 }
 
 // Anchors are the tokens with the most attention, summed over queries and the layer's heads; ties keep the lower position.
@@ -204,6 +217,20 @@ TEST(Elastic, AnchorsAreTrueRanks) {
   EXPECT_FLOAT_EQ(sum, 30 / 2.0f);  // (20 + 10) over two query heads
   selector->Choose(layer, 0, victims);
   EXPECT_EQ(victims, (std::vector<uint32_t>{2, 3, 4, 7, 8}));  // 0 and 9 stay; 5, 6 lead; of 1, 3 and 7 the lowest
+  std::vector<Departure> departures;
+  for (const uint32_t row : victims) departures.push_back({row, Fate::kDrop});
+  selector->Decide(layer, 0, departures);
+  std::vector<uint32_t> targets;
+  for (const Departure& departure : departures) targets.push_back(departure.target);
+  EXPECT_EQ(targets, (std::vector<uint32_t>{1, 1, 5, 6, 6}));  // the first and the last are as they came
+  const std::vector<float> equal(10, 1);
+  heads[0].attention = heads[1].attention = equal;
+  heads[0].budget = heads[1].budget = 3;
+  std::fill(votes.begin(), votes.end(), 0.0f);
+  victims.clear();
+  selector->Observe(layer, 0);
+  selector->Choose(layer, 0, victims);
+  EXPECT_EQ(victims, (std::vector<uint32_t>{2, 3, 4, 5, 6, 7, 8}));
   EXPECT_THROW(CacheSpec::Parse("elastic"), Error);
   EXPECT_THROW(CacheSpec::Parse("elastic(0)"), Error);
   EXPECT_THROW(CacheSpec::Parse("elastic(1.5)"), Error);
@@ -350,6 +377,44 @@ TEST(Match, RowsOfOneChannelAreFittedAsByHand) {
   ExpectNear(three.Fitted("match(mu=0)").kept_weights, {1.430341, 1.430341}, 1e-4);
 }
 
+TEST(Match, WeightsOrValuesMayStayAsTheyAre) {
+  const float ln2 = std::log(2.0f), ln4 = std::log(4.0f);
+  OwnBlock weights(1, {0, ln4, ln2}, {1, 3, 0}, {0, 1}, 2), values = weights;
+  const FitBlock& weighed = weights.Fitted("match(values=off, mu=0)");
+  EXPECT_EQ(weighed.kept_values, (std::vector<float>{1, 3}));
+  EXPECT_GT(weighed.kept_weights[0], 1.2f);
+  const FitBlock& replaced = values.Fitted("match(weights=off, lambda=0.000001)");
+  EXPECT_EQ(replaced.kept_weights, (std::vector<float>{1, 1}));
+  EXPECT_LT(replaced.kept_values[0], 0.9f);
+}
+
+// The first tokens and the newest, which a selector always keeps, are no part of a fit: their weights stay 1.
+TEST(Match, WhatAlwaysStaysIsNotFitted) {
+  const TempSidecar sidecar(kShape);
+  SequenceCache cache(MakeConfig("window(12, sinks=3)+match+f32", kShape, sidecar));
+  Feed(cache, RandomText(kShape, 40, 63), 0, 40, StepKind::kPrompt);
+  const std::vector<std::byte> bytes = cache.Serialize();
+  std::vector<int32_t> positions(12);
+  std::vector<float> weights(12);  // of the last head, before a byte a layer and the length of no states
+  const std::byte* const end = bytes.data() + bytes.size() - sizeof(uint64_t) - kShape.n_layers;
+  std::memcpy(weights.data(), end - 12 * sizeof(float), 12 * sizeof(float));
+  std::memcpy(positions.data(), end - 2 * 12 * sizeof(float), 12 * sizeof(float));
+  EXPECT_EQ(*std::max_element(positions.begin(), positions.end()), 39);
+  for (size_t r = 0; r < 12; ++r) EXPECT_EQ(weights[r] == 1, positions[r] < 3 || positions[r] == 39) << positions[r];
+}
+
+// New values are stored as the codec stores values.
+TEST(Match, ValuesAreFittedBehindATransform) {
+  const TempSidecar sidecar(kShape);
+  const Text text = RandomText(kShape, 60, 64);
+  const auto run = [&](const char* spec) {
+    SequenceCache cache(MakeConfig(spec, kShape, sidecar));
+    Feed(cache, text, 0, 50, StepKind::kPrompt);
+    return Feed(cache, text, 50, 1, StepKind::kDecode)[1];
+  };
+  EXPECT_LT(RelativeError(run("window(12)+match+q8(rotate=true)"), run("window(12)+match+f32")), 0.05);
+}
+
 // What is added to all logits of a query changes nothing, nor does the order of a group's queries.
 TEST(Match, OnlyDifferencesOfLogitsMatter) {
   Rng rng(49);
@@ -402,6 +467,23 @@ TEST(Match, AWeightTakesFourBytes) {
 }
 
 // Each head is fitted once a prompt; one that is asked not-a-number stays as it was.
+// Of a prompt's queries every n-th is fitted, the last one among them: with one, no other counts.
+TEST(Match, TheLastQueryIsAmongThoseThatAreFitted) {
+  const TempSidecar sidecar(kShape);
+  const Text text = RandomText(kShape, 120, 62);
+  Text other = text;
+  for (auto& q : other.q) std::fill_n(q.begin(), 39 * kShape.n_heads * kShape.head_dim, 0.25f);
+  const auto saved = [&](const Text& from) {
+    SequenceCache cache(MakeConfig("window(12)+match(queries=1)+f32", kShape, sidecar));
+    Feed(cache, from, 0, 40, StepKind::kPrompt);
+    EXPECT_GT(cache.Stats().fits.taken, 0u);
+    return cache.Serialize();
+  };
+  EXPECT_EQ(saved(text), saved(other));
+  std::fill(other.q[1].begin() + 39 * kShape.n_heads * kShape.head_dim, other.q[1].end(), 0.25f);
+  EXPECT_NE(saved(text), saved(other));
+}
+
 TEST(Match, FitsAreCounted) {
   const TempSidecar sidecar(kShape);
   Text text = RandomText(kShape, 100, 52);

@@ -252,8 +252,41 @@ TEST_F(Seams, LocalLayersSeeTheirWindowAndKeepNoMore) {
           EXPECT_EQ(Resident(cache, 2, h).size(), std::min(seen, std::max<size_t>(window, 2) - 1));
         }
         EXPECT_EQ(cache.Stats().tokens_resident, static_cast<double>(seen));  // local layers are not in it
+        EXPECT_EQ(cache.Stats().kv_bytes_full,
+                  (seen + 2 * std::min(seen, window)) * kShape.n_kv_heads * kShape.head_dim * 2 * 2);
       }
     }
+}
+
+// Long prompts are attended in tiles, each of which sees the window before it.
+TEST_F(Seams, LocalLayersOfLongPromptsSeeTheirWindow) {
+  CacheShape shape = MixedShape(9);
+  shape.ctx = 600;
+  const Text text = RandomText(kShape, 600, 5);
+  SequenceCache cache(CacheConfig::Create(CacheSpec::Parse("full+f32"), shape));
+  const Outputs out = Feed(cache, text, 0, 600, StepKind::kPrompt);
+  for (const size_t query : {511, 512, 515, 521, 599}) {
+    const std::vector<double> want = Exact(shape.layers[2], text, 2, query, 9);
+    for (size_t c = 0; c < want.size(); ++c) ASSERT_NEAR(out[2][query * want.size() + c], want[c], 2e-5) << query;
+  }
+}
+
+// More rows than are absorbed at a time, from keys that are stored unrotated: each at its own position.
+TEST_F(Seams, WhatLeavesALongPromptIsAbsorbedWhereItStood) {
+  TinyShape shape = kShape;
+  shape.ctx = 1200;
+  const Text text = RandomText(shape, 1100, 6);
+  const auto state = [&](const std::string& spec) {
+    const auto config = MakeConfig(spec, shape, sidecar_);
+    SequenceCache cache(config);
+    Feed(cache, text, 0, 1100, StepKind::kPrompt);
+    std::vector<float> floats(config->global().heads.size() * config->global().residual->StateFloats());
+    const std::vector<std::byte> bytes = cache.Serialize();  // which states end
+    const size_t n = floats.size() * sizeof(float);
+    std::memcpy(floats.data(), bytes.data() + bytes.size() - n, n);
+    return floats;
+  };
+  EXPECT_LT(RelativeError(state("window(9)+less+plain"), state("window(9)+less+f32")), 1e-5);
 }
 
 // What a spec says is about the global layers: there nothing changes when local ones stand beside them.
