@@ -240,6 +240,31 @@ TEST_F(ChoicesTest, PlacesAndBytesAreThoseOfAll) {
   EXPECT_EQ(ParseReply(waiting.All()).json()["choices"].size(), 3u);
 }
 
+// The prompt of three choices, which is read whole, and what leaves the cache as it is read, are counted once.
+TEST_F(ChoicesTest, WhatChoicesShareIsCountedOnce) {
+  Start();
+  const Json body = {{"prompt", std::vector<int32_t>(60, 'x')}, {"kv_policy", "h2o(24)"}, {"n", 3},
+                     {"max_tokens", 40},                        {"temperature", 1.5},     {"ignore_eos", true}};
+  EXPECT_EQ(Complete(body).json()["usage"]["completion_tokens"], 120);
+  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+  const SchedulerMetrics metrics = scheduler_->Metrics();
+  EXPECT_EQ(metrics.prompt_tokens, 60u);
+  EXPECT_EQ(metrics.generated_tokens, 120u);
+  EXPECT_EQ(metrics.steps, 40u);
+  EXPECT_NEAR(metrics.specs.at("h2o(24)").tokens_evicted, 60 - 24 + 3 * 39, 1e-9);
+}
+
+// Without a seed every choice of every request has one of its own.
+TEST_F(ChoicesTest, WithoutASeedNoTwoTextsAreAlike) {
+  Start();
+  std::set<std::string> texts;
+  for (int i = 0; i < 2; ++i) {
+    const Json answer = Complete({{"n", 3}, {"temperature", 4}, {"max_tokens", 20}}).json();
+    for (const Json& choice : answer["choices"]) texts.insert(choice["text"].get<std::string>());
+  }
+  EXPECT_EQ(texts.size(), 6u);
+}
+
 // Three texts of a long prompt where two caches without a common part would have no room: of a prompt that is read, and
 // of one whose beginning the store has.
 TEST_F(ChoicesTest, ThePromptIsReservedOnce) {

@@ -79,6 +79,15 @@ TEST_F(ProtectedTest, WhatTheClientAsksForFitsOrIsRefused) {
   const Reply refused = Post("/v1/chat/completions", body);
   EXPECT_EQ(refused.status, 400);
   EXPECT_NE(refused.body.find("protected tokens do not fit"), std::string::npos) << refused.body;
+  body["protected_spans"] = {{0, 15}, {20, 35}};  // each fewer than 20, but not both
+  const Reply many = Post("/v1/chat/completions", body);
+  EXPECT_EQ(many.status, 400);
+  EXPECT_NE(many.body.find("at most 20 tokens"), std::string::npos) << many.body;
+  const auto status = [&](int end) {
+    return Complete({{"prompt", std::vector<int32_t>(10, 'x')}, {"protected_spans", {{5, end}}}}).status;
+  };
+  EXPECT_EQ(status(10), 200);
+  EXPECT_EQ(status(11), 400);
   body["protected_spans"] = {{20, 32}};  // all that h2o may choose, so that the system prompt has nothing
   const std::vector<int32_t> runs = Resident(body);
   EXPECT_EQ(runs[0], 20);

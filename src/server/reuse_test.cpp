@@ -1,5 +1,6 @@
 // Caches that outlive their texts: conversations that go on without being read anew, in memory and from the store.
 #include <fstream>
+#include <map>
 
 #include "kernels/linear/linear.h"
 #include "kvcache/residual/sidecar.h"
@@ -16,6 +17,8 @@ size_t Resident() {
 
 TEST_F(ReuseTest, AConversationGoesOnAsOneSequence) {
   Start({.kv = kSpecs});
+  size_t cached = 0;
+  std::map<std::string, double> evicted;
   for (const std::string& spec : kSpecs) {
     Streamed alone(engine_, *tokenizer_, spec);
     const std::vector<int32_t> first = Ids("the tea");
@@ -33,14 +36,18 @@ TEST_F(ReuseTest, AConversationGoesOnAsOneSequence) {
       }
       const Json next = Ask(prompt, {{"kv_policy", spec}});
       EXPECT_EQ(Cached(next), seen) << spec;
+      cached += seen;
       EXPECT_EQ(Text(next), text) << spec << " turn " << turn;
       EXPECT_EQ(next["usage"]["kv"]["rows"], alone.rows()) << spec;
       EXPECT_EQ(next["usage"]["prompt_tokens"], prompt.size());
       prompt = Joined(alone.text(), Ids(" and then"));
     }
+    evicted[CacheSpec::Parse(spec).ToString()] = static_cast<double>(alone.seen()) - alone.rows();
   }
   const SchedulerMetrics metrics = scheduler_->Metrics();
+  for (const auto& [spec, rows] : evicted) EXPECT_NEAR(metrics.specs.at(spec).tokens_evicted, rows, 1e-6) << spec;
   EXPECT_EQ(metrics.prefix_hits, 3 * kSpecs.size());
+  EXPECT_EQ(metrics.prefix_tokens, cached);
   EXPECT_NE(Get("/metrics").body.find(fmt::format("\nlesskv_prefix_hits_total {}\n", metrics.prefix_hits)),
             std::string::npos);
 }
@@ -334,6 +341,65 @@ TEST_F(ReuseTest, ADamagedFileIsPassedOver) {
   EXPECT_EQ(store_->Metrics().damaged, 1u);
   EXPECT_NE(Log().find("damaged"), std::string::npos) << Log();
   EXPECT_TRUE(fs::exists(folder_ / "notes.txt"));
+}
+
+// A name says what a file should hold; what it holds is looked at.
+TEST_F(ReuseTest, AFileUnderAnothersNameIsPassedOver) {
+  const Options options{.store = folder_.string()};
+  const std::vector<int32_t> one = {40, 41, 42, 43, 44, 45}, other = {50, 51, 52, 53, 54, 55};
+  Start(options);
+  Ask(one, {{"max_tokens", 1}});
+  ASSERT_TRUE(Saved(1));
+  const fs::path first = fs::directory_iterator(folder_)->path();
+  Ask(other, {{"max_tokens", 1}});
+  ASSERT_TRUE(Saved(2));
+  Stop();
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_))
+    if (entry.path() != first) fs::copy_file(first, entry.path(), fs::copy_options::overwrite_existing);
+  Start(options);
+  const std::vector<int32_t> prompt = Joined(other, Ids(" and then"));
+  const Json next = Ask(prompt);
+  EXPECT_EQ(Cached(next), 0u);
+  EXPECT_EQ(Text(next), Text(Ask(prompt, {{"cache_prompt", false}})));
+  EXPECT_EQ(store_->Metrics().damaged, 1u);
+  EXPECT_EQ(Cached(Ask(Joined(one, Ids(" and then")))), one.size());
+}
+
+// The same text with other protected tokens is another conversation.
+TEST_F(ReuseTest, StoredNamesTellProtectedTokensApart) {
+  Start({.store = folder_.string()});
+  const std::vector<int32_t> prompt(30, 'x');
+  Ask(prompt, {{"kv_policy", "window(24)"}, {"max_tokens", 1}, {"protected_spans", {{5, 7}}}});
+  ASSERT_TRUE(Saved(1));
+  Ask(prompt, {{"kv_policy", "window(24)"}, {"max_tokens", 1}, {"protected_spans", {{6, 8}}}});
+  EXPECT_TRUE(Saved(2));
+}
+
+// A damaged conversation that is had again is written anew, found again, and counted once.
+TEST_F(ReuseTest, ADamagedFileIsWrittenAnew) {
+  const Options options{.scheduler = {.max_running = 3, .max_queued = 8, .step_tokens = 16, .max_idle = 1},
+                        .store = folder_.string()};
+  Start(options);
+  Streamed alone(engine_, *tokenizer_, "full");
+  alone.Say(Ids("the sea"));
+  Ask(Ids("the sea"));
+  ASSERT_TRUE(Saved(1));
+  Stop();
+  const fs::path file = fs::directory_iterator(folder_)->path();
+  std::fstream(file, std::ios::in | std::ios::out | std::ios::binary).seekp(200).put('\x7f');
+  Start(options);
+  EXPECT_EQ(Cached(Ask(Joined(alone.text(), Ids(" and then")))), 0u);
+  ASSERT_TRUE(Saved(1));
+  Ask(Ids("the sea"));
+  ASSERT_TRUE(Saved(2));
+  Ask(Ids("a boat"));  // the only idle one
+  ASSERT_TRUE(Saved(3));
+  EXPECT_EQ(Cached(Ask(Joined(alone.text(), Ids(" but then")))), alone.seen());
+  ASSERT_TRUE(Saved(4));
+  size_t bytes = 0;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) bytes += entry.file_size();
+  EXPECT_EQ(store_->Metrics().usage->bytes, bytes);
+  EXPECT_EQ(store_->Metrics().damaged, 1u);
 }
 
 TEST_F(ReuseTest, TheStoreKeepsToItsSize) {

@@ -460,7 +460,9 @@ TEST_F(ServerTest, MetricsTellPoliciesApart) {
   EXPECT_EQ(of("kv_bytes", "full"), -1);  // no text had it
   std::string label = offloaded;
   for (size_t at = 0; (at = label.find('"', at)) != std::string::npos; at += 2) label.insert(at, "\\");
-  EXPECT_GT(of("tokens_recalled_total", label), 0) << text;
+  // Each of 11 generated tokens was read by the heads of a group, each of which recalled 24 - 16 rows.
+  const ModelConfig& model = engine_.model().config();
+  EXPECT_EQ(of("tokens_recalled_total", label), 11 * 8 * static_cast<double>(model.n_heads / model.n_kv_heads)) << text;
   EXPECT_EQ(Metric(text, "lesskv_tokens_recalled_total"), of("tokens_recalled_total", label));
 }
 
@@ -544,6 +546,11 @@ TEST_F(ServerTest, TheOtherPathsAnswer) {
   const std::string metrics = Get("/metrics").body;
   EXPECT_NE(metrics.find("\nlesskv_generated_tokens_total 12\n"), std::string::npos) << metrics;
   EXPECT_NE(metrics.find("\nlesskv_requests_finished_total 1\n"), std::string::npos);
+  const auto rendered = [&](const char* role) {
+    const Json message = {{"role", role}, {"content", "Be brief."}};
+    return Post("/apply-template", {{"messages", Json::array({message})}}).body;
+  };
+  EXPECT_EQ(rendered("developer"), rendered("system"));
 }
 
 TEST_F(ServerTest, TimeIsLimited) {
