@@ -476,7 +476,7 @@ TEST(ChoicesTest, ShotsAndQuestionsThatDoNotFit) {
   options.shots = 1;
   options.questions = {{"One and one is", {" two.", " nine and nine and nine."}, 0},
                        {"The sky is", {" blue.", " a stone."}, 0},
-                       {"What came first of all the things that are on the table before us is", {" that.", " this."}, 0}};
+                       {"What came first of all the things on the table before us is", {" that.", " this."}, 0}};
   const auto n_tokens = [](const std::string& text) { return Bundled().tokenizer->Encode(text, false, false).size(); };
   const std::string before = "One and one is two.\n\n", asked = before + options.questions[1].prompt;
   const size_t prompt = n_tokens(asked), longest = 1 + n_tokens(before + options.questions[2].prompt + " that.");
