@@ -80,7 +80,6 @@ void PrepareLayer(const PolicyCache& part, size_t layer, LayerStep& work) {
   FindReadPositions(part, layer, work);
   SizeSums(part, layer, part.SelectorObserves(), work.attention);
   SizeSums(part, layer, part.BudgeterMeasures(), work.measured);
-  work.queries.clear();
   work.fit_queries.clear();
 }
 
@@ -376,14 +375,6 @@ void CacheBatch::AddSums(const Tile& tile, const Observation& wanted, std::vecto
   }
 }
 
-void CacheBatch::KeepQueries(const Tile& tile, size_t stride, const Observation& wanted) {
-  const size_t first = wanted.First(tile.item->n_rows());
-  for (size_t i = std::max(first, tile.first); i < tile.first + tile.n; ++i) {
-    const float* row = tile.query.queries + (i - tile.first) * stride;
-    tile.item->work.queries.insert(tile.item->work.queries.end(), row, row + stride);
-  }
-}
-
 // Evenly spread over the step, its last one among them; as the model gave them.
 void CacheBatch::KeepFitQueries(const Tile& tile, size_t layer, const float* queries) {
   PolicyCache& part = tile.item->Part(layer);
@@ -408,7 +399,6 @@ void CacheBatch::ObserveTiles(size_t layer) {
     const Observation selector = part.SelectorObserves();
     if (tile.item->n_rows() > 1) AddSums(tile, selector, tile.item->work.attention, sums);
     AddSums(tile, part.BudgeterMeasures(), tile.item->work.measured, sums);
-    if (selector.keeps_queries) KeepQueries(tile, part.policy.layers[tile.query.layer].q_dim(), selector);
   }
   ColumnSums(sums.jobs);
   for (const Sums::Addition& a : sums.additions)

@@ -56,7 +56,6 @@ class CacheBatch final : public KvCache {
   void RotateQueries(size_t layer, const float* queries);
   void AddJobs(size_t layer, float* out);
   void AddSums(const Tile& tile, const Observation& wanted, std::vector<std::vector<float>>& into, Sums& sums);
-  static void KeepQueries(const Tile& tile, size_t stride, const Observation& wanted);
   static void KeepFitQueries(const Tile& tile, size_t layer, const float* queries);
   void ObserveTiles(size_t layer);
   void MergeResiduals(size_t layer);

@@ -35,13 +35,11 @@ void DescribeLayer(const PolicyCache& cache, size_t layer, LayerStep& work) {
   rows.group = policy.layers[layer].group();
   rows.tokens_seen = cache.step.seen + cache.step.n;
   rows.n_step = cache.step.n;
-  rows.n_observed_queries = cache.step.n - cache.SelectorObserves().First(cache.step.n);
   rows.window = policy.selector->Window(cache.budget_rows());
   rows.sinks = policy.selector->Sinks();
   rows.apart = policy.codec->traits().apart_rows;
   rows.votes_accumulate = policy.selector->votes() == Votes::kKept && !policy.selector->ReadsInputs();
   rows.protect = &policy.protect;
-  rows.queries = work.queries;
   rows.heads = work.heads;
 }
 

@@ -12,7 +12,7 @@
 namespace lesskv {
 
 size_t LayerStep::Bytes() const {
-  size_t bytes = (queries.size() + fit_queries.size()) * sizeof(float);
+  size_t bytes = fit_queries.size() * sizeof(float);
   for (const std::vector<float>& floats : votes) bytes += floats.size() * sizeof(float);
   for (const LedgerSpill& spill : spills)
     bytes += spill.positions.size() * sizeof(Position) + (spill.votes.size() + spill.weights.size()) * sizeof(float);

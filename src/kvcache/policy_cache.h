@@ -32,7 +32,6 @@ struct LayerStep {
   std::vector<std::vector<int32_t>> read_positions;  // a KV head, or one for all; empty where keys are stored rotated
   std::vector<const int32_t*> read_pointers;         // a KV head
   std::vector<std::vector<float>> attention, measured;  // a KV head: what selector and budgeter observe
-  std::vector<float> queries;                           // Observation::keeps_queries
   std::vector<float> fit_queries;                       // FitRule: [at most n_queries, n_heads, head_dim], unrotated
   std::vector<std::vector<float>> votes;                // a KV head: Votes::kStep
   std::vector<LedgerSpill> spills;                      // a KV head

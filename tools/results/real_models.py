@@ -10,6 +10,7 @@ missing, so that it can be stopped at any time. --only takes the runs whose name
 """
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import re
@@ -370,25 +371,25 @@ def ruler_cells(rows, tasks):
 
 
 def long_needles(store) -> str:
-  """Tables by model and by when the question comes; a task is a run."""
+  """Tables by model and by when the question comes, those of many documents behind the others; a task is a run."""
   out, begun = [], False
-  for model in LONG_TASKS:
-    for ask, when in (("after", "the question after the document was read and compressed"), ("with", "the question at the prompt's end, before anything leaves")):
-      found = [(arguments, store[run_key(m, arguments)]["rows"]) for name, m, arguments in runs()
-               if name.startswith(f"long {model} {ask} ") and run_key(m, arguments) in store]
-      if not found:
-        continue
-      tasks = [arguments[arguments.index("--task") + 1] for arguments, _ in found]
-      rows = [dict(first) for first in found[0][1]]
-      for _, more in found[1:]:
-        for row, other in zip(rows, more):
-          row.update({k: v for k, v in other.items() if k.startswith("score_")})
-      head, cells = ruler_cells(rows, tasks)
-      if not begun:
-        out.append("### At 4,096 tokens\n\n" + note("long needles"))
-        begun = True
-      out.append(f"{MODELS[model]}, {rows[0]['samples']} documents of {rows[0]['length']} tokens a task, {when}, scores in %:\n\n" + table(head, cells) + "\n" +
-                 command_of(model, found[0][0]))
+  asks = (("after", "the question after the document was read and compressed"), ("with", "the question at the prompt's end, before anything leaves"))
+  for title, model, (ask, when) in itertools.product(("long", "hundred"), LONG_TASKS, asks):
+    found = [(arguments, store[run_key(m, arguments)]["rows"]) for name, m, arguments in runs()
+             if name.startswith(f"{title} {model} {ask} ") and run_key(m, arguments) in store]
+    if not found:
+      continue
+    tasks = [arguments[arguments.index("--task") + 1] for arguments, _ in found]
+    rows = [dict(first) for first in found[0][1]]
+    for _, more in found[1:]:
+      for row, other in zip(rows, more):
+        row.update({k: v for k, v in other.items() if k.startswith("score_")})
+    head, cells = ruler_cells(rows, tasks)
+    if not begun:
+      out.append("### At 4,096 tokens\n\n" + note("long needles"))
+      begun = True
+    out.append(f"{MODELS[model]}, {rows[0]['samples']} documents of {rows[0]['length']} tokens a task, {when}, scores in %:\n\n" + table(head, cells) + "\n" +
+               command_of(model, found[0][0]))
   return "\n" + "\n".join(out) if out else ""
 
 

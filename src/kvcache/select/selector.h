@@ -27,7 +27,6 @@ struct Observation {
   size_t last = 0;             // kLast: the last min(last, n) queries of the step
   bool by_query_head = false;  // HeadRows::attention apart for each query head, not summed over the group
   float decay = 1;             // query m of n weighs decay^(n - 1 - m)
-  bool keeps_queries = false;  // LayerRows::queries: the queries themselves
 
   bool wanted() const { return queries != Queries::kNone; }
   // Index of the first query of a step of n tokens that is observed; n when none is.
@@ -61,18 +60,16 @@ struct HeadRows {
 struct LayerRows {
   size_t layer = 0;  // among the layers that the selector governs
   StepKind kind = StepKind::kDecode;
-  size_t group = 1;               // query heads a KV head
-  size_t tokens_seen = 0;         // this step included: positions are below it
-  size_t n_step = 0;              // tokens of this step
-  size_t n_observed_queries = 0;  // queries summed in HeadRows::attention
-  double need = 0;                // what the budgeter measured of this layer
+  size_t group = 1;        // query heads a KV head
+  size_t tokens_seen = 0;  // this step included: positions are below it
+  size_t n_step = 0;       // tokens of this step
+  double need = 0;         // what the budgeter measured of this layer
   // Rows of a usual budget that the selector always keeps, the first `sinks` tokens among them and else the newest.
   size_t window = 0, sinks = 0;
   size_t apart = 0;  // rows that the codec keeps apart (CodecTraits::apart_rows): no head gets fewer by division
   bool votes_accumulate = false;  // Votes::kKept, but for scores of inputs
   const ProtectedSet* protect = nullptr;  // tokens that always stay
-  std::span<const float> queries;  // keeps_queries: [n_observed_queries, n_heads, head_dim], rotated, not scaled
-  std::span<HeadRows> heads;       // [n_kv_heads]
+  std::span<HeadRows> heads;              // [n_kv_heads]
 };
 
 // Per KV head the rows that leave, ascending.
