@@ -5,10 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <memory>
 #include <numeric>
+#include <vector>
 
 #include "base/error.h"
 #include "cache_harness.h"
+#include "kvcache/cache_batch.h"
 #include "kvcache/registry.h"
 #include "test_methods.h"
 
@@ -172,6 +176,41 @@ TEST_F(Seams, RowsAreMergedIntoRowsThatStay) {
     const CacheStats stats = cache.Stats();
     EXPECT_EQ(stats.tokens_merged, 3);
     EXPECT_EQ(stats.tokens_resident + stats.tokens_merged + stats.tokens_dropped, 6);
+  }
+}
+
+// Rows that leave several sequences are absorbed together. Where that fails, it does for those of this residual alone.
+TEST_F(Seams, WhatCannotBeAbsorbedLeavesOtherSequencesAlone) {
+  constexpr size_t kTokens = 20;
+  const auto less = Config("h2o(12)+less"), fails = Config("h2o(12)+fails");
+  const std::shared_ptr<const CacheConfig> configs[] = {less, fails, Config("h2o(12)"), fails, less};
+  std::vector<std::unique_ptr<SequenceCache>> caches;
+  std::vector<SequenceCache*> pointers;
+  Text text{0, {{}, {}, {}}, {{}, {}, {}}, {{}, {}, {}}};  // the same tokens for each
+  for (const auto& config : configs) {
+    for (const auto rows : {&Text::q, &Text::k, &Text::v})
+      for (size_t l = 0; l < kShape.n_layers; ++l) {
+        const std::vector<float>& from = (text_.*rows)[l];
+        std::copy_n(from.begin(), from.size() / text_.n * kTokens, std::back_inserter((text.*rows)[l]));
+      }
+    text.n += kTokens;
+    caches.push_back(std::make_unique<SequenceCache>(config));
+    caches.back()->BeginStep(kTokens, StepKind::kPrompt);
+    pointers.push_back(caches.back().get());
+  }
+  CacheBatch batch;
+  batch.Start(pointers);
+  const Outputs together = RunLayers(batch, kShape, text, 0, text.n);
+  for (size_t i = 0; i < caches.size(); ++i) {
+    SCOPED_TRACE(i);
+    ASSERT_EQ(batch.failure(i) != nullptr, configs[i] == fails);
+    if (configs[i] == fails) continue;
+    SequenceCache alone(configs[i]);
+    const Outputs outputs = Feed(alone, text, 0, kTokens, StepKind::kPrompt);
+    for (size_t l = 0; l < kShape.n_layers; ++l)
+      EXPECT_TRUE(std::equal(outputs[l].begin(), outputs[l].end(), &together[l][i * outputs[l].size()]));
+    caches[i]->EndStep();
+    EXPECT_EQ(caches[i]->Serialize(), alone.Serialize());
   }
 }
 

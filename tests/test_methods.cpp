@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <numeric>
 
 #include "base/check.h"
@@ -341,10 +342,24 @@ const Method kAverage{.name = "average", .stage = Stage::kResidual, .summary = "
                         return {std::make_unique<Average>(), ""};
                       }};
 
+// ---- fails: no memory for what rows leave behind.
+
+class Fails final : public Residual {
+ public:
+  size_t StateFloats() const override { return 1; }
+  void Absorb(size_t, std::span<const EvictedRows>) const override { throw std::bad_alloc(); }
+};
+
+const Method kFails{.name = "fails", .stage = Stage::kResidual, .summary = "test", .reference = "",
+                    .traits = [](const Arguments&) { return MethodTraits{.needs_eviction = true}; },
+                    .make_residual = [](const Arguments&, const MethodContext&) -> MadeResidual {
+                      return {std::make_unique<Fails>(), ""};
+                    }};
+
 }  // namespace
 
 void RegisterTestMethods() {
-  for (const Method* method : {&example::kSampleMethod, &kPlain, &kScaled, &kByVote, &kByNeed, &kAverage})
+  for (const Method* method : {&example::kSampleMethod, &kPlain, &kScaled, &kByVote, &kByNeed, &kAverage, &kFails})
     if (FindMethod(method->name) == nullptr) RegisterMethod(*method);
 }
 

@@ -5,7 +5,8 @@
 namespace lesskv::testing_support {
 
 // Registers `sample` (example_method.h), the codecs `plain` and `plain(rotated=true)`, the wrapper `scaled`, the
-// budgeters `by_vote` (a layer at a time) and `by_need` (the whole model), and the residual `average`.
+// budgeters `by_vote` (a layer at a time) and `by_need` (the whole model), and the residuals `average` and
+// `fails`.
 void RegisterTestMethods();
 
 }  // namespace lesskv::testing_support

@@ -406,20 +406,33 @@ void CacheBatch::ObserveTiles(size_t layer) {
       Add(a.to->data() + i * a.to_stride, a.from->data() + i * a.stride, a.stride);
 }
 
-// What left the layer, of all sequences that have the same residual in one region.
+// What left the layer, of all sequences that have the same residual in one region. Where that fails, half of it may be in
+// the states: it concerns all of these, and no other.
 void CacheBatch::AbsorbTogether(size_t layer) {
   const auto items = std::span(items_).first(n_items_);
-  std::vector<EvictedRows> together;
+  const auto residual_of = [&](const Item& item) { return item.Part(layer).policy.residual.get(); };
+  const auto waits = [](const Item& item) { return !item.failure && !item.work.evicted.empty(); };
   for (size_t first = 0; first < n_items_; ++first) {
-    const auto residual_of = [&](const Item& item) { return item.Part(layer).policy.residual.get(); };
+    if (!waits(*items[first])) continue;
     const Residual* const residual = residual_of(*items[first]);
-    together.clear();
-    for (const std::unique_ptr<Item>& item : items.subspan(first)) {
-      if (item->failure || item->work.evicted.empty() || residual_of(*item) != residual) continue;
-      together.insert(together.end(), item->work.evicted.begin(), item->work.evicted.end());
-      item->work.evicted.clear();
+    const auto for_each = [&](auto&& body) {
+      for (const std::unique_ptr<Item>& item : items.subspan(first))
+        if (waits(*item) && residual_of(*item) == residual) body(*item);
+    };
+    std::exception_ptr failure;
+    try {
+      std::vector<EvictedRows> together;
+      for_each([&](const Item& item) {
+        together.insert(together.end(), item.work.evicted.begin(), item.work.evicted.end());
+      });
+      residual->Absorb(items[first]->Place(layer).layer, together);
+    } catch (...) {
+      failure = std::current_exception();
     }
-    if (!together.empty()) residual->Absorb(items[first]->Place(layer).layer, together);
+    for_each([&](Item& item) {
+      item.failure = failure;
+      item.work.evicted.clear();
+    });
   }
 }
 
