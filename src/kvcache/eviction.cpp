@@ -267,6 +267,7 @@ void Cut(PolicyCache& cache, size_t layer, LayerStep& work) {
 }
 
 void CloseCut(PolicyCache& cache, size_t layer, LayerStep& work) {
+  work.absorbed.clear();  // much of a long prompt
   FitKept(cache, layer, work);
   ForHeads(cache, layer, [&](size_t h) {
     const SlotMap map = cache.store->Close(layer, h, work.departures[h]);
