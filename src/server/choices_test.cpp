@@ -259,7 +259,7 @@ TEST_F(ChoicesTest, WithoutASeedNoTwoTextsAreAlike) {
   Start();
   std::set<std::string> texts;
   for (int i = 0; i < 2; ++i) {
-    const Json answer = Complete({{"n", 3}, {"temperature", 4}, {"max_tokens", 20}}).json();
+    const Json answer = Complete({{"n", 3}, {"temperature", 4}, {"max_tokens", 20}, {"ignore_eos", true}}).json();
     for (const Json& choice : answer["choices"]) texts.insert(choice["text"].get<std::string>());
   }
   EXPECT_EQ(texts.size(), 6u);

@@ -55,6 +55,17 @@ TEST_F(ProtectedTest, OfAChatTheFirstTurnIsProtected) {
   EXPECT_EQ(runs.size(), 2 * fixed.size() + 2);  // and the window, but nothing of the second turn
 }
 
+// Newer clients call the system's role the developer's.
+TEST_F(ProtectedTest, ADevelopersPromptIsTheSystems) {
+  Start({.max_prompt = 5000});
+  const auto resident = [&](const char* role) {
+    const Json chat = {Message(role, "be brief"), Message("user", std::string(40, 'y'))};
+    return Resident({{"messages", chat}, {"kv_policy", "window(24)"}, {"max_tokens", 40}});
+  };
+  EXPECT_EQ(resident("developer"), resident("system"));
+  EXPECT_NE(resident("developer"), resident("user"));
+}
+
 TEST_F(ProtectedTest, ALongSystemPromptGivesWay) {
   Start();
   const Json messages = {Message("system", std::string(60, 'x') + " the tea"), Message("user", "y")};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -17,36 +18,6 @@ inline std::vector<int32_t> Joined(std::vector<int32_t> a, const std::vector<int
   a.insert(a.end(), b.begin(), b.end());
   return a;
 }
-
-class ReuseTest : public ServerTest {
- protected:
-  void SetUp() override {
-    folder_ = fs::temp_directory_path() / fmt::format("lesskv_store_{}", ::getpid());
-    fs::remove_all(folder_);
-  }
-  void TearDown() override {
-    ServerTest::TearDown();
-    fs::remove_all(folder_);
-  }
-
-  std::vector<int32_t> Ids(const std::string& text) const { return tokenizer_->Encode(text, false, true); }
-  Json Ask(const std::vector<int32_t>& prompt, Json more = Json::object()) const {
-    more["prompt"] = prompt;
-    if (!more.contains("max_tokens")) more["max_tokens"] = 30;
-    const Reply reply = Complete(more);
-    EXPECT_EQ(reply.status, 200) << reply.body;
-    return reply.json();
-  }
-  static size_t Cached(const Json& answer) {
-    return answer["usage"]["prompt_tokens_details"]["cached_tokens"].get<size_t>();
-  }
-  static std::string Text(const Json& answer) { return answer["choices"][0]["text"].get<std::string>(); }
-  bool Saved(uint64_t n) const {
-    return Soon([&] { return store_->Metrics().saved == n; });
-  }
-
-  fs::path folder_;
-};
 
 // A conversation as one sequence of an engine of its own reads it, turn by turn.
 class Streamed {
@@ -77,5 +48,53 @@ class Streamed {
   Sequence sequence_;
   std::optional<int32_t> pending_;
 };
+
+class ReuseTest : public ServerTest {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / fmt::format("lesskv_store_{}", ::getpid());
+    fs::remove_all(folder_);
+  }
+  void TearDown() override {
+    ServerTest::TearDown();
+    fs::remove_all(folder_);
+  }
+
+  std::vector<int32_t> Ids(const std::string& text) const { return tokenizer_->Encode(text, false, true); }
+  Json Ask(const std::vector<int32_t>& prompt, Json more = Json::object()) const {
+    more["prompt"] = prompt;
+    if (!more.contains("max_tokens")) more["max_tokens"] = 30;
+    const Reply reply = Complete(more);
+    EXPECT_EQ(reply.status, 200) << reply.body;
+    return reply.json();
+  }
+  static size_t Cached(const Json& answer) {
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"].get<size_t>();
+  }
+  static std::string Text(const Json& answer) { return answer["choices"][0]["text"].get<std::string>(); }
+  bool Saved(uint64_t n) const {
+    return Soon([&] { return store_->Metrics().saved == n; });
+  }
+
+  // A server reads a text, as `alone` does, and ends: it lies in the store.
+  void StoreSea(const Options& options, Streamed& alone) {
+    Start(options);
+    alone.Say(Ids("the sea"));
+    Ask(Ids("the sea"));
+    ASSERT_TRUE(Saved(1));
+    Stop();
+  }
+
+  fs::path folder_;
+};
+
+// Another byte at `at`.
+inline void Damage(const fs::path& path, size_t at) {
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekg(static_cast<std::streamoff>(at));
+  const int byte = file.get();
+  file.seekp(static_cast<std::streamoff>(at));
+  file.put(static_cast<char>(byte ^ 0x55));
+}
 
 }  // namespace lesskv::server_test

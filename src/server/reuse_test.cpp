@@ -323,17 +323,9 @@ TEST_F(ReuseTest, AStoredConversationOutlivesTheServer) {
 
 TEST_F(ReuseTest, ADamagedFileIsPassedOver) {
   const Options options{.store = folder_.string()};
-  Start(options);
   Streamed alone(engine_, *tokenizer_, "full");
-  alone.Say(Ids("the sea"));
-  Ask(Ids("the sea"));
-  ASSERT_TRUE(Saved(1));
-  Stop();
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) {
-    std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
-    file.seekp(static_cast<std::streamoff>(entry.file_size() / 2));
-    file.put('\x7f');
-  }
+  StoreSea(options, alone);
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) Damage(entry.path(), entry.file_size() / 2);
   std::ofstream(folder_ / "notes.txt") << "of somebody else";
   Start(options);
   const std::vector<int32_t> prompt = Joined(alone.text(), Ids(" and then"));
@@ -381,14 +373,9 @@ TEST_F(ReuseTest, StoredNamesTellProtectedTokensApart) {
 TEST_F(ReuseTest, ADamagedFileIsWrittenAnew) {
   const Options options{.scheduler = {.max_running = 3, .max_queued = 8, .step_tokens = 16, .max_idle = 1},
                         .store = folder_.string()};
-  Start(options);
   Streamed alone(engine_, *tokenizer_, "full");
-  alone.Say(Ids("the sea"));
-  Ask(Ids("the sea"));
-  ASSERT_TRUE(Saved(1));
-  Stop();
-  const fs::path file = fs::directory_iterator(folder_)->path();
-  std::fstream(file, std::ios::in | std::ios::out | std::ios::binary).seekp(200).put('\x7f');
+  StoreSea(options, alone);
+  Damage(fs::directory_iterator(folder_)->path(), 200);
   Start(options);
   EXPECT_EQ(Cached(Ask(Joined(alone.text(), Ids(" and then")))), 0u);
   ASSERT_TRUE(Saved(1));
