@@ -86,7 +86,9 @@ LONG_CACHES = {"smollm2": LONG_NEEDLES, "qwen": ["full", "kvzap(50%)+pooled", "k
 LONG_TASKS = {"smollm2": ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_single_3"],
               "qwen": [t for t in RULER_ALL if t not in ("niah_multivalue", "fwe")]}
 LONG_SAMPLES = {"smollm2": 20, "qwen": 5}
-HALF_LEFT = ["full", "kvzap(50%)+pooled", "snapkv(50%)"]  # with a hundred documents
+# With a hundred documents a task: half of the rows, then other shares.
+HUNDRED = [["full", "kvzap(50%)+pooled", "snapkv(50%)"],
+           [*[f"{s}({b}){t}" for s, t in (("kvzap", "+pooled"), ("snapkv", "")) for b in ("75%", "25%", "12.5%")], "snapkv(25%)+split"]]
 
 
 def runs():
@@ -153,8 +155,8 @@ def runs():
       for task in tasks:
         long(f"long {model} {ask} {task}", [task], ask, LONG_SAMPLES[model], LONG_CACHES[model])
     if model == "smollm2":
-      for task in tasks:
-        long(f"hundred {model} after {task}", [task], "after", 100, HALF_LEFT)
+      for specs, task in itertools.product(HUNDRED, tasks):
+        long(f"hundred {model} after {task}", [task], "after", 100, specs)
   return out
 
 
@@ -379,17 +381,20 @@ def long_needles(store) -> str:
              if name.startswith(f"{title} {model} {ask} ") and run_key(m, arguments) in store]
     if not found:
       continue
-    tasks = [arguments[arguments.index("--task") + 1] for arguments, _ in found]
-    rows = [dict(first) for first in found[0][1]]
-    for _, more in found[1:]:
-      for row, other in zip(rows, more):
-        row.update({k: v for k, v in other.items() if k.startswith("score_")})
+    tasks, caches = [], {}  # those that some task lacks are left out
+    for arguments, rows in found:
+      task = arguments[arguments.index("--task") + 1]
+      tasks += [task] if task not in tasks else []
+      for row in rows:
+        caches.setdefault(row["kv_spec"], dict(row)).update({k: v for k, v in row.items() if k.startswith("score_")})
+    rows = [row for row in caches.values() if all(f"score_{task}" in row for task in tasks)]
     head, cells = ruler_cells(rows, tasks)
     if not begun:
       out.append("### At 4,096 tokens\n\n" + note("long needles"))
       begun = True
+    first = [arguments for arguments, _ in found if tasks[0] in arguments]
     out.append(f"{MODELS[model]}, {rows[0]['samples']} documents of {rows[0]['length']} tokens a task, {when}, scores in %:\n\n" + table(head, cells) + "\n" +
-               command_of(model, found[0][0]))
+               "".join(command_of(model, arguments) for arguments in first))
   return "\n" + "\n".join(out) if out else ""
 
 
