@@ -30,10 +30,15 @@ struct ByteReader {
   std::span<const std::byte> rest;
 
   void Raw(void* data, size_t size) {
+    const std::span<const std::byte> from = Skip(size);
+    if (size > 0) std::memcpy(data, from.data(), size);
+  }
+  std::span<const std::byte> Skip(size_t size) {
     if (size > rest.size())
       Fail(ErrorCode::kBadFile, "saved cache: {} more bytes expected, {} found", size, rest.size());
-    if (size > 0) std::memcpy(data, rest.data(), size);
+    const std::span<const std::byte> skipped = rest.first(size);
     rest = rest.subspan(size);
+    return skipped;
   }
   template <typename T>
   T Get() {

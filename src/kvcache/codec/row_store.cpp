@@ -35,7 +35,7 @@ RowStore::RowStore(ByteCounter& counter, const StoreShape& shape, const RowTypes
   }
   staging_.resize(most_heads_);
   if (!shape.grows) return;
-  for (Head& head : heads_) head.region_rows = shape.packs ? kPackedBlockRows : kBlockRows;
+  for (Head& head : heads_) head.region_rows = shape.packs ? kTileRows : kBlockRows;
 }
 
 std::set<const CountedBuffer*> RowStore::Settled(const SettledRows& settled) const {
@@ -71,6 +71,7 @@ std::unique_ptr<RowStore> RowStore::CloneWith(ByteCounter& counter, const Settle
   for (std::vector<Head>* const heads : {&copy->heads_, &copy->staging_}) {
     for (Head& head : *heads) {
       copy_region(head.share.region);
+      copy_region(head.tail.region);
       for (Region& region : head.regions) copy_region(region);
     }
   }
@@ -131,6 +132,7 @@ void RowStore::ResizeArena(const Formats& formats, Head& head, size_t rows) {
 }
 
 void RowStore::Grow(std::span<const size_t> rows) {
+  if (has_tails()) return FitAllTails(rows);
   if (n_apart_ >= table_.n_layers()) return GrowHeads(0, heads_.size(), rows);
   const size_t n_apart = table_(n_apart_, 0);
   std::vector<size_t> next(rows.size());
@@ -143,6 +145,13 @@ void RowStore::Grow(std::span<const size_t> rows) {
     GrowHeads(0, n_apart, next);
     GrowHeads(n_apart, heads_.size(), next);
   }
+}
+
+// Tails are fitted for those together that grow together: a layer's where its close says how many rows stay.
+void RowStore::FitAllTails(std::span<const size_t> rows) {
+  if (!shape_.exact_growth) return FitTails(0, rows);
+  for (size_t layer = 0; layer < table_.n_layers(); ++layer)
+    FitTails(table_(layer, 0), rows.subspan(table_(layer, 0), table_.n_heads(layer)));
 }
 
 void RowStore::GrowHeads(size_t first, size_t end, std::span<const size_t> rows) {
@@ -162,42 +171,57 @@ void RowStore::GrowHeads(size_t first, size_t end, std::span<const size_t> rows)
   }
 }
 
-void RowStore::LengthenLast(const Formats& formats, Head& head, size_t rows) {
-  const size_t had = head.RowsOf(head.regions.size() - 1);
-  const Formats* const one[] = {&formats};
-  const Region from = head.regions.back(), to = Allocate(*counter_, one, {&rows, 1})[0];
-  if (to.data != nullptr) {
-    std::memcpy(to.data, from.data, RegionBytes(formats.keys, had));
-    std::memcpy(Values(formats, to, rows), Values(formats, from, had), RegionBytes(formats.values, had));
+// Room beside each other for rows[i] rows of head first_head + i. Layers of one head size share a region.
+std::vector<RowStore::Share> RowStore::SideBySide(size_t first_head, std::span<const size_t> rows) const {
+  std::map<size_t, std::pair<Region, size_t>> regions;  // by head size: what they share, and rows
+  const auto size = [&](size_t i) { return FormatsOf(first_head + i).values.head_dim; };
+  for (size_t i = 0; i < rows.size(); ++i) regions[size(i)].second += rows[i];
+  std::map<size_t, size_t> next;
+  std::vector<Share> shares;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    auto& [region, n] = regions[size(i)];
+    const size_t region_rows = RoundUp(n, kTileRows);
+    const Formats* const formats[] = {&FormatsOf(first_head + i)};
+    if (region.memory == nullptr && n > 0) region = Allocate(*counter_, formats, {&region_rows, 1})[0];
+    size_t& first = next[size(i)];
+    shares.push_back({region, region_rows, first, rows[i]});
+    first += rows[i];
   }
-  head.regions.back() = to;
-  head.last_short = static_cast<uint32_t>(head.region_rows - rows);
+  return shares;
 }
 
-// Whole blocks of one call share an allocation; a short one, which does not last, has its own.
-void RowStore::GrowExactly(size_t first_head, std::span<const size_t> rows) {
-  const size_t block = kBlockRows;
-  std::vector<const Formats*> formats;
-  std::vector<size_t> missing(rows.size()), tail(rows.size());
+void RowStore::FitTails(size_t first_head, std::span<const size_t> rows) {
+  std::vector<size_t> whole(rows.size()), tails(rows.size());
+  std::vector<const Formats*> formats;  // of blocks that are missing
+  bool fit = true;
   for (size_t i = 0; i < rows.size(); ++i) {
     Head& head = heads_[first_head + i];
-    const size_t needed = RoundUp(rows[i], kTileRows);
-    if (needed <= head.capacity()) continue;
-    if (head.last_short > 0)
-      LengthenLast(FormatsOf(first_head + i), head, std::min(block, needed - (head.regions.size() - 1) * block));
-    const size_t beyond = needed - head.capacity();
-    missing[i] = beyond / block;
-    tail[i] = beyond % block;
-    formats.insert(formats.end(), missing[i], &FormatsOf(first_head + i));
+    const size_t all = std::max(rows[i], head.n_rows);
+    const size_t behind = RoundUp(all - std::min(all, head.share.rows), kTailRows);
+    whole[i] = behind / head.region_rows;
+    tails[i] = behind % head.region_rows;
+    fit &= whole[i] == head.regions.size() && tails[i] == head.tail.rows;
+    if (whole[i] <= head.regions.size()) continue;
+    formats.insert(formats.end(), whole[i] - head.regions.size(), &FormatsOf(first_head + i));
+    head.regions.reserve(whole[i]);
   }
-  const std::vector<Region> whole = Allocate(*counter_, formats, std::vector<size_t>(formats.size(), block));
+  if (fit) return;
+  const std::vector<size_t> block_rows(formats.size(), heads_[first_head].region_rows);
+  const std::vector<Region> blocks = Allocate(*counter_, formats, block_rows);
+  const std::vector<Share> shares = SideBySide(first_head, tails);
   for (size_t i = 0, next = 0; i < rows.size(); ++i) {
+    const Head old = heads_[first_head + i];
     Head& head = heads_[first_head + i];
-    for (size_t n = missing[i]; n > 0; --n) head.regions.push_back(whole[next++]);
-    if (tail[i] == 0) continue;
-    const Formats* const one[] = {&FormatsOf(first_head + i)};
-    head.regions.push_back(Allocate(*counter_, one, {&tail[i], 1})[0]);
-    head.last_short = static_cast<uint32_t>(block - tail[i]);
+    const Formats& of = FormatsOf(first_head + i);
+    if (head.regions.size() > whole[i]) head.regions.resize(whole[i]);
+    const size_t stay = head.share.rows + head.regions.size() * head.region_rows;
+    while (head.regions.size() < whole[i]) head.regions.push_back(blocks[next++]);
+    head.tail = shares[i];
+    for (size_t row = stay; row < head.n_rows && !counter_->only_counts; ++row) {
+      const Place from = FindIn(old, row), to = FindIn(head, row);
+      CopyRow(of.keys, DataAt(of, RowSide::kKeys, from), from.slot, DataAt(of, RowSide::kKeys, to), to.slot);
+      CopyRow(of.values, DataAt(of, RowSide::kValues, from), from.slot, DataAt(of, RowSide::kValues, to), to.slot);
+    }
   }
 }
 
@@ -216,9 +240,15 @@ void RowStore::TakeBackArena(const Formats& formats, Head& head) {
 
 // Gives back blocks beyond the resident rows.
 void RowStore::Trim(Head& head) {
-  while (!head.regions.empty() && head.capacity() - head.RowsOf(head.regions.size() - 1) >= head.n_rows) {
-    head.regions.pop_back();
-    head.last_short = 0;
+  while (!head.regions.empty() && head.capacity() - head.region_rows >= head.n_rows) head.regions.pop_back();
+}
+
+// Without memory for shorter ones the longer stay.
+void RowStore::ShrinkTails() {
+  if (!has_tails()) return;
+  try {
+    FitAllTails(std::vector<size_t>(heads_.size()));
+  } catch (const std::exception&) {
   }
 }
 
@@ -236,24 +266,12 @@ void RowStore::ReserveStaging(const StepRoom& room) {
   }
 }
 
-// Room beside each other for heads [first_head, first_head + rows.size()), which move there when they are closed. Layers
-// of one head size share a region.
+// Room beside each other for heads [first_head, first_head + rows.size()), which move there when they are closed.
 void RowStore::Pack(size_t first_head, std::span<const size_t> rows) {
-  std::map<size_t, size_t> total;  // rows, by head size
-  const auto size = [&](size_t i) { return FormatsOf(first_head + i).values.head_dim; };
-  for (size_t i = 0; i < rows.size(); ++i) total[size(i)] += rows[i];
-  for (const auto& [head_dim, n] : total) {
-    size_t next = 0;
-    Region region;
-    const size_t region_rows = RoundUp(n, kTileRows);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (size(i) != head_dim) continue;
-      const Formats* const formats[] = {&FormatsOf(first_head + i)};
-      if (region.memory == nullptr && n > 0) region = Allocate(*counter_, formats, {&region_rows, 1})[0];
-      heads_[first_head + i].moves = true;
-      heads_[first_head + i].next = {region, region_rows, next, rows[i]};
-      next += rows[i];
-    }
+  std::vector<Share> shares = SideBySide(first_head, rows);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    heads_[first_head + i].moves = true;
+    heads_[first_head + i].next = std::move(shares[i]);
   }
 }
 
@@ -332,7 +350,7 @@ void RowStore::ReserveRows(const StepRoom& room, std::span<const size_t> enterin
 void RowStore::SetBudgets(size_t first_layer, std::span<const size_t> budgets) {
   CHECK(shape_.packs || shape_.exact_growth, "budgets that come later are those of a packed store, or one that grows by them");
   const size_t first_head = table_(first_layer, 0);
-  if (shape_.exact_growth) return GrowExactly(first_head, budgets);
+  if (shape_.exact_growth) return FitTails(first_head, budgets);
   std::copy(budgets.begin(), budgets.end(), budgets_.begin() + static_cast<ptrdiff_t>(first_head));
   std::vector<size_t> rows(budgets.begin(), budgets.end());
   for (size_t h = 0; h < rows.size(); ++h) rows[h] = ShareRows(heads_[first_head + h].most_rows, rows[h]);
@@ -349,11 +367,12 @@ void RowStore::CancelStep() {
   for (size_t i = 0; i < heads_.size(); ++i) {
     heads_[i].moves = false;
     heads_[i].next = Share{};
-    if (shape_.grows || shape_.packs)
+    if (shape_.grows && !has_tails())
       Trim(heads_[i]);
-    else
+    else if (!shape_.grows && !shape_.packs)
       TakeBackArena(FormatsOf(i), heads_[i]);
   }
+  ShrinkTails();
   for (Head& head : staging_) head = Head{};
   n_step_ = 0;
 }
@@ -467,8 +486,8 @@ RowStore::Place RowStore::FindIn(const Head& head, size_t row) {
   const Share& share = head.share;
   if (row < share.rows) return {&share.region, share.region_rows, share.first + row, share.rows - row};
   const size_t behind = row - share.rows, region = behind / head.region_rows, slot = behind % head.region_rows;
-  const size_t rows = head.RowsOf(region);
-  return {&head.regions[region], rows, slot, rows - slot};
+  if (region < head.regions.size()) return {&head.regions[region], head.region_rows, slot, head.region_rows - slot};
+  return {&head.tail.region, head.tail.region_rows, head.tail.first + slot, head.tail.rows - slot};
 }
 
 RowStore::Place RowStore::Find(size_t layer, size_t kv_head, uint32_t row) const {
@@ -555,6 +574,7 @@ void RowStore::Move(Head& head, size_t layer, size_t kv_head, const SlotMap& map
     Bring(layer, kv_head, rows[slot], to.region, to.region_rows, to.first + slot, write);
   head.left = std::move(head.regions);
   head.left.push_back(std::move(head.share.region));
+  head.left.push_back(std::exchange(head.tail, Share{}).region);
   head.regions.clear();
   head.share = std::exchange(head.next, Share{});
   head.moves = false;
@@ -643,11 +663,12 @@ void RowStore::EndStep() {
   for (size_t i = 0; i < heads_.size() && evicts_; ++i) {
     Head& head = heads_[i];
     head.left.clear();
-    if (shape_.grows)
+    if (shape_.grows && !has_tails())
       Trim(head);
-    else if (!shape_.packs)
+    else if (!shape_.grows && !shape_.packs)
       ResizeArena(FormatsOf(i), head, RoundUp(std::clamp(head.capacity(), RowsAhead(head.n_rows, budgets_[i]), budgets_[i]), kTileRows));
   }
+  if (evicts_) ShrinkTails();
   if (is_prompt_)
     for (Head& head : staging_) head = Head{};
   n_step_ = 0;
@@ -655,15 +676,17 @@ void RowStore::EndStep() {
 
 size_t RowStore::SlackBytes(std::span<const size_t> budgets) const {
   size_t bytes = 0;
-  std::map<const std::byte*, size_t> shared;  // rows of a region that no head has
+  std::map<const CountedBuffer*, size_t> shared;  // bytes of a region that no head has
   for (size_t i = 0; i < heads_.size(); ++i) {
     const Head& head = heads_[i];
     const size_t tile = TileBytes(FormatsOf(i).keys) + TileBytes(FormatsOf(i).values);
     const size_t needed = std::max(head.n_rows, budgets.empty() ? 0 : budgets[i]);
     bytes += (head.capacity() - std::min(head.capacity(), needed)) * tile / kTileRows;
-    if (head.share.region_rows == 0) continue;
-    const auto [at, first] = shared.try_emplace(head.share.region.data, head.share.region_rows * tile / kTileRows);
-    at->second -= head.share.rows * tile / kTileRows;
+    for (const Share* share : {&head.share, &head.tail}) {
+      if (share->region_rows == 0) continue;
+      const auto [at, first] = shared.try_emplace(share->region.memory.get(), share->region_rows * tile / kTileRows);
+      at->second -= share->rows * tile / kTileRows;
+    }
   }
   for (const auto& [region, rest] : shared) bytes += rest;
   return bytes;
@@ -732,35 +755,44 @@ void RowStore::Save(ByteWriter& out) const {
   }
 }
 
+// How many rows each head has, of what Load is about to read.
+std::vector<size_t> RowStore::SavedRows(ByteReader in, std::span<const size_t> budgets, size_t max_rows) const {
+  std::vector<size_t> rows;
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    rows.push_back(in.Count(shape_.grows ? max_rows : std::min(max_rows, budgets[i]), "a head's number of rows"));
+    in.Skip(CeilDiv(rows[i], kTileRows) * (TileBytes(FormatsOf(i).keys) + TileBytes(FormatsOf(i).values)));
+  }
+  return rows;
+}
+
 void RowStore::Load(ByteReader& in, std::span<const size_t> budgets, size_t max_rows) {
+  const std::vector<size_t> saved = SavedRows(in, budgets, max_rows);
   if (shape_.packs) {
     std::vector<size_t> rows(budgets.begin(), budgets.end());
     for (size_t& n : rows) n = ShareRows(max_rows, n);
-    Pack(0, rows);
+    std::vector<Share> shares = SideBySide(0, rows);
+    for (size_t i = 0; i < heads_.size(); ++i) heads_[i].share = std::move(shares[i]);
   }
+  if (has_tails()) FitAllTails(saved);
   for (size_t i = 0; i < heads_.size(); ++i) {
     Head& head = heads_[i];
     const Formats& formats = FormatsOf(i);
-    const size_t n_rows = in.Count(shape_.grows ? max_rows : std::min(max_rows, budgets[i]), "a head's number of rows");
-    head.share = std::exchange(head.next, Share{});
-    head.moves = false;
-    if (shape_.exact_growth) {
-      GrowExactly(i, {&n_rows, 1});
-    } else if (shape_.grows) {
-      const size_t beyond = n_rows - std::min(n_rows, head.share.rows), filled = beyond / head.region_rows;
+    in.Skip(sizeof(uint64_t));
+    if (shape_.grows && !has_tails()) {
+      const size_t filled = saved[i] / head.region_rows;
       head.regions.clear();
-      const size_t all = CeilDiv(beyond, head.region_rows), most = n_apart_ < table_.n_layers() ? 1 : all;
+      const size_t all = CeilDiv(saved[i], head.region_rows), most = n_apart_ < table_.n_layers() ? 1 : all;
       for (size_t done = 0, n; done < all; done += n) {  // a full block lies with such only
         n = std::min(most, done < filled ? filled - done : all - done);
         const std::vector<const Formats*> blocks(n, &formats);
         for (Region& region : Allocate(*counter_, blocks, std::vector<size_t>(n, head.region_rows)))
           head.regions.push_back(std::move(region));
       }
-    } else if (!shape_.packs) {
-      ResizeArena(formats, head, RoundUp(RowsAhead(n_rows, budgets[i]), kTileRows));
+    } else if (!shape_.grows && !shape_.packs) {
+      ResizeArena(formats, head, RoundUp(RowsAhead(saved[i], budgets[i]), kTileRows));
     }
-    head.n_rows = n_rows;
-    for (size_t row = 0; row < n_rows; row += kTileRows) {
+    head.n_rows = saved[i];
+    for (size_t row = 0; row < head.n_rows; row += kTileRows) {
       LoadTile(formats, RowSide::kKeys, head, row, in);
       LoadTile(formats, RowSide::kValues, head, row, in);
     }

@@ -3,14 +3,16 @@
 // A head whose rows are bounded owns one arena of exactly that many rows (rounded up to a tile); a head that grows owns
 // blocks of kBlockRows rows, and the blocks that all heads take in one step share one allocation, so that large pages
 // can hold them (two, where some layers may give theirs back before the others); those that the step fills and the last
-// ones have one each, because full ones are shared with clones where nothing ever leaves (StoreShape::keeps_all). Where budgets differ between heads (StoreShape::packs) all heads
-// share one region, in which each has exactly its budget side by side with the others', so that only the whole is rounded
-// up; rows that a growing head takes beyond its budget lie in blocks of kPackedBlockRows. When budgets change, a new region is made and rows move
-// when their head is closed. Where a selector says how many rows stay (StoreShape::exact_growth) heads grow a layer at a
-// time to what its close leaves: whole blocks, and a last one of no more tiles than that needs, which a longer one
-// replaces. What a head takes then depends on its rows alone. Where rows may leave after a step, the step's own rows wait in a staging area that all
-// layers share, one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk. Only where
-// budgets wait for all layers does each have an area of its own.
+// ones have one each, because full ones are shared with clones where nothing ever leaves (StoreShape::keeps_all). Where
+// budgets differ between heads (StoreShape::packs) all heads share one region, in which each has exactly its budget side
+// by side with the others', so that only the whole is rounded up; rows that a growing head takes beyond its budget lie
+// in blocks of a tile. When budgets change, a new region is made and rows move when their head is closed. Where a
+// selector says how many rows stay (StoreShape::exact_growth) heads grow a layer at a time to what its close leaves, by
+// whole blocks. In both cases the rows behind the last whole block, a head's tail, lie beside those of the other heads
+// (of the layer's), kTailRows at a time, so that what heads take depends on their rows alone and a whole tile of each is
+// not waited for. Where rows may leave after a step, the step's own rows wait in a staging area that all layers share,
+// one after the other: a one-shot prompt holds one layer in full, a chunk one layer's chunk. Only where budgets wait for
+// all layers does each have an area of its own.
 //
 // Types that rotate store H k and H v for keys and values, H the Hadamard transform of hadamard.h. Scores are those of
 // H q, and outputs come back by H, its own inverse: once a query rather than once a row. Everything outside the store
@@ -32,8 +34,8 @@
 namespace lesskv {
 
 inline constexpr size_t kBlockRows = 128;
-// A tile, because budgets of growing heads may be small beside a block; a span costs the kernels little.
-inline constexpr size_t kPackedBlockRows = kTileRows;
+// By which tails grow: few beside any budget, and copied that seldom.
+inline constexpr size_t kTailRows = 4;
 
 struct RowTypes {
   RowType keys = RowType::kF16;
@@ -120,17 +122,16 @@ class RowStore final : public KvStore {
   struct Head {
     Share share;                  // packed stores: the head's first rows
     std::vector<Region> regions;  // of region_rows rows each: those behind
+    Share tail;                   // of fewer than region_rows rows: those behind these (has_tails)
     size_t region_rows = 0;
     size_t n_rows = 0;
     size_t rows_before = 0;  // an arena's size before the step: what CancelStep goes back to
     size_t most_rows = 0;    // with all that enters in the step
     // A packed head whose budget changes in the step moves when it is closed; what it leaves is freed after the step.
     bool moves = false;
-    uint32_t last_short = 0;  // rows that the last region has fewer (StoreShape::exact_growth)
     Share next;
     std::vector<Region> left;
-    size_t RowsOf(size_t region) const { return region_rows - (region + 1 == regions.size() ? last_short : 0); }
-    size_t capacity() const { return share.rows + regions.size() * region_rows - last_short; }
+    size_t capacity() const { return share.rows + regions.size() * region_rows + tail.rows; }
   };
   struct Place {  // where a row lies
     const Region* region;
@@ -169,6 +170,7 @@ class RowStore final : public KvStore {
   void TakeBackArena(const Formats& formats, Head& head);
   void ReserveStaging(const StepRoom& room);
   void ReserveShares(const StepRoom& room);
+  std::vector<Share> SideBySide(size_t first_head, std::span<const size_t> rows) const;
   void Pack(size_t first_head, std::span<const size_t> rows);
   size_t ShareRows(size_t n, size_t budget) const;
   void Move(Head& head, size_t layer, size_t kv_head, const SlotMap& map, const WriteRow* write);
@@ -178,14 +180,17 @@ class RowStore final : public KvStore {
   void ReserveHeads(const StepRoom& room, std::span<const size_t> entering);
   void Grow(std::span<const size_t> rows);  // [heads]: blocks until each head has room for so many
   void GrowHeads(size_t first, size_t end, std::span<const size_t> rows);
-  // The same for heads from first_head on, with last blocks as long as they must be.
-  void GrowExactly(size_t first_head, std::span<const size_t> rows);
-  void LengthenLast(const Formats& formats, Head& head, size_t rows);
+  bool has_tails() const { return shape_.grows && (shape_.packs || shape_.exact_growth); }
+  // Whole blocks, and tails as long as they must be, for `rows` rows or those that are there, of heads from first_head on.
+  void FitTails(size_t first_head, std::span<const size_t> rows);
+  void FitAllTails(std::span<const size_t> rows);
+  void ShrinkTails();
   void Trim(Head& head);
   static std::byte* DataAt(const Formats& formats, RowSide side, const Place& at);
   // The tile of the rows from `row` on where they lie as one; null where they are scattered or fewer.
   std::byte* WholeTile(const Formats& formats, RowSide side, const Head& head, size_t row) const;
   void SaveTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteWriter& out) const;
+  std::vector<size_t> SavedRows(ByteReader in, std::span<const size_t> budgets, size_t max_rows) const;
   void LoadTile(const Formats& formats, RowSide side, const Head& head, size_t row, ByteReader& in) const;
   static void AppendSpans(const Formats& formats, const Head& head, size_t first, size_t end, std::vector<RowSpan>& keys,
                           std::vector<RowSpan>& values);
