@@ -668,7 +668,6 @@ void RowStore::EndStep() {
     else if (!shape_.grows && !shape_.packs)
       ResizeArena(FormatsOf(i), head, RoundUp(std::clamp(head.capacity(), RowsAhead(head.n_rows, budgets_[i]), budgets_[i]), kTileRows));
   }
-  if (evicts_) ShrinkTails();
   if (is_prompt_)
     for (Head& head : staging_) head = Head{};
   n_step_ = 0;
