@@ -28,17 +28,23 @@ endif()
 add_library(lesskv_cold_flags INTERFACE)
 target_compile_options(lesskv_cold_flags INTERFACE $<$<CONFIG:Release>:-O1> $<$<CONFIG:Debug>:-O0>)
 
+if(LESSKV_BUILD_TESTS)
+  add_library(lesskv_test_main STATIC ${PROJECT_SOURCE_DIR}/tests/test_main.cpp)
+  target_link_libraries(lesskv_test_main PUBLIC lesskv_flags GTest::gtest PRIVATE lesskv_cold_flags)
+endif()
+
 # SLOW: label of tests of whole models, which sanitizers would take minutes for and learn nothing new from.
 # Test programs learn where the checkout is, and through LESSKV_SHARED_DIR where optional shared data lies.
+# On a busy machine a program may need longer than CMake's five seconds to list its tests.
 function(lesskv_test NAME)
   cmake_parse_arguments(ARG "SLOW" "" "SOURCES;DEPS" ${ARGN})
   add_executable(${NAME} ${ARG_SOURCES})
-  target_link_libraries(${NAME} PRIVATE lesskv_flags lesskv_cold_flags ${ARG_DEPS} GTest::gtest GTest::gtest_main)
+  target_link_libraries(${NAME} PRIVATE lesskv_flags lesskv_cold_flags ${ARG_DEPS} lesskv_test_main)
   target_compile_definitions(${NAME} PRIVATE LESSKV_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
   if(ARG_SLOW)
     set(labels LABELS slow)
   endif()
-  gtest_discover_tests(${NAME} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600 ${labels})
+  gtest_discover_tests(${NAME} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 300 PROPERTIES TIMEOUT 600 ${labels})
 endfunction()
 
 function(lesskv_module NAME)

@@ -256,7 +256,8 @@ TEST(PerplexityTest, KnownValuesOfStories) {
   const auto model = testing_support::SharedFile("data/models/stories260Ktok512.gguf");
   const auto text = testing_support::SharedFile("data/text/tinystories-sample.txt");
   if (!std::filesystem::exists(model) || !std::filesystem::exists(text)) GTEST_SKIP() << model << " is not there";
-  const auto part = std::filesystem::temp_directory_path() / "lesskv_eval_test_stories.txt";
+  const auto part =
+      std::filesystem::temp_directory_path() / fmt::format("lesskv_eval_test_stories_{}.txt", ::getpid());
   std::ofstream(part) << ReadTextFile(text).substr(0, 45000);
   testing_support::OpenedModel stories(model);
   const EvalSetup setup = stories.Setup({"full", "window(132)", "window(68)", "window(20)"}, 512);
