@@ -281,7 +281,7 @@ class Terminal {
 
 TEST_F(ChatCommand, OnATerminalCtrlCStopsTheAnswerOnly) {
   Terminal terminal(
-      {LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "chatml", "--ctx", "100000", "--temp", "0"});
+      {LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "chatml", "--ctx", "100000", "--temp", "0", "--ignore-eos"});
   ASSERT_TRUE(terminal.WaitFor("> ")) << terminal.seen();
   for (int i = 0; i < 2; ++i) {
     terminal.Type("The s\u00E9a was\n");
@@ -302,8 +302,9 @@ TEST_F(ChatCommand, OnATerminalCtrlCStopsTheAnswerOnly) {
 
 // Half a question in the cache would be worse than none: the conversation is again what it was before.
 TEST_F(ChatCommand, OnATerminalCtrlCTakesAQuestionBackThatIsBeingRead) {
-  Terminal terminal({LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template", "plain", "--temp", "0", "-n", "4", "-t",
-                     "1", "--kv", "full+prefill(chunk=1)"});
+  // Without the processor's instruction sets the question is not read before it is taken back.
+  Terminal terminal({"/usr/bin/env", "LESSKV_ISA=scalar", LESSKV_PROGRAM, "chat", "-m", kModel, "--chat-template",
+                     "plain", "--temp", "0", "-n", "4", "-t", "1", "--kv", "full+prefill(chunk=1)"});
   const auto context = [&] {
     terminal.Type("/stats\n");
     EXPECT_TRUE(terminal.WaitFor("context  ")) << terminal.seen();
