@@ -41,7 +41,7 @@ function require_(condition, sentence) {
   process.exit(1);
 }
 async function until(condition, sentence) {
-  for (let i = 0; i < 600 && !condition(); ++i) await new Promise(resolve => setTimeout(resolve, 50));
+  for (let i = 0; i < 3600 && !condition(); ++i) await new Promise(resolve => setTimeout(resolve, 50));
   require_(condition(), sentence);
 }
 const answers = () => $('log').children.map(turn => turn.children[1] && turn.children[1].textContent);
@@ -72,7 +72,7 @@ async function main() {
   $('question').fire('keydown', {key: 'Enter', shiftKey: false});
   await until(() => answers().length === 4 && $('status').textContent.includes('generated'), 'no second answer has come');
 
-  $('most').value = '400';
+  $('most').value = '50000';
   $('question').value = ' Once more';
   $('form').fire('submit');
   await until(() => answers().length === 6 && answers()[5].length > 0, 'no third answer has begun');
