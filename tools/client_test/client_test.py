@@ -48,10 +48,10 @@ class Server:
 
     def __exit__(self, *_):
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def client(self, key=KEY):
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=300)
 
 
 def raises(kind, call):
@@ -193,10 +193,11 @@ def main():
             print(f"{test.__name__}: as expected")
         test_errors(server, client)
         print("test_errors: as expected")
-    with Server(program, "--per-key", "1", slowly=True) as server:
+    long = ["--ctx", "100000", "--max-output", "50000"]
+    with Server(program, "--per-key", "1", *long, slowly=True) as server:
         test_busy(server.client())
         print("test_busy: as expected")
-    with Server(program, "--max-seconds", "1", slowly=True) as server:
+    with Server(program, "--max-seconds", "1", *long, slowly=True) as server:
         test_late(server.client())
         print("test_late: as expected")
 

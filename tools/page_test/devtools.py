@@ -86,7 +86,7 @@ class Failed(Exception):
 class Browser:
     """One page of one browser, with a profile of its own that is gone afterwards. `events` is all that the page reported."""
 
-    def __init__(self, program, patience=20):
+    def __init__(self, program, patience=120):
         self.patience, self.events, self.last_id = patience, [], 0
         self.profile = tempfile.mkdtemp(prefix="page_test.")
         self.process = subprocess.Popen(
@@ -148,7 +148,7 @@ class Browser:
             raise Failed(f"{expression}: {result['exceptionDetails']['exception'].get('description', 'failed')}")
         return result["result"].get("value")
 
-    def wait(self, expression, sentence, seconds=20):
+    def wait(self, expression, sentence, seconds=120):
         """Until the expression is true in the page; else fails with the sentence."""
         end = time.monotonic() + seconds
         while not self.value(expression):

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
 SKIPPED = 77
 QUESTION = "Tell me of the sea."  # which the bundled model answers without an end, as it repeats itself
+MOST = "50000"  # tokens of an answer that is there to be stopped, however late that is
+LONG = ["--ctx", "100000", "--max-output", MOST]
 KEY = "sk-4Jw0Zq7Tn2"  # no word that the model may say
 ENTER, ESCAPE = ("Enter", 13), ("Escape", 27)
 
@@ -49,7 +51,7 @@ class Server:
         raise Failed(f"lesskv serve does not start: {said}")
 
     def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=10) as reply:
+        with urllib.request.urlopen(self.url + path, timeout=120) as reply:
             return json.load(reply)
 
     def close(self):
@@ -77,7 +79,7 @@ def choose(page, policy):
     require(page.value("document.getElementById('policy').value") == policy, f"the page offers no policy {policy}")
 
 
-def answered(page, n, seconds=60):
+def answered(page, n, seconds=240):
     """Until the conversation has n turns and the last one is whole."""
     page.wait(f"document.querySelectorAll('#log .turn').length === {n} && !document.getElementById('send').disabled && "
               "document.getElementById('status').textContent.includes('generated')", "no answer has come", seconds)
@@ -139,14 +141,14 @@ def check_an_answer_streams(page, server):
             if (answer && answer.textContent) growth.push([performance.now(), answer.textContent.length]);
         }).observe(document.getElementById('log'), {subtree: true, childList: true, characterData: true});
     })()""")
-    page.type("#most", "192")
+    page.type("#most", "400")
     page.type("#temperature", "0")
     page.type("#question", QUESTION)
     page.click("#send")
     answered(page, 2)
     growth = page.value("growth")
     steps = sorted({length for _, length in growth})
-    require(len(steps) >= 10, f"the answer came in {len(steps)} pieces")
+    require(len(steps) >= 5, f"the answer came in {len(steps)} pieces")
     require(growth[-1][0] - growth[0][0] > 20, "the answer came all at once")
     require(turns(page)[0].startswith("you\n" + QUESTION), f"the question is not shown: {turns(page)[0]}")
     require(re.search(r"^\d+ prompt tokens, 0 of them .* \d+ generated", text_of(page, "status")), text_of(page, "status"))
@@ -155,6 +157,7 @@ def check_an_answer_streams(page, server):
 
 
 def check_the_policy_changes(page, server):
+    page.type("#most", "192")
     for policy, rows in {"window(16)": 16, "h2o(32)+less": 32}.items():
         choose(page, policy)
         page.click("#clear")
@@ -174,7 +177,7 @@ def running_texts(server):
 
 
 def check_stopping(page, server):
-    page.type("#most", "1024")
+    page.type("#most", MOST)
     for stop in (lambda: page.click("#stop"), lambda: page.press(*ESCAPE)):
         page.click("#clear")
         page.type("#question", QUESTION)
@@ -184,7 +187,7 @@ def check_stopping(page, server):
         require(running_texts(server) == 1, "the server does not say that a text runs")
         stop()
         page.wait("document.getElementById('status').textContent === 'Stopped.'", "an answer cannot be stopped")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while running_texts(server) > 0:
             require(time.monotonic() < end, "the server goes on with an answer that was stopped")
             time.sleep(0.05)
@@ -260,7 +263,7 @@ def check_a_key(page, server):
 
 def check_a_server_that_goes(page, server):
     sentence = "The server cannot be reached. Is it still running?"
-    page.type("#most", "1024")
+    page.type("#most", MOST)
     page.type("#question", " and then")
     page.press(*ENTER)
     page.wait("document.querySelectorAll('#log .assistant').length === 2 && "
@@ -297,12 +300,12 @@ def run_checks(server, browser, *checks):
 
 
 def test(options, browser):
-    chat = ["--ctx", "2048", "--chat-template", "plain"]
+    chat = [*LONG, "--chat-template", "plain"]
     run_checks(Server(options.lesskv, options.model, *chat, "--allow-kv", "window(16)", "--allow-kv", "h2o(32)+less", slowly=True),
                browser, check_an_answer_streams, check_the_policy_changes, check_it_fits, check_stopping, check_reloading,
                check_what_people_write_is_text, check_no_errors)
     # Without a chat format, the page continues plain text.
-    run_checks(Server(options.lesskv, options.model, "--kv", "window(64)", key=KEY, slowly=True), browser, check_a_key,
+    run_checks(Server(options.lesskv, options.model, *LONG, "--kv", "window(64)", key=KEY, slowly=True), browser, check_a_key,
                check_a_server_that_goes)
 
 
