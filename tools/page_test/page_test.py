@@ -32,12 +32,14 @@ ENTER, ESCAPE = ("Enter", 13), ("Escape", 27)
 
 
 class Server:
-    """`slowly`: without the processor's instruction sets, so that no answer of the bundled model ends before it is stopped."""
+    """`slowly`: without the processor's instruction sets, so that no answer of the bundled model ends before it is stopped;
+    by one thread, as several would wait for each other on a busy machine."""
 
     def __init__(self, program, model, *more, key=None, slowly=False):
         environment = {name: value for name, value in os.environ.items() if name != "LESSKV_API_KEY"}
         if slowly:
             environment["LESSKV_ISA"] = "scalar"
+            more = [*more, "-t", "1"]
         if key:
             environment["LESSKV_API_KEY"] = key
         self.process = subprocess.Popen([program, "serve", "-m", model, "--port", "0", *more], env=environment,
@@ -141,7 +143,7 @@ def check_an_answer_streams(page, server):
             if (answer && answer.textContent) growth.push([performance.now(), answer.textContent.length]);
         }).observe(document.getElementById('log'), {subtree: true, childList: true, characterData: true});
     })()""")
-    page.type("#most", "400")
+    page.type("#most", "192")
     page.type("#temperature", "0")
     page.type("#question", QUESTION)
     page.click("#send")
@@ -157,7 +159,6 @@ def check_an_answer_streams(page, server):
 
 
 def check_the_policy_changes(page, server):
-    page.type("#most", "192")
     for policy, rows in {"window(16)": 16, "h2o(32)+less": 32}.items():
         choose(page, policy)
         page.click("#clear")
