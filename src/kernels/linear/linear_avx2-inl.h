@@ -5,25 +5,13 @@
 
 #include <immintrin.h>
 
-#include "kernels/linear/linear_kernels.h"
 #include "kernels/linear/linear_rounding-inl.h"
+#include "kernels/linear/linear_rows-inl.h"
 #include "kernels/linear/unrolled-inl.h"
 #include "kernels/quants/code_tables.h"
 
 namespace lesskv::internal {
 namespace {
-
-inline uint16_t Load16(const uint8_t* p) {
-  uint16_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-
-inline uint32_t Load32(const uint8_t* p) {
-  uint32_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
 
 inline float HalfAt(const uint8_t* p) { return _cvtsh_ss(Load16(p)); }
 
@@ -128,16 +116,6 @@ constexpr bool HasSignedCodes(DType type) {
   return type == DType::kQ8_0 || type == DType::kIQ4_NL || type == DType::kIQ4_XS;
 }
 
-constexpr bool HasMinimum(DType type) {
-  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ2_K || type == DType::kQ4_K ||
-         type == DType::kQ5_K;
-}
-
-// Scales in 32 elements.
-constexpr size_t ScaleGroups(DType type) {
-  return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K ? 2 : 1;
-}
-
 // Where the sixteen bytes of nibbles of block b of 32 elements begin, low ones first.
 constexpr size_t NibblesAt(DType type, size_t b) {
   switch (type) {
@@ -215,13 +193,9 @@ constexpr int8_t kShiftedMxfp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 1
 template <>
 struct Format<DType::kMXFP4> {
   static constexpr int kOffset = 12;
-  // 2^(e - 128); the two smallest are subnormal.
-  static inline float Scale(uint32_t e) {
-    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(e < 2 ? 0x200000u << e : (e - 1) << 23))));
-  }
   static inline Codes32 At(const uint8_t* row, size_t b) {
     const uint8_t* block = row + b * 17;
-    return OneScale(LookUp(kShiftedMxfp4Codes, SplitNibbles(Load16Bytes(block + 1))), Scale(block[0]));
+    return OneScale(LookUp(kShiftedMxfp4Codes, SplitNibbles(Load16Bytes(block + 1))), Mxfp4Scale(block[0]));
   }
 };
 
@@ -381,18 +355,6 @@ struct Reader {
   inline Codes32 At(const uint8_t* row, size_t b) { return Format<kType>::At(row, b); }
 };
 
-// The eight scales and minima of a Q4_K or Q5_K block, 0 to 63, a byte each.
-struct PackedScales {
-  uint64_t scales, minima;
-};
-
-inline PackedScales UnpackScales(const uint8_t* block) {
-  const uint32_t a = Load32(block + 4), b = Load32(block + 8), c = Load32(block + 12);
-  const uint32_t scales_high = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
-  const uint32_t minima_high = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
-  return {(a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32, (b & 0x3f3f3f3fu) | uint64_t{minima_high} << 32};
-}
-
 // The scales of 256 elements, eight or sixteen, and where the type HasMinimum what is added to these elements.
 template <DType kType>
 struct Scales256 {
@@ -461,7 +423,7 @@ inline Scales256<kType> ScalesAt(const uint8_t* p, [[maybe_unused]] size_t n_blo
     const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(32)));
     out.scale[0] = _mm256_mul_ps(v, _mm256_set1_ps(HalfAt(p)));
   } else if constexpr (kType == DType::kMXFP4) {
-    // As Format::Scale.
+    // As Mxfp4Scale.
     const __m256i words = _mm256_cvtepu16_epi32(EightWords<17>(p, n_blocks));
     const __m256i e = _mm256_and_si256(words, _mm256_set1_epi32(255));
     const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
@@ -510,41 +472,6 @@ constexpr int CodeOffset(DType type) {
       return Format<DType::kMXFP4>::kOffset;
     default:
       return 0;
-  }
-}
-
-// Calls f.template operator()<type>() for a quantised type.
-template <typename F>
-inline void SwitchQuantized(DType type, F&& f) {
-  switch (type) {
-    case DType::kQ8_0:
-      return f.template operator()<DType::kQ8_0>();
-    case DType::kQ4_0:
-      return f.template operator()<DType::kQ4_0>();
-    case DType::kQ4_1:
-      return f.template operator()<DType::kQ4_1>();
-    case DType::kIQ4_NL:
-      return f.template operator()<DType::kIQ4_NL>();
-    case DType::kIQ4_XS:
-      return f.template operator()<DType::kIQ4_XS>();
-    case DType::kMXFP4:
-      return f.template operator()<DType::kMXFP4>();
-    case DType::kQ2_K:
-      return f.template operator()<DType::kQ2_K>();
-    case DType::kQ3_K:
-      return f.template operator()<DType::kQ3_K>();
-    case DType::kQ5_0:
-      return f.template operator()<DType::kQ5_0>();
-    case DType::kQ5_1:
-      return f.template operator()<DType::kQ5_1>();
-    case DType::kQ4_K:
-      return f.template operator()<DType::kQ4_K>();
-    case DType::kQ5_K:
-      return f.template operator()<DType::kQ5_K>();
-    case DType::kQ6_K:
-      return f.template operator()<DType::kQ6_K>();
-    default:
-      return;  // Linear refused it
   }
 }
 

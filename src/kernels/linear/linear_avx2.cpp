@@ -8,7 +8,6 @@
 namespace lesskv::internal {
 namespace {
 
-constexpr size_t kDotTokens = 4;       // tokens multiplied with a row in one pass over it
 constexpr size_t kLongestDot = 32768;  // elements of a row, with int8 activations
 
 inline float SumLanes(__m256 v) {
@@ -77,21 +76,6 @@ struct Unpacker<kType> {
   }
 };
 
-// Calls f.template operator()<type>() for the type.
-template <typename F>
-inline void SwitchType(DType type, F&& f) {
-  switch (type) {
-    case DType::kF32:
-      return f.template operator()<DType::kF32>();
-    case DType::kF16:
-      return f.template operator()<DType::kF16>();
-    case DType::kBF16:
-      return f.template operator()<DType::kBF16>();
-    default:
-      return SwitchQuantized(type, f);
-  }
-}
-
 struct StoreSink {
   float* out;
   inline void Put(size_t i, __m256 a, __m256 b, __m256 c, __m256 d) const {
@@ -149,40 +133,13 @@ void DotF32Rows(const RowBlock& block, const float* x, size_t x_stride, float* y
   }
 }
 
-template <DType kType>
-void DotF32Some(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
-  switch (n_tokens) {
-    case 1:
-      return DotF32Rows<kType, 1>(block, x, x_stride, y, y_stride);
-    case 2:
-      return DotF32Rows<kType, 2>(block, x, x_stride, y, y_stride);
-    case 3:
-      return DotF32Rows<kType, 3>(block, x, x_stride, y, y_stride);
-    default:
-      return DotF32Rows<kType, 4>(block, x, x_stride, y, y_stride);
-  }
-}
-
-// More than kDotTokens: row by row, so that the second pass finds the row in the cache.
-template <typename Some>
-inline void ByRow(const RowBlock& block, size_t n_tokens, const Some& some) {
-  if (n_tokens <= kDotTokens) return some(block, size_t{0}, n_tokens, size_t{0});
-  RowBlock row = block;
-  row.n_rows = 1;
-  for (size_t r = 0; r < block.n_rows; ++r, row.rows += row.row_bytes) {
-    for (size_t t = 0; t < n_tokens; t += kDotTokens) {
-      some(row, t, n_tokens - t < kDotTokens ? n_tokens - t : kDotTokens, r);
-    }
-  }
-}
-
 void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
   SwitchType(block.type, [&]<DType kType>() {
     if constexpr (IsFloat(kType)) {
       DotFloatTokens<Floats256, kType>(block, x, x_stride, n_tokens, y, y_stride);
     } else {
-      ByRow(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
-        DotF32Some<kType>(rows, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
+      ForTokens<1>(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t r) {
+        DotF32Rows<kType, kTokens>(rows, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
       });
     }
   });
@@ -395,30 +352,13 @@ void DotInt8Rows(const RowBlock& block, const Int8Activations& x, size_t token, 
   }
 }
 
-template <DType kType>
-void DotInt8Some(const RowBlock& block, const Int8Activations& x, size_t token, size_t n_tokens,
-                 const SpikePlan* plans, float* y, size_t y_stride) {
-  switch (n_tokens) {
-    case 1:
-      return DotInt8Rows<kType, 1>(block, x, token, plans, y, y_stride);
-    case 2:
-      return DotInt8Rows<kType, 2>(block, x, token, plans, y, y_stride);
-    case 3:
-      return DotInt8Rows<kType, 3>(block, x, token, plans, y, y_stride);
-    default:
-      return DotInt8Rows<kType, 4>(block, x, token, plans, y, y_stride);
-  }
-}
-
 void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride) {
-  SwitchType(block.type, [&]<DType kType>() {
-    if constexpr (!IsFloat(kType)) {
-      SpikePlan plans[kKernelTokens];
-      for (size_t t = 0; t < n_tokens; ++t) MakePlan<kType>(x, block.n, t, plans[t]);
-      ByRow(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
-        DotInt8Some<kType>(rows, x, t, count, plans + t, y + t * y_stride + r, y_stride);
-      });
-    }
+  SwitchQuantized(block.type, [&]<DType kType>() {
+    SpikePlan plans[kKernelTokens];
+    for (size_t t = 0; t < n_tokens; ++t) MakePlan<kType>(x, block.n, t, plans[t]);
+    ForTokens<1>(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t r) {
+      DotInt8Rows<kType, kTokens>(rows, x, t, plans + t, y + t * y_stride + r, y_stride);
+    });
   });
 }
 

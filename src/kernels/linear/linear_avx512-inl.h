@@ -4,23 +4,11 @@
 
 #include <immintrin.h>
 
-#include "kernels/linear/linear_kernels.h"
+#include "kernels/linear/linear_rows-inl.h"
 #include "kernels/quants/code_tables.h"
 
 namespace lesskv::internal {
 namespace {
-
-inline uint16_t Load16(const uint8_t* p) {
-  uint16_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-
-inline uint32_t Load32(const uint8_t* p) {
-  uint32_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
 
 inline float HalfAt(const uint8_t* p) { return _cvtsh_ss(Load16(p)); }
 
@@ -31,19 +19,6 @@ inline __m128i HighNibbles(__m128i v) { return _mm_and_si128(_mm_srli_epi16(v, 4
 inline __m512 UnsignedToFloat(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)); }
 inline __m512 SignedToFloat(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
 
-// The eight 6-bit scales and eight 6-bit minimums of a Q4_K or Q5_K block, as bytes.
-struct ScalesAndMins {
-  uint64_t scales;
-  uint64_t mins;
-};
-
-inline ScalesAndMins UnpackScales(const uint8_t* packed) {
-  const uint32_t a = Load32(packed), b = Load32(packed + 4), c = Load32(packed + 8);
-  const uint32_t scales_high = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
-  const uint32_t mins_high = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
-  return {(a & 0x3f3f3f3fu) | uint64_t{scales_high} << 32, (b & 0x3f3f3f3fu) | uint64_t{mins_high} << 32};
-}
-
 inline __m256 BytesToFloat8(uint64_t bytes) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
 }
@@ -53,14 +28,6 @@ inline __m128i LoadTable(const int8_t table[16]) { return LoadCodes16(reinterpre
 inline __m128i LookUp(__m128i table, __m128i nibbles) { return _mm_shuffle_epi8(table, nibbles); }
 inline __m512i LookUp(__m128i table, __m512i nibbles) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
-}
-
-// The scale of a block of MXFP4, 2^(e - 128); the two smallest are subnormal.
-inline float Mxfp4Scale(uint32_t e) {
-  const uint32_t bits = e < 2 ? 0x200000u << e : (e - 1) << 23;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 // The eight scales of an IQ4_XS block, times its d. Four low and two upper bits each are spread over the bytes of a
@@ -258,9 +225,9 @@ struct FloatScales {
   alignas(32) float offset[8];
 
   inline explicit FloatScales(const uint8_t* block) {
-    const ScalesAndMins packed = UnpackScales(block + 4);
+    const PackedScales packed = UnpackScales(block);
     _mm256_store_ps(scale, _mm256_mul_ps(BytesToFloat8(packed.scales), _mm256_set1_ps(HalfAt(block))));
-    _mm256_store_ps(offset, _mm256_mul_ps(BytesToFloat8(packed.mins), _mm256_set1_ps(-HalfAt(block + 2))));
+    _mm256_store_ps(offset, _mm256_mul_ps(BytesToFloat8(packed.minima), _mm256_set1_ps(-HalfAt(block + 2))));
   }
 
   template <typename Sink>
@@ -423,50 +390,7 @@ struct Unpacker<DType::kQ6_K> {
   }
 };
 
-// Calls f.template operator()<type>() for the type.
-template <typename F>
-inline void SwitchType(DType type, F&& f) {
-  switch (type) {
-    case DType::kF32:
-      return f.template operator()<DType::kF32>();
-    case DType::kF16:
-      return f.template operator()<DType::kF16>();
-    case DType::kBF16:
-      return f.template operator()<DType::kBF16>();
-    case DType::kQ8_0:
-      return f.template operator()<DType::kQ8_0>();
-    case DType::kQ4_0:
-      return f.template operator()<DType::kQ4_0>();
-    case DType::kQ4_1:
-      return f.template operator()<DType::kQ4_1>();
-    case DType::kIQ4_NL:
-      return f.template operator()<DType::kIQ4_NL>();
-    case DType::kIQ4_XS:
-      return f.template operator()<DType::kIQ4_XS>();
-    case DType::kMXFP4:
-      return f.template operator()<DType::kMXFP4>();
-    case DType::kQ2_K:
-      return f.template operator()<DType::kQ2_K>();
-    case DType::kQ3_K:
-      return f.template operator()<DType::kQ3_K>();
-    case DType::kQ5_0:
-      return f.template operator()<DType::kQ5_0>();
-    case DType::kQ5_1:
-      return f.template operator()<DType::kQ5_1>();
-    case DType::kQ4_K:
-      return f.template operator()<DType::kQ4_K>();
-    case DType::kQ5_K:
-      return f.template operator()<DType::kQ5_K>();
-    case DType::kQ6_K:
-      return f.template operator()<DType::kQ6_K>();
-    default:
-      return;  // Linear refused it
-  }
-}
-
 // --- Walking rows ---
-
-constexpr size_t kDotTokens = 4;  // tokens multiplied with a row in one pass over it
 
 // Rows that are read side by side, each the first of a share of a task's rows: memory serves several streams faster
 // than one (by 15 % where docs/performance.md was measured).
@@ -484,20 +408,6 @@ inline size_t PrefetchAhead(size_t n_rows, size_t row_bytes, size_t apart) {
 template <int kLocality = 3>
 inline void Prefetch(const uint8_t* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, kLocality);
-}
-
-// Calls some(rows, first token, number of tokens, first row) with at most kDotTokens tokens; when there are more, by
-// pairs of rows, so that the second pass finds them in the cache.
-template <typename Some>
-inline void ByRowPair(const RowBlock& block, size_t n_tokens, const Some& some) {
-  if (n_tokens <= kDotTokens) return some(block, size_t{0}, n_tokens, size_t{0});
-  RowBlock pair = block;
-  for (size_t r = 0; r < block.n_rows; r += 2, pair.rows += 2 * pair.row_bytes) {
-    pair.n_rows = block.n_rows - r < 2 ? 1 : 2;
-    for (size_t t = 0; t < n_tokens; t += kDotTokens) {
-      some(pair, t, n_tokens - t < kDotTokens ? n_tokens - t : kDotTokens, r);
-    }
-  }
 }
 
 }  // namespace

@@ -87,27 +87,13 @@ void DotF32Rows(const RowBlock& block, const float* x, size_t x_stride, float* y
   }
 }
 
-template <DType kType>
-void DotF32Some(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
-  switch (n_tokens) {
-    case 1:
-      return DotF32Rows<kType, 1>(block, x, x_stride, y, y_stride);
-    case 2:
-      return DotF32Rows<kType, 2>(block, x, x_stride, y, y_stride);
-    case 3:
-      return DotF32Rows<kType, 3>(block, x, x_stride, y, y_stride);
-    default:
-      return DotF32Rows<kType, 4>(block, x, x_stride, y, y_stride);
-  }
-}
-
 void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
   SwitchType(block.type, [&]<DType kType>() {
     if constexpr (IsFloat(kType)) {
       DotFloatTokens<Floats512, kType>(block, x, x_stride, n_tokens, y, y_stride);
     } else {
-      ByRowPair(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
-        DotF32Some<kType>(rows, x + t * x_stride, x_stride, count, y + t * y_stride + r, y_stride);
+      ForTokens<2>(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t r) {
+        DotF32Rows<kType, kTokens>(rows, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
       });
     }
   });

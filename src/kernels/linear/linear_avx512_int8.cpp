@@ -35,9 +35,6 @@ constexpr bool IsMerged(DType type) {
 }
 constexpr bool IsK45(DType type) { return type == DType::kQ4_K || type == DType::kQ5_K; }
 
-// Groups of 16 elements with a scale each.
-constexpr bool HasSixteens(DType type) { return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K; }
-
 constexpr int CodeOffset(DType type) {
   switch (type) {
     case DType::kQ3_K:
@@ -86,7 +83,7 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + Int8Place(type, first)), _mm512_cvtsepi32_epi8(q0));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + Int8Place(type, first + 16)), _mm512_cvtsepi32_epi8(q1));
     const float block_scale = largest / 127.0f;
-    if (HasSixteens(type)) {
+    if (ScaleGroups(type) == 2) {
       scale[2 * b] = scale[2 * b + 1] = block_scale;
       sum[2 * b] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(q0));
       sum[2 * b + 1] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(q1));
@@ -308,9 +305,9 @@ struct StepK45 {
 
   __attribute__((always_inline)) inline void Load(const uint8_t* p) {
     K45Codes<kType>(p, codes);
-    const ScalesAndMins packed = UnpackScales(p + 4);
+    const PackedScales packed = UnpackScales(p);
     d = _mm256_mul_ps(BytesToFloat8(packed.scales), _mm256_set1_ps(HalfAt(p)));
-    m = _mm256_mul_ps(BytesToFloat8(packed.mins), _mm256_set1_ps(HalfAt(p + 2)));
+    m = _mm256_mul_ps(BytesToFloat8(packed.minima), _mm256_set1_ps(HalfAt(p + 2)));
   }
 
   __attribute__((always_inline)) inline void Multiply(const Int8Row& x, size_t s, __m512& acc, __m256& min_acc) const {
@@ -503,21 +500,6 @@ void DotRows(const RowBlock& block, const Int8Activations& x, size_t token, floa
   for (size_t r = apart * kStreams; r < block.n_rows; ++r) run.template operator()<1>(r, 1);
 }
 
-template <DType kType>
-void DotSome(const RowBlock& block, const Int8Activations& x, size_t token, size_t n_tokens, float* y,
-             size_t y_stride) {
-  switch (n_tokens) {
-    case 1:
-      return DotRows<kType, 1>(block, x, token, y, y_stride);
-    case 2:
-      return DotRows<kType, 2>(block, x, token, y, y_stride);
-    case 3:
-      return DotRows<kType, 3>(block, x, token, y, y_stride);
-    default:
-      return DotRows<kType, 4>(block, x, token, y, y_stride);
-  }
-}
-
 }  // namespace
 
 void Avx512QuantizeActivations(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
@@ -525,12 +507,10 @@ void Avx512QuantizeActivations(DType type, const float* x, size_t n, size_t toke
 }
 
 void Avx512DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride) {
-  SwitchType(block.type, [&]<DType kType>() {
-    if constexpr (kType != DType::kF32 && kType != DType::kF16 && kType != DType::kBF16) {
-      ByRowPair(block, n_tokens, [&](const RowBlock& rows, size_t t, size_t count, size_t r) {
-        DotSome<kType>(rows, x, t, count, y + t * y_stride + r, y_stride);
-      });
-    }
+  SwitchQuantized(block.type, [&]<DType kType>() {
+    ForTokens<2>(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t r) {
+      DotRows<kType, kTokens>(rows, x, t, y + t * y_stride + r, y_stride);
+    });
   });
 }
 

@@ -9,13 +9,11 @@
 //   Rows(tokens)           multiplied with so many tokens at once: as many as registers hold sums of
 #pragma once
 
-#include "kernels/linear/linear_kernels.h"
+#include "kernels/linear/linear_rows-inl.h"
 #include "kernels/linear/unrolled-inl.h"
 
 namespace lesskv::internal {
 namespace {
-
-constexpr bool IsFloat(DType type) { return type == DType::kF32 || type == DType::kF16 || type == DType::kBF16; }
 
 template <DType kType>
 constexpr size_t kFloatBytes = kType == DType::kF32 ? 4 : 2;

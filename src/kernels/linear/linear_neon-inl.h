@@ -6,10 +6,9 @@
 
 #include <hwy/highway.h>
 
-#include "kernels/linear/linear_kernels.h"
 #include "kernels/linear/linear_rounding-inl.h"
+#include "kernels/linear/linear_rows-inl.h"
 #include "kernels/quants/code_tables.h"
-#include "kernels/quants/quants.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace lesskv::internal {
@@ -28,14 +27,7 @@ using VU8 = hn::Vec<DU8>;
 // Adds the 16 products to the four sums; which products a sum gets is the unit's own matter.
 inline VI32 Dot(VI32 sums, VI8 a, VI8 b);
 
-constexpr size_t kDotTokens = 4;     // tokens multiplied with a row in one pass over it
 constexpr size_t kBlockVectors = 8;  // of float32, in a block of 32
-
-inline uint16_t Load16(const uint8_t* p) {
-  uint16_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
 
 inline float HalfAt(const uint8_t* p) { return static_cast<float>(__builtin_bit_cast(__fp16, Load16(p))); }
 
@@ -165,9 +157,7 @@ template <>
 struct Reader<DType::kMXFP4> {
   Codes32 At(const uint8_t* row, size_t b) const {
     const uint8_t* block = row + b * 17;
-    const uint32_t e = block[0];  // 2^(e - 128); the two smallest are subnormal
-    const float scale = __builtin_bit_cast(float, e < 2 ? 0x200000u << e : (e - 1) << 23);
-    return LookUp(kMxfp4Codes, block + 1, scale);
+    return LookUp(kMxfp4Codes, block + 1, Mxfp4Scale(block[0]));
   }
 };
 
@@ -213,12 +203,11 @@ struct K45Scales {
   float scale[8], minimum[8];
 
   void Unpack(const uint8_t* block) {
-    uint8_t scales[8], minima[8];
-    UnpackScales(block + 4, scales, minima);
+    const PackedScales packed = UnpackScales(block);
     const float d = HalfAt(block), dmin = -HalfAt(block + 2);
     for (size_t g = 0; g < 8; ++g) {
-      scale[g] = d * static_cast<float>(scales[g]);
-      minimum[g] = dmin * static_cast<float>(minima[g]);
+      scale[g] = d * static_cast<float>(static_cast<uint8_t>(packed.scales >> 8 * g));
+      minimum[g] = dmin * static_cast<float>(static_cast<uint8_t>(packed.minima >> 8 * g));
     }
   }
 };
@@ -274,57 +263,6 @@ struct Reader<DType::kQ6_K> {
             {0, 0}};
   }
 };
-
-constexpr bool IsFloat(DType type) { return type == DType::kF32 || type == DType::kF16 || type == DType::kBF16; }
-
-constexpr bool HasMinimum(DType type) {
-  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ2_K || type == DType::kQ4_K ||
-         type == DType::kQ5_K;
-}
-
-// Types whose two groups of 16 in 32 elements have a scale (and, if any, a minimum) each.
-constexpr bool HasTwoScales(DType type) { return type == DType::kQ2_K || type == DType::kQ3_K || type == DType::kQ6_K; }
-
-// Calls f.template operator()<type>() for the type.
-template <typename F>
-inline void SwitchType(DType type, F&& f) {
-  switch (type) {
-    case DType::kF32:
-      return f.template operator()<DType::kF32>();
-    case DType::kF16:
-      return f.template operator()<DType::kF16>();
-    case DType::kBF16:
-      return f.template operator()<DType::kBF16>();
-    case DType::kQ8_0:
-      return f.template operator()<DType::kQ8_0>();
-    case DType::kQ4_0:
-      return f.template operator()<DType::kQ4_0>();
-    case DType::kQ4_1:
-      return f.template operator()<DType::kQ4_1>();
-    case DType::kQ5_0:
-      return f.template operator()<DType::kQ5_0>();
-    case DType::kQ5_1:
-      return f.template operator()<DType::kQ5_1>();
-    case DType::kIQ4_NL:
-      return f.template operator()<DType::kIQ4_NL>();
-    case DType::kIQ4_XS:
-      return f.template operator()<DType::kIQ4_XS>();
-    case DType::kMXFP4:
-      return f.template operator()<DType::kMXFP4>();
-    case DType::kQ2_K:
-      return f.template operator()<DType::kQ2_K>();
-    case DType::kQ3_K:
-      return f.template operator()<DType::kQ3_K>();
-    case DType::kQ4_K:
-      return f.template operator()<DType::kQ4_K>();
-    case DType::kQ5_K:
-      return f.template operator()<DType::kQ5_K>();
-    case DType::kQ6_K:
-      return f.template operator()<DType::kQ6_K>();
-    default:
-      return;  // Linear refused it
-  }
-}
 
 // --- Unpack: a sink receives 32 elements as eight vectors; float types may end with fewer, given as floats in memory
 // ---
@@ -453,36 +391,9 @@ void DotF32Rows(const RowBlock& block, const float* x, size_t x_stride, float* y
   }
 }
 
-// f.template operator()<count>(row block, first token, first row) for up to kDotTokens tokens at once: more go row by
-// row, so that the second pass finds the row in the cache.
-template <typename F>
-inline void ForTokens(const RowBlock& block, size_t token, size_t n_tokens, size_t row, const F& f) {
-  switch (n_tokens) {
-    case 1:
-      return f.template operator()<1>(block, token, row);
-    case 2:
-      return f.template operator()<2>(block, token, row);
-    case 3:
-      return f.template operator()<3>(block, token, row);
-    default:
-      return f.template operator()<4>(block, token, row);
-  }
-}
-
-template <typename F>
-inline void ByRow(const RowBlock& block, size_t n_tokens, const F& f) {
-  if (n_tokens <= kDotTokens) return ForTokens(block, 0, n_tokens, 0, f);
-  RowBlock row = block;
-  row.n_rows = 1;
-  for (size_t r = 0; r < block.n_rows; ++r, row.rows += row.row_bytes) {
-    for (size_t t = 0; t < n_tokens; t += kDotTokens)
-      ForTokens(row, t, n_tokens - t < kDotTokens ? n_tokens - t : kDotTokens, r, f);
-  }
-}
-
 void DotF32(const RowBlock& block, const float* x, size_t x_stride, size_t n_tokens, float* y, size_t y_stride) {
   SwitchType(block.type, [&]<DType kType>() {
-    ByRow(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t r) {
+    ForTokens<1>(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t r) {
       DotF32Rows<kType, kTokens>(rows, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
     });
   });
@@ -538,7 +449,7 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
   float* sum = out.sum + token * out.n_padded / 16;
   for (size_t b = 0; b < n_blocks; ++b) {
     const int32_t low = SumOf16(q + b * 32), high = SumOf16(q + b * 32 + 16);
-    if (HasTwoScales(type)) {
+    if (ScaleGroups(type) == 2) {
       sum[2 * b] = scale[b] * static_cast<float>(low);
       sum[2 * b + 1] = scale[b] * static_cast<float>(high);
     } else {
@@ -562,7 +473,7 @@ inline void AddInt8Block(const Codes32& c, const Int8Activations& x, size_t toke
   const float scale = x.scale[at / 16 + x_block];
   const VI8 low = hn::LoadU(DI8(), q), high = hn::LoadU(DI8(), q + 16);
   const VI32 first = Dot(hn::Zero(DI32()), c.codes[0], low);
-  if constexpr (HasTwoScales(kType)) {
+  if constexpr (ScaleGroups(kType) == 2) {
     const VI32 second = Dot(hn::Zero(DI32()), c.codes[1], high);
     sum.lanes = hn::MulAdd(hn::ConvertTo(DF(), first), hn::Set(DF(), c.scale[0] * scale), sum.lanes);
     sum.lanes = hn::MulAdd(hn::ConvertTo(DF(), second), hn::Set(DF(), c.scale[1] * scale), sum.lanes);
@@ -570,7 +481,7 @@ inline void AddInt8Block(const Codes32& c, const Int8Activations& x, size_t toke
     const VI32 both = Dot(first, c.codes[1], high);
     sum.lanes = hn::MulAdd(hn::ConvertTo(DF(), both), hn::Set(DF(), c.scale[0] * scale), sum.lanes);
   }
-  if constexpr (HasMinimum(kType) && HasTwoScales(kType)) {
+  if constexpr (HasMinimum(kType) && ScaleGroups(kType) == 2) {
     sum.minima += c.minimum[0] * x.sum[at / 16 + 2 * x_block] + c.minimum[1] * x.sum[at / 16 + 2 * x_block + 1];
   } else if constexpr (HasMinimum(kType)) {
     sum.minima += c.minimum[0] * x.sum[at / 16 + x_block];
@@ -598,14 +509,12 @@ void DotInt8Row(const uint8_t* row, size_t n, const Int8Activations& x, size_t t
 }
 
 void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride) {
-  SwitchType(block.type, [&]<DType kType>() {
-    if constexpr (!IsFloat(kType)) {
-      ByRow(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t first) {
-        for (size_t r = 0; r < rows.n_rows; ++r)
-          DotInt8Row<kType, kTokens>(rows.rows + r * rows.row_bytes, rows.n, x, t, y + t * y_stride + first + r,
-                                     y_stride);
-      });
-    }
+  SwitchQuantized(block.type, [&]<DType kType>() {
+    ForTokens<1>(block, n_tokens, [&]<size_t kTokens>(const RowBlock& rows, size_t t, size_t first) {
+      for (size_t r = 0; r < rows.n_rows; ++r)
+        DotInt8Row<kType, kTokens>(rows.rows + r * rows.row_bytes, rows.n, x, t, y + t * y_stride + first + r,
+                                   y_stride);
+    });
   });
 }
 
