@@ -1,5 +1,6 @@
-// Unpacking of weight rows with AVX-512, shared by the two AVX-512 translation units. Everything is in an anonymous
-// namespace, so that each unit keeps its own copy, built with its own flags. Block layouts are described in quants.h.
+// Unpacking of weight rows and multiplying tiles with AVX-512, shared by the AVX-512 translation units. Everything is
+// in an anonymous namespace, so that each unit keeps its own copy, built with its own flags. Block layouts are
+// described in quants.h.
 #pragma once
 
 #include <immintrin.h>
@@ -408,6 +409,62 @@ inline size_t PrefetchAhead(size_t n_rows, size_t row_bytes, size_t apart) {
 template <int kLocality = 3>
 inline void Prefetch(const uint8_t* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, kLocality);
+}
+
+// --- Many tokens ---
+
+constexpr size_t kTileRows[kMaxGroupVectors] = {12, 12, 8, 6};  // with a group of 1, 2, ... vectors
+
+// A tile of float32 or bfloat16. Lanes describes what 32 bits hold:
+//   Element, kElements  one number of a row or token, and how many there are in 32 bits
+//   Vec, Load(p)        those of sixteen tokens
+//   Broadcast(p)        those of a row, beside each of them
+//   AddProduct(a, b, c) c + a b
+template <typename Lanes, size_t kVectors, size_t kRows>
+void TileOfShape(const typename Lanes::Element* const* rows, size_t n, const typename Lanes::Element* group, float* acc,
+                 bool first) {
+  constexpr size_t kWidth = kVectors * kTokenLanes;
+  __m512 sum[kRows][kVectors];
+  const typename Lanes::Element* row[kRows];
+#pragma GCC unroll 24
+  for (size_t r = 0; r < kRows; ++r) {
+    row[r] = rows[r];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; ++v) {
+      sum[r][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * kWidth + v * kTokenLanes);
+    }
+  }
+  for (size_t i = 0; i < n; ++i) {
+    typename Lanes::Vec x[kVectors];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; ++v) x[v] = Lanes::Load(group + (i * kWidth + v * kTokenLanes) * Lanes::kElements);
+#pragma GCC unroll 24
+    for (size_t r = 0; r < kRows; ++r) {
+      const typename Lanes::Vec w = Lanes::Broadcast(row[r] + i * Lanes::kElements);
+#pragma GCC unroll 4
+      for (size_t v = 0; v < kVectors; ++v) sum[r][v] = Lanes::AddProduct(w, x[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 24
+  for (size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * kWidth + v * kTokenLanes, sum[r][v]);
+  }
+}
+
+template <typename Lanes>
+void Tile(const typename Lanes::Element* const* rows, size_t n, const typename Lanes::Element* group, size_t vectors,
+          float* acc, bool first) {
+  switch (vectors) {
+    case 1:
+      return TileOfShape<Lanes, 1, kTileRows[0]>(rows, n, group, acc, first);
+    case 2:
+      return TileOfShape<Lanes, 2, kTileRows[1]>(rows, n, group, acc, first);
+    case 3:
+      return TileOfShape<Lanes, 3, kTileRows[2]>(rows, n, group, acc, first);
+    default:
+      return TileOfShape<Lanes, 4, kTileRows[3]>(rows, n, group, acc, first);
+  }
 }
 
 }  // namespace

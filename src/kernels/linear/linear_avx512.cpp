@@ -145,51 +145,14 @@ void PackF32(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t 
   }
 }
 
-template <size_t kVectors, size_t kRows>
-void TileF32Fixed(const float* const* rows, size_t n, const float* group, float* acc, bool first) {
-  constexpr size_t kWidth = kVectors * kTokenLanes;
-  __m512 sum[kRows][kVectors];
-  const float* row[kRows];
-#pragma GCC unroll 24
-  for (size_t r = 0; r < kRows; ++r) {
-    row[r] = rows[r];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) {
-      sum[r][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * kWidth + v * kTokenLanes);
-    }
-  }
-  for (size_t i = 0; i < n; ++i) {
-    __m512 x[kVectors];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) x[v] = _mm512_loadu_ps(group + i * kWidth + v * kTokenLanes);
-#pragma GCC unroll 24
-    for (size_t r = 0; r < kRows; ++r) {
-      const __m512 w = _mm512_set1_ps(row[r][i]);
-#pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; ++v) sum[r][v] = _mm512_fmadd_ps(w, x[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 24
-  for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * kWidth + v * kTokenLanes, sum[r][v]);
-  }
-}
-
-constexpr size_t kTileRows[kMaxGroupVectors] = {12, 12, 8, 6};
-
-void TileF32(const float* const* rows, size_t n, const float* group, size_t vectors, float* acc, bool first) {
-  switch (vectors) {
-    case 1:
-      return TileF32Fixed<1, kTileRows[0]>(rows, n, group, acc, first);
-    case 2:
-      return TileF32Fixed<2, kTileRows[1]>(rows, n, group, acc, first);
-    case 3:
-      return TileF32Fixed<3, kTileRows[2]>(rows, n, group, acc, first);
-    default:
-      return TileF32Fixed<4, kTileRows[3]>(rows, n, group, acc, first);
-  }
-}
+struct FloatLanes {
+  using Element = float;
+  using Vec = __m512;
+  static constexpr size_t kElements = 1;
+  static Vec Load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec Broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static __m512 AddProduct(Vec a, Vec b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+};
 
 // 16 rows of 16 tokens become 16 tokens of 16 rows: pairs, fours and then 128-bit lanes change places.
 void StoreSquare(const float* acc, size_t width, size_t n_tokens, float* y, size_t y_stride) {
@@ -238,7 +201,7 @@ const LinearKernels& Avx512LinearKernels() {
       .dot_int8 = Avx512DotInt8,
       .pack_f32 = PackF32,
       .pack_bf16 = nullptr,
-      .tile_f32 = TileF32,
+      .tile_f32 = Tile<FloatLanes>,
       .tile_bf16 = nullptr,
       .shape_f32 = {.group_vectors = kMaxGroupVectors, .rows = {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3]}},
       .shape_bf16 = {},

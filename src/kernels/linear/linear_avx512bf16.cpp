@@ -61,60 +61,17 @@ void PackBf16(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t
   }
 }
 
-inline __m512bh BroadcastPair(const uint16_t* p) {
-  uint32_t pair;
-  __builtin_memcpy(&pair, p, sizeof pair);
-  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
-}
-
-template <size_t kVectors, size_t kRows>
-void TileBf16Fixed(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group, float* acc, bool first) {
-  constexpr size_t kWidth = kVectors * kTokenLanes;
-  __m512 sum[kRows][kVectors];
-  const uint16_t* row[kRows];
-#pragma GCC unroll 24
-  for (size_t r = 0; r < kRows; ++r) {
-    row[r] = rows[r];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) {
-      sum[r][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * kWidth + v * kTokenLanes);
-    }
+struct Bf16Lanes {
+  using Element = uint16_t;
+  using Vec = __m512bh;
+  static constexpr size_t kElements = 2;
+  static Vec Load(const uint16_t* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Vec Broadcast(const uint16_t* p) {
+    const uint32_t pair = Load32(reinterpret_cast<const uint8_t*>(p));
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
   }
-  for (size_t i = 0; i < n_pairs; ++i) {
-    __m512bh x[kVectors];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) {
-      x[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(group + (i * kWidth + v * kTokenLanes) * 2));
-    }
-#pragma GCC unroll 24
-    for (size_t r = 0; r < kRows; ++r) {
-      const __m512bh w = BroadcastPair(row[r] + 2 * i);
-#pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, x[v]);
-    }
-  }
-#pragma GCC unroll 24
-  for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * kWidth + v * kTokenLanes, sum[r][v]);
-  }
-}
-
-constexpr size_t kTileRows[kMaxGroupVectors] = {12, 12, 8, 6};
-
-void TileBf16(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group, size_t vectors, float* acc,
-              bool first) {
-  switch (vectors) {
-    case 1:
-      return TileBf16Fixed<1, kTileRows[0]>(rows, n_pairs, group, acc, first);
-    case 2:
-      return TileBf16Fixed<2, kTileRows[1]>(rows, n_pairs, group, acc, first);
-    case 3:
-      return TileBf16Fixed<3, kTileRows[2]>(rows, n_pairs, group, acc, first);
-    default:
-      return TileBf16Fixed<4, kTileRows[3]>(rows, n_pairs, group, acc, first);
-  }
-}
+  static __m512 AddProduct(Vec a, Vec b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
+};
 
 }  // namespace
 
@@ -123,9 +80,8 @@ const LinearKernels& Avx512Bf16LinearKernels() {
     LinearKernels k = Avx512LinearKernels();
     k.unpack_bf16 = UnpackBf16;
     k.pack_bf16 = PackBf16;
-    k.tile_bf16 = TileBf16;
-    k.shape_bf16.group_vectors = kMaxGroupVectors;
-    for (size_t v = 0; v < kMaxGroupVectors; ++v) k.shape_bf16.rows[v] = kTileRows[v];
+    k.tile_bf16 = Tile<Bf16Lanes>;
+    k.shape_bf16 = k.shape_f32;
     return k;
   }();
   return kernels;
