@@ -123,6 +123,7 @@ struct LinearKernels {
 };
 
 // Plain loops for tables that have no better one.
+void ScalarPackF32(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, float* out);
 void ScalarStore(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);
 
 // Entries a level does not have are null: bfloat16 tiles below kAvx512Bf16 (the scalar ones exist, as the reference).

@@ -520,14 +520,6 @@ void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, f
 
 // --- Many tokens, float32 ---
 
-void PackF32(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, float* out) {
-  const size_t width = vectors * kTokenLanes;
-  for (size_t i = 0; i < n; ++i) {
-    for (size_t t = 0; t < n_tokens; ++t) out[i * width + t] = x[t * x_stride + i];
-    for (size_t t = n_tokens; t < width; ++t) out[i * width + t] = 0;
-  }
-}
-
 constexpr size_t kTileRows = 6, kTileVectors = kTokenLanes / 4;  // 24 of 32 registers sum up
 
 void TileF32(const float* const* rows, size_t n, const float* group, size_t, float* acc, bool first) {
@@ -556,7 +548,7 @@ LinearKernels MakeKernels() {
       .dot_f32 = DotF32,
       .quantize = Quantize,
       .dot_int8 = DotInt8,
-      .pack_f32 = PackF32,
+      .pack_f32 = ScalarPackF32,
       .pack_bf16 = nullptr,
       .tile_f32 = TileF32,
       .tile_bf16 = nullptr,

@@ -6,26 +6,13 @@
 
 #include "base/checked.h"
 #include "kernels/linear/linear_kernels.h"
+#include "kernels/quants/half.h"
 #include "kernels/quants/quants.h"
 
 namespace lesskv::internal {
 namespace {
 
 constexpr size_t kInt8Block = 32;
-
-uint16_t RoundToBf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float FromBf16(uint16_t bits16) {
-  const uint32_t bits = static_cast<uint32_t>(bits16) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 void UnpackF32(const RowBlock& block, float* out, size_t out_stride) {
   for (size_t r = 0; r < block.n_rows; ++r) {
@@ -37,7 +24,7 @@ void UnpackBf16(const RowBlock& block, uint16_t* out, size_t out_stride) {
   std::vector<float> row(block.n);
   for (size_t r = 0; r < block.n_rows; ++r) {
     DequantizeRow(block.type, block.rows + r * block.row_bytes, block.n, row.data());
-    std::transform(row.begin(), row.end(), out + r * out_stride, RoundToBf16);
+    std::transform(row.begin(), row.end(), out + r * out_stride, FloatToBf16);
   }
 }
 
@@ -104,19 +91,11 @@ void DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, f
   }
 }
 
-void PackF32(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, float* out) {
-  const size_t width = vectors * kTokenLanes;
-  std::fill_n(out, n * width, 0.0f);
-  for (size_t t = 0; t < n_tokens; ++t) {
-    for (size_t i = 0; i < n; ++i) out[i * width + t] = x[t * x_stride + i];
-  }
-}
-
 void PackBf16(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, uint16_t* out) {
   const size_t width = vectors * kTokenLanes;
   std::fill_n(out, CeilDiv(n, 2) * width * 2, uint16_t{0});
   for (size_t t = 0; t < n_tokens; ++t) {
-    for (size_t i = 0; i < n; ++i) out[((i / 2) * width + t) * 2 + i % 2] = RoundToBf16(x[t * x_stride + i]);
+    for (size_t i = 0; i < n; ++i) out[((i / 2) * width + t) * 2 + i % 2] = FloatToBf16(x[t * x_stride + i]);
   }
 }
 
@@ -137,12 +116,20 @@ void TileBf16(const uint16_t* const* rows, size_t n_pairs, const uint16_t* group
     std::memcpy(w, reinterpret_cast<const char*>(rows[0]) + i * sizeof w, sizeof w);
     for (size_t t = 0; t < width; ++t) {
       const uint16_t* pair = group + (i * width + t) * 2;
-      acc[t] += FromBf16(w[0]) * FromBf16(pair[0]) + FromBf16(w[1]) * FromBf16(pair[1]);
+      acc[t] += Bf16ToFloat(w[0]) * Bf16ToFloat(pair[0]) + Bf16ToFloat(w[1]) * Bf16ToFloat(pair[1]);
     }
   }
 }
 
 }  // namespace
+
+void ScalarPackF32(const float* x, size_t x_stride, size_t n_tokens, size_t n, size_t vectors, float* out) {
+  const size_t width = vectors * kTokenLanes;
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t t = 0; t < n_tokens; ++t) out[i * width + t] = x[t * x_stride + i];
+    for (size_t t = n_tokens; t < width; ++t) out[i * width + t] = 0;
+  }
+}
 
 void ScalarStore(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride) {
   for (size_t t = 0; t < n_tokens; ++t) {
@@ -157,7 +144,7 @@ const LinearKernels& ScalarLinearKernels() {
       .dot_f32 = DotF32,
       .quantize = Quantize,
       .dot_int8 = DotInt8,
-      .pack_f32 = PackF32,
+      .pack_f32 = ScalarPackF32,
       .pack_bf16 = PackBf16,
       .tile_f32 = TileF32,
       .tile_bf16 = TileBf16,
