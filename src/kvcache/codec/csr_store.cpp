@@ -114,19 +114,17 @@ CsrStore::CsrStore(ByteCounter& counter, const StoreShape& shape, const CsrOptio
       options_(options),
       dictionaries_(std::move(dictionaries)),
       table_(shape.layers),
-      heads_(table_.size()) {
+      heads_(table_.size()),
+      staging_(shape.layers, RowType::kF16, RowType::kF16) {
   for (size_t l = 0; l < shape.layers.size(); ++l) {
     const LayerShape& layer = shape.layers[l];
     constexpr size_t kChunks = SidecarDictionaries::kValueChunks;
-    formats_.push_back({{{RowType::kF16, RowSide::kKeys, layer.head_dim}, {RowType::kF16, RowSide::kValues, layer.head_dim}},
+    formats_.push_back({{RowType::kF16, RowType::kF16, layer.head_dim},
                         {dictionaries_->Keys(l), 1, options.pairs},
                         {dictionaries_->Values(l), kChunks, options.pairs / kChunks},
                         options.coefficients});
-    most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (layer.head_dim > formats_[widest_].exact.keys.head_dim) widest_ = l;
   }
   CHECK(options.pairs <= kMostCsrPairs, "{} pairs a row", options.pairs);
-  staging_.resize(most_heads_);
   for (size_t i = 0; i < heads_.size(); ++i) {
     heads_[i].formats = &formats_[table_.LayerOf(i)];
     if (shape.grows) heads_[i].block_rows = kCsrBlockRows;
@@ -192,16 +190,6 @@ void CsrStore::ReserveHead(size_t i, const StepRoom& room) {
   }
 }
 
-void CsrStore::ReserveStaging(size_t n_step) {
-  const size_t rows = RoundUp(n_step, kTileRows);
-  for (ExactRows& staging : staging_) {
-    if (staging.rows == rows) continue;
-    staging = ExactRows{};
-    // Layers share it: it has room for rows of the widest.
-    staging = ExactRows::Make(*counter_, formats_[widest_].exact, rows);
-  }
-}
-
 void CsrStore::Reserve(const StepRoom& room) {
   CHECK(!room.defers && !room.budgets_later, "csr knows its rows before a prompt");
   const std::vector<size_t> before = budgets_;
@@ -212,7 +200,7 @@ void CsrStore::Reserve(const StepRoom& room) {
   try {
     budgets_.assign(room.budgets.begin(), room.budgets.end());
     for (size_t i = 0; i < heads_.size(); ++i) ReserveHead(i, room);
-    if (!formats_.empty()) ReserveStaging(room.n_step);
+    staging_.Reserve(*counter_, room.n_step, false);
   } catch (...) {
     budgets_ = before;
     CancelStep();
@@ -246,7 +234,7 @@ void CsrStore::CancelStep() {
     } catch (const std::exception&) {
     }
   }
-  for (ExactRows& staging : staging_) staging = ExactRows{};
+  staging_.Free();
   n_step_ = 0;
 }
 
@@ -259,8 +247,7 @@ void CsrStore::EndStep() {
       ResizeArena(heads_[i], budgets_[i]);
     if (evicts_ && options_.window > 0) ResizeWindow(heads_[i], RoundUp(WindowOf(i), kTileRows));
   }
-  if (is_prompt_)
-    for (ExactRows& staging : staging_) staging = ExactRows{};
+  if (is_prompt_) staging_.Free();
   n_step_ = 0;
 }
 
@@ -280,8 +267,7 @@ std::unique_ptr<KvStore> CsrStore::Clone(ByteCounter& counter) const {
     for (const RowSide side : kSides)
       to.Of(side) = {from.Of(side).memory.Clone(counter), from.Of(side).n_own, from.Of(side).n_sampled};
   }
-  copy->staging_.clear();
-  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
+  copy->staging_.CopyFrom(staging_, counter);
   return copy;
 }
 
@@ -310,7 +296,7 @@ void CsrStore::Append(size_t layer, size_t first, size_t n, const float* keys, c
     open_.resize(Layer(layer).n_kv_heads);
   }
   WriteExact(formats_[layer].exact, Layer(layer), first, n, keys, values,
-             [&](size_t h) -> const ExactRows& { return staging_[h]; });
+             [&](size_t h) -> const ExactRows& { return Staging(h); });
 }
 
 AttentionJob CsrStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
@@ -326,7 +312,7 @@ AttentionJob CsrStore::Job(const StoreQuery& query, size_t kv_head, JobList& lis
     spans.push_back({format, nullptr, 0, head.n_coded, &head});
     spans.push_back({format, head.window.Region(f.exact, side), head.first_exact, straight});
     spans.push_back({format, head.window.Region(f.exact, side), 0, head.n_exact - straight});
-    spans.push_back({format, staging_[kv_head].Region(f.exact, side), 0, n_step});
+    spans.push_back({format, Staging(kv_head).Region(f.exact, side), 0, n_step});
   }
   AttentionJob job = HeadJob(query, layer, kv_head, shape_.compute);
   job.keys = *sides[0];
@@ -342,7 +328,7 @@ void CsrStore::AddJobs(const StoreQuery& query, JobList& list) const {
 void CsrStore::ReadExact(const Head& head, size_t kv_head, RowSide side, size_t n_exact, size_t row, float* out) const {
   const Formats& f = *head.formats;
   const bool own = row >= n_exact;
-  const ExactRows& from = own ? staging_[kv_head] : head.window;
+  const ExactRows& from = own ? Staging(kv_head) : head.window;
   const size_t slot = own ? row - n_exact : (head.first_exact + row) % from.rows;
   lesskv::ReadRows(f.exact.Of(side), from.Region(f.exact, side), slot, 1, out, f.exact.keys.head_dim);
 }
@@ -539,7 +525,7 @@ void CsrStore::KeepExact(Head& head, size_t kv_head) {
       const size_t from = open.rows[n_code + j] - open.was_coded, to = (head.first_exact + j) % head.window.rows;
       std::byte* const ring = head.window.Region(f.exact, side);
       if (from >= open.was_exact)
-        CopyRow(f.exact.Of(side), staging_[kv_head].Region(f.exact, side), from - open.was_exact, ring, to);
+        CopyRow(f.exact.Of(side), Staging(kv_head).Region(f.exact, side), from - open.was_exact, ring, to);
       else if ((old + from) % head.window.rows != to)
         CopyRow(f.exact.Of(side), ring, (old + from) % head.window.rows, ring, to);
     }

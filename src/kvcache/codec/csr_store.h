@@ -156,6 +156,7 @@ class CsrStore final : public KvStore {
   size_t SettledBlocks(const Head& head) const {
     return shape_.keeps_all && head.block_rows > 0 ? head.n_coded / head.block_rows : 0;
   }
+  const ExactRows& Staging(size_t kv_head) const { return staging_.At(0, kv_head); }  // of any layer: no step defers
   size_t WindowOf(size_t head) const { return budgets_.empty() ? options_.window : options_.Window(budgets_[head]); }
   void ResizeWindow(Head& head, size_t rows);
   void ResizeArena(Head& head, size_t rows);
@@ -163,7 +164,6 @@ class CsrStore final : public KvStore {
   void Trim(Head& head);
   void ReserveHead(size_t i, const StepRoom& room);
   void ReserveOwn(Head& head);
-  void ReserveStaging(size_t n_step);
   AttentionJob Job(const StoreQuery& query, size_t kv_head, JobList& list) const;
   // A row that is not coded, by its index among those: in the window, or the step's own. n_exact: how many are not the step's.
   void ReadExact(const Head& head, size_t kv_head, RowSide side, size_t n_exact, size_t row, float* out) const;
@@ -187,9 +187,8 @@ class CsrStore final : public KvStore {
   std::shared_ptr<const CsrDictionaries> dictionaries_;
   HeadTable table_;
   std::vector<Formats> formats_;  // [n_layers]
-  size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;    // [heads]
-  std::vector<ExactRows> staging_;  // a layer's heads
+  StagingArea staging_;
   // The step in progress.
   size_t n_step_ = 0;
   bool evicts_ = false, is_prompt_ = false;

@@ -209,11 +209,16 @@ bool KiviStore::Head::AddValues(size_t first, size_t n, const float* weights, si
 // ---- Room
 
 KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOptions& options)
-    : counter_(&counter), shape_(shape), options_(options), table_(shape.layers), heads_(table_.size()) {
+    : counter_(&counter),
+      shape_(shape),
+      options_(options),
+      table_(shape.layers),
+      heads_(table_.size()),
+      staging_(shape.layers, RowType::kF16, RowType::kF16) {
   for (const LayerShape& layer : shape.layers) {
     const size_t d = layer.head_dim;
     Formats f{.keys = {}, .values = options.Values(d),
-              .exact = {{RowType::kF16, RowSide::kKeys, d}, {RowType::kF16, RowSide::kValues, d}},
+              .exact = {RowType::kF16, RowType::kF16, d},
               .layer = formats_.size(), .group = options.group, .bases = options.bases.get(),
               .hadamard_block = options.rotate ? HadamardBlock(d) : 0};
     for (const GroupFormat& part : options.Keys(d)) {
@@ -222,10 +227,7 @@ KiviStore::KiviStore(ByteCounter& counter, const StoreShape& shape, const KiviOp
     }
     f.value_bytes = UnitBytes(f.values);
     formats_.push_back(std::move(f));
-    most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (d > formats_[widest_].exact.keys.head_dim) widest_ = formats_.size() - 1;
   }
-  staging_.resize(most_heads_);
   if (options.pruned > 0) {
     std::vector<size_t> n_kept;
     for (const Formats& f : formats_) n_kept.push_back(f.keys[0].format.head_dim);
@@ -312,18 +314,6 @@ size_t KiviStore::SlackBytes(std::span<const size_t> budgets) const {
   return bytes;
 }
 
-void KiviStore::ReserveStaging(const StepRoom& room) {
-  const size_t rows = RoundUp(room.n_step, kTileRows), n = room.defers ? table_.size() : most_heads_;
-  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<ExactRows>(n);
-  defers_ = room.defers;
-  for (size_t i = 0; i < n; ++i) {
-    if (staging_[i].rows == rows) continue;
-    staging_[i] = ExactRows{};
-    // Layers that share a staging area: it has room for rows of the widest.
-    staging_[i] = ExactRows::Make(*counter_, formats_[defers_ ? table_.LayerOf(i) : widest_].exact, rows);
-  }
-}
-
 void KiviStore::Reserve(const StepRoom& room) {
   const std::vector<size_t> before = budgets_;
   for (Head& head : heads_) {
@@ -334,7 +324,7 @@ void KiviStore::Reserve(const StepRoom& room) {
     budgets_.assign(room.budgets.begin(), room.budgets.end());
     if (sets_) sets_->Reserve(*counter_);
     for (size_t i = 0; i < heads_.size(); ++i) ReserveHead(i, room);
-    ReserveStaging(room);
+    staging_.Reserve(*counter_, room.n_step, room.defers);
   } catch (...) {
     budgets_ = before;
     CancelStep();
@@ -377,7 +367,7 @@ void KiviStore::CancelStep() {
     } catch (const std::exception&) {
     }
   }
-  for (ExactRows& staging : staging_) staging = ExactRows{};
+  staging_.Free();
   const bool has_rows = std::any_of(heads_.begin(), heads_.end(), [](const Head& head) { return head.n_rows > 0; });
   if (sets_ && !has_rows) sets_->Free();
   n_step_ = 0;
@@ -392,14 +382,12 @@ void KiviStore::EndStep() {
       ResizeArena(heads_[i], RoundUp(std::clamp(heads_[i].Capacity(), RowsAhead(heads_[i].n_rows, budgets_[i]), budgets_[i]), options_.group));
     if (evicts_) ResizeWindow(heads_[i], options_.WindowRoom(WindowOf(i)));
   }
-  if (is_prompt_)
-    for (ExactRows& staging : staging_) staging = ExactRows{};
+  if (is_prompt_) staging_.Free();
   n_step_ = 0;
 }
 
 std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
   auto copy = std::make_unique<KiviStore>(counter, shape_, options_);
-  copy->defers_ = defers_;
   copy->budgets_ = budgets_;
   if (sets_) *copy->sets_ = sets_->Clone(counter);
   for (size_t i = 0; i < heads_.size(); ++i) {
@@ -417,8 +405,7 @@ std::unique_ptr<KvStore> KiviStore::Clone(ByteCounter& counter) const {
     to.sink_keys = from.sink_keys;
     to.sink_values = from.sink_values;
   }
-  copy->staging_.clear();
-  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
+  copy->staging_.CopyFrom(staging_, counter);
   return copy;
 }
 
@@ -431,14 +418,14 @@ void KiviStore::AddShareable(std::vector<SharedPart>& parts) const {
 
 void KiviStore::Append(size_t layer, size_t first, size_t n, const float* keys, const float* values) {
   WriteExact(formats_[layer].exact, Layer(layer), first, n, keys, values,
-             [&](size_t h) -> const ExactRows& { return Staging(layer, h); });
+             [&](size_t h) -> const ExactRows& { return staging_.At(layer, h); });
 }
 
 AttentionJob KiviStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
   const LayerShape& layer = Layer(query.layer);
   const Head& head = At(query.layer, kv_head);
   const Formats& f = *head.formats;
-  const ExactRows &window = head.window, &staging = Staging(query.layer, kv_head);
+  const ExactRows &window = head.window, &staging = staging_.At(query.layer, kv_head);
   const size_t n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   keys.push_back({f.exact.keys, nullptr, 0, head.coded_keys, &head});
@@ -482,11 +469,11 @@ void KiviStore::ReadRows(size_t layer, size_t kv_head, std::span<const uint32_t>
     if (rows[i] < head.coded_keys)
       head.ExpandKeys(rows[i], 1, keys + i * d, 1);
     else
-      ReadExact(head, Staging(layer, kv_head), RowSide::kKeys, rows[i], keys + i * d);
+      ReadExact(head, staging_.At(layer, kv_head), RowSide::kKeys, rows[i], keys + i * d);
     if (rows[i] < head.coded_values)
       head.ExpandValues(rows[i], 1, values + i * d, d);
     else
-      ReadExact(head, Staging(layer, kv_head), RowSide::kValues, rows[i], values + i * d);
+      ReadExact(head, staging_.At(layer, kv_head), RowSide::kValues, rows[i], values + i * d);
   }
 }
 
@@ -512,13 +499,13 @@ SlotMap KiviStore::Close(size_t layer, size_t kv_head, std::span<const Departure
   const size_t keys = kept.n - std::min(kept.n, options_.ExactKeys(head.n_rows - head.coded_keys + n_step_, window));
   if (sets_ && keys > 0 && !sets_->chosen(i))
     sets_->Choose(i, keys, [&](size_t row, float* key) {
-      ReadExact(head, Staging(layer, kv_head), RowSide::kKeys, kept.Old(row), key);
+      ReadExact(head, staging_.At(layer, kv_head), RowSide::kKeys, kept.Old(row), key);
     });
   const size_t values = kept.n - std::min({kept.n, head.n_rows - head.coded_values + n_step_, window});
   if (!counter_->only_counts) {
     CHECK(leaving.size() % options_.group == 0 && (leaving.empty() || leaving.back().row < GroupedRows(layer, kv_head)),
           "{} rows leave in groups of {}", leaving.size(), options_.group);
-    CodeRows(head, Staging(layer, kv_head), kept, keys, values);
+    CodeRows(head, staging_.At(layer, kv_head), kept, keys, values);
   }
   head.n_rows = kept.n;
   head.coded_keys = keys;

@@ -169,9 +169,6 @@ class KiviStore final : public KvStore {
   const LayerShape& Layer(size_t layer) const { return shape_.layers[layer]; }
   Head& At(size_t layer, size_t kv_head) { return heads_[table_(layer, kv_head)]; }
   const Head& At(size_t layer, size_t kv_head) const { return heads_[table_(layer, kv_head)]; }
-  const ExactRows& Staging(size_t layer, size_t kv_head) const {
-    return staging_[defers_ ? table_(layer, kv_head) : kv_head];
-  }
   // A head's first blocks that are full of coded rows, where these stay.
   size_t SettledBlocks(const Head& head) const {
     return shape_.keeps_all && head.block_rows > 0 ? std::min(head.coded_keys, head.coded_values) / head.block_rows : 0;
@@ -184,7 +181,6 @@ class KiviStore final : public KvStore {
   void Grow(Head& head, size_t rows);
   void Trim(Head& head);
   void ReserveHead(size_t i, const StepRoom& room);
-  void ReserveStaging(const StepRoom& room);
   void ReadExact(const Head& head, const ExactRows& staging, RowSide side, size_t row, float* out) const;
   void CodeRows(Head& head, const ExactRows& staging, const Kept& kept, size_t keys, size_t values);
   void CodeKeys(Head& head, const ExactRows& staging, const Kept& kept, size_t keys);
@@ -201,13 +197,11 @@ class KiviStore final : public KvStore {
   HeadTable table_;
   std::optional<ChannelSets> sets_;  // where coded keys lack channels
   std::vector<Formats> formats_;  // [n_layers]
-  size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;      // [heads]
-  std::vector<ExactRows> staging_;   // a layer's heads, or all when the step defers
+  StagingArea staging_;
   // The step in progress.
   size_t n_step_ = 0;
   bool is_prompt_ = false;
-  bool defers_ = false;
   bool evicts_ = false;
   std::vector<size_t> budgets_;  // [heads], or empty
 };

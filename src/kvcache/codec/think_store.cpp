@@ -49,7 +49,7 @@ void ThinkStore::BeforeRowsEnter(size_t layer, size_t kv_head, const Cut& cut) {
 void ThinkStore::WriteOld(size_t layer, size_t kv_head, const Place& from, std::byte* keys, std::byte* values,
                           size_t slot) const {
   const size_t d = Layer(layer).head_dim;
-  const ExactFormats f = {{types_.keys, RowSide::kKeys, d}, {types_.values, RowSide::kValues, d}};
+  const ExactFormats f(types_.keys, types_.values, d);
   CopyChannels(f.keys, from.rows->Region(f, RowSide::kKeys), from.slot, kept_channels(layer, kv_head).data(),
                old().key_format(layer), keys, slot);
   CopyRow(f.values, from.rows->Region(f, RowSide::kValues), from.slot, values, slot);

@@ -26,14 +26,10 @@ WindowStore::WindowStore(ByteCounter& counter, const StoreShape& shape, const Ro
       options_(options),
       table_(shape.layers),
       old_(std::make_unique<RowStore>(counter, shape, old, std::move(key_dims))),
-      heads_(table_.size()) {
+      heads_(table_.size()),
+      staging_(shape.layers, whole.keys, whole.values) {
   CHECK(!shape.unrotated_keys && options.window > 0);
-  for (const LayerShape& layer : shape.layers) {
-    formats_.push_back({{whole.keys, RowSide::kKeys, layer.head_dim}, {whole.values, RowSide::kValues, layer.head_dim}});
-    most_heads_ = std::max(most_heads_, layer.n_kv_heads);
-    if (layer.head_dim > formats_[widest_].keys.head_dim) widest_ = formats_.size() - 1;
-  }
-  staging_.resize(most_heads_);
+  for (const LayerShape& layer : shape.layers) formats_.emplace_back(whole.keys, whole.values, layer.head_dim);
 }
 
 size_t WindowStore::OldRows(size_t head) const {
@@ -104,17 +100,6 @@ void WindowStore::ReserveOld(const StepRoom& room) {
   old_->ReserveRows(own, entering);
 }
 
-void WindowStore::ReserveStaging(const StepRoom& room) {
-  const size_t rows = RoundUp(room.n_step, kTileRows), n = room.defers ? table_.size() : most_heads_;
-  if (staging_.size() != n || defers_ != room.defers) staging_ = std::vector<ExactRows>(n);
-  defers_ = room.defers;
-  for (size_t i = 0; i < n; ++i) {
-    if (staging_[i].rows == rows) continue;
-    staging_[i] = ExactRows{};
-    staging_[i] = ExactRows::Make(*counter_, defers_ ? FormatsOf(i) : formats_[widest_], rows);
-  }
-}
-
 void WindowStore::Reserve(const StepRoom& room) {
   budgets_before_ = budgets_;
   begun_before_ = begun_;
@@ -133,7 +118,7 @@ void WindowStore::Reserve(const StepRoom& room) {
       ResizeRing(i, std::max(heads_[i].ring.rows, RingRows(heads_[i], needed)));
     }
     ReserveOld(room);
-    ReserveStaging(room);
+    staging_.Reserve(*counter_, room.n_step, room.defers);
     budgets_.assign(room.budgets.begin(), room.budgets.end());
   } catch (...) {
     CancelStep();
@@ -169,7 +154,7 @@ void WindowStore::CancelStep() {
     } catch (const std::exception&) {
     }
   }
-  for (ExactRows& staging : staging_) staging = ExactRows{};
+  staging_.Free();
   budgets_ = budgets_before_;
   n_step_ = 0;
   begun_ = begun_before_;
@@ -180,8 +165,7 @@ void WindowStore::EndStep() {
   old_->EndStep();
   for (size_t i = 0; i < heads_.size(); ++i) ResizeRing(i, RingRows(heads_[i], heads_[i].n));
   EndOwn();
-  if (is_prompt_)
-    for (ExactRows& staging : staging_) staging = ExactRows{};
+  if (is_prompt_) staging_.Free();
   n_step_ = 0;
 }
 
@@ -199,7 +183,6 @@ size_t WindowStore::SlackBytes(std::span<const size_t> budgets) const {
 std::unique_ptr<KvStore> WindowStore::Clone(ByteCounter& counter) const {
   auto copy = MakeEmpty(counter);
   copy->old_.reset(static_cast<RowStore*>(old_->Clone(counter).release()));
-  copy->defers_ = defers_;
   copy->begun_ = begun_;
   copy->budgets_ = budgets_;
   for (size_t i = 0; i < heads_.size(); ++i) {
@@ -211,8 +194,7 @@ std::unique_ptr<KvStore> WindowStore::Clone(ByteCounter& counter) const {
     to.window = from.window;
     to.bounded_window = from.bounded_window;
   }
-  copy->staging_.clear();
-  for (const ExactRows& staging : staging_) copy->staging_.push_back(staging.Clone(counter));
+  copy->staging_.CopyFrom(staging_, counter);
   return copy;
 }
 
@@ -230,14 +212,14 @@ void WindowStore::Append(size_t layer, size_t first, size_t n, const float* keys
     values = keys + size;
   }
   WriteExact(formats_[layer], Layer(layer), first, n, keys, values,
-             [&](size_t h) -> const ExactRows& { return Staging(layer, h); });
+             [&](size_t h) -> const ExactRows& { return staging_.At(layer, h); });
 }
 
 AttentionJob WindowStore::Job(const StoreQuery& query, size_t kv_head, JobList& list) const {
   const LayerShape& layer = Layer(query.layer);
   const Head& head = heads_[table_(query.layer, kv_head)];
   const ExactFormats& f = formats_[query.layer];
-  const ExactRows& staging = Staging(query.layer, kv_head);
+  const ExactRows& staging = staging_.At(query.layer, kv_head);
   const size_t n_step = query.first_query + query.n_queries;
   std::vector<RowSpan>&keys = list.NewSpans(), &values = list.NewSpans();
   old_->AddSpans(query.layer, kv_head, keys, values);
@@ -267,7 +249,7 @@ void WindowStore::Finish(const StoreQuery& query) const { old_->Finish(query); }
 
 WindowStore::Place WindowStore::Find(size_t layer, size_t kv_head, size_t whole) const {
   const Head& head = heads_[table_(layer, kv_head)];
-  if (whole >= head.n) return {&Staging(layer, kv_head), whole - head.n};
+  if (whole >= head.n) return {&staging_.At(layer, kv_head), whole - head.n};
   return {&head.ring, (head.first + whole) % head.ring.rows};
 }
 

@@ -105,16 +105,12 @@ class WindowStore : public KvStore {
   };
 
   const ExactFormats& FormatsOf(size_t head) const { return formats_[table_.LayerOf(head)]; }
-  const ExactRows& Staging(size_t layer, size_t kv_head) const {
-    return staging_[defers_ ? table_(layer, kv_head) : kv_head];
-  }
   bool MovesOn() const { return is_prompt_ || !options_.generated_piles_up; }
   size_t RingRows(const Head& head, size_t needed) const;
   void ResizeRing(size_t i, size_t rows);
   void FindWindows(const StepRoom& room);
   std::vector<size_t> OldBudgets(std::span<const size_t> budgets) const;
   void ReserveOld(const StepRoom& room);
-  void ReserveStaging(const StepRoom& room);
   Cut PlanCut(size_t layer, size_t kv_head, std::span<const Departure> leaving) const;
   SlotMap MoveOn(size_t layer, size_t kv_head, const Cut& cut);
   void KeepWhole(size_t layer, size_t kv_head, const Cut& cut, std::span<const float> back);
@@ -128,13 +124,12 @@ class WindowStore : public KvStore {
   HeadTable table_;
   std::vector<ExactFormats> formats_;  // [n_layers], of whole rows
   std::unique_ptr<RowStore> old_;
-  size_t widest_ = 0, most_heads_ = 0;
   std::vector<Head> heads_;         // [heads]
-  std::vector<ExactRows> staging_;  // a layer's heads, or all when the step defers
+  StagingArea staging_;
   bool begun_ = false, begun_before_ = false;  // a step has been
   // The step in progress.
   size_t n_step_ = 0;
-  bool evicts_ = false, is_prompt_ = false, defers_ = false;
+  bool evicts_ = false, is_prompt_ = false;
   std::vector<size_t> budgets_, budgets_before_;  // [heads], or empty
 };
 
