@@ -31,6 +31,9 @@ struct RepeatFrame {
 // lies between the copies. BOS, where the vocabulary wants one, is in front of all, so that the text has none of its own.
 RepeatFrame MakeRepeatFrame(const Model& model, const Tokenizer& tokenizer);
 
+// The first rows of a text, which nothing is fitted to: every selector worth its name keeps them.
+inline constexpr size_t kSinkRows = 4;
+
 RowScores MeasureRows(const Engine& engine, const std::vector<int32_t>& text, const RepeatFrame& frame,
                       bool wants_inputs = false);
 

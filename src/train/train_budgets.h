@@ -34,8 +34,7 @@ struct TrainBudgetsReport {
 };
 
 // [ratios, heads]: the share of each head's rows among the best of all; ties: the lower head, then the earlier row. The
-// first `kSinkRows` rows of a head do not take part, since every selector worth its name keeps them.
-inline constexpr size_t kSinkRows = 4;
+// first kSinkRows rows of a head (row_scores.h) do not take part.
 std::vector<float> SharesOf(const std::vector<std::vector<float>>& scores, const std::vector<float>& ratios);
 
 // Throws Error for options that make no sense and for texts too short; `stop` set: Error kRuntime between texts.

@@ -15,7 +15,7 @@
 namespace lesskv::train {
 namespace {
 
-constexpr size_t kFolds = 5, kSinkRows = 4;
+constexpr size_t kFolds = 5;
 constexpr size_t kQuantileRows = 4096;  // inputs of a layer, from all texts alike, whose scores are sorted
 constexpr double kLambdas[] = {1e-5, 1e-4, 1e-3, 1e-2, 1e-1};
 
