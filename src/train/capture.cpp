@@ -1,7 +1,6 @@
 #include "train/capture.h"
 
 #include <algorithm>
-#include <cmath>
 #include <exception>
 #include <numeric>
 
@@ -135,7 +134,6 @@ CaptureView CaptureCache::Replay(const Policy& policy, size_t step, bool outputs
 void CaptureCache::AddMasses(const std::vector<std::vector<int32_t>>& resident, size_t seen, size_t n,
                              CaptureView& view) const {
   const size_t dim = layer_.head_dim, group = layer_.group();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   std::vector<float> keys, scores;
   for (size_t h = 0; h < layer_.n_kv_heads; ++h) {
     const size_t n_past = resident[h].size(), n_rows = n_past + n;
@@ -149,7 +147,7 @@ void CaptureCache::AddMasses(const std::vector<std::vector<int32_t>>& resident, 
       const size_t head = h * group + g;
       Gemm(false, true, n, n_rows, dim, &record_.q[(seen * layer_.n_heads + head) * dim], layer_.n_heads * dim,
            keys.data(), dim, scores.data(), n_rows, false);
-      Scale(scores.data(), scale, n * n_rows);
+      Scale(scores.data(), layer_.scale, n * n_rows);
       for (size_t i = 0; i < n; ++i)
         view.exact_lse[(seen + i) * layer_.n_heads + head] = LogSumExp(&scores[i * n_rows], n_past + i + 1);
     }

@@ -97,10 +97,10 @@ void DropUselessCenters(const SidecarShape& shape, std::span<const LessExample> 
 
 }  // namespace
 
-InputScaling InputScaling::Measure(const SidecarShape& shape, std::span<const LessExample> texts) {
+InputScaling InputScaling::Measure(const SidecarShape& shape, float scale, std::span<const LessExample> texts) {
   InputScaling scaling = {MeasureChannels(texts, &LessExample::q, shape.n_heads * shape.head_dim),
                           MeasureChannels(texts, &LessExample::k, shape.n_kv_heads * shape.head_dim), {}};
-  for (const float mean : scaling.k.mean) scaling.center.push_back(mean / std::sqrt(static_cast<float>(shape.head_dim)));
+  for (const float mean : scaling.k.mean) scaling.center.push_back(mean * scale);
   DropUselessCenters(shape, texts, scaling.center);
   return scaling;
 }

@@ -21,12 +21,12 @@ struct InputScaling {
   ChannelScaling q;  // of n_heads
   ChannelScaling k;  // of n_kv_heads
 
-  // LayerParams::center: mean keys times the softmax scale 1/sqrt(head_dim), of KV heads whose log-masses vary much less (half
+  // LayerParams::center: mean keys times the softmax scale, of KV heads whose log-masses vary much less (half
   // the variance at most) relative to it: where keys share a bias. 0 for others.
   std::vector<float> center;
 
-  // Over all tokens of the texts. A channel that does not vary keeps its scale.
-  static InputScaling Measure(const SidecarShape& shape, std::span<const LessExample> texts);
+  // Over all tokens of the texts, whose softmax has the scale `scale`. A channel that does not vary keeps its scale.
+  static InputScaling Measure(const SidecarShape& shape, float scale, std::span<const LessExample> texts);
 
   // Also takes the exact pairs' log-masses relative to the centre of the keys.
   void Standardize(const SidecarShape& shape, LessExample& text) const;

@@ -4,10 +4,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/rng.h"
+#include "kernels/basic/basic.h"
 #include "kernels/quants/half.h"
+#include "kvcache/cache_shape.h"
 #include "train/feature_net.h"
 
 namespace lesskv::train {
@@ -63,9 +66,9 @@ double Distance(const std::vector<float>& a, const std::vector<float>& b) {
 
 TEST(InputScaling, StandardizedChannelsHaveMeanZeroAndDeviationOne) {
   std::vector<LessExample> texts = {BiasedText(1), BiasedText(2)};
-  const InputScaling scaling = InputScaling::Measure(Shape(), texts);
+  const InputScaling scaling = InputScaling::Measure(Shape(), UsualScale(kDim), texts);
   for (LessExample& text : texts) scaling.Standardize(Shape(), text);
-  const InputScaling after = InputScaling::Measure(Shape(), texts);
+  const InputScaling after = InputScaling::Measure(Shape(), UsualScale(kDim), texts);
   for (const ChannelScaling* channels : {&after.q, &after.k})
     for (size_t c = 0; c < channels->mean.size(); ++c) {
       EXPECT_NEAR(channels->mean[c], 0, 1e-3) << c;
@@ -76,7 +79,7 @@ TEST(InputScaling, StandardizedChannelsHaveMeanZeroAndDeviationOne) {
 TEST(InputScaling, AChannelThatDoesNotVaryKeepsItsScale) {
   LessExample text = BiasedText(1);
   for (size_t t = 0; t < kTokens; ++t) text.k[t * 2 * kDim + 5] = 7;
-  const InputScaling scaling = InputScaling::Measure(Shape(), {&text, 1});
+  const InputScaling scaling = InputScaling::Measure(Shape(), UsualScale(kDim), {&text, 1});
   EXPECT_EQ(scaling.k.deviation[5], 1);
   scaling.Standardize(Shape(), text);
   for (const float x : text.k) EXPECT_TRUE(std::isfinite(x));
@@ -84,7 +87,7 @@ TEST(InputScaling, AChannelThatDoesNotVaryKeepsItsScale) {
 
 TEST(InputScaling, MapsOfEitherSpaceGiveTheSameFeatures) {
   const LessExample text = BiasedText(1);
-  const InputScaling scaling = InputScaling::Measure(Shape(), {&text, 1});
+  const InputScaling scaling = InputScaling::Measure(Shape(), UsualScale(kDim), {&text, 1});
   LessExample standard = text;
   scaling.Standardize(Shape(), standard);
   const LayerParams maps = SomeMaps(), plain = scaling.ToPlain(Shape(), maps, DType::kF32);
@@ -97,10 +100,43 @@ TEST(InputScaling, MapsOfEitherSpaceGiveTheSameFeatures) {
     }
 }
 
+// Masses of keys with a common bias vary with the query's product with it; the centre takes just that out, of the heads that
+// have one.
+TEST(InputScaling, TheCentreIsWhatAllKeysAddToALogMass) {
+  constexpr float kScale = 0.1f;
+  LessExample text = BiasedText(1);
+  text.first_scored = 100;
+  const std::vector<float> noise = text.exact_lse;
+  const InputScaling plain = InputScaling::Measure(Shape(), kScale, {&text, 1});
+  EXPECT_EQ(std::count(plain.center.begin(), plain.center.end(), 0.0f), 2 * static_cast<ptrdiff_t>(kDim));
+  for (size_t row = 0; row < kTokens * 4; ++row)
+    if (row % 4 >= 2)  // the query heads of the second KV head
+      text.exact_lse[row] += kScale * Dot(&text.q[row * kDim], &plain.k.mean[kDim], kDim);
+  const InputScaling scaling = InputScaling::Measure(Shape(), kScale, {&text, 1});
+  for (size_t c = 0; c < 2 * kDim; ++c) EXPECT_EQ(scaling.center[c], c < kDim ? 0 : kScale * scaling.k.mean[c]) << c;
+  scaling.Standardize(Shape(), text);
+  for (size_t row = 0; row < kTokens * 4; ++row) EXPECT_NEAR(text.exact_lse[row], noise[row], 0.1) << row;
+}
+
+// Features of one everywhere: the state's masses in the middle of a text are then a hundredth of the exact ones.
+TEST(InputScaling, FreshStatesWeighAHundredth) {
+  LessExample text = BiasedText(1);
+  text.first_scored = kTokens / 2;
+  for (size_t row = 0; row < kTokens * 4; ++row) text.exact_lse[row] = static_cast<float>(row % 4) + (row < kTokens * 2 ? 50 : 0);
+  LayerParams fresh = InitialSidecar(Shape(), 3).layers[0];
+  std::fill(fresh.psi.b2.begin(), fresh.psi.b2.end(), 0.5f);
+  const LayerParams near = NearTheBareSelector(Shape(), fresh, {&text, 1});
+  for (size_t head = 0; head < 4; ++head)
+    for (size_t r = 0; r < 3; ++r) {
+      const double phi = std::exp(double(near.phi.b2[head * 3 + r])), psi = std::exp(0.5);
+      EXPECT_NEAR(kTokens / 2 * 3 * phi * psi / std::exp(double(head)), 0.01, 1e-5) << head;
+    }
+}
+
 // Rounding w1 moves what multiplies the means by far more than the rest of the sum; the bias takes that back.
 TEST(InputScaling, BiasesMakeUpForTheRoundingOfStoredMatrices) {
   const LessExample text = BiasedText(1);
-  const InputScaling scaling = InputScaling::Measure(Shape(), {&text, 1});
+  const InputScaling scaling = InputScaling::Measure(Shape(), UsualScale(kDim), {&text, 1});
   LessExample standard = text;
   scaling.Standardize(Shape(), standard);
   const LayerParams maps = SomeMaps(), stored = scaling.ToPlain(Shape(), maps, DType::kBF16);

@@ -492,7 +492,7 @@ class Trainer {
     for (size_t s = 0; s < std::min<size_t>(n_training_, 8); ++s) some.push_back({s, 0});
     if (Scaling(state) != nullptr) {
       std::vector<LessExample> texts = Load(layer, some, nullptr);
-      state.inputs = InputScaling::Measure(shape_, texts);
+      state.inputs = InputScaling::Measure(shape_, engine_.model().config().attention_scale, texts);
       if (!o_.from.empty()) state.inputs.center = params.center;
       for (LessExample& text : texts) state.inputs.Standardize(shape_, text);
       model.Import(o_.from.empty() ? NearTheBareSelector(shape_, params, texts) : state.inputs.ToStandard(shape_, params));

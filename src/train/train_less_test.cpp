@@ -28,8 +28,8 @@ namespace fs = std::filesystem;
 constexpr size_t kLayers = 2, kHeads = 4, kKvHeads = 2, kDim = 16, kModel = 32, kFfn = 48, kVocab = 258;
 
 // A llama of two layers with random weights and a byte vocabulary, as a GGUF file. Its keys may carry a bias, in two
-// channels that are then hardly rotated.
-std::string TinyModel(const std::string& folder, float key_bias = 0) {
+// channels that are then hardly rotated, and its scores another scale than the usual one.
+std::string TinyModel(const std::string& folder, float key_bias = 0, float score_scale = UsualScale(kDim)) {
   const std::string path = folder + "/tiny.gguf";
   GgufWriter writer;
   writer.Add("general.architecture", "llama");
@@ -43,6 +43,7 @@ std::string TinyModel(const std::string& folder, float key_bias = 0) {
   writer.Add("llama.attention.key_length", uint32_t{kDim});
   writer.Add("llama.attention.value_length", uint32_t{kDim});
   writer.Add("llama.attention.layer_norm_rms_epsilon", 1e-5f);
+  writer.Add("llama.attention.scale", score_scale);
   writer.Add("llama.rope.dimension_count", uint32_t{kDim});
   writer.Add("llama.rope.freq_base", key_bias == 0 ? 100.0f : 1e6f);
   std::vector<std::string> tokens = {"<unk>", "<s>"};
@@ -392,6 +393,8 @@ TEST_F(TrainLessTest, RefusesWhatLosesNothingOfATextBeforeItsLastStep) {
 
 // What a record says of a policy is what the cache does: resident pairs at each query, output and log-mass over them.
 TEST_F(TrainLessTest, RecordsAgreeWithExplicitAttention) {
+  constexpr float kScale = 0.4f;
+  model_ = Model::Load(TinyModel(folder_, 0, kScale));
   const CacheShape shape = model_->MakeCacheShape(64, ComputeType::kF32);
   std::vector<int32_t> tokens(60);
   Rng rng(3);
@@ -417,7 +420,7 @@ TEST_F(TrainLessTest, RecordsAgreeWithExplicitAttention) {
             double score = 0;
             for (size_t d = 0; d < kDim; ++d)
               score += double(r.q[(t * kHeads + h) * kDim + d]) * r.k[(j * kKvHeads + kv) * kDim + d];
-            const double p = std::exp(score / std::sqrt(double(kDim)));
+            const double p = std::exp(score * double(kScale));
             const bool seen = view.leave[kv * r.n_tokens + j] > static_cast<int32_t>(t);
             n_seen += seen;
             full_mass += p;
