@@ -256,6 +256,7 @@ bool WritesAllOf(const ChatFormat& format, std::string_view default_system, cons
     return marks.find(text) != std::string::npos;
   };
   if (written.bos == WrittenTexts::Bos::kInMessages && !with_bos) return false;
+  if (written.bos == WrittenTexts::Bos::kFirst && format.question.before.starts_with("{bos}")) return false;
   const auto writes_all = [&](const std::vector<std::string>& texts) { return std::all_of(texts.begin(), texts.end(), writes); };
   // Mistral's default system prompts that name a day are left out.
   return writes_all(written.texts) && writes_all(written.assigned) &&

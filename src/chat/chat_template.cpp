@@ -167,8 +167,7 @@ ChatTemplate::ChatTemplate(const ChatFormat& format, std::string default_system,
 ChatTemplate::ChatTemplate(const RecognisedFormat& found, std::string bos, std::string eos)
     : format_(found.format),
       default_system_(found.default_system),
-      prologue_(found.begins_with_bos && !found.format->question.before.starts_with("{bos}") ? "{bos}"
-                                                                                             : found.format->prologue),
+      prologue_(found.begins_with_bos ? "{bos}" : found.format->prologue),
       bos_(std::move(bos)),
       eos_(std::move(eos)) {}
 

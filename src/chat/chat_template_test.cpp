@@ -116,6 +116,7 @@ TEST(ChatTemplate, HostileTemplatesTakeNoTime) {
   EXPECT_TRUE(RecogniseChatFormat(around("not (", ")", 20000)).has_value());
   EXPECT_TRUE(RecogniseChatFormat(around("(a or (b and ", "))", 10000)).has_value());
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_TRUE(RecogniseChatFormat(repeat("{# as long as some have #}", 1000) + chatml).has_value());
   EXPECT_FALSE(RecogniseChatFormat(repeat("{# a longer one than any model has #}", 10000) + chatml).has_value());
 }
 
@@ -145,6 +146,14 @@ TEST(ChatTemplate, ATemplateThatSaysMoreIsAnotherOne) {
   EXPECT_EQ(name(chatml + ask + "{% if not tools %}{{ 'No tools.' }}{% endif %}"), "none");
   EXPECT_EQ(name(chatml + ask + "{% if tools is not none %}{{ 'Tools:' }}{% else %}{{ '' }}{% endif %}"), "chatml");
   EXPECT_EQ(name(chatml + ask + "{% if not (m.role == 'tool' or tools) %}{% else %}{{ 'Tools:' }}{% endif %}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{% if tools is undefined %}{{ 'No tools.' }}{% endif %}"), "none");
+  EXPECT_EQ(name(chatml + ask + "{% if tools != none %}{{ 'Tools:' }}{% endif %}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{% if m.role != 'tool' %}{{ 'No tool.' }}{% endif %}"), "none");
+  EXPECT_EQ(name(chatml + ask + "{{ '' if m.role != 'Tools:' }}{{ '' if 'Tools:' not in m.role }}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{{ raise_exception('Don\\'t }} {{ \"ask\" }}') }}"), "chatml");
+  EXPECT_EQ(name(chatml + ask + "{# Isn't it? #}{{ 'It is.' }}"), "none");
+  for (const char* block : {"{% set list %}tool{% endset %}", "{% generation %}tool{% endgeneration %}", "{% filter trim %}tool{% endfilter %}"})
+    EXPECT_EQ(name(chatml + ask + "{% if tools %}" + block + "{{ 'Tools:' }}{% endif %}"), "chatml") << block;
   EXPECT_EQ(name(chatml + ask + "{% for tool in tools %}{{ 'Tool:' }}{% endfor %}{# Tools? #}"), "chatml");
   EXPECT_EQ(name(chatml + ask + "{{ raise_exception('Roles must alternate') if roles != 'as they should' }}"), "chatml");
   EXPECT_EQ(name("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}" + ask),
@@ -161,6 +170,9 @@ TEST(ChatTemplate, ATemplateThatSaysMoreIsAnotherOne) {
   EXPECT_EQ(name(phi3 + "My reasons are these:\\n' }}"), "none");
   EXPECT_EQ(name(llama2_system + llama2), "llama2");
   EXPECT_EQ(name("{% set given = 'Tu es gentil.' %}" + llama2_system + llama2), "none");
+  std::string once = llama2;  // the first question alone begins with BOS
+  once.erase(once.find("bos_token + "), 12);
+  EXPECT_EQ(name("{{ bos_token }}" + llama2_system + once), "none");
   EXPECT_EQ(name("{% if false == true %}{% set given = 'Be kind.' %}{% endif %}" + llama2_system + llama2), "llama2");
   const std::string mistral =
       "{{ bos_token + '[SYSTEM_PROMPT]' + given + '[/SYSTEM_PROMPT]' }}{% for m in messages %}"
@@ -175,7 +187,8 @@ TEST(ChatTemplate, ChatMlBeginsWithBosWhereTheFileSaysSo) {
   const Messages question = {{ChatRole::kUser, "a"}};
   const std::string rest = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n";
   for (const char* head : {"{{ bos_token }}{% for m in messages %}", "{{- bos_token -}}{%- for m in messages -%}",
-                           "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"}) {
+                           "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}",
+                           "{% for m in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}"}) {
     const auto found = RecogniseChatFormat(head + message);
     ASSERT_TRUE(found.has_value()) << head;
     EXPECT_TRUE(found->begins_with_bos) << head;
@@ -185,6 +198,8 @@ TEST(ChatTemplate, ChatMlBeginsWithBosWhereTheFileSaysSo) {
   ASSERT_TRUE(without.has_value());
   EXPECT_EQ(Text(ChatTemplate(*without, "<s>", "</s>").Render(question)), rest);
   EXPECT_FALSE(RecogniseChatFormat("{% for m in messages %}{{ bos_token }}" + message).has_value()) << "each message has one";
+  EXPECT_FALSE(RecogniseChatFormat("{% for m in messages %}{% if loop.first %}{% else %}{{ bos_token }}{% endif %}" + message)
+                   .has_value()) << "all but the first have one";
 }
 
 // The conversation that grows in a cache reads as the one that is written anew.
@@ -220,6 +235,8 @@ TEST(ChatTemplate, ASystemPromptThatNoQuestionFollowsIsRefused) {
   const Messages lonely = {{ChatRole::kSystem, "S"}};
   EXPECT_THROW(Named("gemma").Render(lonely), Error);
   EXPECT_NO_THROW(Named("chatml").Render(lonely));
+  const Messages two = {{ChatRole::kSystem, "S"}, {ChatRole::kSystem, "T"}, {ChatRole::kUser, "Q"}};
+  EXPECT_NE(Text(Named("gemma").Render(two)).find("ST\n\nQ"), std::string::npos) << "both go into the question";
   EXPECT_THROW(Named("chatml").Render({}), Error);
 }
 
@@ -304,6 +321,47 @@ TEST(ChatTokens, TokensReachAcrossPieces) {
   EXPECT_EQ(tokens.fixed[0].end, 1u) << "the token across the border is the template's";
 }
 
+// "ab" are two tokens, and "abc" is one: no more is fixed than there is.
+TEST(ChatTokens, ATokenThatTakesTheWholeMarkIsFixed) {
+  Vocabulary vocabulary = ChatMlLetters(TokenType::kControl);
+  for (const char* text : {"bc", "abc"}) {
+    vocabulary.tokens.emplace_back(text);
+    vocabulary.scores.push_back(-1000);
+    vocabulary.types.push_back(static_cast<int32_t>(TokenType::kNormal));
+  }
+  const std::vector<ChatPiece> pieces = {{Kind::kMarks, "ab"}, {Kind::kUser, "c"}};
+  const ChatTokens tokens = EncodeChat(*Tokenizer::Create(vocabulary), pieces, {.begins_text = false});
+  ASSERT_EQ(tokens.ids.size(), 1u);
+  ASSERT_EQ(tokens.fixed.size(), 1u);
+  EXPECT_EQ(tokens.fixed[0].end, 1u);
+}
+
+// Gemma's line breaks are tokens that any text has; what people write of them is as much a token as the template's.
+TEST(ChatTokens, WhiteSpaceOfTheTemplateIsFoundInWhatPeopleSay) {
+  Vocabulary vocabulary = ChatMlLetters(TokenType::kControl);
+  vocabulary.tokens.emplace_back("\n\n\n");  // that no merges lead to
+  vocabulary.scores.push_back(0);
+  vocabulary.types.push_back(static_cast<int32_t>(TokenType::kUserDefined));
+  const std::vector<ChatPiece> pieces = {{Kind::kUser, "a\n\n\nb"}, {Kind::kMarks, "\n\n\n"}};
+  const Ids ids = EncodeChat(*Tokenizer::Create(vocabulary), pieces, {}).ids;
+  EXPECT_EQ(std::count(ids.begin(), ids.end(), static_cast<int32_t>(vocabulary.tokens.size() - 1)), 2);
+}
+
+// The colon behind which the model answers, and the space that the answer then begins with, are one token.
+TEST(ChatTokens, AMarkThatTheAnswerChangesIsNotFixed) {
+  Vocabulary vocabulary = ChatMlLetters(TokenType::kControl);
+  vocabulary.tokens.emplace_back(":\u2581");
+  vocabulary.scores.push_back(-1000);
+  vocabulary.types.push_back(static_cast<int32_t>(TokenType::kNormal));
+  const auto tokenizer = Tokenizer::Create(vocabulary);
+  const ChatTemplate chat = Named("falcon");
+  const Messages all = {{ChatRole::kUser, "a"}, {ChatRole::kAssistant, "b"}, {ChatRole::kUser, "c"}};
+  const Ids first = EncodeChat(*tokenizer, chat.Render(std::span(all).first(1)), {}).ids;
+  const ChatTokens tokens = EncodeConversation(*tokenizer, chat, all);
+  ASSERT_NE(tokens.ids[first.size() - 1], first.back());
+  EXPECT_EQ(tokens.fixed.back().end, first.size() - 1);
+}
+
 TEST(ChatTokens, MarksAndSystemPromptAreFixed) {
   const auto tokenizer = Tokenizer::Create(ChatMlLetters(TokenType::kControl));
   const auto pieces = Named("chatml").Render(Messages{{ChatRole::kSystem, "abc"}, {ChatRole::kUser, "def"}});
@@ -361,7 +419,8 @@ TEST(ChatTemplate, IsChosenByNameOrByTheFileOrRefusedWithAllNames) {
   vocabulary.eos.reset();
   vocabulary.tokens[2] = "two";
   vocabulary.types[2] = static_cast<int32_t>(TokenType::kNormal);
-  EXPECT_NE(ErrorOf("zephyr", "", *Tokenizer::Create(vocabulary)).find("end-of-text"), std::string::npos);
+  for (const char* name : {"zephyr", "mistral-v3"})
+    EXPECT_NE(ErrorOf(name, "", *Tokenizer::Create(vocabulary)).find("end-of-text"), std::string::npos) << name;
 }
 
 }  // namespace

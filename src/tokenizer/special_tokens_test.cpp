@@ -23,6 +23,7 @@ TEST(SpecialTokens, TakesTheLongestFromTheLeft) {
   matcher.Add("<a>", 1);
   matcher.Add("<a><b>", 2);
   matcher.Add("<b>c", 3);
+  matcher.Add("<a>", 4);  // again: the first one counts
   EXPECT_EQ(Show(matcher, "x<a><b>cy"), "x|[2]|cy");
   EXPECT_EQ(Show(matcher, "<a><a><b>"), "[1]|[2]");
   EXPECT_EQ(Show(matcher, "<a><b"), "[1]|<b");

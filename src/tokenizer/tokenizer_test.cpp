@@ -63,6 +63,9 @@ TEST(SentencePiece, MergesTheBestScoreFirstThenTheLeftmost) {
   EXPECT_EQ(t->Encode("aaaaa", false, false), (Ids{8, 7, 7}));  // aaa (-3) comes too late
   EXPECT_EQ(t->Encode("", false, false), Ids{});
   EXPECT_EQ(t->Encode(" ", false, false), (Ids{5, 5}));
+  Vocabulary v = HandMade();
+  v.tokens[12] = "!";
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("a", false, false), (Ids{8})) << "no piece is longer";
 }
 
 TEST(SentencePiece, FallsBackToBytesThenToUnknown) {
@@ -87,6 +90,9 @@ TEST(SentencePiece, TextNeverBecomesAControlToken) {
   EXPECT_EQ(t->Encode("</s>", false, false), (Ids{5, 10, 11}));
   EXPECT_EQ(t->Encode("</s>", false, true), (Ids{2}));
   EXPECT_EQ(t->Encode("<unk>", false, true), (Ids{0}));
+  Vocabulary v = HandMade();
+  v.tokens[0] = "as>";
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("as>", false, false, /*at_start=*/false), (Ids{6, 11})) << "nor the unknown one";
 }
 
 TEST(SentencePiece, ASpaceComesBeforeTextAndBehindSpecialTokens) {
@@ -118,8 +124,11 @@ TEST(SentencePiece, SpaceBehindSpecialTokensIsLeftOutWhereTheModelWantsThat) {
   v.strips_behind_special = true;
   const auto t = Tokenizer::Create(v);
   EXPECT_EQ(t->Encode("<tool> \n\ta</s> ", false, true), (Ids{12, 8, 2}));
+  EXPECT_EQ(t->Encode("<tool> \n\ta", false, false), (Ids{12, 8}));
   EXPECT_EQ(t->Encode("<s> a", false, true), (Ids{1, 5, 8})) << "not behind the token that begins a text";
   EXPECT_EQ(t->Encode("a </s>", false, true), (Ids{8, 5, 2})) << "not before a token";
+  v.tokens[12] = "<|endoftext|>";
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("<|endoftext|> a", false, true), (Ids{12, 5, 8})) << "which begins a text, too";
 }
 
 TEST(SentencePiece, UserDefinedTokensAreFoundWithoutParsing) {
@@ -212,6 +221,7 @@ TEST(Tokenizer, TheMostSpecificEndOfATurnIsEot) {
   EXPECT_EQ(Tokenizer::Create(v)->eot(), 1);
   v.eot = 5;
   EXPECT_EQ(Tokenizer::Create(v)->eot(), 5);
+  EXPECT_TRUE(Tokenizer::Create(v)->IsEndOfGeneration(5));
 }
 
 TEST(Tokenizer, FindsControlTokensByText) {
@@ -260,6 +270,9 @@ TEST(ByteBpe, AWholePieceIsItsTokenWhereMergesAreIgnored) {
   const auto id = static_cast<int32_t>(v.tokens.size() - 1);
   EXPECT_EQ(Tokenizer::Create(v)->Encode(" qzx", false, false), (Ids{id}));
   EXPECT_NE(Tokenizer::Create(v)->Encode(" qzxy", false, false).at(0), id);
+  Vocabulary control = v;
+  control.types.back() = static_cast<int32_t>(TokenType::kControl);
+  EXPECT_EQ(Tokenizer::Create(control)->Encode(" qzx", false, false).size(), 4u) << "text never becomes a control token";
   v.pre = "smaug-bpe";  // the same pattern, but merges decide
   EXPECT_EQ(Tokenizer::Create(v)->Encode(" qzx", false, false).size(), 4u);
 }
@@ -296,12 +309,31 @@ TEST(ByteBpe, AMergeMayMakeATextWithoutAToken) {
   EXPECT_EQ(t->Encode("abab", false, false), (Ids{0, 1, 0, 1}));
   EXPECT_EQ(t->Encode("bc", false, false), (Ids{4}));
   EXPECT_EQ(t->Encode("abcd", false, false), (Ids{5, 3})) << "a b and ab c come before c d";
+  v.merges = {"a b", "d d"};
+  EXPECT_EQ(Tokenizer::Create(v)->Encode("ddab", false, false), (Ids{3, 3, 0, 1})) << "neither dd nor ab";
   v.merges = {"a b", "x y"};
   EXPECT_EQ(Tokenizer::Create(v)->Encode("abc", false, false), (Ids{0, 1, 2}));
   v.types.assign(v.tokens.size(), static_cast<int32_t>(TokenType::kNormal));
-  v.types[6] = static_cast<int32_t>(TokenType::kControl);
   v.merges = {"c d"};
-  EXPECT_EQ(Tokenizer::Create(v)->Encode("cd", false, false), (Ids{2, 3})) << "text never becomes a control token";
+  for (const TokenType type : {TokenType::kControl, TokenType::kUnknown}) {
+    v.types[6] = static_cast<int32_t>(type);
+    EXPECT_EQ(Tokenizer::Create(v)->Encode("cd", false, false), (Ids{2, 3})) << "text never becomes such a token";
+  }
+}
+
+// Of two pairs whose ids have the same lower halves each has its own merge.
+TEST(ByteBpe, IdsMayTakeMoreThan16Bits) {
+  Vocabulary v;
+  v.name = "hand-made";
+  v.model = "gpt2";
+  v.pre = "gpt-2";
+  v.tokens = {"a", "b"};
+  while (v.tokens.size() < 65537) v.tokens.push_back(fmt::format("a{}", v.tokens.size()));
+  v.tokens.insert(v.tokens.end(), {"bb", "abb"});
+  v.merges = {"b b", "a bb"};
+  const auto t = Tokenizer::Create(v);
+  EXPECT_EQ(t->Encode("bb", false, false), (Ids{65537}));
+  EXPECT_EQ(t->Encode("abb", false, false), (Ids{65538}));
 }
 
 TEST(SentencePiece, MatchesSentencePiece) {

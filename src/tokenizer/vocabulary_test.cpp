@@ -120,6 +120,22 @@ TEST(Vocabulary, WithoutTypesTheUsualTextsAreBelieved) {
   for (int32_t id = 0; id < static_cast<int32_t>(typed->size()); ++id) ASSERT_EQ(untyped->Type(id), typed->Type(id));
   EXPECT_EQ(untyped->bos(), 1);
   EXPECT_EQ(untyped->eos(), 2);
+  EXPECT_EQ(untyped->unk(), 0);
+}
+
+// The only hint that byte-level vocabularies give.
+TEST(Vocabulary, WithoutTypesTokensThatAreNamedAreSpecial) {
+  Vocabulary vocabulary = SmallBpe("gpt-2");
+  vocabulary.types.clear();
+  vocabulary.bos = 300;
+  vocabulary.eos = 301;
+  vocabulary.eot = 302;
+  vocabulary.unk = 303;
+  vocabulary.ends = {304};
+  const auto tokenizer = Tokenizer::Create(std::move(vocabulary));
+  for (const int32_t id : {300, 301, 302, 304}) EXPECT_EQ(tokenizer->Type(id), TokenType::kControl) << id;
+  EXPECT_EQ(tokenizer->Type(303), TokenType::kUnknown);
+  EXPECT_EQ(tokenizer->Type(305), TokenType::kNormal);
 }
 
 TEST(Vocabulary, ParsesByteTokens) {
@@ -146,6 +162,7 @@ TEST(LoadVocabulary, ReadsEveryField) {
   writer.Add("tokenizer.ggml.unknown_token_id", uint64_t{2});
   writer.Add("tokenizer.ggml.eom_token_id", uint32_t{1});
   writer.Add("tokenizer.ggml.fim_pad_token_id", int32_t{-1});
+  writer.Add("tokenizer.ggml.fim_rep_token_id", uint32_t{0});
   writer.Add("tokenizer.ggml.fim_sep_token_id", uint32_t{2});
   writer.Add("tokenizer.ggml.add_bos_token", true);
   writer.Add("tokenizer.ggml.add_space_prefix", false);
@@ -160,7 +177,7 @@ TEST(LoadVocabulary, ReadsEveryField) {
   EXPECT_EQ(v.bos, 3u);
   EXPECT_EQ(v.eos, std::nullopt);
   EXPECT_EQ(v.eot, std::nullopt);
-  EXPECT_EQ(v.ends, (std::vector<uint32_t>{1, 2}));
+  EXPECT_EQ(v.ends, (std::vector<uint32_t>{1, 0, 2}));
   EXPECT_EQ(v.unk, 2u);
   EXPECT_EQ(v.add_bos, true);
   EXPECT_EQ(v.add_eos, std::nullopt);
