@@ -144,7 +144,7 @@ void ReadHeads(const KeyReader& keys, ModelConfig& config) {
   if (value_length != config.head_dim)
     keys.Refuse("attention.value_length", fmt::format("{}, as the keys have", config.head_dim),
                 fmt::format("{}", value_length));
-  if (config.head_dim % 2 != 0 || config.head_dim > kMaxHeadDim || config.head_dim == 0)
+  if (config.head_dim % 2 != 0 || config.head_dim > kMaxHeadDim)
     keys.Refuse("head size", fmt::format("an even number in [2, {}]", kMaxHeadDim), fmt::format("{}", config.head_dim));
 }
 

@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "format/gguf_writer.h"
+#include "kvcache/residual/sidecar.h"
 
 namespace lesskv {
 namespace {
@@ -31,8 +32,9 @@ struct TinyFile {
       {"blk.0.attn_v.weight", {8, 4}},  {"blk.0.attn_output.weight", {8, 8}}, {"blk.0.ffn_gate.weight", {8, 12}},
       {"blk.0.ffn_up.weight", {8, 12}}, {"blk.0.ffn_down.weight", {12, 8}}};
   std::map<std::string, DType> types;  // where not f32
+  std::function<float(size_t)> element = [](size_t) { return 0.0f; };  // element i of a tensor of f32
 
-  std::string Write() const {
+  std::string Write(const std::string& name = "") const {
     GgufWriter writer;
     writer.Add("general.architecture", architecture);
     for (const auto& [key, value] : counts) writer.Add(architecture + "." + key, value);
@@ -40,15 +42,16 @@ struct TinyFile {
     for (const auto& [key, value] : texts) writer.Add(architecture + "." + key, value);
     if (!tokens.empty()) writer.AddArray("tokenizer.ggml.tokens", tokens);
     for (const auto& [key, value] : arrays) writer.AddArray(architecture + "." + key, value);
-    const std::vector<std::byte> zeros(4096);
-    for (const auto& [name, ne] : tensors) {
-      const DType type = types.contains(name) ? types.at(name) : DType::kF32;
+    std::vector<float> values(1024);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = element(i);
+    for (const auto& [tensor, ne] : tensors) {
+      const DType type = types.contains(tensor) ? types.at(tensor) : DType::kF32;
       size_t rows = 1;
       for (size_t i = 1; i < ne.size(); ++i) rows *= ne[i];
-      writer.AddTensor(name, type, std::span<const size_t>(ne), std::span(zeros).first(RowBytes(type, ne[0]) * rows));
+      writer.AddTensor(tensor, type, std::span<const size_t>(ne), std::as_bytes(std::span(values)).first(RowBytes(type, ne[0]) * rows));
     }
     const auto* info = testing::UnitTest::GetInstance()->current_test_info();
-    const std::string path = testing::TempDir() + "lesskv_model_test_" + info->name() + ".gguf";
+    const std::string path = name.empty() ? testing::TempDir() + "lesskv_model_test_" + info->name() + ".gguf" : name;
     writer.Write(path);
     return path;
   }
@@ -109,6 +112,7 @@ TEST(Model, OddMetadataAreTaken) {
   file.reals["attn_logit_softcapping"] = 0;
   file.reals["rope.scaling.yarn_attn_factor"] = file.reals["rope.scaling.yarn_ext_factor"] = 1;
   file.counts["nextn_predict_layers"] = 0;
+  file.counts["attention.causal"] = 1;
   EXPECT_EQ(Refusal(file), "");
   file.architecture = "qwen2";  // whose newer models have no biases
   EXPECT_EQ(Refusal(file), "");
@@ -132,6 +136,8 @@ TEST(Model, RopeScalingFromMetadata) {
   EXPECT_EQ(RopeOf({{"rope.scaling.factor", 4}}, "none").linear_scale, 1);
   EXPECT_EQ(RopeOf({{"rope.scaling.attn_factor", 0.5}}, "none").magnitude, 0.5f);
   EXPECT_EQ(RopeOf({}, "linear").linear_scale, 1);
+  EXPECT_EQ(RopeOf({{"rope.scaling.factor", 0}}, "linear").linear_scale, 1);  // as some converters write for none
+  EXPECT_EQ(RopeOf({{"rope.scaling.factor", 0.5}}, "yarn").magnitude, 1);
   const RopeConfig yarn = RopeOf({{"rope.scaling.factor", 4}, {"rope.scaling.yarn_beta_fast", 16}}, "yarn");
   EXPECT_EQ(yarn.yarn.original_ctx, 64);  // the context length where nothing else is said
   EXPECT_EQ(yarn.yarn.beta_fast, 16);
@@ -139,6 +145,41 @@ TEST(Model, RopeScalingFromMetadata) {
   EXPECT_NEAR(yarn.magnitude, 1 + 0.1 * std::log(4.0), 1e-12);
   EXPECT_NEAR(RopeOf({{"rope.scaling.factor", 4}, {"rope.scaling.attn_factor", 0.5}}, "yarn").magnitude,
               0.5 * (1 + 0.1 * std::log(4.0)), 1e-12);
+}
+
+ModelConfig ConfigOf(const TinyFile& file) {
+  const std::string path = file.Write();
+  const ModelConfig config = ReadModelConfig(GgufFile::Open(path, false));
+  std::filesystem::remove(path);
+  return config;
+}
+
+TEST(Model, ScalesOfScores) {
+  TinyFile file;
+  file.counts["attention.key_length"] = 16;  // not the width over the heads
+  EXPECT_EQ(ConfigOf(file).attention_scale, 0.25f);
+  file.counts["block_count"] = 62;
+  EXPECT_EQ(ConfigOf(file).attention_scale, 0.25f);
+  file.architecture = "gemma3";  // the one of 27 billion parameters
+  EXPECT_EQ(ConfigOf(file).attention_scale, 0.5f);
+  file.reals["attention.scale"] = 0.75f;
+  EXPECT_EQ(ConfigOf(file).attention_scale, 0.75f);
+}
+
+TEST(Model, WhichLayersAreLocal) {
+  TinyFile file;
+  file.architecture = "gemma3";
+  file.counts["block_count"] = 7;
+  EXPECT_TRUE(ConfigOf(file).local.empty()) << "no window is named";
+  file.counts["attention.sliding_window"] = 8;
+  EXPECT_EQ(ConfigOf(file).local, (std::vector<bool>{true, true, true, true, true, false, true}));
+  EXPECT_EQ(ConfigOf(file).local_rope_base, 10000);
+  file.counts["attention.sliding_window_pattern"] = 2;
+  file.reals["rope.freq_base_swa"] = 500;
+  EXPECT_EQ(ConfigOf(file).local, (std::vector<bool>{true, false, true, false, true, false, true}));
+  EXPECT_EQ(ConfigOf(file).local_rope_base, 500);
+  file.architecture = "phi3";  // whose window is none
+  EXPECT_TRUE(ConfigOf(file).local.empty());
 }
 
 std::shared_ptr<const Model> LoadTiny(const std::string& name) {
@@ -270,6 +311,20 @@ const std::vector<BadFile> kBadFiles = {
        f.arrays["rope.scaling.factor"] = {2, 2, 2};
      },
      {"rope.scaling.factor", "array of u32"}},
+    {"attention to what comes later", [](TinyFile& f) { f.counts["attention.causal"] = 0; }, {"attention.causal", "found 0"}},
+    {"a pattern of more layers",
+     [](TinyFile& f) {
+       f.architecture = "gemma3";
+       f.counts["attention.sliding_window"] = 8;
+       f.arrays["attention.sliding_window_pattern"] = {1, 1};
+     },
+     {"sliding_window_pattern", "one value for each of 1 layers", "found 2"}},
+    {"an odd number of rotated channels",
+     [](TinyFile& f) {
+       f.architecture = "phi3";
+       f.counts["rope.dimension_count"] = 3;
+     },
+     {"rope.dimension_count", "an even number up to the head size 4", "found 3"}},
     {"soft caps for no layer",
      [](TinyFile& f) { f.arrays["attn_logit_softcapping"] = {}; },
      {"attn_logit_softcapping", "array of u32"}},
@@ -290,6 +345,11 @@ const std::vector<BadFile> kBadFiles = {
        f.tensors["blk.0.attn_k.weight"] = {8, 8};
      },
      {"blk.0.attn_k.weight", "expected shape [8, 4]", "found [8, 8]"}},
+    {"a matrix of three dimensions",
+     [](TinyFile& f) {
+       f.tensors["blk.0.attn_k.weight"] = {8, 2, 2};
+     },
+     {"blk.0.attn_k.weight", "expected shape [8, 4]", "found [8, 2, 2]"}},
     {"transposed",
      [](TinyFile& f) {
        f.tensors["blk.0.ffn_down.weight"] = {8, 12};
@@ -306,6 +366,12 @@ const std::vector<BadFile> kBadFiles = {
     {"rope factors of zero",
      [](TinyFile& f) { f.tensors["rope_freqs.weight"] = {2}; },
      {".gguf: tensor rope_freqs.weight", "found 0"}},
+    {"rope factors without end",
+     [](TinyFile& f) {
+       f.tensors["rope_freqs.weight"] = {2};
+       f.element = [](size_t) { return INFINITY; };
+     },
+     {".gguf: tensor rope_freqs.weight", "found inf"}},
 };
 
 TEST(Model, BrokenFilesAreRefusedByName) {
@@ -322,7 +388,8 @@ TEST(Model, UntiedOutputAndOptionalBiasesAreTaken) {
   TinyFile file;
   file.tensors["output.weight"] = {8, 5};
   file.tensors["blk.0.attn_output.bias"] = {8};
-  file.tensors["blk.0.attn_rot_embd"] = {2};  // old converters wrote it; ignored
+  file.tensors["blk.0.attn_rot_embd"] = {2};  // old converters wrote them; ignored
+  file.tensors["blk.0.rope_freqs"] = {2};
   const std::string path = file.Write();
   const auto model = Model::Load(path);
   std::filesystem::remove(path);
@@ -344,6 +411,49 @@ TEST(Model, OneMatrixMayHaveItsBiasesApart) {
   EXPECT_EQ(model->layer(0).q_bias.size(), 8u);
   EXPECT_EQ(model->layer(0).k_bias.size(), 4u);
   EXPECT_EQ(model->layer(0).v_bias.size(), 4u);
+}
+
+// As Phi's and new Qwen's have: queries, keys and values one behind the other, in the matrix as in its biases.
+TEST(Model, OneMatrixIsCutIntoThree) {
+  TinyFile file;
+  for (const char* name : {"q", "k", "v"}) file.tensors.erase(fmt::format("blk.0.attn_{}.weight", name));
+  file.tensors["blk.0.attn_qkv.weight"] = {8, 16};
+  file.tensors["blk.0.attn_qkv.bias"] = {16};
+  file.element = [](size_t i) { return static_cast<float>(i); };
+  const std::string path = file.Write();
+  const auto model = Model::Load(path, ModelLoading::kRead);
+  std::filesystem::remove(path);
+  const LayerWeights& w = model->layer(0);
+  EXPECT_EQ(w.q_bias, (std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7}));
+  EXPECT_EQ(w.k_bias, (std::vector<float>{8, 9, 10, 11}));
+  EXPECT_EQ(w.v_bias, (std::vector<float>{12, 13, 14, 15}));
+  EXPECT_EQ(*static_cast<const float*>(w.k.data), 64);
+  EXPECT_EQ(*static_cast<const float*>(w.v.data), 96);
+}
+
+// The name goes first, then what fits beside the model and above it, by name; what belongs to another model is none.
+TEST(Model, SidecarsThatFitAreFound) {
+  const std::filesystem::path folder = testing::TempDir() + "lesskv_model_test_sidecars", inner = folder / "inner";
+  std::filesystem::remove_all(folder);
+  std::filesystem::create_directories(inner);
+  const std::string path = TinyFile().Write((inner / "m.gguf").string());
+  Sidecar sidecar = InitialSidecar({1, 2, 1, 4, 2, 4, FeatureKind::kExp}, 1);
+  const auto write = [&](const std::filesystem::path& to, uint64_t identity) {
+    sidecar.model_identity = identity;
+    WriteSidecar(to.string(), sidecar);
+  };
+  const auto found = [&] { return std::filesystem::relative(Model::Load(path, ModelLoading::kRead)->Sidecar().path, folder).string(); };
+  const uint64_t own = Model::Load(path, ModelLoading::kRead)->identity();
+  write(inner / "a.less.gguf", own + 1);
+  EXPECT_EQ(found(), "inner/m.less.gguf") << "where it would be";
+  write(folder / "b.less.gguf", own);
+  write(folder / "a.less.gguf", own);
+  EXPECT_EQ(found(), "a.less.gguf");
+  write(inner / "c.less.gguf", own);
+  EXPECT_EQ(found(), "inner/c.less.gguf");
+  write(inner / "m.less.gguf", own + 1);
+  EXPECT_EQ(found(), "inner/m.less.gguf") << "which is then refused by name";
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Model, FingerprintSeparatesFiles) {
