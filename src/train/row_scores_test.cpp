@@ -166,9 +166,10 @@ TEST(RowScores, ByHand) {
 TEST(RowScores, AreWhatTheSecondCopyReads) {
   const auto model = Model::Load(kModel);
   const Engine engine(model, {.compute = ComputeChoice::kF32});
-  const std::vector<int32_t> text = RandomTokens(*model, 23, 8);
+  constexpr size_t kLength = 260;  // several tiles of queries, and read in two of the model's
+  const std::vector<int32_t> text = RandomTokens(*model, kLength, 8);
   const RepeatFrame frame{{3, 5, 7}, {9, 11}};
-  const Places at{3, 3 + 23 + 2, 23};
+  const Places at{3, 3 + kLength + 2, kLength};
   const RowScores measured = MeasureRows(engine, text, frame, true);
   EXPECT_TRUE(MeasureRows(engine, text, frame).inputs.empty());
 
@@ -193,15 +194,16 @@ TEST(RowScores, AreWhatTheSecondCopyReads) {
       least = std::min(least, Length(&layer.x[(at.second + j) * width], width));
       most = std::max(most, Length(&layer.x[(at.second + j) * width], width));
     }
-    for (size_t h = 0; h < s.n_kv_heads; ++h, ++row)
-      for (size_t i = 0; i < at.n; ++i) {
-        double expected = -std::numeric_limits<double>::infinity();
-        for (size_t head = h * s.group(); head < (h + 1) * s.group(); ++head)
-          expected = std::max(expected, MostRead(layer, s, width, at, head)[i] +
-                                            std::log(AddedLength(model->layer(l).attn_output, head, s.head_dim,
-                                                                 &layer.v[(at.first + i) * s.kv_dim() + h * s.head_dim])));
-        EXPECT_NEAR(measured.scores[row][i], expected, 2e-4) << l << " " << h << " " << i;
+    for (size_t h = 0; h < s.n_kv_heads; ++h, ++row) {
+      std::vector<double> expected(at.n, -std::numeric_limits<double>::infinity());
+      for (size_t head = h * s.group(); head < (h + 1) * s.group(); ++head) {
+        const std::vector<double> most_read = MostRead(layer, s, width, at, head);
+        for (size_t i = 0; i < at.n; ++i)
+          expected[i] = std::max(expected[i], most_read[i] + std::log(AddedLength(model->layer(l).attn_output, head, s.head_dim,
+                                                                                  &layer.v[(at.first + i) * s.kv_dim() + h * s.head_dim])));
       }
+      for (size_t i = 0; i < at.n; ++i) EXPECT_NEAR(measured.scores[row][i], expected[i], 2e-4) << l << " " << h << " " << i;
+    }
   }
   EXPECT_EQ(row, measured.scores.size());
   EXPECT_GT(most, 1.01 * least);  // queries' inputs differ in length, or their place in the maximum would not matter
@@ -226,6 +228,16 @@ TEST(RowScores, FollowTheOutputProjection) {
       EXPECT_TRUE(std::isfinite(none[head][i]));
       EXPECT_EQ(none[head][i] < usual[head][i] - 10, own);
     }
+}
+
+// Layers that see a window only have no rows to choose from. One of the seven is global, with one KV head.
+TEST(RowScores, AreOfGlobalLayersOnly) {
+  const auto model = Model::Load(LESSKV_SOURCE_DIR "/tests/data/models/gemma3-local.gguf");
+  const RowScores rows =
+      MeasureRows(Engine(model, {.compute = ComputeChoice::kF32}), RandomTokens(*model, 30, 4), {{1}, {2}}, true);
+  ASSERT_EQ(rows.scores.size(), 1u);
+  ASSERT_EQ(rows.inputs.size(), 1u);
+  EXPECT_EQ(rows.inputs[0].size(), 30 * model->config().d_model);
 }
 
 // With a chat template the model is asked for the text and answers with it; the marks are the template's.

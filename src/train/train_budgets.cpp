@@ -87,7 +87,6 @@ TrainBudgetsReport TrainBudgets(const Engine& engine, const Tokenizer& tokenizer
   budgets.shares = halves[0];
   Add(budgets.shares.data(), halves[1].data(), halves[1].size());
   Scale(budgets.shares.data(), 1.0f / static_cast<float>(options.sequences), budgets.shares.size());
-  for (float& share : budgets.shares) share = std::min(share, 1.0f);
   for (size_t r = 0; r < options.ratios.size(); ++r)
     report.correlation.push_back(Correlation(std::span(halves[0]).subspan(r * n_heads, n_heads),
                                              std::span(halves[1]).subspan(r * n_heads, n_heads)));
