@@ -262,15 +262,24 @@ TEST_P(LessLayerKinds, OutputEqualsTheResidualOfTheCache) {
   }
 }
 
-TEST(LessLayer, DropoutKeepsTheExpectationAndIsReproducible) {
-  const Problem p = RandomProblem(FeatureKind::kGelu, 6);
-  const LessLayer layer(p.shape, p.parameters, p.metric);
+// One seed is one mask, in the loss and in its gradient: along the gradient the loss rises by the gradient's square.
+TEST_P(LessLayerKinds, DropoutHasItsGradientAndIsReproducible) {
+  const Problem p = RandomProblem(GetParam(), 6);
+  LessLayer layer(p.shape, p.parameters, p.metric);
   const LessExample* batch[] = {&p.example};
   std::vector<float> a, b, c;
   const double once = layer.LossAndGradient(batch, {0.3f, 1}, a);
   EXPECT_EQ(once, layer.LossAndGradient(batch, {0.3f, 1}, b));
   EXPECT_EQ(a, b);
   EXPECT_NE(once, layer.LossAndGradient(batch, {0.3f, 2}, c));
+  double square = 0;
+  for (const float g : a) square += double(g) * g;
+  const std::vector<float> at = layer.parameters();
+  const auto along = [&](double step) {
+    for (size_t i = 0; i < at.size(); ++i) layer.parameters()[i] = static_cast<float>(at[i] + step * a[i] / std::sqrt(square));
+    return layer.LossAndGradient(batch, {0.3f, 1}, b);
+  };
+  EXPECT_NEAR((along(1e-3) - along(-1e-3)) / 2e-3, std::sqrt(square), 1e-2 * std::sqrt(square));
 }
 
 // -------------------------------------------------------------------------------------------------- golden gradients

@@ -7,6 +7,7 @@
 
 #include "base/rng.h"
 #include "kernels/quants/half.h"
+#include "kernels/rows/atom_codes.h"
 
 namespace lesskv::train {
 namespace {
@@ -57,6 +58,52 @@ TEST(TrainAtoms, LearnsWhatVectorsAreMadeOf) {
   EXPECT_GE(trained.smallest_beta, 0);
   EXPECT_LE(trained.largest_beta, 1);
   EXPECT_LT(trained.smallest_beta, trained.largest_beta);
+}
+
+// All vectors but a few lie in one direction, which one atom holds: the other becomes the worst coded vector, the longest of
+// those that it codes not at all.
+TEST(TrainAtoms, AnAtomThatNothingUsesBecomesAVectorThatIsCodedBadly) {
+  AtomOptions o = Options(2);
+  o.pairs = 1;
+  o.rounds = 1;
+  o.epochs = 0;
+  std::vector<float> x(400 * o.dim);
+  for (size_t i = 0; i < 400; ++i) x[i * o.dim + (i % 50 == 7 ? 5 : i % 20 == 3 ? 9 : 2)] = i % 50 == 7 ? 4 : i % 20 == 3 ? 0.5f : 1;
+  const TrainedAtoms trained = TrainAtoms(x, o, [] {});
+  EXPECT_EQ(HalfToFloat(trained.atoms[2]), 1) << "the most used one first";
+  EXPECT_EQ(HalfToFloat(trained.atoms[o.dim + 5]), 1);
+}
+
+TEST(TrainAtoms, TheMostUsedComeFirst) {
+  const TrainedAtoms trained = Train(Options());
+  const std::vector<float> x = Planted(1500, 16, 3, 1);
+  const std::vector<uint16_t> lanes = AtomLanes(trained.atoms, 16);
+  std::vector<uint16_t> indices(1500 * 3), coefficients(1500 * 3);
+  EncodeAtoms({16, {trained.atoms.data(), lanes.data(), 32}, {}}, 3, x.data(), 1500, 16, indices.data(), coefficients.data(), nullptr);
+  std::vector<size_t> uses(32);
+  for (size_t g = 0; g < indices.size(); ++g) uses[indices[g]] += coefficients[g] != 0;
+  for (size_t i = 8; i < 32; ++i) EXPECT_GT(uses[i - 8] * 11, uses[i] * 10) << i;  // a tenth of the vectors did not count
+}
+
+// Another vector in its place changes the atoms, but not where it is one of the tenth that only judges.
+TEST(TrainAtoms, VectorsThatJudgeDoNotTrain) {
+  AtomOptions o = Options(8);
+  o.dim = 4;
+  o.pairs = 1;
+  o.batch = 16;
+  o.rounds = 2;
+  o.epochs = 1;
+  Rng rng(6);
+  std::vector<float> x(40 * o.dim);
+  for (float& value : x) value = rng.Normal();
+  const std::vector<uint16_t> atoms = TrainAtoms(x, o, [] {}).atoms;
+  size_t n_judges = 0;
+  for (size_t i = 0; i < 40; ++i) {
+    std::vector<float> changed = x;
+    std::swap(changed[i * o.dim], changed[i * o.dim + 1]);  // as long as before
+    n_judges += TrainAtoms(changed, o, [] {}).atoms == atoms;
+  }
+  EXPECT_EQ(n_judges, 4u);
 }
 
 TEST(TrainAtoms, MoreAtomsAndPairsLeaveLess) {

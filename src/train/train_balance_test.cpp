@@ -112,6 +112,8 @@ TEST_F(TrainBalanceTest, MatricesAreRepeatableAndServeTheCodec) {
   }
   EXPECT_EQ(report.balance.positions, model_->config().train_ctx);
   EXPECT_EQ(report.balance.tokens, 3 * 256u);
+  options_.sequences = 3;  // of which none judges
+  EXPECT_EQ(Train().balance.keys, report.balance.keys) << "the fourth text teaches nothing";
 
   Sidecar sidecar = ReadSidecar(LESSKV_SOURCE_DIR "/models/lesskv-small.less.gguf");
   const auto maps = sidecar.layers[0].phi.w1;

@@ -178,6 +178,11 @@ TEST_F(TrainLessTest, KeysThatShareALargeBiasAreLearned) {
     EXPECT_LT(report.validation[l], 0.85 * report.baseline[l]) << l;
     EXPECT_FALSE(report.sidecar.layers[l].center.empty()) << l;
   }
+  options_.resume = true;  // nothing is left to do, and nothing is lost
+  const Sidecar again = Run().sidecar;
+  EXPECT_TRUE(Same(again, report.sidecar));
+  for (size_t l = 0; l < kLayers; ++l) EXPECT_EQ(again.layers[l].center, report.sidecar.layers[l].center) << l;
+  options_.resume = false;
   // And the cache reads what was trained: the same maps go on from where they were.
   options_.from = folder_ + "/tiny.less.gguf";
   options_.work_folder += "2";
@@ -185,6 +190,9 @@ TEST_F(TrainLessTest, KeysThatShareALargeBiasAreLearned) {
   options_.rate = 1e-9;
   options_.end_layer = 1;  // whose inputs do not depend on the maps
   EXPECT_NEAR(Run().validation[0], report.validation[0], 0.02 * report.validation[0]);
+  options_.work_folder += "3";
+  options_.seed = 9;  // of other texts, whose mean keys are others
+  EXPECT_EQ(Run().sidecar.layers[0].center, report.sidecar.layers[0].center) << "maps belong to their centre";
 }
 
 TEST_F(TrainLessTest, SameSeedSameBitsAnotherSeedOthers) {
@@ -262,7 +270,12 @@ TEST_F(TrainLessTest, LayersTrainedApartMergeToTheWhole) {
     options_.first_layer = l;
     options_.end_layer = l + 1;
     parts.push_back(folder_ + fmt::format("/part{}.less.gguf", l));
-    WriteSidecar(parts.back(), Run().sidecar);
+    const TrainLessReport part = Run();
+    const SidecarTraining& told = part.sidecar.training;
+    EXPECT_EQ(told.validation[l], static_cast<float>(part.validation[0]));
+    EXPECT_EQ(told.validation_baseline[l], static_cast<float>(part.baseline_plus[0]));
+    EXPECT_EQ(told.validation[1 - l] + told.validation_baseline[1 - l], 0);
+    WriteSidecar(parts.back(), part.sidecar);
   }
   EXPECT_TRUE(Same(whole, MergeSidecars(parts)));
 }
@@ -358,6 +371,85 @@ TEST_F(TrainLessTest, ValidationSharesNothingWithTraining) {
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find("no validation text shares"), std::string::npos) << error.what();
   }
+}
+
+// A fifth of eight texts, two, validate; where training texts would share with them, others are taken.
+TEST_F(TrainLessTest, CapturesAreOfTextsThatShareNothing) {
+  std::ifstream in(options_.texts[0]);
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  options_.texts = {folder_ + "/short.txt"};
+  std::ofstream(options_.texts[0]) << text.substr(0, 700);
+  options_.validation = 0.2;
+  options_.epochs = 1;
+  options_.end_layer = 1;
+  const TrainLessReport report = Run();
+  const CropSource crops(*tokenizer_, options_.texts);
+  std::vector<CropSource::Stretch> held(2);
+  for (size_t i = 0; i < 2; ++i) crops.Crop(MixSeed(0, 6 + i), 64, true, {}, &held[i]);
+  const CacheShape shape = model_->MakeCacheShape(64, ComputeType::kF32);
+  ForwardWorkspace workspace;
+  size_t n_others = 0;
+  for (size_t s = 0; s < 8; ++s) {
+    const auto tokens = s < 6 ? crops.Crop(MixSeed(0, s), 64, true, held) : crops.Crop(MixSeed(0, s), 64);
+    n_others += tokens != crops.Crop(MixSeed(0, s), 64);
+    const LessExample captured = ReadExample(RecordPath(options_.work_folder, s, 0), 0, kHeads, kKvHeads);
+    CaptureCache cache(shape, 64, {{"h2o(8)", 4}}, options_.rank / 2, 0, 1, [&](size_t, const CaptureRecord& record) {
+      for (size_t i = 0; i < record.k.size(); ++i) ASSERT_NEAR(captured.k[i], record.k[i], 1e-3 * (1 + std::fabs(record.k[i]))) << s;
+      if (s != 6) return;
+      std::vector<float> plus;
+      ReadExample(RecordPath(options_.work_folder, s, 0), 0, kHeads, kKvHeads, &plus);
+      for (size_t i = 0; i < plus.size(); ++i) ASSERT_NEAR(plus[i], record.views[0].plus_out[i], 2e-3) << i;
+    });
+    Forward(*model_, tokens, cache, ComputeType::kF32, workspace, {}, [](size_t) { return false; });
+  }
+  EXPECT_GT(n_others, 0u);
+
+  // What is told of the selector alone: squared errors behind the output projection, a channel.
+  const auto* w = reinterpret_cast<const float*>(model_->layer(0).attn_output.data);
+  double error = 0, n_scored = 0;
+  for (size_t s = 6; s < 8; ++s)
+    for (size_t view = 0; view < 2; ++view) {
+      const LessExample e = ReadExample(RecordPath(options_.work_folder, s, 0), view, kHeads, kKvHeads);
+      for (size_t t = e.first_scored; t < 64; ++t, ++n_scored)
+        for (size_t c = 0; c < kModel; ++c) {
+          double sum = 0;
+          for (size_t i = 0; i < kHeads * kDim; ++i)
+            sum += double(w[c * kHeads * kDim + i]) * (e.exact_out[t * kHeads * kDim + i] - e.target[t * kHeads * kDim + i]);
+          error += sum * sum / kModel;
+        }
+    }
+  EXPECT_NEAR(report.baseline[0], error / n_scored, 1e-4 * report.baseline[0]);
+}
+
+// A rate that ruins the maps: those that were best stay, here the first ones.
+TEST_F(TrainLessTest, TheBestEpochIsKept) {
+  options_.rate = 0.9;
+  double last = 0;
+  watch_ = [&](const TrainProgress& p) { last = p.layer == 0 ? p.validation : last; };
+  const TrainLessReport first = Run();
+  ASSERT_GT(last, 1.2 * first.validation[0]);
+  options_.from = folder_ + "/first.less.gguf";
+  WriteSidecar(options_.from, first.sidecar);
+  options_.work_folder += "2";
+  options_.epochs = 1;
+  options_.rate = 1e-9;
+  options_.end_layer = 1;  // whose inputs do not depend on the maps
+  EXPECT_NEAR(Run().validation[0], first.validation[0], 0.02 * first.validation[0]);
+}
+
+// One text, of which each epoch sees another view; the rate leaves the maps as they are.
+TEST_F(TrainLessTest, EpochsTakeTheViewsOfATextInTurn) {
+  options_.sequences = 2;
+  options_.epochs = 3;
+  options_.end_layer = 1;
+  options_.rate = 1e-12;
+  std::vector<double> losses(3);
+  watch_ = [&](const TrainProgress& p) {
+    if (p.phase == "train" && p.epoch < 3) losses[p.epoch] = p.loss;
+  };
+  Run();
+  EXPECT_NEAR(losses[2], losses[0], 1e-6 * losses[0]);
+  EXPECT_GT(std::fabs(losses[1] - losses[0]), 1e-2 * losses[0]);
 }
 
 // A row that leaves with a text's last step is missed by nobody.
