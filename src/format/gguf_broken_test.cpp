@@ -249,6 +249,19 @@ TEST(GgufDamage, TheUndamagedRecipeIsSound) {
   Recipe version2;
   version2.version = 2;
   EXPECT_EQ(GgufFile::Parse(version2.Build(), "v2").version(), 2u);
+  Recipe longest;  // names
+  longest.pairs[3] = Pair(std::string(65535, 'k'), 4, Bytes().U32(7));
+  longest.tensors[1].name = std::string(64, 'n');
+  EXPECT_EQ(GgufFile::Parse(longest.Build(), "longest").tensors()[1].name.size(), 64u);
+  Recipe joined;
+  joined.pairs[3] = Pair("split.count", 2, Bytes().Number<uint16_t>(0));  // what joining the parts leaves
+  EXPECT_EQ(GgufFile::Parse(joined.Build(), "joined").n_parts(), 1u);
+  Recipe shortest;  // pairs and nothing else
+  shortest.pairs = {Pair("k", 0, Bytes().Number<uint8_t>(7))};
+  shortest.tensors.clear();
+  shortest.alignment = 1;
+  shortest.data_bytes = 0;
+  EXPECT_EQ(GgufFile::Parse(shortest.Build(), "shortest").Get<int>("k"), 7);
   Recipe aligned;
   aligned.pairs[3] = Pair("general.alignment", 4, Bytes().U32(64));
   aligned.alignment = 64;

@@ -82,6 +82,20 @@ TEST(Gguf, EveryMetadataTypeReturns) {
   EXPECT_EQ(file.Get<std::vector<float>>("floats"), (std::vector<float>{0.5f, -0.25f}));
   EXPECT_EQ(file.Get<std::vector<bool>>("bools"), (std::vector<bool>{true, false, true}));
   EXPECT_TRUE(file.Get<std::vector<size_t>>("empty").empty());
+  GgufWriter arrays;  // of several elements, whose places follow from their sizes
+  arrays.AddArray("u8", std::vector<uint8_t>{1, 255});
+  arrays.AddArray("i8", std::vector<int8_t>{1, -128});
+  arrays.AddArray("u16", std::vector<uint16_t>{1, 65535});
+  arrays.AddArray("i16", std::vector<int16_t>{1, -32768});
+  arrays.AddArray("u32", std::vector<uint32_t>{1, 4000000000});
+  arrays.AddArray("u64", std::vector<uint64_t>{1, 1u << 31});
+  arrays.AddArray("i64", std::vector<int64_t>{1, -5000000000});
+  arrays.AddArray("f64", std::vector<double>{1, 0.1});
+  const GgufFile several = GgufFile::Parse(arrays.Serialize(), "memory");
+  const auto second = [&](const char* key) { return several.Get<std::vector<double>>(key).at(1); };
+  const std::pair<const char*, double> expected[] = {{"u8", 255}, {"i8", -128}, {"u16", 65535}, {"i16", -32768},
+                                                     {"u32", 4e9}, {"u64", 1u << 31}, {"i64", -5e9}, {"f64", 0.1}};
+  for (const auto& [key, value] : expected) EXPECT_EQ(second(key), value) << key;
   const auto tokens = file.Strings("tokens");
   ASSERT_EQ(tokens.size(), 3u);
   EXPECT_EQ(tokens[1], "");
@@ -182,6 +196,36 @@ TEST(Gguf, FingerprintSeesMetadataAndSampledBytesOnly) {
   EXPECT_EQ(FingerprintString(0xab), "00000000000000ab");
 }
 
+// The same model in another type and order of tensors, and what makes it another one.
+TEST(Gguf, IdentityIsOfTheModelAndNotOfItsQuantisation) {
+  struct Form {
+    std::string architecture = "llama", token = "b";
+    DType type = DType::kF32;
+    size_t n_rows = 2;
+    float norm = 1, weight = 1;
+    bool norm_first = false;
+  };
+  const auto identity = [](const Form& form) {
+    GgufWriter writer;
+    writer.Add("general.architecture", form.architecture);
+    writer.AddArray("tokenizer.ggml.tokens", std::vector<std::string>{"a", form.token});
+    const std::vector<float> norm(4, form.norm), weights(32 * 4, form.weight);
+    if (form.norm_first) writer.AddTensor("output_norm.weight", {4}, norm);
+    writer.AddTensor("w.weight", form.type, std::vector<size_t>{32, form.n_rows},
+                     std::as_bytes(std::span(weights)).first(RowBytes(form.type, 32) * form.n_rows));
+    if (!form.norm_first) writer.AddTensor("output_norm.weight", {4}, norm);
+    return GgufFile::Parse(writer.Serialize(), "memory").Identity();
+  };
+  const uint64_t own = identity({});
+  EXPECT_EQ(identity({.type = DType::kQ8_0}), own);
+  EXPECT_EQ(identity({.weight = 2}), own);
+  EXPECT_EQ(identity({.norm_first = true}), own);
+  EXPECT_NE(identity({.architecture = "qwen2"}), own);
+  EXPECT_NE(identity({.token = "c"}), own);
+  EXPECT_NE(identity({.n_rows = 3}), own);
+  EXPECT_NE(identity({.norm = 2}), own);
+}
+
 TEST(GgufWriter, RefusesWhatTheReaderWould) {
   GgufWriter writer;
   writer.Add("key", 1);
@@ -193,6 +237,7 @@ TEST(GgufWriter, RefusesWhatTheReaderWould) {
   EXPECT_NE(MessageOf([&] { writer.AddTensor("t", {4}, values); }).find("added twice"), std::string::npos);
   EXPECT_NE(MessageOf([&] { writer.AddTensor("u", {5}, values); }).find("takes 20 bytes, 16"), std::string::npos);
   EXPECT_NE(MessageOf([&] { writer.AddTensor("u", {4, 0}, values); }).find("is 0"), std::string::npos);
+  EXPECT_NE(MessageOf([&] { writer.AddTensor("u", {4, 1, 1, 1, 1}, values); }).find("5 dimensions"), std::string::npos);
   EXPECT_NE(MessageOf([&] { writer.AddTensor("u", DType::kQ8_0, {33}, std::span<const std::byte>()); }).find("block"),
             std::string::npos);
   EXPECT_NE(MessageOf([&] { writer.AddTensor(std::string(65, 'n'), {4}, values); }).find("65 bytes"),

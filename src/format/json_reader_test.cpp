@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+
 #include "base/error.h"
 #include "format/safetensors.h"
 
@@ -30,6 +32,24 @@ TEST(JsonReader, ArraysAndObjectsAreCounted) {
   EXPECT_EQ(extent.parts, 5u);
   EXPECT_EQ(extent.levels, 3u);
   EXPECT_EQ(MeasureJson("17").parts, 0u);
+}
+
+TEST(JsonReader, NumbersThatDoNotFitAreNamedWithTheirField) {
+  const Json object = Json::parse(R"({"count": 4294967296, "most": 4294967295, "none": null, "inner": {"deep": {"x": "y"}}})");
+  const JsonReader reader(object, "f");
+  EXPECT_EQ(reader.Count("most"), 4294967295u);
+  EXPECT_FALSE(reader.Has("none"));
+  const auto refusal = [](const std::function<void()>& read) -> std::string {
+    try {
+      read();
+    } catch (const FieldError& error) {
+      return error.field() + " | " + error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refusal([&] { reader.Count("count"); }), "count | f: count: expected a count, found '4294967296'");
+  EXPECT_EQ(refusal([&] { reader.Object("inner").Object("deep").Real("x"); }),
+            "inner.deep.x | f: inner: deep: x: expected a number, found '\"y\"'");
 }
 
 TEST(JsonReader, AHeaderOfSafetensorsMayNotNestEither) {
