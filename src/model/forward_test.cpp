@@ -127,6 +127,41 @@ INSTANTIATE_TEST_SUITE_P(Models, ForwardGolden,
                            return name;
                          });
 
+// A step of more than one tile of 512 rows is two steps of less; also where rows keep to their own sequence.
+TEST(Forward, TilesChangeNothing) {
+  const auto model = Model::Load(ModelPath("llama-gqa-tied.gguf"));
+  const size_t n_vocab = model->config().n_vocab;
+  std::vector<int32_t> tokens(700);
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * i % n_vocab);
+  const auto logits = [&](std::initializer_list<size_t> steps, const std::vector<size_t>& rows, std::span<const size_t> lengths) {
+    PlainCache cache(*model, tokens.size());
+    ForwardWorkspace workspace;
+    size_t done = 0;
+    for (const size_t n : steps) {
+      cache.SetStep(n);
+      EXPECT_TRUE(Forward(*model, std::span(tokens).subspan(done, n), cache, ComputeType::kF32, workspace, lengths));
+      done += n;
+    }
+    const float* const all = ComputeLogits(*model, workspace, rows, ComputeType::kF32);
+    return std::vector<float>(all, all + rows.size() * n_vocab);
+  };
+  const std::vector<float> want = logits({400, 300}, {50, 112, 299}, {});
+  const size_t lengths[] = {tokens.size()};
+  for (const std::vector<float>& got : {logits({700}, {450, 512, 699}, {}), logits({700}, {450, 512, 699}, lengths)})
+    for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-4 * (1 + std::abs(want[i]))) << i;
+}
+
+TEST(ForwardWorkspace, BytesAreThoseOfItsBuffers) {
+  const auto model = Model::Load(ModelPath("llama-gqa-tied.gguf"));
+  for (const size_t n : {size_t{1}, size_t{100}, size_t{700}}) {
+    ForwardWorkspace w;
+    w.Reserve(model->config(), n);
+    size_t floats = 0;
+    for (const auto* buffer : {&w.x, &w.q, &w.out, &w.k, &w.v, &w.h, &w.gate, &w.up, &w.logits}) floats += buffer->size();
+    EXPECT_EQ(ForwardWorkspace::Bytes(model->config(), n), floats * sizeof(float)) << n;
+  }
+}
+
 TEST(Forward, StopsAfterTheLayerWhoseHookSaysSo) {
   const auto model = Model::Load(ModelPath("qwen2-bias.gguf"));
   PlainCache cache(*model);
