@@ -17,6 +17,7 @@
 #include "base/error.h"
 #include "child_peak.h"
 #include "command_harness.h"
+#include "convert/row_encoder.h"
 #include "engine/engine.h"
 #include "format/safetensors.h"
 #include "kernels/quants/quants.h"
@@ -185,6 +186,61 @@ TEST_F(ConvertTest, EndsWithoutAKnownTextAreWritten) {
   EXPECT_TRUE(Noted("token 42 ends no generation"));
 }
 
+// Where generation_config.json is missing, config.json says what ends.
+TEST_F(ConvertTest, EndsMayStandInTheModelsConfiguration) {
+  const fs::path model = Copy("qwen3");
+  fs::remove(model / "generation_config.json");
+  Edit(model / "config.json", [](Json& json) { json["eos_token_id"] = {2, 40}; });
+  EXPECT_TRUE(Tokenizer::Create(LoadVocabulary(GgufFile::Open(Convert(model))))->IsEndOfGeneration(40));
+}
+
+// The same tokenizer as other versions of its library write it.
+TEST_F(ConvertTest, TokenizersOfOtherFormsAreTheSame) {
+  const auto strings = [](const GgufFile& file, const char* key) { return file.Get<std::vector<std::string>>(key); };
+  const GgufFile llama = GgufFile::Open(Convert(kModels / "llama3", "llama.gguf"));
+  const fs::path bytes = Copy("llama3");
+  Edit(bytes / "tokenizer.json", [](Json& json) {
+    for (Json& merge : json["model"]["merges"]) merge = merge[0].get<std::string>() + " " + merge[1].get<std::string>();
+    for (Json& token : json["added_tokens"]) token["special"] = false;  // <|...|> is special in any case
+  });
+  const GgufFile again = GgufFile::Open(Convert(bytes));
+  EXPECT_EQ(strings(again, "tokenizer.ggml.merges"), strings(llama, "tokenizer.ggml.merges"));
+  EXPECT_EQ(again.Get<std::vector<int32_t>>("tokenizer.ggml.token_type"), llama.Get<std::vector<int32_t>>("tokenizer.ggml.token_type"));
+
+  const GgufFile mistral = GgufFile::Open(Convert(kModels / "mistral", "mistral.gguf"));
+  for (const char* scheme : {"always", "first", "never"}) {
+    const fs::path pieces = Copy("mistral");
+    Edit(pieces / "tokenizer.json", [&](Json& json) {
+      json["normalizer"] = nullptr;
+      json["pre_tokenizer"] = {{"type", "Metaspace"}, {"replacement", "\u2581"}, {"prepend_scheme", scheme}, {"split", false}};
+      json["model"]["merges"].push_back(json["model"]["merges"][0]);  // of a pair listed twice the first place counts
+    });
+    const GgufFile file = GgufFile::Open(Convert(pieces));
+    EXPECT_EQ(file.Get<bool>("tokenizer.ggml.add_space_prefix"), std::string(scheme) != "never") << scheme;
+    EXPECT_EQ(Noted("a space is put behind special tokens, too"), std::string(scheme) == "first") << scheme;
+    EXPECT_EQ(file.Get<std::vector<float>>("tokenizer.ggml.scores"), mistral.Get<std::vector<float>>("tokenizer.ggml.scores"));
+  }
+}
+
+// Without a template around texts the flags decide.
+TEST_F(ConvertTest, TokensAroundATextMayBeFlags) {
+  const fs::path model = Copy("mistral");
+  Edit(model / "tokenizer.json", [](Json& json) { json.erase("post_processor"); });
+  for (const bool bos : {false, true}) {
+    Edit(model / "tokenizer_config.json", [&](Json& json) { json["add_bos_token"] = bos, json["add_eos_token"] = !bos; });
+    const GgufFile file = GgufFile::Open(Convert(model));
+    EXPECT_EQ(file.Get<bool>("tokenizer.ggml.add_bos_token"), bos);
+    EXPECT_EQ(file.Get<bool>("tokenizer.ggml.add_eos_token"), !bos);
+  }
+}
+
+// Special tokens take the white space behind them in models of that name only.
+TEST_F(ConvertTest, AModelThatStripsBehindSpecialTokensIsNamedForIt) {
+  EXPECT_EQ(GgufFile::Open(Convert(kModels / "phi3")).Get<std::string>("general.name"), "phi3");
+  fs::rename(Copy("phi3"), Path("mini"));
+  EXPECT_EQ(GgufFile::Open(Convert(Path("mini"))).Get<std::string>("general.name"), "Phi-3 mini");
+}
+
 TEST_F(ConvertTest, RowsWithoutATokenBecomeUnusedOnes) {
   const GgufFile file = GgufFile::Open(Convert(kModels / "qwen2"));
   const auto tokens = file.Strings("tokenizer.ggml.tokens");
@@ -271,6 +327,55 @@ TEST_F(ConvertTest, LongRopeGoesByItsFactor) {
   EXPECT_NEAR(magnitude(model), std::sqrt(1 + std::log(3.0) / std::log(6)), 1e-6);
 }
 
+// What stands elsewhere in the files of other models, or nowhere.
+TEST_F(ConvertTest, ConfigurationsOfOtherModelsBecomeTheSameMetadata) {
+  const struct {
+    const char* model;
+    Json patch;
+    std::string key;
+    double value;
+  } kCases[] = {
+      {"llama3", {{"rms_norm_eps", nullptr}}, "llama.attention.layer_norm_rms_epsilon", 1e-6},
+      {"smollm", {{"rope_scaling", {{"attention_factor", 1.5}}}}, "llama.rope.scaling.attn_factor", 1.5 / (1 + 0.1 * std::log(4.0))},
+      {"smollm", {{"rope_scaling", {{"beta_fast", 16}}}}, "llama.rope.scaling.yarn_beta_fast", 16},
+      {"smollm", {{"rope_scaling", {{"beta_slow", 2}}}}, "llama.rope.scaling.yarn_beta_fast", 32},
+      {"smollm", {{"rope_scaling", {{"beta_slow", 2}}}}, "llama.rope.scaling.yarn_beta_slow", 2},
+      {"smollm", {{"rope_scaling", {{"original_max_position_embeddings", nullptr}}}}, "llama.rope.scaling.original_context_length", 64},
+      {"phi3", {{"rope_scaling", {{"factor", 0.5}}}}, "phi3.rope.scaling.attn_factor", 1},
+      {"phi3", {{"rope_scaling", {{"attention_factor", 1.25}}}}, "phi3.rope.scaling.attn_factor", 1.25},
+      {"phi3", {{"rope_scaling", {{"original_max_position_embeddings", 8}}}}, "phi3.rope.scaling.original_context_length", 8},
+      {"phi3",
+       {{"partial_rotary_factor", nullptr}, {"rope_scaling", {{"partial_rotary_factor", 0.75}}}},
+       "phi3.rope.dimension_count",
+       6},
+      {"gemma3", {{"rope_parameters", {{"full_attention", {{"rope_theta", 5e5}}}}}}, "gemma3.rope.freq_base", 5e5},
+      {"gemma3", {{"rope_parameters", {{"sliding_attention", {{"rope_theta", 2e4}}}}}}, "gemma3.rope.freq_base_swa", 2e4},
+      {"gemma3", {{"rope_parameters", nullptr}, {"rope_local_base_freq", 3e4}}, "gemma3.rope.freq_base_swa", 3e4},
+      {"gemma3", {{"rope_parameters", nullptr}}, "gemma3.rope.freq_base_swa", 1e4},
+      {"gemma3", {{"sliding_window", nullptr}}, "gemma3.attention.sliding_window", 4096},
+      {"gemma3", {{"query_pre_attn_scalar", 16}}, "gemma3.attention.scale", 0.25},
+      {"falcon-7b", {{"multi_query", nullptr}}, "falcon.attention.head_count_kv", 1},
+      {"falcon-7b", {{"max_position_embeddings", nullptr}}, "falcon.context_length", 2048},
+  };
+  for (const auto& test : kCases) {
+    const fs::path model = Copy(test.model);
+    Edit(model / "config.json", [&](Json& json) { json.merge_patch(test.patch); });
+    EXPECT_NEAR(GgufFile::Open(Convert(model)).Get<double>(test.key), test.value, 1e-6 * test.value) << test.patch.dump();
+  }
+  const fs::path model = Copy("gemma3");
+  Edit(model / "config.json", [](Json& json) { json.merge_patch({{"layer_types", nullptr}, {"sliding_window_pattern", 3}}); });
+  EXPECT_EQ(ReadModelConfig(GgufFile::Open(Convert(model))).local, (std::vector<bool>{true, true, false, true, true, false, true}));
+}
+
+TEST_F(ConvertTest, AWindowThatIsNotAppliedIsSaid) {
+  const fs::path model = Copy("mistral");
+  for (const uint32_t window : {63u, 64u}) {
+    Edit(model / "config.json", [&](Json& json) { json["sliding_window"] = window; });
+    Convert(model);
+    EXPECT_EQ(Noted("the sliding window of 63 tokens is not applied"), window < 64);
+  }
+}
+
 // A checkpoint with a vision tower: the language model's part is the same file, but for its name.
 TEST_F(ConvertTest, TheLanguageModelOfAMultimodalCheckpointIsTaken) {
   const GgufFile alone = GgufFile::Open(Convert(kModels / "gemma3", "alone.gguf"));
@@ -320,6 +425,45 @@ TEST_F(ConvertTest, MatricesHaveTheTypeThatIsAskedFor) {
     const bool blocks = Traits(type).block_elements > 1;
     EXPECT_EQ(n_as_asked > 0, !blocks) << Traits(type).name;  // rows of 16 and 24 are no blocks of 32
     EXPECT_EQ(Noted("kept as F32: "), blocks);
+    const uint32_t number = type == DType::kF16 ? 1 : type == DType::kBF16 ? 32 : type == DType::kQ8_0 ? 7 : 2;
+    EXPECT_EQ(file.Get<uint32_t>("general.file_type"), number);
+    EXPECT_EQ(file.Find("general.quantization_version") != nullptr, blocks);
+  }
+}
+
+class MemorySink final : public ByteSink {
+ public:
+  void Write(std::span<const std::byte> more) override { bytes.insert(bytes.end(), more.begin(), more.end()); }
+  std::vector<std::byte> bytes;
+};
+
+// Rows of a mebibyte are encoded a few at a time; what is said of one is said of its place in the tensor.
+TEST(RowEncoder, RowsKeepTheirPlaces) {
+  constexpr size_t kRows = 9, kLength = size_t{1} << 20;
+  RowEncoder encoder("m");
+  MemorySink sink;
+  size_t n_done = 0;
+  encoder.Encode("t", kRows, kLength, DType::kQ4_0, [](size_t row, float* values) {
+    std::fill_n(values, kLength, row == 3 ? 0.0f : static_cast<float>(row + 1));
+    const float large = row == 1 ? 36.0f : row == 6 ? 115.0f : row == 8 ? 162.0f : 0.0f;  // beside which the others are lost
+    for (size_t i = 0; i < kLength && large > 0; i += 32) values[i] = large;
+  }, sink, [&](size_t n) { n_done += n; });
+  EXPECT_EQ(n_done, kRows);
+  ASSERT_EQ(sink.bytes.size(), kRows * RowBytes(DType::kQ4_0, kLength));
+  std::vector<float> row(kLength);
+  for (const size_t r : {0, 3, 4, 7}) {
+    DequantizeRow(DType::kQ4_0, &sink.bytes[r * RowBytes(DType::kQ4_0, kLength)], kLength, row.data());
+    EXPECT_NEAR(row[kLength - 1], r == 3 ? 0.0f : static_cast<float>(r + 1), 1e-2) << r;
+  }
+  EXPECT_EQ(encoder.losses().rows, 3u);
+  EXPECT_EQ(encoder.losses().where, "row 6 of tensor 't'");
+  try {
+    encoder.Encode("t", kRows, kLength, DType::kF16, [](size_t r, float* values) {
+      std::fill_n(values, kLength, r == 5 ? -65520.0f : 1.0f);
+    }, sink, [](size_t) {});
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(), "m: row 5 of tensor 't' holds 65520, more than F16 can; BF16 can");
   }
 }
 
@@ -346,6 +490,10 @@ TEST_F(ConvertTest, ConfigurationsThatCannotBeRunAreNamed) {
       {"llama3", "rope_scaling", {{"rope_type", "linear"}}, "rope_scaling: factor: expected a number, found none"},
       {"llama3", "rope_scaling", 5, "rope_scaling: expected an object, found '5'"},
       {"llama3", "quantization_config", {{"bits", 4}}, "quantization_config: expected none"},
+      {"llama3", "num_local_experts", 8, "num_local_experts: expected none"},
+      {"smollm", "rope_scaling", {{"type", "yarn"}, {"factor", 4}, {"mscale_all_dim", 1.0}}, "mscale_all_dim: expected none"},
+      {"qwen3", "head_dim", nullptr, "q_norm.weight: expected shape [128], found [6]"},  // 128 where nothing is said
+      {"falcon-40b", "num_ln_in_parallel_attn", 1, "tensor transformer.h.0.input_layernorm.weight is missing"},
       {"llama3", "tie_word_embeddings", "yes", "tie_word_embeddings: expected true or false"},
       {"qwen2", "use_sliding_window", true, "use_sliding_window: expected false, found 'true'"},
       {"gemma3", "final_logit_softcapping", 30.0, "final_logit_softcapping: expected none"},
@@ -382,6 +530,7 @@ TEST_F(ConvertTest, TokenizersThatCannotBeRunAreNamed) {
       {"llama3", "/pre_tokenizer/pretokenizers/0/pattern/Regex", "[a-z]+",
        "no known pre-tokenizer cuts text by '[a-z]+'"},
       {"llama3", "/pre_tokenizer/pretokenizers/0/behavior", "MergedWithNext", "behavior: expected \"Isolated\""},
+      {"llama3", "/pre_tokenizer/pretokenizers/0/invert", true, "behavior: expected \"Isolated\""},
       {"llama3", "/pre_tokenizer/pretokenizers/1/add_prefix_space", true, "add_prefix_space: expected false"},
       {"llama3", "/pre_tokenizer/pretokenizers/0/type", "Whitespace", "expected a step of a known pre-tokenizer"},
       {"llama3", "/post_processor/processors/1/single/0/SpecialToken/id", "<|end|>", "the beginning token"},
