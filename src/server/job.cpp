@@ -23,6 +23,7 @@ void JobState::Append(JobState later) {
     std::ranges::move(more.new_tokens, std::back_inserter(whole.new_tokens));
     more.new_text = std::move(whole.new_text);
     more.new_tokens = std::move(whole.new_tokens);
+    if (more.picture == nullptr) more.picture = std::move(whole.picture);
   }
   *this = std::move(later);
 }
