@@ -19,7 +19,7 @@ bool IsLoopback(const std::string& host) {
 
 bool IsOwnHost(std::string_view host, std::string_view bound) {
   const size_t colon = host.rfind(':');
-  const bool has_port = colon != std::string_view::npos && (host.front() != '[' || host[colon - 1] == ']') &&
+  const bool has_port = colon != std::string_view::npos &&
                         host.find_first_not_of("0123456789", colon + 1) == std::string_view::npos;
   std::string name(host.substr(0, has_port ? colon : host.size()));
   if (name.starts_with('[') && name.ends_with(']')) name = name.substr(1, name.size() - 2);

@@ -370,7 +370,6 @@ std::vector<RunningText*> Scheduler::BeginChoices(RunningText& text) {
 }
 
 void Scheduler::TakeToken(RunningText& text, std::span<const float> logits) {
-  if (text.ended) return;  // another choice has failed
   text.tries_again = false;
   Generation::Output out = text.generation->Push(logits);
   text.last_token = out.token;

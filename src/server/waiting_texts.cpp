@@ -61,7 +61,7 @@ WaitingText WaitingTexts::TakeNext() {
   const auto at = std::ranges::min_element(texts_, {}, &WaitingText::turn);
   WaitingText next = std::move(*at);
   texts_.erase(at);
-  turn_ = std::max(turn_, next.turn);
+  turn_ = next.turn;  // none that waits had one before the last
   turns_after_[next.job->request().client] = next.turn + next.places();
   std::erase_if(turns_after_, [&](const auto& client) { return client.second <= turn_; });
   return next;
