@@ -3,6 +3,7 @@
 #include <cmath>
 #include <set>
 
+#include "server/logprobs.h"
 #include "server/server_harness.h"
 #include "tokenizer/utf8.h"
 
@@ -153,6 +154,53 @@ TEST_F(ChoicesTest, AStreamSaysOfEachEventWhoseItIs) {
   EXPECT_EQ(Events(chat)[0]["choices"][0]["delta"]["role"], "assistant");
   EXPECT_EQ(Events(chat)[1]["choices"][0]["delta"]["role"], "assistant");
   EXPECT_EQ(Events(chat)[1]["choices"][0]["index"], 1);
+}
+
+// However late the others are.
+TEST_F(ChoicesTest, AnEndIsToldOnce) {
+  Start();
+  TextRequest request = ParseCompletionRequest(R"({"prompt":"the","n":2,"stream":true})", *context_);
+  TextAnswer answer(*context_, request);
+  JobState state;
+  state.choices.resize(2);
+  state.choices[0].finish = FinishReason::kStopString;
+  const std::string first = answer.News(state);
+  EXPECT_NE(first.find(R"("index":0,"text":"","logprobs":null,"finish_reason":"stop")"), std::string::npos) << first;
+  EXPECT_EQ(answer.News(state), "");
+  state.choices[1].finish = FinishReason::kLength;
+  const std::string second = answer.News(state);
+  EXPECT_NE(second.find(R"("index":1,"text":"","logprobs":null,"finish_reason":"length")"), std::string::npos) << second;
+  EXPECT_EQ(second.find(R"("index":0)"), std::string::npos) << second;
+}
+
+// Choices that are alike have caches that are alike.
+TEST_F(ChoicesTest, TheUsageIsThatOfAllCaches) {
+  Start({.kv = {"h2o(24)+merge"}});
+  const Json body = {{"max_tokens", 60}, {"ignore_eos", true}};
+  const Json one = Complete(body).json()["usage"]["kv"];
+  Json three = body;
+  three["n"] = 3;
+  const Json all = Complete(three).json()["usage"]["kv"];
+  EXPECT_GT(one["merged"], 0);
+  for (const char* const key : {"rows", "bytes", "bytes_full", "evicted", "merged"})
+    EXPECT_NEAR(all[key].get<double>(), 3 * one[key].get<double>(), 1e-6) << key;
+  EXPECT_GE(all["bytes_peak"], all["bytes"]);
+}
+
+// A token that cannot be: JSON has no number for that. It is listed though it is not among the likeliest.
+TEST_F(ChoicesTest, WhatIsImpossibleHasANumber) {
+  GeneratedToken token;
+  token.text = "a";
+  token.logprob = -std::numeric_limits<double>::infinity();
+  TokenLogprob other;
+  other.text = "b";
+  other.logprob = -0.5;
+  token.likeliest = {other};
+  const std::vector<GeneratedToken> tokens = {token};
+  EXPECT_EQ(ChatLogprobs(tokens)["content"][0]["logprob"], -9999);
+  const nlohmann::ordered_json completion = CompletionLogprobs(tokens);
+  EXPECT_EQ(completion["token_logprobs"][0], -9999);
+  EXPECT_EQ(completion["top_logprobs"][0], (nlohmann::ordered_json{{"b", -0.5}, {"a", -9999}}));
 }
 
 // What ends behind the prompt ends all choices, and is counted once.

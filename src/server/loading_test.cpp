@@ -103,9 +103,9 @@ class LoadingTest : public ReuseTest {
   }
 
   // Has the conversation go on, whose beginning then does not come.
-  std::unique_ptr<Connection> Continue() const {
+  std::unique_ptr<Connection> Continue(size_t choices = 1) const {
     auto connection = std::make_unique<Connection>(port_);
-    const Json body = {{"prompt", prompt_}, {"max_tokens", 30}, {"temperature", 0}};
+    const Json body = {{"prompt", prompt_}, {"max_tokens", 30}, {"temperature", 0}, {"n", choices}};
     connection->Send(RequestText("POST", "/v1/completions", body.dump()));
     EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().loading == 1; }));
     return connection;
@@ -222,6 +222,55 @@ TEST_F(LoadingTest, AClientThatGoesLeavesNothingBehind) {
   EXPECT_EQ(scheduler_->Metrics().kv_bytes_reserved, 0u);
   gate_.Open();
   EXPECT_EQ(Cached(Ask(prompt_)), alone_.seen());
+}
+
+// Two texts that wait for its places begin together when its client goes, and take no more of a step than it has.
+TEST_F(LoadingTest, ItsPlacesAreGivenBack) {
+  far_.scheduler.max_running = 2;
+  Start(far_);
+  auto waiting = Continue(2);
+  const Connection first(port_), second(port_);
+  const auto send = [&](const Connection& connection, size_t n_tokens, size_t n_queued) {
+    const Json body = {{"prompt", std::vector<int32_t>(n_tokens, 'x')}, {"max_tokens", 1}, {"cache_prompt", false}};
+    connection.Send(RequestText("POST", "/v1/completions", body.dump()));
+    EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().queued == n_queued; }));
+  };
+  send(first, 4 * 16, 1);
+  send(second, 16 + 4, 2);
+  EXPECT_EQ(scheduler_->Metrics().steps, 0u);
+  waiting.reset();
+  EXPECT_EQ(ParseReply(first.All()).status, 200);
+  EXPECT_EQ(ParseReply(second.All()).status, 200);
+  EXPECT_EQ(scheduler_->Metrics().steps, 4u + 2u);
+  EXPECT_EQ(Complete({{"n", 2}, {"cache_prompt", false}}).status, 200);
+}
+
+// Of idle caches one leaves first that the store has, however lately it was used.
+TEST_F(LoadingTest, WhatIsSavedMakesRoomFirst) {
+  const auto config = engine_.MakeCacheConfig(CacheSpec::Parse("full"), kCtx);
+  const size_t one = config->Plan(10, 300).bytes_peak;
+  far_.scheduler.kv_memory = 4 * one + one / 2;
+  gate_.Open();
+  Start(far_);
+  const auto ask = [&](const char* prompt, size_t n_idle) {
+    Ask(Ids(prompt), {{"max_tokens", 300}, {"ignore_eos", true}, {"cache_prompt", false}});
+    EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().idle == n_idle && scheduler_->Metrics().running == 0; }));
+  };
+  ask("aaaaaaaa", 1);
+  ASSERT_TRUE(Saved(1));
+  saving_.Close();
+  ask("bbbbbbbb", 2);
+  ASSERT_TRUE(Soon([&] { return saving_.SomebodyWaits(); }));
+  ask("cccccccc", 3);
+  ask("bbbbbbbb", 3);  // is in work, which leaves the third the one that was not used for longest
+  ask("aaaaaaaa", 3);
+  EXPECT_EQ(scheduler_->Metrics().idle_dropped, 0u);
+  ask("dddddddd", 4);
+  ask("eeeeeeee", 4);
+  EXPECT_EQ(scheduler_->Metrics().idle_dropped, 1u);
+  EXPECT_EQ(store_->Metrics().skipped, 0u);
+  saving_.Open();
+  EXPECT_TRUE(Saved(5));
 }
 
 TEST_F(LoadingTest, PatienceEnds) {

@@ -40,6 +40,7 @@ class Streamed {
     return result.text;
   }
   size_t seen() const { return sequence_.tokens().size(); }
+  const Sequence& sequence() const { return sequence_; }
   double rows() const { return sequence_.Stats().tokens_resident; }
   std::vector<int32_t> text() const { return Joined(sequence_.tokens(), {*pending_}); }
 

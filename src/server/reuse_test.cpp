@@ -67,23 +67,25 @@ TEST_F(ReuseTest, OtherTextsAndOtherCachesShareNothing) {
   EXPECT_EQ(Cached(Ask(next)), alone.seen());
 }
 
+// A sidecar with feature maps that matter.
+void WriteMaps(const Model& model, const fs::path& file, uint64_t seed) {
+  const ModelConfig& config = model.config();
+  Sidecar sidecar = InitialSidecar({.n_layers = config.n_layers,
+                                    .n_heads = config.n_heads,
+                                    .n_kv_heads = config.n_kv_heads,
+                                    .head_dim = config.head_dim,
+                                    .rank = 4,
+                                    .hidden = 8},
+                                   seed);
+  sidecar.model_fingerprint = model.fingerprint();
+  ShiftLogMass(sidecar, 9);
+  WriteSidecar(file.string(), sidecar);
+}
+
 // What has been trained is read when the server starts: texts, and conversations from the store, go on with that.
 TEST_F(ReuseTest, WhatBecomesOfTheSidecarsFileDoesNotMatter) {
-  const ModelConfig& model = engine_.model().config();
   const fs::path file = fs::temp_directory_path() / fmt::format("lesskv_sidecar_{}", ::getpid());
-  const auto write = [&](uint64_t seed) {
-    Sidecar sidecar = InitialSidecar({.n_layers = model.n_layers,
-                                      .n_heads = model.n_heads,
-                                      .n_kv_heads = model.n_kv_heads,
-                                      .head_dim = model.head_dim,
-                                      .rank = 4,
-                                      .hidden = 8},
-                                     seed);
-    sidecar.model_fingerprint = engine_.model().fingerprint();
-    ShiftLogMass(sidecar, 9);  // so that the maps matter
-    WriteSidecar(file.string(), sidecar);
-  };
-  write(1);
+  WriteMaps(engine_.model(), file, 1);
   const std::string spec = CacheSpec::Parse(fmt::format("h2o(24)+less(file=\"{}\")", file.string())).ToString();
   const auto start = [&] {
     Start({.scheduler = {.max_running = 1, .max_idle = 1}, .store = folder_, .kv = {spec, "window(24)"}});
@@ -99,7 +101,7 @@ TEST_F(ReuseTest, WhatBecomesOfTheSidecarsFileDoesNotMatter) {
     return answer;
   };
   EXPECT_EQ(Text(ask()), alone.Say(prompt));
-  write(2);
+  WriteMaps(engine_.model(), file, 2);
   for (const char* const then : {"another", "none"}) {
     prompt = Joined(alone.text(), Ids(" and then"));
     const size_t seen = alone.seen();
@@ -182,6 +184,7 @@ TEST_F(ReuseTest, PicturesShowWhoIsInTheCache) {
   EXPECT_GE(pictures, 1u);  // some may be overtaken by the next
   EXPECT_EQ(kv["rows"], 24);
   const size_t seen = kv["seen"].get<size_t>();
+  EXPECT_EQ(seen, tokenizer_->Encode("the tea", true, true).size() + 59);  // the last one shows the end, whose token is not read
   ASSERT_EQ(kv["layers"].size(), engine_.model().config().n_layers);
   for (const Json& layer : kv["layers"])
     for (const Json& runs : layer) {
@@ -192,6 +195,37 @@ TEST_F(ReuseTest, PicturesShowWhoIsInTheCache) {
     }
   EXPECT_EQ(Complete({{"kv_stats", 10}}).status, 400);
   EXPECT_EQ(Complete({{"kv_stats", 0}, {"stream", true}}).status, 400);
+}
+
+// A later turn's text counts what it adds to what the cache had done before.
+TEST_F(ReuseTest, AConversationIsCountedOnce) {
+  const fs::path file = fs::temp_directory_path() / fmt::format("lesskv_sidecar_{}", ::getpid());
+  WriteMaps(engine_.model(), file, 1);
+  std::vector<std::string> specs = {"h2o(24)+merge", fmt::format("h2o(24)+less(file=\"{}\")", file.string())};
+  for (std::string& spec : specs) spec = CacheSpec::Parse(spec).ToString();
+  Start({.kv = specs});
+  SpecMetrics all;
+  for (const std::string& spec : specs) {
+    Streamed alone(engine_, *tokenizer_, spec);
+    const std::vector<int32_t> first = Ids("the tea and the sea and the tea again, and then the sea"), more = Ids(" and so");
+    EXPECT_EQ(Text(Ask(first, {{"kv_policy", spec}})), alone.Say(first)) << spec;
+    const std::vector<int32_t> next = Joined(alone.text(), more);
+    const size_t seen = alone.seen();
+    const Json answer = Ask(next, {{"kv_policy", spec}});
+    EXPECT_EQ(Text(answer), alone.Say(more)) << spec;
+    EXPECT_EQ(Cached(answer), seen) << spec;
+    ASSERT_TRUE(Soon([&] { return scheduler_->Metrics().running == 0; }));
+    const SpecMetrics of_spec = scheduler_->Metrics().specs.at(alone.sequence().config().spec_text());
+    const CacheStats stats = alone.sequence().Stats();
+    EXPECT_NEAR(of_spec.tokens_evicted, stats.tokens_dropped + stats.tokens_absorbed + stats.tokens_merged, 1e-6) << spec;
+    EXPECT_NEAR(of_spec.tokens_absorbed, stats.tokens_absorbed, 1e-6) << spec;
+    EXPECT_NEAR(of_spec.tokens_merged, stats.tokens_merged, 1e-6) << spec;
+    all.tokens_absorbed += of_spec.tokens_absorbed;
+    all.tokens_merged += of_spec.tokens_merged;
+  }
+  EXPECT_GT(all.tokens_absorbed, 0);
+  EXPECT_GT(all.tokens_merged, 0);
+  fs::remove(file);
 }
 
 TEST_F(ReuseTest, IdleCachesMakeRoomOldestFirst) {

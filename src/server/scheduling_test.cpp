@@ -68,7 +68,7 @@ TEST_F(SchedulingTest, StreamsGoOnBesideAPromptThatIsReadWhole) {
 TEST_F(SchedulingTest, APromptThatIsReadWholeCanBeCancelled) {
   Start(WithPauses());
   const std::vector<int32_t> prompt = LongPrompt(9000);
-  const Json body = {{"prompt", prompt}, {"kv_policy", "h2o(24)"}, {"max_tokens", 12}};
+  const Json body = {{"prompt", prompt}, {"kv_policy", "h2o(24)"}, {"max_tokens", 12}, {"n", 2}};
   {
     const Connection connection(port_);
     connection.Send(RequestText("POST", "/v1/completions", body.dump()));
@@ -78,7 +78,7 @@ TEST_F(SchedulingTest, APromptThatIsReadWholeCanBeCancelled) {
   EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().jobs_cancelled == 2; }));
   EXPECT_TRUE(Soon([&] { return scheduler_->Metrics().kv_bytes_reserved == 0; }));
   EXPECT_EQ(scheduler_->Metrics().prompt_tokens, tokenizer_->Encode("the tea", true, true).size());
-  EXPECT_EQ(Complete({}).status, 200);
+  EXPECT_EQ(Complete({{"n", 3}}).status, 200);  // all places are free
 }
 
 TEST_F(SchedulingTest, TheServerCanEndInTheMiddleOfAPrompt) {
@@ -94,6 +94,7 @@ TEST_F(SchedulingTest, TheServerCanEndInTheMiddleOfAPrompt) {
   EXPECT_EQ(reply.status, 503);  // another server may have a place
   EXPECT_NE(reply.head.find("Retry-After"), std::string::npos) << reply.head;
   EXPECT_NE(reply.body.find("the server is stopping"), std::string::npos) << reply.body;
+  EXPECT_EQ(scheduler_->Metrics().idle, 1u);  // the stream's cache: the prompt has not been read to its end
 }
 
 // The next of several texts without end begins when the one that runs is cancelled. Each has another prompt length.
