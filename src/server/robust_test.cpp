@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "server/any_body.h"
+#include "server/checked_server.h"
 #include "server/server_harness.h"
 
 namespace lesskv::server_test {
@@ -292,6 +293,38 @@ TEST_F(LimitsTest, AConnectionIsKeptForWholeRequestsOnly) {
   // Refused before its body was read: the body is no request.
   EXPECT_EQ(answers("POST /tokenize HTTP/1.1\r\nHost: example.org\r\nContent-Length: 100\r\n\r\n" + get + "\r\n"), 1u);
   EXPECT_EQ(answers("GET /health HTTP/1.0\r\n\r\n" + get + "\r\n"), 1u);
+}
+
+// The last answer of a connection that is not kept says so: a client that sent more knows that nobody reads it.
+TEST_F(LimitsTest, AConnectionHasSoManyRequests) {
+  Start();
+  constexpr size_t kMost = CPPHTTPLIB_KEEPALIVE_MAX_COUNT;
+  const Connection connection(port_);
+  for (size_t i = 0; i < kMost; ++i) connection.Send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  const std::string all = connection.All();
+  size_t n = 0, last = 0;
+  for (size_t at = all.find("HTTP/1.1 200"); at != std::string::npos; at = all.find("HTTP/1.1 200", at + 1)) ++n, last = at;
+  EXPECT_EQ(n, kMost);
+  EXPECT_EQ(all.find("Connection: close"), all.find("Connection: close", last));
+  EXPECT_NE(all.find("Connection: close"), std::string::npos);
+}
+
+// Who asks for a head gets no body, of a refusal neither; that ends with the request.
+TEST_F(LimitsTest, AHeadHasNoBody) {
+  Start();
+  const auto head_of = [this](const std::string& text) {
+    const Connection connection(port_);
+    connection.Send(text);
+    return ParseReply(connection.All());
+  };
+  const Reply refused = head_of("HEAD /health HTTP/1.1\r\nHost: example.org\r\n\r\n");
+  EXPECT_EQ(refused.status, 403);
+  EXPECT_NE(refused.head.find("Content-Length: "), std::string::npos);
+  EXPECT_EQ(refused.body, "");
+  const Reply both = head_of("HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\nwhat is no request\r\n\r\n");
+  EXPECT_EQ(both.status, 200);
+  EXPECT_TRUE(both.body.starts_with("HTTP/1.1 400")) << both.body;
+  EXPECT_TRUE(both.body.ends_with("}")) << both.body;
 }
 
 }  // namespace

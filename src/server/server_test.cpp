@@ -260,6 +260,29 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
 }
 
 // What clients send although they want nothing of it.
+// A prompt leaves room for one token, and none is asked for that has no room.
+TEST_F(ServerTest, TheContextIsFilledAndNotPassed) {
+  Start();
+  ApiContext context = *context_;
+  context.limits.ctx = 10;
+  const auto most = [&](size_t n_prompt, size_t n_wanted) {
+    const Json body = {{"prompt", std::vector<int32_t>(n_prompt, 'x')}, {"max_tokens", n_wanted}};
+    return ParseCompletionRequest(body.dump(), context).job.options.max_tokens;
+  };
+  EXPECT_EQ(most(4, 5), 5u);
+  EXPECT_EQ(most(4, 7), 6u);
+  EXPECT_EQ(most(9, 7), 1u);
+  EXPECT_THROW(most(10, 7), RequestError);
+}
+
+TEST_F(ServerTest, StopTextsAreFew) {
+  Start();
+  std::vector<std::string> stops(16, "no such text");
+  EXPECT_EQ(Complete({{"stop", stops}}).status, 200);
+  stops.push_back("nor this");
+  EXPECT_EQ(Complete({{"stop", stops}}).status, 400);
+}
+
 TEST_F(ServerTest, FieldsThatAskForNothingAreTaken) {
   Start();
   const std::string text = Complete({}).json()["choices"][0]["text"];
