@@ -1,6 +1,7 @@
 // Several texts of one prompt, and log-probabilities of what is generated.
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "server/logprobs.h"

@@ -145,7 +145,8 @@ TEST_F(ServerTest, PenaltiesCountWhatIsGeneratedAndNotThePrompt) {
 
 TEST_F(ServerTest, CachePoliciesAreWhatTheOperatorAllows) {
   Start();
-  const Json kv = Complete({{"kv_policy", "window(24)"}, {"max_tokens", 60}}).json()["usage"]["kv"];
+  const Json body = {{"kv_policy", "window(24)"}, {"max_tokens", 60}, {"ignore_eos", true}};
+  const Json kv = Complete(body).json()["usage"]["kv"];
   EXPECT_EQ(kv["spec"], "window(24)");
   EXPECT_EQ(kv["rows"], 24);
   EXPECT_GT(kv["evicted"], 30);
@@ -259,7 +260,6 @@ TEST_F(ServerTest, RequestsThatMakeNoSenseAreNamed) {
   EXPECT_EQ(Complete({}).status, 200);
 }
 
-// What clients send although they want nothing of it.
 // A prompt leaves room for one token, and none is asked for that has no room.
 TEST_F(ServerTest, TheContextIsFilledAndNotPassed) {
   Start();
@@ -283,6 +283,7 @@ TEST_F(ServerTest, StopTextsAreFew) {
   EXPECT_EQ(Complete({{"stop", stops}}).status, 400);
 }
 
+// What clients send although they want nothing of it.
 TEST_F(ServerTest, FieldsThatAskForNothingAreTaken) {
   Start();
   const std::string text = Complete({}).json()["choices"][0]["text"];
@@ -486,8 +487,10 @@ TEST_F(ServerTest, MetricsTellPoliciesApart) {
   const std::string folder = std::filesystem::temp_directory_path().string();
   const std::string offloaded = CacheSpec::Parse(fmt::format("cluster(24, skip=0, offload=\"{}\")", folder)).ToString();
   Start({.kv = {"full", "window(24)", "h2o(24)+merge", offloaded}});
-  const Json merged = Complete({{"kv_policy", "h2o(24)+merge"}, {"max_tokens", 60}}).json()["usage"]["kv"];
-  const Reply recalled = Complete({{"prompt", std::vector<int32_t>(480, 'x')}, {"kv_policy", offloaded}});
+  Json body = {{"kv_policy", "h2o(24)+merge"}, {"max_tokens", 60}, {"ignore_eos", true}};
+  const Json merged = Complete(body).json()["usage"]["kv"];
+  body = {{"kv_policy", offloaded}, {"prompt", std::vector<int32_t>(480, 'x')}, {"ignore_eos", true}};
+  const Reply recalled = Complete(body);
   ASSERT_EQ(recalled.status, 200) << recalled.body;
   const auto stream = LongStream();
   ASSERT_TRUE(Soon([&] { return scheduler_->Slots().size() == 1 && scheduler_->Slots()[0].generated_tokens > 100; }));
