@@ -59,7 +59,7 @@ TEST(FeatureNet, FeaturesThatAreCutHaveNoGradient) {
   const FeatureNet net(shape, layout, false, parameters.data(), {}, 0);
   net.Forward({x.data(), kDim, 1}, p2.data(), features.data());
   net.Backward({x.data(), kDim, 1}, p2.data(), d.data(), gradient.data());
-  for (const float feature : features) EXPECT_EQ(feature, std::exp(kMaxExponent));
+  for (const float feature : features) EXPECT_FLOAT_EQ(feature, std::exp(kMaxExponent));
   for (const float g : gradient) EXPECT_EQ(g, 0);
 }
 

@@ -115,7 +115,8 @@ TEST(InputScaling, TheCentreIsWhatAllKeysAddToALogMass) {
   const InputScaling scaling = InputScaling::Measure(Shape(), kScale, {&text, 1});
   for (size_t c = 0; c < 2 * kDim; ++c) EXPECT_EQ(scaling.center[c], c < kDim ? 0 : kScale * scaling.k.mean[c]) << c;
   scaling.Standardize(Shape(), text);
-  for (size_t row = 0; row < kTokens * 4; ++row) EXPECT_NEAR(text.exact_lse[row], noise[row], 0.1) << row;
+  // Products of some 400,000, whose float32 has steps of 1/32, and a deviation of some 3,000.
+  for (size_t row = 0; row < kTokens * 4; ++row) EXPECT_NEAR(text.exact_lse[row], noise[row], 1) << row;
 }
 
 // Features of one everywhere: the state's masses in the middle of a text are then a hundredth of the exact ones.
