@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -111,11 +111,11 @@ TEST(ChatTemplate, HostileTemplatesTakeNoTime) {
   const auto around = [&](const std::string& open, const std::string& close, size_t n) {
     return "{% if " + repeat(open, n) + "x" + repeat(close, n) + " %}{% endif %}" + chatml;
   };
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();  // of this program's own time, however busy the machine is
   EXPECT_TRUE(RecogniseChatFormat(around("(", ")", 40000)).has_value());
   EXPECT_TRUE(RecogniseChatFormat(around("not (", ")", 20000)).has_value());
   EXPECT_TRUE(RecogniseChatFormat(around("(a or (b and ", "))", 10000)).has_value());
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_LT(std::clock() - start, 5 * CLOCKS_PER_SEC);
   EXPECT_TRUE(RecogniseChatFormat(repeat("{# as long as some have #}", 1000) + chatml).has_value());
   EXPECT_FALSE(RecogniseChatFormat(repeat("{# a longer one than any model has #}", 10000) + chatml).has_value());
 }
