@@ -5,7 +5,7 @@
 // State of a KV head, float32: H [rank, head_dim], then z [rank].
 //   absorb  z += psi(k), H += psi(k)^T v
 //   read    output phi(q) H / phi(q) z, log-mass log(phi(q) z)
-// The log-mass is on the scale of the exact pairs' log sum exp(q k / sqrt(D)), so the cache merges both by log-sum-exp.
+// The log-mass is on the scale of the exact pairs' log sum exp(scale q k), so the cache merges both by log-sum-exp.
 #pragma once
 
 #include <memory>
