@@ -29,7 +29,7 @@ class SchedulingTest : public ServerTest {
     return {.scheduler = {.max_running = 3, .max_queued = 8, .step_tokens = 16, .pause_after = 0ms},
             .http = {.port = 0, .max_body = 1 << 20},
             .kv = {"full", "window(24)", "h2o(24)", "snapkv(24, window=8)"},
-            .max_prompt = 10000};
+            .max_prompt = 14000};
   }
 };
 
@@ -67,7 +67,7 @@ TEST_F(SchedulingTest, StreamsGoOnBesideAPromptThatIsReadWhole) {
 
 TEST_F(SchedulingTest, APromptThatIsReadWholeCanBeCancelled) {
   Start(WithPauses());
-  const std::vector<int32_t> prompt = LongPrompt(9000);
+  const std::vector<int32_t> prompt = LongPrompt(14000);
   const Json body = {{"prompt", prompt}, {"kv_policy", "h2o(24)"}, {"max_tokens", 12}, {"n", 2}};
   {
     const Connection connection(port_);
@@ -83,7 +83,7 @@ TEST_F(SchedulingTest, APromptThatIsReadWholeCanBeCancelled) {
 
 TEST_F(SchedulingTest, TheServerCanEndInTheMiddleOfAPrompt) {
   Start(WithPauses());
-  const std::vector<int32_t> prompt = LongPrompt(9000);
+  const std::vector<int32_t> prompt = LongPrompt(14000);
   const Connection connection(port_);
   const Json body = {{"prompt", prompt}, {"kv_policy", "h2o(24)"}, {"max_tokens", 12}};
   connection.Send(RequestText("POST", "/v1/completions", body.dump()));
@@ -226,7 +226,7 @@ class SmallDiskTest : public SchedulingTest {
 TEST_F(SmallDiskTest, IdleCachesMakeRoomOnADisk) {
   const std::string text = fmt::format("cluster(24, skip=0, offload=\"{}\")", folder_.string());
   const std::string spec = CacheSpec::Parse(text).ToString();
-  Start({.kv = {spec, "full"}, .max_prompt = 20000});
+  Start({.kv = {spec, "full"}, .max_prompt = 14000});
   const auto ask = [&](int32_t first, size_t n) {
     return Complete({{"prompt", Prompt(first, n)}, {"max_tokens", 40}});
   };
@@ -251,7 +251,7 @@ TEST_F(SmallDiskTest, IdleCachesMakeRoomOnADisk) {
 // The store's directory on the same disk: what it cannot write is not kept, and texts go on.
 TEST_F(SmallDiskTest, AStoreThatFindsNoRoomIsNotWaitedFor) {
   const std::string text = fmt::format("cluster(24, skip=0, offload=\"{}\")", folder_.string());
-  Start({.store = folder_ / "store", .kv = {CacheSpec::Parse(text).ToString()}, .max_prompt = 20000});
+  Start({.store = folder_ / "store", .kv = {CacheSpec::Parse(text).ToString()}, .max_prompt = 14000});
   for (int32_t i = 3; i < 9; ++i) {
     const Reply reply = Complete({{"prompt", Prompt(i, 2500)}, {"max_tokens", 40}});
     EXPECT_EQ(reply.status, 200) << i << ": " << reply.body;
