@@ -387,7 +387,8 @@ def long_needles(store) -> str:
       tasks += [task] if task not in tasks else []
       for row in rows:
         caches.setdefault(row["kv_spec"], dict(row)).update({k: v for k, v in row.items() if k.startswith("score_")})
-    rows = [row for row in caches.values() if all(f"score_{task}" in row for task in tasks)]
+    rows = sorted((row for row in caches.values() if all(f"score_{task}" in row for task in tasks)),
+                  key=lambda row: LONG_NEEDLES.index(short(row["kv_spec"])))
     head, cells = ruler_cells(rows, tasks)
     if not begun:
       out.append("### At 4,096 tokens\n\n" + note("long needles"))
