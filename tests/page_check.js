@@ -44,6 +44,7 @@ async function until(condition, sentence) {
   for (let i = 0; i < 3600 && !condition(); ++i) await new Promise(resolve => setTimeout(resolve, 50));
   require_(condition(), sentence);
 }
+const whole = () => $('status').textContent.includes('generated') && !$('send').disabled;
 const answers = () => $('log').children.map(turn => turn.children[1] && turn.children[1].textContent);
 
 async function main() {
@@ -57,7 +58,7 @@ async function main() {
   $('policy').value = 'window(16)';
   $('question').value = 'The sea was';
   $('form').fire('submit');
-  await until(() => $('status').textContent.includes('generated'), 'no answer has come: ' + $('status').textContent);
+  await until(whole, 'no answer has come: ' + $('status').textContent);
   require_(answers().length === 2 && answers()[1].length > 10, 'the answer is not shown: ' + answers());
   const resident = $('canvas').fills.filter(([colour]) => colour === '--resident');
   const left = $('canvas').fills.filter(([colour]) => colour === '--dropped');
@@ -70,7 +71,7 @@ async function main() {
 
   $('question').value = ' And then';
   $('question').fire('keydown', {key: 'Enter', shiftKey: false});
-  await until(() => answers().length === 4 && $('status').textContent.includes('generated'), 'no second answer has come');
+  await until(() => answers().length === 4 && whole(), 'no second answer has come');
 
   $('most').value = '50000';
   $('question').value = ' Once more';
