@@ -210,15 +210,18 @@ void RowStore::FitTails(size_t first_head, std::span<const size_t> rows) {
   const std::vector<Region> blocks = Allocate(*counter_, formats, block_rows);
   const std::vector<Share> shares = SideBySide(first_head, tails);
   for (size_t i = 0, next = 0; i < rows.size(); ++i) {
-    const Head old = heads_[first_head + i];
     Head& head = heads_[first_head + i];
     const Formats& of = FormatsOf(first_head + i);
-    if (head.regions.size() > whole[i]) head.regions.resize(whole[i]);
-    const size_t stay = head.share.rows + head.regions.size() * head.region_rows;
+    const size_t kept = std::min(head.regions.size(), whole[i]), stay = head.share.rows + kept * head.region_rows;
+    Head old;  // what lay behind the blocks that stay
+    old.region_rows = head.region_rows;
+    old.regions.assign(head.regions.begin() + static_cast<ptrdiff_t>(kept), head.regions.end());
+    old.tail = head.tail;
+    head.regions.resize(kept);
     while (head.regions.size() < whole[i]) head.regions.push_back(blocks[next++]);
     head.tail = shares[i];
     for (size_t row = stay; row < head.n_rows && !counter_->only_counts; ++row) {
-      const Place from = FindIn(old, row), to = FindIn(head, row);
+      const Place from = FindIn(old, row - stay), to = FindIn(head, row);
       CopyRow(of.keys, DataAt(of, RowSide::kKeys, from), from.slot, DataAt(of, RowSide::kKeys, to), to.slot);
       CopyRow(of.values, DataAt(of, RowSide::kValues, from), from.slot, DataAt(of, RowSide::kValues, to), to.slot);
     }
