@@ -188,6 +188,64 @@ TEST(RowStore, SavedHeadsHaveNoMoreRowsThanTheText) {
   }
 }
 
+// Layers of two head sizes, whose heads lie beside those of their size: what each kept of a prompt and grows by stays its own,
+// in a copy and a saved cache, too.
+TEST(RowStore, HeadsSideBySideKeepTheirRows) {
+  const size_t n_prompt = 40, n_more = 37;
+  const std::vector<size_t> budgets = {3, 17, 20, 1, 9, 40};
+  StoreShape of{{Shape(64, RopeStyle::kHalves), Shape(32, RopeStyle::kHalves), Shape(64, RopeStyle::kHalves)}};
+  of.grows = of.packs = true;
+  ByteCounter counter;
+  RowStore store(counter, of, {RowType::kF32, RowType::kF32});
+  std::vector<std::vector<float>> keys;  // [layers][tokens, heads, head_dim]
+  for (const LayerShape& layer : of.layers) keys.push_back(Random((n_prompt + n_more) * layer.n_kv_heads * layer.head_dim, keys.size()));
+  const auto append = [&](size_t first, size_t n, bool prompt) {
+    store.Reserve({.n_step = n, .evicts = prompt, .is_prompt = prompt, .budgets = budgets});
+    for (size_t l = 0; l < of.layers.size(); ++l) {
+      const LayerShape& layer = of.layers[l];
+      const float* const rows = &keys[l][first * layer.n_kv_heads * layer.head_dim];
+      store.Append(l, 0, n, rows, rows);
+      for (size_t h = 0; h < layer.n_kv_heads; ++h) {
+        std::vector<Departure> leaving;
+        for (uint32_t row = static_cast<uint32_t>(budgets[2 * l + h]); prompt && row < n; ++row) leaving.push_back({row});
+        store.Close(l, h, leaving);
+      }
+    }
+    store.EndStep();
+  };
+  const auto expect_rows = [&](const KvStore& from, size_t n_after) {
+    for (size_t l = 0; l < of.layers.size(); ++l) {
+      const size_t d = of.layers[l].head_dim, n_heads = of.layers[l].n_kv_heads;
+      for (size_t h = 0; h < n_heads; ++h) {
+        const size_t n = budgets[2 * l + h] + n_after;
+        ASSERT_EQ(from.n_rows(l, h), n);
+        for (uint32_t row = 0; row < n; ++row) {
+          std::vector<float> k(d), v(d);
+          from.ReadRows(l, h, {&row, 1}, k.data(), v.data());
+          const size_t token = row < budgets[2 * l + h] ? row : row - budgets[2 * l + h] + n_prompt;
+          const float* const expected = &keys[l][(token * n_heads + h) * d];
+          ASSERT_TRUE(std::equal(k.begin(), k.end(), expected) && k == v) << l << h << row;
+        }
+      }
+    }
+  };
+  append(0, n_prompt, true);
+  for (size_t n = 0; n < n_more; ++n) {
+    expect_rows(store, n);
+    append(n_prompt + n, 1, false);
+  }
+  expect_rows(store, n_more);
+  ByteCounter of_others;
+  expect_rows(*store.Clone(of_others), n_more);
+  ByteWriter saved;
+  store.Save(saved);
+  RowStore loaded(of_others, of, {RowType::kF32, RowType::kF32});
+  ByteReader in{saved.bytes};
+  loaded.Load(in, budgets, n_prompt + n_more);
+  expect_rows(loaded, n_more);
+  EXPECT_EQ(of_others.now, counter.now);
+}
+
 // Full blocks of a store that keeps all, and the last one of each head apart.
 TEST(RowStore, WhatACloneSharesIsNotWritten) {
   const LayerShape shape = Shape(64, RopeStyle::kHalves);
