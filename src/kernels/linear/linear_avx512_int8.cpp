@@ -67,6 +67,9 @@ inline size_t Int8Place(DType type, size_t i) {
   return i;
 }
 
+// The exact sum of small integers. Added as floats: integers that stand for no number would overflow.
+inline float Sum(__m512i v) { return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(v)); }
+
 void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
   int8_t* q = out.q + token * out.n_padded;
   float* scale = out.scale + token * out.n_padded / 16;
@@ -85,11 +88,11 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
     const float block_scale = largest / 127.0f;
     if (ScaleGroups(type) == 2) {
       scale[2 * b] = scale[2 * b + 1] = block_scale;
-      sum[2 * b] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(q0));
-      sum[2 * b + 1] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(q1));
+      sum[2 * b] = block_scale * Sum(q0);
+      sum[2 * b + 1] = block_scale * Sum(q1);
     } else {
       scale[b] = block_scale;
-      sum[b] = block_scale * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1)));
+      sum[b] = block_scale * Sum(_mm512_add_epi32(q0, q1));
     }
   }
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(CodeOffset(type)));
