@@ -37,9 +37,7 @@ inline __m256i SplitNibbles(__m128i v) {
 
 // Bit `from` of every byte, and those above it in `mask`, moved to bit `to`.
 inline __m256i MoveBits(__m256i v, int from, int to, int mask) {
-  const __m256i moved = from == to  ? v
-                        : from < to ? _mm256_slli_epi16(v, to - from)
-                                    : _mm256_srli_epi16(v, from - to);
+  const __m256i moved = from == to ? v : from < to ? _mm256_slli_epi16(v, to - from) : _mm256_srli_epi16(v, from - to);
   return _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask)));
 }
 
@@ -291,54 +289,7 @@ struct Format<DType::kQ6_K> {
   }
 };
 
-// --- Single elements ---
-
-// Where a row has the code of an element: its low bits in one byte, for some types more in another.
-struct CodePlace {
-  size_t low_byte, low_shift, high_byte, high_shift;
-};
-
-constexpr int LowBits(DType type) {
-  return type == DType::kQ8_0 ? 8 : type == DType::kQ2_K || type == DType::kQ3_K ? 2 : 4;
-}
-
-constexpr int HighBits(DType type) {
-  switch (type) {
-    case DType::kQ6_K:
-      return 2;
-    case DType::kQ3_K:
-    case DType::kQ5_0:
-    case DType::kQ5_1:
-    case DType::kQ5_K:
-      return 1;
-    default:
-      return 0;
-  }
-}
-
-template <DType kType>
-inline CodePlace PlaceOf(size_t i) {
-  const size_t p = i / 256 * BytesOf256(kType), b = i % 256 / 32, j = i % 32;
-  if constexpr (kType == DType::kQ8_0) return {i / 32 * 34 + 2 + j, 0, 0, 0};
-  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K)
-    return {p + (kType == DType::kQ4_K ? 16 : 48) + 32 * (b / 2) + j, 4 * (b % 2), p + 16 + j, b};
-  if constexpr (kType == DType::kQ2_K || kType == DType::kQ3_K)
-    return {p + (kType == DType::kQ2_K ? 16 : 32) + 32 * (b / 4) + j, 2 * (b % 4), p + j, b};
-  if constexpr (kType == DType::kQ6_K)
-    return {p + 64 * (b / 4) + 32 * (b % 2) + j, b % 4 / 2 * 4, p + 128 + 32 * (b / 4) + j, 2 * (b % 4)};
-  const size_t nibbles = NibblesAt(kType, i / 32);
-  return {nibbles + j % 16, j / 16 * 4, nibbles - 4 + j / 8, j % 8};
-}
-
-// Codes with their sign from the bits of eight elements: those of a type with a table are its entries.
-template <DType kType>
-inline __m256i CodesOfBits(__m256i bits) {
-  if constexpr (kType == DType::kIQ4_NL || kType == DType::kIQ4_XS) bits = LookUp(kIq4Codes, bits);
-  if constexpr (kType == DType::kMXFP4) bits = LookUp(kShiftedMxfp4Codes, bits);
-  if constexpr (HasSignedCodes(kType) || kType == DType::kMXFP4)
-    bits = _mm256_srai_epi32(_mm256_slli_epi32(bits, 24), 24);
-  return bits;
-}
+// --- Rows ---
 
 // The codes of the b-th 32 elements.
 template <DType kType>
@@ -355,87 +306,9 @@ struct Reader {
   inline Codes32 At(const uint8_t* row, size_t b) { return Format<kType>::At(row, b); }
 };
 
-// The scales of 256 elements, eight or sixteen, and where the type HasMinimum what is added to these elements.
-template <DType kType>
-struct Scales256 {
-  __m256 scale[ScaleGroups(kType)], minimum[ScaleGroups(kType)];
-};
-
-inline __m256 EightBytes(uint64_t bytes, int subtract, float factor) {
-  const __m256i numbers = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
-  const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(subtract)));
-  return _mm256_mul_ps(v, _mm256_set1_ps(factor));
-}
-
-// The 16 bits at the beginning of the eight blocks at p, zeros for those behind the n_blocks-th. General registers put
-// them together: vector units have the codes to do.
-template <size_t kBytes>
-inline __m128i EightWords(const uint8_t* p, size_t n_blocks) {
-  const auto words = [](uint64_t low, uint64_t high) {
-    return _mm_insert_epi64(_mm_cvtsi64_si128(static_cast<long long>(low)), static_cast<long long>(high), 1);
-  };
-  if (n_blocks < 8) {
-    uint64_t some[2] = {};
-#pragma GCC unroll 1
-    for (size_t b = 0; b < n_blocks; ++b) some[b / 4] |= uint64_t{Load16(p + b * kBytes)} << (16 * (b % 4));
-    return words(some[0], some[1]);
-  }
-  uint64_t low = Load16(p), high = Load16(p + 4 * kBytes);
-  Unrolled<3>([&](auto i) __attribute__((always_inline)) {
-    constexpr size_t b = i + 1;
-    low |= uint64_t{Load16(p + b * kBytes)} << (16 * b);
-    high |= uint64_t{Load16(p + (4 + b) * kBytes)} << (16 * b);
-  });
-  return words(low, high);
-}
-
-// n_blocks: how many of the eight blocks of 32 there are; the scales of others are zero, or mean nothing.
-template <DType kType>
-inline Scales256<kType> ScalesAt(const uint8_t* p, [[maybe_unused]] size_t n_blocks = 8) {
-  const auto load = [&](size_t at) { return Load32(p + at) | uint64_t{Load32(p + at + 4)} << 32; };
-  Scales256<kType> out;
-  if constexpr (kType == DType::kQ4_K || kType == DType::kQ5_K) {
-    const PackedScales packed = UnpackScales(p);
-    out.scale[0] = EightBytes(packed.scales, 0, HalfAt(p));
-    out.minimum[0] = EightBytes(packed.minima, 0, -HalfAt(p + 2));
-  } else if constexpr (kType == DType::kQ6_K) {
-    for (size_t i = 0; i < 2; ++i) out.scale[i] = EightBytes(load(192 + 8 * i), 0, HalfAt(p + 208));
-  } else if constexpr (kType == DType::kQ2_K) {
-    constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
-    for (size_t i = 0; i < 2; ++i) {
-      out.scale[i] = EightBytes(load(8 * i) & kNibbles, 0, HalfAt(p + 80));
-      out.minimum[i] = EightBytes(load(8 * i) >> 4 & kNibbles, 0, -HalfAt(p + 82));
-    }
-  } else if constexpr (kType == DType::kQ3_K) {
-    const uint64_t low = load(96);
-    const uint32_t high = Load32(p + 104);
-    for (size_t i = 0; i < 2; ++i) {
-      const uint64_t two_bits = (high >> (4 * i) & 0x03030303) | uint64_t{high >> (4 * i + 2) & 0x03030303} << 32;
-      out.scale[i] = EightBytes((low >> (4 * i) & 0x0f0f0f0f0f0f0f0f) | two_bits << 4, 32, HalfAt(p + 108));
-    }
-  } else if constexpr (kType == DType::kIQ4_XS) {
-    const auto fields = [](uint32_t packed, int bits) {
-      const __m256i shifts = _mm256_mullo_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(bits));
-      const __m256i spread = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(packed)), shifts);
-      return _mm256_and_si256(spread, _mm256_set1_epi32((1 << bits) - 1));
-    };
-    const __m256i numbers = _mm256_or_si256(fields(Load32(p + 4), 4), _mm256_slli_epi32(fields(Load16(p + 2), 2), 4));
-    const __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(32)));
-    out.scale[0] = _mm256_mul_ps(v, _mm256_set1_ps(HalfAt(p)));
-  } else if constexpr (kType == DType::kMXFP4) {
-    // As Mxfp4Scale.
-    const __m256i words = _mm256_cvtepu16_epi32(EightWords<17>(p, n_blocks));
-    const __m256i e = _mm256_and_si256(words, _mm256_set1_epi32(255));
-    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
-    const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
-    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
-    out.scale[0] = _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, small));
-  } else {
-    constexpr size_t kBytes = BytesOf256(kType) / 8;
-    out.scale[0] = _mm256_cvtph_ps(EightWords<kBytes>(p, n_blocks));
-    if constexpr (HasMinimum(kType)) out.minimum[0] = _mm256_cvtph_ps(EightWords<kBytes>(p + 2, n_blocks));
-  }
-  return out;
+inline __m256 EightBytes(uint64_t bytes, float factor) {
+  const __m256i numbers = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), _mm256_set1_ps(factor));
 }
 
 // The scales of Q4_K and Q5_K are unpacked eight at a time.
@@ -445,9 +318,10 @@ struct K45Reader {
 
   inline Codes32 At(const uint8_t* row, size_t b) {
     if (b % 8 == 0) {
-      const Scales256<kType> s = ScalesAt<kType>(row + b / 8 * BytesOf256(kType));
-      _mm256_store_ps(scale, s.scale[0]);
-      _mm256_store_ps(minimum, s.minimum[0]);
+      const uint8_t* block = row + b / 8 * BytesOf256(kType);
+      const PackedScales packed = UnpackScales(block);
+      _mm256_store_ps(scale, EightBytes(packed.scales, HalfAt(block)));
+      _mm256_store_ps(minimum, EightBytes(packed.minima, -HalfAt(block + 2)));
     }
     return OneScale(Format<kType>::Codes(row, b), scale[b % 8], minimum[b % 8]);
   }
@@ -476,6 +350,12 @@ constexpr int CodeOffset(DType type) {
 }
 
 // --- Activations ---
+
+inline float SumLanes(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
 
 inline float LargestLane(__m256 v) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -532,6 +412,28 @@ inline void SumHalves(__m256i fours, int totals[2]) {
   low = _mm_hadd_epi32(low, low);
   totals[0] = _mm_cvtsi128_si32(low);
   totals[1] = _mm_extract_epi32(low, 1);
+}
+
+// --- Products ---
+
+// The products of 32 codes, in sixteen sums of two. vpmaddubsw adds two products of an unsigned code and a signed
+// activation in 16 bits: codes up to 63 cannot saturate it, and signed codes pass their sign to the activation.
+template <DType kType>
+inline __m256i PairProducts(__m256i codes, const int8_t* q) {
+  __m256i x = Load32Bytes(reinterpret_cast<const uint8_t*>(q));
+  if constexpr (HasSignedCodes(kType)) {
+    x = _mm256_sign_epi8(x, codes);
+    codes = _mm256_abs_epi8(codes);
+  }
+  return _mm256_maddubs_epi16(codes, x);
+}
+
+// Types bound by arithmetic come fastest with the first cache filled a few units ahead; Q8_0, which is bound by memory,
+// with the second one filled further ahead.
+template <DType kType>
+inline void FetchAhead(const uint8_t* unit) {
+  for (size_t i = 0; i < BytesOf256(kType); i += 64)
+    kType == DType::kQ8_0 ? __builtin_prefetch(unit + 4096 + i, 0, 2) : __builtin_prefetch(unit + 2048 + i);
 }
 
 }  // namespace

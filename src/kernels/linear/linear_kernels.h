@@ -30,7 +30,7 @@ inline constexpr uint32_t kNoSpike = ~uint32_t{0};
 // A few channels of a trained model are far larger than the others, and the steps of their blocks so coarse that they
 // make most of the error. So the n_spikes largest elements of a token (of equal ones the first) are taken out of their
 // blocks and multiplied exactly. Behind the row's own n / 32 blocks stand as many that hold one spike each, at its place
-// within 32; a table whose few tokens take spikes otherwise says how.
+// within 32; kernels of few tokens that take spikes otherwise, or none, say so.
 struct Int8Activations {
   int8_t* q;        // [n_tokens, n_padded]
   int32_t* init;    // [n_tokens, n_padded / 4]: what accumulators start from, because stored codes are unsigned
@@ -112,7 +112,7 @@ struct LinearKernels {
   TileShape shape_f32, shape_bf16;
 
   const Int8Kernels* int8 = nullptr;  // null: none
-  bool dots_take_spikes = false;      // so do quantize and dot_int8; int8 always does
+  bool dots_take_spikes = false;      // quantize and dot_int8 may, int8 always does
 
   // y[t * y_stride + r] = acc[r][t] for t < n_tokens, r < n_rows; rows of acc are `width` apart.
   void (*store)(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);
@@ -135,7 +135,12 @@ const LinearKernels& Avx512LinearKernels();
 const LinearKernels& Avx512Bf16LinearKernels();
 const LinearKernels& AmxLinearKernels();
 
-// Entries of the AVX-512 table that have a translation unit of their own.
+// Entries that have a translation unit of their own; of AVX2's those of rows in blocks of 256 elements another.
+inline constexpr size_t kAvx2LongestDotInt8 = 32768;  // elements of a row
+void Avx2QuantizeActivations(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
+void Avx2DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
+void Avx2QuantizeSuperBlocks(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
+void Avx2DotSuperBlocks(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
 void Avx512QuantizeActivations(DType type, const float* x, size_t n, size_t token, const Int8Activations& out);
 void Avx512DotInt8(const RowBlock& block, const Int8Activations& x, size_t n_tokens, float* y, size_t y_stride);
 

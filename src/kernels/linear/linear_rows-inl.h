@@ -20,6 +20,12 @@ inline uint32_t Load32(const uint8_t* p) {
   return value;
 }
 
+inline uint64_t Load64(const uint8_t* p) {
+  uint64_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
 // --- Types ---
 
 constexpr bool IsFloat(DType type) { return type == DType::kF32 || type == DType::kF16 || type == DType::kBF16; }

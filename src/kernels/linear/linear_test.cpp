@@ -118,19 +118,30 @@ TEST_P(LinearTest, Float32MatchesTheExactProduct) {
   }
 }
 
-// What the int8 path rounds: activations in blocks of 32 to 127 steps of the largest. Where it takes `spikes`, a 128th of
-// a row's elements, the largest, are taken out first and stay as they are.
-std::vector<float> RoundToInt8(const std::vector<float>& x, size_t n_in, bool spikes) {
+// What the int8 path does to activations.
+enum class Rounding {
+  kBlocks,  // blocks of 32 to 127 steps of the largest
+  kSpikes,  // the same, but for a 128th of a row's elements, the largest, which stay as they are
+  kUnits,   // as blocks, whose largest is a multiple of a 40th of that of 256
+};
+
+std::vector<float> RoundToInt8(const std::vector<float>& x, size_t n_in, Rounding rounding) {
   std::vector<float> out = x;
   for (size_t row = 0; row < x.size(); row += n_in) {
     std::vector<size_t> order(n_in);
     for (size_t i = 0; i < n_in; ++i) order[i] = row + i;
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return std::fabs(x[a]) > std::fabs(x[b]); });
-    order.resize(spikes ? (n_in + 127) / 128 : 0);
+    order.resize(rounding == Rounding::kSpikes ? (n_in + 127) / 128 : 0);
     for (const size_t at : order) out[at] = 0;
     for (size_t b = row; b < row + n_in; b += 32) {
       float largest = 0;
       for (size_t i = b; i < b + 32; ++i) largest = std::max(largest, std::fabs(out[i]));
+      if (rounding == Rounding::kUnits) {
+        float most = 0;
+        for (size_t i = 0; i < 256; ++i) most = std::max(most, std::fabs(x[row + (b - row) / 256 * 256 + i]));
+        largest =
+            most > 0 ? most / (127.0f * 40) * 127.0f * std::clamp(std::ceil(largest * (40 / most)), 1.0f, 40.0f) : 0;
+      }
       const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
       for (size_t i = b; i < b + 32; ++i)
         out[i] = static_cast<float>(std::nearbyint(out[i] * inverse) * (largest / 127.0f));
@@ -140,8 +151,12 @@ std::vector<float> RoundToInt8(const std::vector<float>& x, size_t n_in, bool sp
   return out;
 }
 
-// The AVX-512 kernels of a few tokens round every element.
-bool FewTakeSpikes(Isa isa) { return isa < Isa::kAvx512; }
+// How the kernels of few tokens round, and those of more.
+Rounding RoundingOf(Isa isa, DType type, bool few) {
+  if (few && isa >= Isa::kAvx512) return Rounding::kBlocks;
+  const bool has_units = isa == Isa::kAvx2 || isa == Isa::kAvxVnni;
+  return few && has_units && Traits(type).block_elements == 256 ? Rounding::kUnits : Rounding::kSpikes;
+}
 
 // Activations as a trained model has them: one or two channels of each token far larger than the others.
 std::vector<float> ActivationsWithOutliers(size_t n_tokens, size_t n_in, Rng& rng) {
@@ -162,7 +177,8 @@ TEST_P(LinearTest, FewTokensWithInt8ActivationsAreExactUpToSummation) {
       for (size_t n_tokens = 1; n_tokens <= FewTokens(type, n_in, ComputeType::kBF16); ++n_tokens) {
         const std::vector<float> x = RandomVector(n_tokens * n_in, rng);
         const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kBF16);
-        EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in, FewTakeSpikes(GetParam())), n_tokens), y), 1e-11)
+        EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in, RoundingOf(GetParam(), type, true)), n_tokens), y),
+                  1e-11)
             << Traits(type).name << " n_in " << n_in << " tokens " << n_tokens;
         // Rounding to 127 steps of the largest of 32 normals: a relative error near 1/127 * 2.2 / sqrt(12).
         EXPECT_LT(NormalizedError(Product(m, x, n_tokens), y), 1e-4) << Traits(type).name;
@@ -182,8 +198,9 @@ TEST_P(LinearTest, Int8RoundsActivationsOnly) {
         for (size_t n_tokens : {1, 2, 3, 4, 5, 6, 7, 8, 13, 17, 66, 71}) {
           const std::vector<float> x = ActivationsWithOutliers(n_tokens, n_in, rng);
           const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
-          const bool spikes = n_tokens > FewTokens(type, n_in, ComputeType::kInt8) || FewTakeSpikes(GetParam());
-          EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in, spikes), n_tokens), y), 1e-11)
+          const bool few = n_tokens <= FewTokens(type, n_in, ComputeType::kInt8);
+          EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in, RoundingOf(GetParam(), type, few)), n_tokens), y),
+                    1e-11)
               << Traits(type).name << " n_in " << n_in << " n_out " << n_out << " tokens " << n_tokens;
         }
       }
@@ -229,14 +246,18 @@ TEST_P(LinearTest, Int8HoldsTheLargestCodes) {
         const size_t end = at + block_bytes - (block_bytes > 64 ? 4 : 0);
         std::fill(m.bytes.begin() + static_cast<std::ptrdiff_t>(at + skip),
                   m.bytes.begin() + static_cast<std::ptrdiff_t>(end), static_cast<char>(code));
+        if (type == DType::kQ6_K) std::fill_n(&m.bytes[at + 192], 16, static_cast<char>(0x80));  // scales of -128
       }
       for (size_t o = 0; o < 19; ++o)
         DequantizeRow(type, m.bytes.data() + 2 + o * RowBytes(type, n_in), n_in, m.values.data() + o * n_in);
       double most = 0;  // what a sum can be
       for (size_t i = 0; i < m.values.size(); ++i) most += std::fabs(m.values[i]);
-      for (size_t n_tokens : {1, 5, 20}) {
+      for (size_t n_tokens : {1, 3, 5, 20}) {
         std::vector<float> x(n_tokens * n_in, 1.0f);
-        for (size_t t = 1; t < n_tokens; t += 2) std::fill_n(&x[t * n_in], n_in, -1.0f);
+        for (size_t i = 0; i < x.size(); ++i) {
+          const size_t kind = i / n_in % 3;  // all one sign; or a lane's four another one than those around it
+          if (kind == 1 || (kind == 2 && i % 16 >= 4)) x[i] = -1;
+        }
         const std::vector<float> y = RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
         const std::vector<float> expected = Product(m, x, n_tokens);
         for (size_t i = 0; i < y.size(); ++i) {
@@ -292,9 +313,10 @@ TEST_P(LinearTest, RowsTooLongForFewTokens) {
     for (size_t n_in : {size_t{32768}, size_t{33024}}) {
       const Matrix m = MakeMatrix(type, 3, n_in, rng);
       const std::vector<float> x = ActivationsWithOutliers(1, n_in, rng);
-      const bool spikes = FewTokens(type, n_in, ComputeType::kInt8) == 0 || FewTakeSpikes(GetParam());
-      EXPECT_LT(NormalizedError(Product(m, RoundToInt8(x, n_in, spikes), 1), RunLinear(m.view, x, 1, ComputeType::kInt8)),
-                1e-10)
+      const Rounding rounding = RoundingOf(GetParam(), type, FewTokens(type, n_in, ComputeType::kInt8) > 0);
+      EXPECT_LT(
+          NormalizedError(Product(m, RoundToInt8(x, n_in, rounding), 1), RunLinear(m.view, x, 1, ComputeType::kInt8)),
+          1e-10)
           << Traits(type).name << " n_in " << n_in;
       EXPECT_LT(NormalizedError(Product(m, x, 1), RunLinear(m.view, x, 1, ComputeType::kBF16)), 1e-4);
     }
@@ -315,8 +337,8 @@ TEST_P(LinearTest, SpikesAtEveryEdge) {
     }
     for (const size_t n : {size_t{1}, size_t{4}, n_tokens}) {
       const std::vector<float> few(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(n * n_in));
-      const bool spikes = n > FewTokens(type, n_in, ComputeType::kInt8) || FewTakeSpikes(GetParam());
-      EXPECT_LT(NormalizedError(Product(m, RoundToInt8(few, n_in, spikes), n),
+      const Rounding rounding = RoundingOf(GetParam(), type, n <= FewTokens(type, n_in, ComputeType::kInt8));
+      EXPECT_LT(NormalizedError(Product(m, RoundToInt8(few, n_in, rounding), n),
                                 RunLinear(m.view, few, n, ComputeType::kInt8)),
                 1e-11)
           << Traits(type).name << " tokens " << n;
@@ -324,7 +346,8 @@ TEST_P(LinearTest, SpikesAtEveryEdge) {
   }
 }
 
-// Rows with fewer values than spikes, whole blocks of spikes, and rows that are not numbers, beside one that is ordinary.
+// Rows with fewer values than spikes, whole blocks of spikes, and rows that are not numbers, beside one that is
+// ordinary.
 TEST_P(LinearTest, RowsOfFewValues) {
   Rng rng(12);
   const size_t n_in = 4352, n_tokens = 6;
@@ -333,16 +356,16 @@ TEST_P(LinearTest, RowsOfFewValues) {
     const Matrix m = MakeMatrix(type, 19, n_in, rng);
     std::vector<float> x(n_tokens * n_in), before = RandomVector(n_tokens * n_in, rng);
     for (size_t t = 1; t <= n_tokens; ++t) before[t * n_in - 1] = 100;
-    x[5] = 3, x[n_in - 1] = -2;                                         // two values
+    x[5] = 3, x[n_in - 1] = -2;                                                     // two values
     for (size_t i = 0; i < 32; ++i) x[n_in + 4320 + i] = i % 2 == 0 ? 1.0f : 2.0f;  // the last block alone
-    for (size_t i = 0; i < 40; ++i) x[2 * n_in + i] = 5;                // more than a block of equal ones
+    for (size_t i = 0; i < 40; ++i) x[2 * n_in + i] = 5;                            // more than a block of equal ones
     for (size_t i = 0; i < n_in; ++i) x[3 * n_in + i] = rng.Normal();
     for (size_t i = 0; i < n_in; ++i) x[4 * n_in + i] = NAN;
     for (size_t i = 0; i < n_in; i += 7) x[5 * n_in + i] = i % 2 == 0 ? INFINITY : NAN;
     for (const bool few : {true, false}) {
       const size_t most = FewTokens(type, n_in, ComputeType::kInt8);
-      const bool spikes = !few || most == 0 || FewTakeSpikes(GetParam());
-      const std::vector<float> expected = Product(m, RoundToInt8({x.begin(), x.begin() + 4 * n_in}, n_in, spikes), 4);
+      const Rounding rounding = RoundingOf(GetParam(), type, few && most > 0);
+      const std::vector<float> expected = Product(m, RoundToInt8({x.begin(), x.begin() + 4 * n_in}, n_in, rounding), 4);
       RunLinear(m.view, before, few ? 1 : n_tokens, ComputeType::kInt8);  // leaves its spikes in the work memory
       std::vector<float> y = few ? std::vector<float>() : RunLinear(m.view, x, n_tokens, ComputeType::kInt8);
       for (size_t t = 0; few && t < n_tokens; ++t) {
@@ -383,8 +406,12 @@ TEST_P(LinearTest, RowsDoNotSeeTheirNeighbours) {
 TEST_P(LinearTest, MatricesTogetherHaveTheBitsOfEachAlone) {
   Rng rng(13);
   std::vector<Matrix> matrices;
-  for (const auto& [type, n_out] : {std::pair{DType::kQ4_K, size_t{70}}, {DType::kQ4_K, size_t{9}}, {DType::kQ6_K, size_t{33}},
-                                    {DType::kF16, size_t{1}}, {DType::kF16, size_t{0}}, {DType::kF16, size_t{130}}})
+  for (const auto& [type, n_out] : {std::pair{DType::kQ4_K, size_t{70}},
+                                    {DType::kQ4_K, size_t{9}},
+                                    {DType::kQ6_K, size_t{33}},
+                                    {DType::kF16, size_t{1}},
+                                    {DType::kF16, size_t{0}},
+                                    {DType::kF16, size_t{130}}})
     matrices.push_back(MakeMatrix(type, n_out, 512, rng));
   const std::vector<float> x = RandomVector(530 * 512, rng);
   for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBF16, ComputeType::kInt8}) {
