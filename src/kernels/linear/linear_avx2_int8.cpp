@@ -1,9 +1,11 @@
 // Products of quantised rows with int8 activations, for few tokens, with AVX2: rows in blocks of 32 elements here,
 // those in blocks of 256 in linear_avx2_superblocks.cpp. Built with those flags; see linear_avx512.cpp for the rules.
 //
-// Activations are in natural order. Eight blocks share what they can: their scales become floats together, and one
-// product with the activations' sums is all that minima, or the offset of codes, cost. Spikes meet the codes and scales
-// of their elements, gathered eight at a time.
+// Two blocks are multiplied at once: a vector has elements 0..15 of both, another one elements 16..31, which are those
+// that share bytes, and activations are in the same order. A lane sums products of one block then, as do four. Eight
+// blocks share what they can: their scales become floats together, and one product with the activations' sums is all
+// that minima, or the offset of codes, cost. Spikes meet the codes and scales of their elements, gathered eight at a
+// time.
 #if defined(__x86_64__)
 
 #include "kernels/linear/linear_avx2-inl.h"
@@ -14,11 +16,14 @@ namespace {
 
 // --- Activations ---
 
+inline __m256i LoadCodes(const int8_t* q) { return Load32Bytes(reinterpret_cast<const uint8_t*>(q)); }
+inline void StoreCodes(int8_t* q, __m256i codes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), codes); }
+
 // Scales and sums have an entry for each block, up to whole 256 elements. Sums have the spikes in them, and the factor
 // minus the offset where codes have one. The spikes themselves stand behind the scales.
 void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Activations& out) {
   RoundRowToInt8(x, n, token, out);
-  const int8_t* q = out.q + token * out.n_padded;
+  int8_t* q = out.q + token * out.n_padded;
   float* scale = out.scale + token * out.n_padded / 16;
   float* sum = out.sum + token * out.n_padded / 16;
   const uint32_t* spike = out.spike + token * out.n_padded / 32;
@@ -29,6 +34,11 @@ void Quantize(DType type, const float* x, size_t n, size_t token, const Int8Acti
     sum[b] = scale[b] * static_cast<float>(totals[0] + totals[1]);
   }
   for (size_t b = n_blocks; b < spikes_at; ++b) scale[b] = sum[b] = 0;
+  for (size_t b = 0; b < n_blocks; b += 2) {
+    const __m256i a = LoadCodes(q + b * 32), c = LoadCodes(q + b * 32 + 32);
+    StoreCodes(q + b * 32, _mm256_permute2x128_si256(a, c, 0x20));
+    StoreCodes(q + b * 32 + 32, _mm256_permute2x128_si256(a, c, 0x31));
+  }
   for (size_t e = 0; e < out.n_spikes; ++e) {
     scale[spikes_at + e] = x[spike[e]];
     sum[spike[e] / 32] += x[spike[e]];
@@ -166,8 +176,50 @@ __attribute__((always_inline)) inline __m256 AddSpikes(const SpikePlan& plan, si
 
 // --- Products ---
 
-// kRows rows, `apart` rows from each other: two streams come faster. Blocks take turns with two sums, or one would wait
-// for itself.
+inline __m256i SixteenOfBoth(const uint8_t* first, const uint8_t* second) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(Load16Bytes(first)), Load16Bytes(second), 1);
+}
+
+// Elements 0..15 and then 16..31 of blocks b and `second`.
+template <DType kType>
+inline void TwoBlocks(const uint8_t* row, size_t b, size_t second, __m256i codes[2]) {
+  if constexpr (kType == DType::kQ8_0) {
+    for (size_t i = 0; i < 2; ++i) codes[i] = SixteenOfBoth(row + b * 34 + 2 + i * 16, row + second * 34 + 2 + i * 16);
+    return;
+  }
+  const uint8_t *at = row + NibblesAt(kType, b), *at_second = row + NibblesAt(kType, second);
+  const __m256i nibbles = SixteenOfBoth(at, at_second);
+  codes[0] = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
+  codes[1] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), _mm256_set1_epi8(15));
+  if constexpr (kType == DType::kIQ4_NL || kType == DType::kMXFP4) {
+    for (size_t i = 0; i < 2; ++i) codes[i] = LookUp(kType == DType::kMXFP4 ? kShiftedMxfp4Codes : kIq4Codes, codes[i]);
+  } else if constexpr (HasFifthBit(kType)) {
+    const uint64_t bits = Load32(at - 4) | uint64_t{Load32(at_second - 4)} << 32;
+    const __m256i all = _mm256_set1_epi64x(static_cast<long long>(bits));
+    const __m256i one_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+    for (long long i = 0; i < 2; ++i) {
+      const long long first = 0x0202020202020202 * i, apart = 0x0101010101010101, four = 0x0404040404040404;
+      const __m256i spread =
+          _mm256_shuffle_epi8(all, _mm256_set_epi64x(first + four + apart, first + four, first + apart, first));
+      const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, one_bit), one_bit);
+      codes[i] = _mm256_or_si256(codes[i], _mm256_and_si256(set, _mm256_set1_epi8(16)));
+    }
+  }
+}
+
+// The products of two blocks, four lanes of each.
+template <DType kType>
+inline __m256 ProductsOfTwo(const __m256i codes[2], const int8_t* q) {
+  const __m256i a = PairProducts<kType>(codes[0], q), b = PairProducts<kType>(codes[1], q + 32);
+  const __m256i one = _mm256_set1_epi16(1);
+  if constexpr (HasSignedCodes(kType))  // 16 bits hold two of their products
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one)));
+  else
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_add_epi16(a, b), one));
+}
+
+// kRows rows, `apart` rows from each other: two streams come faster. Pairs of blocks take turns with two sums, or one
+// would wait for itself.
 template <DType kType, size_t kTokens, size_t kRows>
 inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, size_t n, const Int8Activations& x,
                        size_t token, const SpikePlan* plans, float* y, size_t y_stride) {
@@ -187,9 +239,10 @@ inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, siz
       acc[r][t][0] = acc[r][t][1] = min_acc[r][t] = _mm256_setzero_ps();
     });
   });
-  // The scales of the weights, and those of two units times those of the activations: read a unit ahead of the codes,
+  // The scales of the weights, and those of a unit times those of the activations: read a unit ahead of the codes,
   // which would wait for them.
-  alignas(32) float scale[kRows][kAvx2LongestDotInt8 / 32], both[kRows][kTokens][2][8];
+  alignas(32) float scale[kRows][kAvx2LongestDotInt8 / 32];
+  __m256 next[kRows][kTokens];
   const auto read_scales = [&](size_t unit) __attribute__((always_inline)) {
     Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       const uint8_t* at = row[r] + unit * BytesOf256(kType);
@@ -197,7 +250,7 @@ inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, siz
       const EightScales s = ScalesAt<kType>(at, blocks_of(unit));
       _mm256_store_ps(scale[r] + unit * 8, s.scale);
       Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-        _mm256_store_ps(both[r][t][unit % 2], _mm256_mul_ps(s.scale, _mm256_loadu_ps(x_scale[t] + unit * 8)));
+        next[r][t] = _mm256_mul_ps(s.scale, _mm256_loadu_ps(x_scale[t] + unit * 8));
         if constexpr (HasMinimum(kType) || CodeOffset(kType) != 0) {
           const __m256 added = HasMinimum(kType) ? s.minimum : s.scale;
           min_acc[r][t] = _mm256_fmadd_ps(added, _mm256_loadu_ps(x_sum[t] + unit * 8), min_acc[r][t]);
@@ -207,24 +260,29 @@ inline void DotInt8Row(const uint8_t* first, size_t row_bytes, size_t apart, siz
   };
   read_scales(0);
   for (size_t unit = 0; unit < n_units; ++unit) {
+    __m256 scales[kRows][kTokens];
+    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) { scales[r][t] = next[r][t]; });
+    });
     if (unit + 1 < n_units) read_scales(unit + 1);
-    const auto add = [&](auto half, size_t b) __attribute__((always_inline)) {
+    const auto add = [&](int b, size_t second) __attribute__((always_inline)) {
       Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-        const __m256i codes = CodesAt<kType>(row[r] + unit * BytesOf256(kType), b);
+        __m256i codes[2];
+        TwoBlocks<kType>(row[r] + unit * BytesOf256(kType), static_cast<size_t>(b), second, codes);
         Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
-          const __m256i pairs = PairProducts<kType>(codes, q[t] + unit * 256 + b * 32);
-          const __m256 sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-          acc[r][t][half] = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(both[r][t][unit % 2] + b), acc[r][t][half]);
+          const __m256 own =
+              _mm256_permutevar8x32_ps(scales[r][t], _mm256_setr_epi32(b, b, b, b, b + 1, b + 1, b + 1, b + 1));
+          __m256& sum = acc[r][t][b / 2 % 2];
+          sum = _mm256_fmadd_ps(ProductsOfTwo<kType>(codes, q[t] + unit * 256 + b * 32), own, sum);
         });
       });
     };
     const size_t n_blocks = blocks_of(unit);
-    if (n_blocks == 8) {
-      Unrolled<8>([&](auto b) __attribute__((always_inline)) { add(std::integral_constant<size_t, b % 2>{}, b); });
-    } else {
-#pragma GCC unroll 1
-      for (size_t b = 0; b < n_blocks; ++b) add(std::integral_constant<size_t, 0>{}, b);
-    }
+    Unrolled<4>([&](auto pair) __attribute__((always_inline)) {
+      constexpr size_t b = 2 * pair;
+      // A second block that a row does not have is the first once more, times a scale of zero.
+      if (n_blocks == 8 || b < n_blocks) add(b, n_blocks == 8 || b + 1 < n_blocks ? b + 1 : b);
+    });
   }
   Unrolled<kTokens>([&](auto t) __attribute__((always_inline)) {
     __m256 sum[kRows];
