@@ -455,7 +455,8 @@ size_t FewTokens(DType weights, size_t n_in, ComputeType compute) {
   const LinearKernels& kernels = Kernels(n_in);
   if (!IsQuantized(weights)) return kernels.few_float;
   if (n_in > kernels.longest_few_int8) return 0;
-  return compute == ComputeType::kInt8 && kernels.int8 != nullptr ? kernels.few_panel : kernels.few_int8;
+  if (compute != ComputeType::kInt8 || kernels.int8 == nullptr) return kernels.few_int8;
+  return Traits(weights).block_elements == 256 ? kernels.few_panel_256 : kernels.few_panel;
 }
 
 size_t LinearWorkBytes(const WeightView& w, size_t n_tokens, ComputeType compute) {

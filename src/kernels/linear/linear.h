@@ -28,7 +28,8 @@ struct WeightView {
 //   kInt8  as kBF16, but with quantised weights activations are rounded to int8 whatever the number of tokens, and the
 //          weights are not rounded at all.
 // Where activations are rounded to int8, a token's largest n_in / 128 elements are not: they would make the steps of
-// their blocks coarse. (The AVX-512 kernels of a few tokens round all.)
+// their blocks coarse. (The kernels of a few tokens with AVX-512 round all. So do AVX2's of weights in blocks of 256,
+// where a scale is a multiple of a 40th of what the largest of 256 activations would have.)
 enum class ComputeType { kF32, kBF16, kInt8 };
 
 std::string_view ComputeTypeName(ComputeType compute);  // "f32", "bf16", "int8"

@@ -181,6 +181,15 @@ inline void ReadScales256(const uint8_t* const* rows, size_t at, float* scale, f
     const Int factors = LoadWords<Simd>(rows, at + 80);
     StoreBytes<Simd, kWords>(scales, 0, LowHalves<Simd>(factors), scale, stride);
     StoreBytes<Simd, kWords>(minima, 0, negative(HighHalves<Simd>(factors)), minimum, stride);
+  } else if constexpr (kType == DType::kIQ4_XS) {  // a half, two bits of each scale, four bits of each
+    const Int first = LoadWords<Simd>(rows, at), low = LoadWords<Simd>(rows, at + 4);
+    const auto factor = LowHalves<Simd>(first);
+    Unrolled<8>([&](auto g) __attribute__((always_inline)) {
+      const Int low_bits = Simd::And(Simd::ShiftRight32(low, 4 * g), Simd::Broadcast(15));
+      const Int high_bits = Simd::And(Simd::ShiftRight32(first, 12 + 2 * g), Simd::Broadcast(0x30));
+      const Int number = Simd::Sub(Simd::Or(low_bits, high_bits), Simd::Broadcast(32));
+      Simd::Store(scale + g * stride, Simd::Mul(Simd::ToFloat(number), factor));
+    });
   } else {  // kQ3_K: twelve bytes of scales from 96, the factor behind them
     LoadSixteens<Simd>(rows, at + 94, v);
     Int packed[3];

@@ -63,6 +63,7 @@ struct Simd256 {
   static inline Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm256_cvtepi32_ps(v); }
+  static inline Float AsFloat(Int bits) { return _mm256_castsi256_ps(bits); }
   static inline Float HalvesToFloat(Int v) {
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
   }
@@ -97,19 +98,19 @@ inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b,
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
   float* scale = out.scale + b * kGroups * kRows + row;
   float* minimum = out.minimum + b * kGroups * kRows + row;
-  if constexpr (IsSuperBlock(kType)) {
+  if constexpr (IsOf256(kType)) {
     if (b % 8 == 0) ReadScales256<Simd, kType>(rows, b / 8 * BytesOf256(kType), scale, minimum, kRows);
-  } else if constexpr (kType != DType::kIQ4_XS && kType != DType::kMXFP4) {  // halves at the beginning of a block
+  } else if constexpr (kType == DType::kMXFP4) {
+    // 2^(e - 128), which may be too small for a float's exponent, as the product of two powers that are not.
+    const auto power = [](typename Simd::Int n) {
+      return Simd::AsFloat(Simd::ShiftLeft32(Simd::Sub(n, Simd::Broadcast(-63)), 23));
+    };
+    const auto e = Simd::And(LoadWords<Simd>(rows, b * 17), Simd::Broadcast(255)), half = Simd::ShiftRight32(e, 1);
+    Simd::Store(scale, Simd::Mul(power(half), power(Simd::Sub(e, half))));
+  } else {  // halves at the beginning of a block
     const auto halves = LoadWords<Simd>(rows, b * (BytesOf256(kType) / 8));
     Simd::Store(scale, LowHalves<Simd>(halves));
     if constexpr (HasMinimum(kType)) Simd::Store(minimum, HighHalves<Simd>(halves));
-  } else {
-    Reader<kType> reader;
-    for (size_t r = 0; r < kLanes; ++r) {
-      const Codes32 c = reader.At(rows[r], b);
-      scale[r] = c.scale[0];
-      if constexpr (HasMinimum(kType)) minimum[r] = c.minimum[0];
-    }
   }
 }
 

@@ -26,6 +26,7 @@ struct Avx512Simd {
   static inline Float Mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static inline Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Float ToFloat(Int v) { return _mm512_cvtepi32_ps(v); }
+  static inline Float AsFloat(Int bits) { return _mm512_castsi512_ps(bits); }
   static inline Float HalvesToFloat(Int v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
   static inline Int Sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static inline Int EveryFourthRow(const uint8_t* const* rows, size_t at) {

@@ -117,8 +117,8 @@ struct LinearKernels {
   // y[t * y_stride + r] = acc[r][t] for t < n_tokens, r < n_rows; rows of acc are `width` apart.
   void (*store)(const float* acc, size_t width, size_t n_rows, size_t n_tokens, float* y, size_t y_stride);
 
-  // FewTokens of kBF16, for float and for quantised weights, and of kInt8 for quantised ones.
-  size_t few_float = kKernelTokens, few_int8 = 12, few_panel = 4;
+  // FewTokens of kBF16, for float and for quantised weights, and of kInt8 for those in blocks of 32 and of 256.
+  size_t few_float = kKernelTokens, few_int8 = 12, few_panel = 4, few_panel_256 = 4;
   size_t longest_few_int8 = SIZE_MAX;  // elements of a quantised row; no token is few for longer ones
 };
 
