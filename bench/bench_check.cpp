@@ -272,6 +272,7 @@ int main() {
   CheckInt8(guard, DType::kQ8_0, 64, 1.0);  // signed codes cost AVX2 most of what they bring
   for (const DType type : {DType::kQ4_1, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 64, 1.2);
   for (const DType type : {DType::kQ4_0, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 8, 1.5);
+  for (const DType type : {DType::kQ4_0, DType::kQ4_K, DType::kQ6_K}) CheckInt8(guard, type, 1, 1.0);
   for (const DType type : {DType::kQ4_0, DType::kQ4_1, DType::kQ8_0}) CheckRowEnds(guard, type);
   if (ActiveIsa() != Isa::kAmx) {  // the matrix unit takes more than four tokens in tiles
     CheckFew(guard, DType::kF16, 512, 0.3);
