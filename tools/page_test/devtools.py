@@ -97,6 +97,8 @@ class Browser:
             self.socket = WebSocket(self.page_address(), patience)
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.call(domain + ".enable")
+            # Its own empty page first: the end of that one must not be taken for the end of another's loading.
+            self.wait("document.readyState === 'complete'", "the browser shows no page", patience)
         except BaseException:
             self.close()
             raise
