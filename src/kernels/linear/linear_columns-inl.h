@@ -11,7 +11,7 @@ namespace {
 
 // v[j]: bytes 4 j .. 4 j + 3 of the sixteen at `at` of every row.
 template <typename Simd>
-inline void LoadSixteens(const uint8_t* const* rows, size_t at, typename Simd::Int v[4]) {
+__attribute__((always_inline)) inline void LoadSixteens(const uint8_t* const* rows, size_t at, typename Simd::Int v[4]) {
   typename Simd::Int a[4], b[4];
 #pragma GCC unroll 4
   for (size_t i = 0; i < 4; ++i) a[i] = Simd::EveryFourthRow(rows + i, at);
@@ -29,7 +29,7 @@ inline void LoadSixteens(const uint8_t* const* rows, size_t at, typename Simd::I
 
 // Four bytes of every row.
 template <typename Simd>
-inline typename Simd::Int LoadWords(const uint8_t* const* rows, size_t at) {
+__attribute__((always_inline)) inline typename Simd::Int LoadWords(const uint8_t* const* rows, size_t at) {
   uint32_t words[Simd::kLanes];
   for (size_t r = 0; r < Simd::kLanes; ++r) words[r] = Load32(rows[r] + at);
   return Simd::LoadInt(reinterpret_cast<const uint8_t*>(words));
@@ -65,7 +65,7 @@ __attribute__((always_inline)) inline void EachWord(size_t half, Int out[][8], F
 
 // Blocks of 32 of their own.
 template <typename Simd, DType kType>
-inline void ReadBlock(const uint8_t* const* rows, size_t b, typename Simd::Int out[8]) {
+__attribute__((always_inline)) inline void ReadBlock(const uint8_t* const* rows, size_t b, typename Simd::Int out[8]) {
   using Int = typename Simd::Int;
   Int packed[4];
   LoadSixteens<Simd>(rows, NibblesAt(kType, b), packed);

@@ -94,7 +94,7 @@ struct Simd256 {
 // The scales of block b of as many rows as a vector has lanes, the first of them row `row` of its group; those of blocks of
 // 256 all at once, with the first of their eight.
 template <typename Simd, DType kType>
-inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b, const Int8Panel& out) {
+__attribute__((always_inline)) inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b, const Int8Panel& out) {
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
   float* scale = out.scale + b * kGroups * kRows + row;
   float* minimum = out.minimum + b * kGroups * kRows + row;
@@ -117,7 +117,7 @@ inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b,
 // As many rows as a vector has lanes, the first of them row `row` of its group. So many streams are more than a processor
 // fetches ahead by itself: the rows behind these, at `next`, are fetched meanwhile, one line after the other.
 template <typename Simd, DType kType>
-inline void UnpackRows(const uint8_t* const* rows, size_t row, size_t n_blocks, const uint8_t* next, size_t next_bytes,
+__attribute__((noinline)) void UnpackRows(const uint8_t* const* rows, size_t row, size_t n_blocks, const uint8_t* next, size_t next_bytes,
                        const Int8Panel& out) {
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
   constexpr size_t kBlocks = BlocksAtOnce(kType);
@@ -127,6 +127,8 @@ inline void UnpackRows(const uint8_t* const* rows, size_t row, size_t n_blocks, 
     for (size_t i = 0; i < ahead; i += 64) __builtin_prefetch(next + b / kBlocks * ahead + i, 0, 2);
     typename Simd::Int codes[kBlocks][kFoursInBlock];
     ReadColumns<Simd, kType>(rows, b, codes);
+    // The compiler may not bring loads behind the stores, which they would wait for where addresses look alike.
+    __asm__ volatile("" ::: "memory");
     for (size_t i = 0; i < kBlocks; ++i) {
       uint8_t* to = out.codes + ((b + i) * 32 * kRows + row * 4);
 #pragma GCC unroll 8
@@ -215,7 +217,7 @@ __attribute__((always_inline)) inline void AddFours(const Int8Panel& panel, size
 
 // A token's spikes within the range: of each the four that it is in, where its block is otherwise zero.
 template <typename Simd, DType kType>
-inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const Int8Range& range, size_t token,
+__attribute__((always_inline)) inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const Int8Range& range, size_t token,
                       typename Simd::Float sums[kGroupVectors][1]) {
   const uint32_t* spike = x.spike + token * x.n_padded / 32;
   size_t e = 0;
@@ -228,7 +230,7 @@ inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const In
 }
 
 template <typename Simd, DType kType, size_t kTokens, bool kFetch = false>
-void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range, size_t token,
+__attribute__((noinline)) void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range, size_t token,
                   float* y, size_t y_stride) {
   using Float = typename Simd::Float;
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
