@@ -1,7 +1,7 @@
-// Codes of quantised rows, side by side: of as many rows as a vector has 32-bit lanes, four codes of each, as the panels of
-// 8-bit products want them (linear_int8-inl.h, which describes Simd). Packed bytes are transposed before they are taken
-// apart, half or a quarter as many as there are codes. Everything is in an anonymous namespace, so that each translation
-// unit keeps its own copy, built with its own flags. Block layouts are described in quants.h.
+// Codes of quantised rows, side by side: of as many rows as a vector has 32-bit lanes, four codes of each, as the
+// panels of 8-bit products want them (linear_int8-inl.h, which describes Simd). Packed bytes are transposed before they
+// are taken apart, half or a quarter as many as there are codes. Everything is in an anonymous namespace, so that each
+// translation unit keeps its own copy, built with its own flags. Block layouts are described in quants.h.
 #pragma once
 
 #include "kernels/linear/linear_avx2-inl.h"
@@ -11,7 +11,8 @@ namespace {
 
 // v[j]: bytes 4 j .. 4 j + 3 of the sixteen at `at` of every row.
 template <typename Simd>
-__attribute__((always_inline)) inline void LoadSixteens(const uint8_t* const* rows, size_t at, typename Simd::Int v[4]) {
+__attribute__((always_inline)) inline void LoadSixteens(const uint8_t* const* rows, size_t at,
+                                                        typename Simd::Int v[4]) {
   typename Simd::Int a[4], b[4];
 #pragma GCC unroll 4
   for (size_t i = 0; i < 4; ++i) a[i] = Simd::EveryFourthRow(rows + i, at);
@@ -95,9 +96,8 @@ inline void ReadHalf(const uint8_t* const* rows, size_t b, size_t half, typename
     if constexpr (kType == DType::kQ5_K) {
       LoadSixteens<Simd>(rows, block + 16, high);
       for (Int& bits : high) bits = Simd::ShiftRight(bits, static_cast<int>(within));
-      EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
-        return Simd::Or(out[i][4 * half + j], Bits<Simd>(high[j], i, 1, 4));
-      });
+      EachWord<kBlocks>(
+          half, out, [&](size_t i, size_t j) { return Simd::Or(out[i][4 * half + j], Bits<Simd>(high[j], i, 1, 4)); });
     }
   } else if constexpr (kType == DType::kQ6_K) {
     LoadSixteens<Simd>(rows, block + 16 * within, packed);  // 64 bytes of nibbles for 128 elements,
@@ -113,9 +113,8 @@ inline void ReadHalf(const uint8_t* const* rows, size_t b, size_t half, typename
     if constexpr (kType == DType::kQ3_K) {
       LoadSixteens<Simd>(rows, block, high);
       for (Int& bits : high) bits = Simd::ShiftRight(bits, static_cast<int>(within));
-      EachWord<kBlocks>(half, out, [&](size_t i, size_t j) {
-        return Simd::Or(out[i][4 * half + j], Bits<Simd>(high[j], i, 1, 2));
-      });
+      EachWord<kBlocks>(
+          half, out, [&](size_t i, size_t j) { return Simd::Or(out[i][4 * half + j], Bits<Simd>(high[j], i, 1, 2)); });
     }
   }
 }

@@ -91,10 +91,11 @@ struct Simd256 {
 
 // --- Weights ---
 
-// The scales of block b of as many rows as a vector has lanes, the first of them row `row` of its group; those of blocks of
-// 256 all at once, with the first of their eight.
+// The scales of block b of as many rows as a vector has lanes, the first of them row `row` of its group; those of
+// blocks of 256 all at once, with the first of their eight.
 template <typename Simd, DType kType>
-__attribute__((always_inline)) inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b, const Int8Panel& out) {
+__attribute__((always_inline)) inline void UnpackScalesOfRows(const uint8_t* const* rows, size_t row, size_t b,
+                                                              const Int8Panel& out) {
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes, kGroups = ScaleGroups(kType);
   float* scale = out.scale + b * kGroups * kRows + row;
   float* minimum = out.minimum + b * kGroups * kRows + row;
@@ -114,14 +115,16 @@ __attribute__((always_inline)) inline void UnpackScalesOfRows(const uint8_t* con
   }
 }
 
-// As many rows as a vector has lanes, the first of them row `row` of its group. So many streams are more than a processor
-// fetches ahead by itself: the rows behind these, at `next`, are fetched meanwhile, one line after the other.
+// As many rows as a vector has lanes, the first of them row `row` of its group. So many streams are more than a
+// processor fetches ahead by itself: the rows behind these, at `next`, are fetched meanwhile, one line after the other.
+// A function of each type's own, or the compiler, which would make one of all, calls parts of it.
 template <typename Simd, DType kType>
-__attribute__((noinline)) void UnpackRows(const uint8_t* const* rows, size_t row, size_t n_blocks, const uint8_t* next, size_t next_bytes,
-                       const Int8Panel& out) {
+__attribute__((noinline)) void UnpackRows(const uint8_t* const* rows, size_t row, size_t n_blocks, const uint8_t* next,
+                                          size_t next_bytes, const Int8Panel& out) {
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
   constexpr size_t kBlocks = BlocksAtOnce(kType);
-  const auto flip = Simd::Broadcast(static_cast<int32_t>(HasSignedCodes(kType) ? Simd::kSignedOffset * 0x01010101u : 0));
+  const auto flip =
+      Simd::Broadcast(static_cast<int32_t>(HasSignedCodes(kType) ? Simd::kSignedOffset * 0x01010101u : 0));
   const size_t ahead = next_bytes / (n_blocks / kBlocks) + 1;
   for (size_t b = 0; b < n_blocks; b += kBlocks) {
     for (size_t i = 0; i < ahead; i += 64) __builtin_prefetch(next + b / kBlocks * ahead + i, 0, 2);
@@ -181,8 +184,8 @@ void QuantizeRowInt8(DType type, const float* x, size_t n, size_t token, const I
 
 // --- Products ---
 
-// Adds to the sums of kTokens tokens kFours fours of codes, from `four` of block `b`, which share a scale, times the same
-// fours of block `x_block` of the activations.
+// Adds to the sums of kTokens tokens kFours fours of codes, from `four` of block `b`, which share a scale, times the
+// same fours of block `x_block` of the activations.
 template <typename Simd, DType kType, size_t kTokens, size_t kFours>
 __attribute__((always_inline)) inline void AddFours(const Int8Panel& panel, size_t b, size_t four,
                                                     const Int8Activations& x, size_t token, size_t x_block,
@@ -217,8 +220,9 @@ __attribute__((always_inline)) inline void AddFours(const Int8Panel& panel, size
 
 // A token's spikes within the range: of each the four that it is in, where its block is otherwise zero.
 template <typename Simd, DType kType>
-__attribute__((always_inline)) inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x, const Int8Range& range, size_t token,
-                      typename Simd::Float sums[kGroupVectors][1]) {
+__attribute__((always_inline)) inline void AddSpikes(const Int8Panel& panel, const Int8Activations& x,
+                                                     const Int8Range& range, size_t token,
+                                                     typename Simd::Float sums[kGroupVectors][1]) {
   const uint32_t* spike = x.spike + token * x.n_padded / 32;
   size_t e = 0;
   while (spike[e] < range.first_block * 32) ++e;
@@ -230,8 +234,8 @@ __attribute__((always_inline)) inline void AddSpikes(const Int8Panel& panel, con
 }
 
 template <typename Simd, DType kType, size_t kTokens, bool kFetch = false>
-__attribute__((noinline)) void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x, const Int8Range& range, size_t token,
-                  float* y, size_t y_stride) {
+__attribute__((noinline)) void MultiplySome(const Int8Panel& panel, size_t n_rows, const Int8Activations& x,
+                                            const Int8Range& range, size_t token, float* y, size_t y_stride) {
   using Float = typename Simd::Float;
   constexpr size_t kLanes = Simd::kLanes, kRows = kGroupVectors * kLanes;
   Float acc[kGroupVectors][kTokens];
